@@ -1,0 +1,33 @@
+"""What can go wrong, told to a person: subject, what was found, what was expected, what to do."""
+
+
+class SanrtError(Exception):
+    """Base of every error that sanrt raises on purpose; its text is one line, fit for a terminal."""
+
+
+class CheckpointError(SanrtError):
+    """A weights file that cannot be read, or does not hold a SAN."""
+
+
+class ModelError(SanrtError):
+    """An exported model (ONNX, engine) that is missing, damaged, stale or not sanrt's."""
+
+
+class ParityError(SanrtError):
+    """Two runs of the same network differ by more than the tolerance."""
+
+
+class PictureError(SanrtError):
+    """A picture that cannot be read, converted or written."""
+
+
+class BackendError(SanrtError):
+    """A backend that is not installed, not usable here, or failed while running."""
+
+
+class OutOfMemoryError(BackendError):
+    """A backend ran out of (device or host) memory; smaller tiles may fit."""
+
+
+class UsageError(SanrtError):
+    """Arguments that contradict each other or do not fit the model."""
