@@ -1,0 +1,1 @@
+"""Backends, tiling, picture files and the run pipeline."""

@@ -12,6 +12,8 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import OneCycleLR
 
 from sanrt.model.san import RGB_MEAN, SAN
 from sanrt.model.spec import Architecture
@@ -130,8 +132,8 @@ def train(
     for shift in (net.mean_in, net.mean_out):
         shift.requires_grad_(False)
     net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimiser = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, iterations, pct_start=warmup, cycle_momentum=False)
+    optimiser = Adam([p for p in net.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.99), fused=True)
+    schedule = OneCycleLR(optimiser, rate, iterations, pct_start=warmup, cycle_momentum=False)
     out.mkdir(parents=True, exist_ok=True)
     done = resume(out / "checkpoint.pt", net, optimiser, schedule)
     patches = Patches(data, scale, patch, seed + done)
@@ -165,13 +167,13 @@ def train(
                 if evaluate:
                     row["y_psnr"] = round(y_psnr(net.eval(), evaluate, scale), 3)
                     net.train()
-                save(out / "checkpoint.pt", net, optimiser, schedule, step)
+                save(out / "checkpoint.pt", net, optimiser, step)
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 losses.clear()
 
 
-def resume(path: Path, net: SAN, optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.OneCycleLR) -> int:
+def resume(path: Path, net: SAN, optimiser: Adam, schedule: OneCycleLR) -> int:
     """Load an interrupted run, if there is one; return the iterations it has done."""
     if not path.exists():
         return 0
@@ -182,7 +184,9 @@ def resume(path: Path, net: SAN, optimiser: torch.optim.Optimizer, schedule: tor
     return int(state["step"])
 
 
-def save(path: Path, net: SAN, optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.OneCycleLR, step: int) -> None:
+def save(
+    path: Path, net: SAN, optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.OneCycleLR, step: int
+) -> None:
     """Replace the checkpoint in one move, so that a kill leaves the old or the new one."""
     partial = path.with_suffix(".partial")
     torch.save({"net": net.state_dict(), "optimiser": optimiser.state_dict(), "step": step}, partial)

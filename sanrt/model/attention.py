@@ -31,17 +31,17 @@ class RegionAttention(nn.Module):
         """Attention of any part x (B, C, h, w) of a region to that region's keys and values; (B, C, h, w)."""
         q, k, v = (t.flatten(2).transpose(1, 2).unsqueeze(1) for t in (self.query(x), key, value))
         y = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        y = y.squeeze(1).transpose(1, 2).unflatten(2, (x.shape[2], x.shape[3]))
-        return self.out(y) + x
+        y = y.squeeze(1).transpose(1, 2).reshape(x.shape[0], -1, *x.shape[2:])
+        attended: Tensor = self.out(y) + x
+        return attended
 
     def forward(self, x: Tensor) -> Tensor:
-        k, (height, width) = self.regions, x.shape[2:]
-        rows = [height * i // k for i in range(k + 1)]
-        columns = [width * i // k for i in range(k + 1)]
-        return torch.cat([
-            torch.cat([self.region(x[:, :, top:bottom, left:right]) for left, right in zip(columns, columns[1:], strict=False)], 3)
-            for top, bottom in zip(rows, rows[1:], strict=False)
-        ], 2)
+        rows = (torch.cat([self.region(cell) for cell in self.cut(row, 3)], 3) for row in self.cut(x, 2))
+        return torch.cat(list(rows), 2)
+
+    def cut(self, x: Tensor, axis: int) -> tuple[Tensor, ...]:
+        """The k parts of x along an axis."""
+        return x.tensor_split([x.shape[axis] * i // self.regions for i in range(1, self.regions)], axis)
 
     def region(self, x: Tensor) -> Tensor:
         """One region attending to itself."""

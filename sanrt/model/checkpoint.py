@@ -93,7 +93,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     digest = hashlib.sha256(data).hexdigest()
     if data[8:9] == b"{":
         tensors, settings = read_safetensors(path)
-        origin = settings.get("origin", "a sanrt checkpoint")
+        origin = str(settings.get("origin", "a sanrt checkpoint"))
     else:
         tensors, settings = ours_from_official(path, read_pickle(path)), {}
         origin = GENUINE.get(digest, "a checkpoint in the official SAN format (not one whose digest sanrt knows)")
@@ -120,7 +120,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
             settings = json.loads((file.metadata() or {}).get("sanrt", "{}"))
             return {name: file.get_tensor(name).float() for name in file.keys()}, settings  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged safetensors file ({first_line(error)}); copy or download it again") from error
+        raise CheckpointError(
+            f"{path}: damaged safetensors file ({first_line(error)}); copy or download it again"
+        ) from error
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -147,7 +149,9 @@ def ours_from_official(path: Path, official: Mapping[str, Tensor]) -> dict[str, 
                 break
         else:
             if not OFFICIAL_UNUSED.match(name):
-                raise CheckpointError(f"{path}: unknown tensor {name} {list(tensor.shape)}; expected an official SAN checkpoint")
+                raise CheckpointError(
+                    f"{path}: unknown tensor {name} {list(tensor.shape)}; expected an official SAN checkpoint"
+                )
     return tensors
 
 
@@ -161,7 +165,9 @@ def architecture_of(path: Path, tensors: Mapping[str, Tensor], settings: Mapping
     scale = 3 if len(tensors["upsampler.0.weight"]) == 9 * channels else 2**stages
     hidden = len(tensors["groups.0.soca.down.weight"])
     if scale not in SCALES or channels % 8 or not hidden:
-        raise CheckpointError(f"{path}: scale {scale}, {channels} channels, {hidden} hidden; expected x2, x3, x4 or x8 and C a multiple of 8")
+        raise CheckpointError(
+            f"{path}: scale {scale}, {channels} channels, {hidden} hidden; expected x2, x3, x4 or x8 and C a multiple of 8"
+        )
     iterations = settings.get("sqrt_iterations", 5)
     return Architecture(
         scale=scale,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sanrt.model.attention import RegionAttention
 from sanrt.model.soca import SOCA
-from sanrt.model.spec import MIN_SIDE, Architecture
+from sanrt.model.spec import Architecture
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 """Mean colour of the official training set, as a share of the value range."""

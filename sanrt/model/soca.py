@@ -46,7 +46,8 @@ def newton_schulz_sqrt(sigma: Tensor, iterations: int) -> Tensor:
 def exact_sqrt(sigma: Tensor) -> Tensor:
     """Square root of symmetric positive semi-definite matrices by eigendecomposition (formula 7), in sigma's dtype."""
     values, vectors = torch.linalg.eigh(sigma)
-    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.transpose(-2, -1)
+    root: Tensor = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.transpose(-2, -1)
+    return root
 
 
 class SOCA(nn.Module):

@@ -1,12 +1,48 @@
-"""What a SAN is, in numbers: read off a checkpoint, written into an ONNX, carried beside an engine."""
+"""What a SAN is, in numbers: read off a checkpoint, written into an ONNX, carried beside an engine. Imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+from sanrt.errors import ModelError
 
 SCALES = (2, 3, 4, 8)
 MIN_SIDE = 4
 """Smallest height and width in pixels: each of the 2 x 2 regions pools its keys and values by 2."""
+
+PREFIX = "sanrt."
+
+
+class Precision(StrEnum):
+    """Type of convolutions and attention; SOCA's statistics and square root are fp32 in all of them."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class Attention(StrEnum):
+    """How softmax(q k^T) v is written."""
+
+    MATMUL = "matmul"
+    """MatMul, Softmax, MatMul on 4-D tensors: standard operators, and the form that TensorRT fuses."""
+    MULTI_HEAD = "multi-head"
+    """ONNX Runtime's com.microsoft.MultiHeadAttention, which forms no L x L matrix."""
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """A variant of the graph; the defaults are what `sanrt export` writes."""
+
+    precision: Precision = Precision.FP32
+    attention: Attention = Attention.MATMUL
+    attention_width: int = 0
+    """Pad the inner attention channels with zeros to at least this (TensorRT fuses from 16)."""
+    regions: int = 2
 
 
 @dataclass(frozen=True)
@@ -26,7 +62,7 @@ class Architecture:
     value_range: float = 255.0
     """Pixels run from 0 to this, in and out."""
     sqrt_iterations: int | None = 5
-    """Newton-Schulz steps of SOCA's square root; None is the exact root (eigendecomposition)."""
+    """Newton-Schulz steps of SOCA's square root as trained; None is the exact root (eigendecomposition)."""
 
     @property
     def attention_channels(self) -> int:
@@ -37,3 +73,49 @@ class Architecture:
     def name(self) -> str:
         """Short name for people, such as `SAN x4 (G=4 m=4 C=64 r=16)`."""
         return f"SAN x{self.scale} (G={self.groups} m={self.blocks} C={self.channels} r={self.reduction})"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything a runtime needs to know of an exported model; written by `export`, never guessed."""
+
+    architecture: Architecture
+    weights_digest: str
+    """SHA-256 of the checkpoint file."""
+    weights_origin: str
+    """What the checkpoint says of itself, for people."""
+    iterations: int
+    """Newton-Schulz steps in the graph."""
+    precision: Precision = Precision.FP32
+    """Of convolutions and attention; SOCA's root is always fp32."""
+    regions: int = 2
+    """k: attention works within k x k regions of the picture."""
+    min_side: int = MIN_SIDE
+    """Smallest height and width that the graph takes; pad smaller pictures and crop."""
+    multiple: int = 1
+    """Height and width must be multiples of this."""
+    version: str = ""
+    """The sanrt that wrote it."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured at export (parity, square root, quantisation); see `sanrt info`."""
+
+    def to_metadata(self) -> dict[str, str]:
+        """Flat strings for ONNX `metadata_props`: every key begins with `sanrt.`, every value is JSON."""
+        return {PREFIX + name: json.dumps(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], subject: str) -> ModelSpec:
+        """Read what `to_metadata` wrote; `subject` names the file in errors."""
+        if PREFIX + "architecture" not in metadata:
+            raise ModelError(
+                f"{subject}: not a sanrt model (it has no sanrt.* metadata); make one with `sanrt export --scale 4`"
+            )
+        try:
+            known = {f.name: json.loads(metadata[PREFIX + f.name]) for f in fields(cls) if PREFIX + f.name in metadata}
+            known["architecture"] = Architecture(**known["architecture"])
+            known["precision"] = Precision(known.get("precision", Precision.FP32))
+            return cls(**known)
+        except (TypeError, ValueError) as error:
+            raise ModelError(
+                f"{subject}: its sanrt.* metadata cannot be read ({error}); export it again with `sanrt export`"
+            ) from error

@@ -1,0 +1,104 @@
+"""Backends: independent ways to run one exported model, chosen by name or by `auto`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from sanrt.errors import BackendError
+from sanrt.model.spec import ModelSpec
+
+Array = npt.NDArray[np.float32]
+
+
+class Backend(Protocol):
+    """One loaded model, ready to run; a context manager."""
+
+    name: str
+    """As in `--backend`."""
+    device: str
+    """What it runs on, for people: `CPU`, `NVIDIA H100`."""
+    spec: ModelSpec
+    """Of the loaded model, its precision as it runs here."""
+
+    def infer(self, pictures: Array) -> Array:
+        """float32 (B, 3, H, W), 0..value_range -> float32 (B, 3, sH, sW), not clipped; sides at least spec.min_side.
+
+        Raises OutOfMemoryError when memory does not suffice, BackendError for anything else.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free everything; the backend is of no use afterwards."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run here; a row of `sanrt doctor`."""
+
+    name: str
+    version: str | None
+    """Of the library behind it; None when it is not installed."""
+    usable: bool
+    reason: str
+    """Why not, or what it would run on."""
+    remedy: str = ""
+    """The command that makes it usable, where there is one."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a model is loaded; the same for every backend."""
+
+    threads: int | None = None
+    """CPU threads; None is one per core."""
+    regions: int = 2
+    """k of the k x k attention regions."""
+    device: int = 0
+    """Index of the GPU, where there are several."""
+
+
+BACKENDS = {
+    "torch": "sanrt.runtime.backends.torch",
+    "onnxruntime": "sanrt.runtime.backends.onnxruntime",
+}
+"""Every backend's module; each has `status() -> BackendStatus` and `load(model: Path, options: RunOptions) -> Backend`."""
+
+AUTO_ORDER = ("onnxruntime", "torch")
+"""The order in which `auto` looks for a usable backend."""
+
+
+def status(name: str) -> BackendStatus:
+    """Whether a backend can run here; raises BackendError for a name that is none."""
+    return backend_module(name).status()  # type: ignore[no-any-return]
+
+
+def load_backend(name: str, model: Path, options: RunOptions) -> Backend:
+    """Load a model with the named backend, or with the first usable one for `auto`; never another than asked for."""
+    chosen = next((s for s in map(status, AUTO_ORDER) if s.usable), None) if name == "auto" else status(name)
+    if chosen is None:
+        raise BackendError(f"no backend is usable here; install one with: {status(AUTO_ORDER[0]).remedy}")
+    if not chosen.usable:
+        remedy = f"; to fix it: {chosen.remedy}" if chosen.remedy else ""
+        usable = ", ".join(s.name for s in map(status, BACKENDS) if s.usable) or "none"
+        raise BackendError(f"backend {name} is not usable here: {chosen.reason}{remedy} (usable: {usable})")
+    load: Callable[[Path, RunOptions], Backend] = backend_module(chosen.name).load
+    return load(model, options)
+
+
+def backend_module(name: str) -> Any:
+    """The module behind a backend's name."""
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}; expected auto, {', '.join(BACKENDS)}")
+    return import_module(BACKENDS[name])

@@ -1,0 +1,83 @@
+"""ONNX Runtime on the CPU, with region attention as its fused MultiHeadAttention."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self
+
+from sanrt.errors import BackendError, ModelError, OutOfMemoryError
+from sanrt.model.spec import Attention, GraphOptions, ModelSpec
+from sanrt.runtime.backends import Array, BackendStatus, RunOptions
+from sanrt.runtime.derived import derived_model
+
+NAME = "onnxruntime"
+
+
+def status() -> BackendStatus:
+    """Whether ONNX Runtime is installed."""
+    try:
+        return BackendStatus(NAME, version("onnxruntime"), True, "runs on the CPU")
+    except PackageNotFoundError:
+        return BackendStatus(NAME, None, False, "onnxruntime is not installed", "pip install 'sanrt[cpu]'")
+
+
+def load(model: Path, options: RunOptions) -> OnnxRuntimeBackend:
+    """Load an exported fp32 ONNX (its MultiHeadAttention variant is what runs)."""
+    return OnnxRuntimeBackend(
+        derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, regions=options.regions)), options
+    )
+
+
+class OnnxRuntimeBackend:
+    """One inference session."""
+
+    name = NAME
+    device = "CPU"
+
+    def __init__(self, graph: Path, options: RunOptions) -> None:
+        self.session = open_session(graph, options)
+        self.spec = ModelSpec.from_metadata(self.session.get_modelmeta().custom_metadata_map, str(graph))
+
+    def infer(self, pictures: Array) -> Array:
+        try:
+            output: Array = self.session.run(None, {"input": pictures})[0]
+        except Exception as error:  # onnxruntime's exceptions share no public base
+            raise run_error(error) from error
+        return output
+
+    def close(self) -> None:
+        self.session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_session(graph: Path, options: RunOptions) -> Any:
+    """An InferenceSession on the CPU."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = options.threads or len(os.sched_getaffinity(0))
+    settings.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ModelError(f"{graph}: onnxruntime cannot load it ({first_line(error)})") from error
+
+
+def run_error(error: Exception) -> BackendError:
+    """Tell a lack of memory from other failures."""
+    text = first_line(error)
+    if "allocate" in text.lower() or "bad_alloc" in text:
+        return OutOfMemoryError(f"onnxruntime ran out of memory ({text})")
+    return BackendError(f"onnxruntime failed ({text})")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type's name."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

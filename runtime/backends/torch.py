@@ -1,0 +1,79 @@
+"""The PyTorch reference network as a backend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Self
+
+from sanrt.errors import BackendError, OutOfMemoryError
+from sanrt.model.spec import MIN_SIDE, ModelSpec
+from sanrt.runtime.backends import Array, BackendStatus, RunOptions
+
+NAME = "torch"
+
+
+def status() -> BackendStatus:
+    """Whether PyTorch is installed."""
+    try:
+        return BackendStatus(NAME, version("torch"), True, "runs on the CPU")
+    except PackageNotFoundError:
+        return BackendStatus(NAME, None, False, "torch is not installed", "pip install 'sanrt[export]'")
+
+
+def load(model: Path, options: RunOptions) -> TorchBackend:
+    """Load an exported fp32 ONNX (its weights, not its graph) or a checkpoint."""
+    return TorchBackend(model, options)
+
+
+class TorchBackend:
+    """The network on the CPU, in float32."""
+
+    name = NAME
+    device = "CPU"
+
+    def __init__(self, model: Path, options: RunOptions) -> None:
+        import torch
+
+        from sanrt.model.checkpoint import load_checkpoint
+        from sanrt.model.san import SAN
+
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        if model.suffix == ".onnx":
+            from sanrt.model.graph import read_model
+
+            spec, weights = read_model(model)
+            self.net = SAN(spec.architecture)
+            self.net.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in weights.items()})
+            self.net.eval().requires_grad_(False)
+        else:
+            checkpoint = load_checkpoint(model)
+            arch = checkpoint.architecture
+            spec = ModelSpec(arch, checkpoint.digest, checkpoint.origin, arch.sqrt_iterations or 0)
+            self.net = checkpoint.network()
+        self.net.attention.regions = options.regions
+        self.spec = replace(spec, regions=options.regions, min_side=options.regions * MIN_SIDE // 2)
+
+    def infer(self, pictures: Array) -> Array:
+        import torch
+
+        try:
+            with torch.inference_mode():
+                output: Array = self.net(torch.from_numpy(pictures)).numpy()
+        except RuntimeError as error:
+            text = str(error).splitlines()[0]
+            if "memory" in text or "alloc" in text:
+                raise OutOfMemoryError(f"torch ran out of memory ({text})") from error
+            raise BackendError(f"torch failed ({text})") from error
+        return output
+
+    def close(self) -> None:
+        del self.net
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,5 @@
+"""`python -m sanrt`."""
+
+from sanrt.cli import main
+
+main()

@@ -1,0 +1,36 @@
+"""The command line. One module per command; nothing heavier than typer is imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from sanrt.cli.info import info
+from sanrt.errors import SanrtError
+
+app = typer.Typer(
+    help="SAN super-resolution, from PyTorch to production: export, build, run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(info)
+
+
+@app.callback()
+def sanrt() -> None:
+    """SAN super-resolution, from PyTorch to production."""
+
+
+def main() -> None:
+    """Run the command line: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupted."""
+    try:
+        app()
+    except SanrtError as error:
+        print(f"sanrt: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("sanrt: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,306 @@
+"""SAN as an ONNX graph, written node by node from weights and an architecture. Imports onnx, no torch.
+
+The graph is written rather than traced, so its tensors have stable names, its shapes stay dynamic, and the variants a
+backend wants (precision, padded or fused attention, more regions, single stages for streaming) are options of one
+writer instead of surgery on a file. `sanrt export` holds it against the PyTorch reference every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from sanrt.errors import ModelError
+from sanrt.model.spec import MIN_SIDE, Architecture, Attention, GraphOptions, ModelSpec, Precision
+
+OPSET = 22
+"""The first opset whose convolutions take bfloat16."""
+IR_VERSION = 10
+MIN_TRACE = 1e-10
+"""As in `sanrt.model.soca`: below this a covariance counts as zero."""
+
+ONNX_TYPES = {
+    Precision.FP32: TensorProto.FLOAT,
+    Precision.FP16: TensorProto.FLOAT16,
+    Precision.BF16: TensorProto.BFLOAT16,
+}
+
+Array = npt.NDArray[Any]
+Weights = Mapping[str, Array]
+"""float32 arrays by the reference network's parameter names."""
+
+
+class GraphWriter:
+    """Nodes, constants and weights of one graph; every method returns the name of the tensor it made."""
+
+    def __init__(self, arch: Architecture, weights: Weights, iterations: int, options: GraphOptions) -> None:
+        self.arch, self.weights, self.iterations, self.options = arch, weights, iterations, options
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+
+    # --- plumbing -----------------------------------------------------------------------------------------------
+
+    def op(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        """Append one node whose only output carries the node's name."""
+        self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
+        return name
+
+    def constant(self, value: Any, dtype: Any = np.int64) -> str:
+        """A shared small constant; equal values share one initializer."""
+        array = np.asarray(value, dtype)
+        name = f"const.{array.dtype}." + "x".join(map(str, array.shape)) + "." + "_".join(f"{v:g}" for v in array.flat)
+        self.initializers.setdefault(name, numpy_helper.from_array(array, name))
+        return name
+
+    def eye(self, factor: float) -> str:
+        """factor * I, C x C, fp32."""
+        name = f"const.eye.{factor:g}"
+        array = (factor * np.eye(self.arch.channels)).astype(np.float32)
+        self.initializers.setdefault(name, numpy_helper.from_array(array, name))
+        return name
+
+    def weight(self, name: str, array: Array | None = None, precision: Precision | None = None) -> str:
+        """A parameter (or a padded version of it) in the given precision, the graph's by default."""
+        dtype = helper.tensor_dtype_to_np_dtype(ONNX_TYPES[precision or self.options.precision])
+        value = (self.weights[name] if array is None else array).astype(dtype)
+        self.initializers[name] = numpy_helper.from_array(value, name)
+        return name
+
+    def cast(self, x: str, precision: Precision, name: str) -> str:
+        """x in `precision`; no node where the graph is that precision already."""
+        if self.options.precision == Precision.FP32:
+            return x
+        return self.op("Cast", [x], name, to=ONNX_TYPES[precision])
+
+    def conv(self, x: str, name: str, out: str | None = None, precision: Precision | None = None) -> str:
+        """The convolution of parameters `name`.weight and `name`.bias, zero-padded to keep the size."""
+        pad = self.weights[f"{name}.weight"].shape[-1] // 2
+        inputs = [x, self.weight(f"{name}.weight", precision=precision), self.weight(f"{name}.bias", precision=precision)]
+        return self.op("Conv", inputs, out or name, pads=[pad] * 4)
+
+    # --- the network, part by part --------------------------------------------------------------------------------
+
+    def head(self, pixels: str, out: str) -> str:
+        """F0 = head(x - mean); the mean shift is fp32."""
+        shifted = self.conv(pixels, "mean_in", precision=Precision.FP32)
+        return self.conv(self.cast(shifted, self.options.precision, "mean_in.typed"), "head", out)
+
+    def attention(self, x: str, name: str, out: str) -> str:
+        """Region-level non-local module: the picture cut into k x k regions, each attending to itself."""
+        k = self.options.regions
+        rows = [self.cut(x, axis=2, index=i, name=f"{name}.row{i}") for i in range(k)]
+        done = []
+        for i, row in enumerate(rows):
+            cells = [self.cut(row, axis=3, index=j, name=f"{name}.region{i}{j}") for j in range(k)]
+            results = [self.region(cell, f"{cell}.") for cell in cells]
+            done.append(self.op("Concat", results, f"{name}.row{i}.out", axis=3) if k > 1 else results[0])
+        return self.op("Concat", done, out, axis=2)
+
+    def cut(self, x: str, axis: int, index: int, name: str) -> str:
+        """Part `index` of k along an axis: from floor(size * index / k) to floor(size * (index + 1) / k)."""
+        k = self.options.regions
+        size = self.op("Shape", [x], f"{name}.size", start=axis, end=axis + 1)
+
+        def edge(i: int) -> str:
+            scaled = self.op("Mul", [size, self.constant([i])], f"{name}.edge{i}.scaled") if i > 1 else size
+            return self.op("Div", [scaled, self.constant([k])], f"{name}.edge{i}")
+
+        start = edge(index) if index else self.constant([0])
+        end = edge(index + 1) if index + 1 < k else self.constant([np.iinfo(np.int64).max])
+        return self.op("Slice", [x, start, end, self.constant([axis])], name)
+
+    def region(self, x: str, prefix: str) -> str:
+        """W(softmax(theta(x) phi(x)^T) g(x)) + x of one whole region."""
+        return self.attend(x, *self.keys_values(x, prefix), prefix, f"{prefix}out")
+
+    def keys_values(self, x: str, prefix: str) -> tuple[str, str]:
+        """phi(x) and g(x), max-pooled by 2: (B, d, h // 2, w // 2) each."""
+        key, value = (
+            self.op(
+                "MaxPool", [self.inner_conv(x, part, prefix)], f"{prefix}{part}.pooled", kernel_shape=[2, 2], strides=[2, 2]
+            )
+            for part in ("key", "value")
+        )
+        return key, value
+
+    @property
+    def width(self) -> int:
+        """Inner attention channels in the graph."""
+        return max(self.arch.attention_channels, self.options.attention_width)
+
+    def inner_conv(self, x: str, part: str, prefix: str) -> str:
+        """theta, phi or g with its output channels padded with zeros to the graph's width."""
+        name = f"attention.{part}"
+        missing = self.width - self.arch.attention_channels
+        weight = np.pad(self.weights[f"{name}.weight"], ((0, missing), (0, 0), (0, 0), (0, 0)))
+        bias = np.pad(self.weights[f"{name}.bias"], (0, missing))
+        inputs = [x, self.weight(f"{name}.weight", weight), self.weight(f"{name}.bias", bias)]
+        return self.op("Conv", inputs, f"{prefix}{part}")
+
+    def attend(self, x: str, key: str, value: str, prefix: str, out: str) -> str:
+        """Any part x of a region attending to that region's pooled keys and values."""
+        query = self.inner_conv(x, "query", prefix)
+        shape = self.op("Shape", [query], f"{prefix}query.shape")
+        q, k, v = (self.positions(t) for t in (query, key, value))
+        if self.options.attention == Attention.MULTI_HEAD:
+            y = self.op("MultiHeadAttention", [q, k, v], f"{prefix}attended", domain="com.microsoft", num_heads=1, scale=1.0)
+            y = self.op("Transpose", [y], f"{prefix}attended.channels", perm=[0, 2, 1])
+        else:
+            transposed = self.op("Transpose", [k], f"{k}.transposed", perm=[0, 1, 3, 2])
+            scores = self.op("MatMul", [q, transposed], f"{prefix}scores")
+            y = self.op("MatMul", [self.op("Softmax", [scores], f"{prefix}softmax", axis=-1), v], f"{prefix}attended")
+            y = self.op("Transpose", [y], f"{prefix}attended.channels", perm=[0, 1, 3, 2])
+        y = self.op("Reshape", [y, shape], f"{prefix}attended.map")
+        missing = self.width - self.arch.attention_channels
+        weight = np.pad(self.weights["attention.out.weight"], ((0, 0), (0, missing), (0, 0), (0, 0)))
+        y = self.op(
+            "Conv", [y, self.weight("attention.out.weight", weight), self.weight("attention.out.bias")], f"{prefix}projected"
+        )
+        return self.op("Add", [y, x], out)
+
+    def positions(self, x: str) -> str:
+        """(B, d, h, w) -> (B, 1, h * w, d), or without the 1 for MultiHeadAttention."""
+        if self.options.attention == Attention.MULTI_HEAD:
+            flat = self.op("Reshape", [x, self.constant([0, self.width, -1])], f"{x}.flat")
+            return self.op("Transpose", [flat], f"{x}.positions", perm=[0, 2, 1])
+        flat = self.op("Reshape", [x, self.constant([0, 1, self.width, -1])], f"{x}.flat")
+        return self.op("Transpose", [flat], f"{x}.positions", perm=[0, 1, 3, 2])
+
+    def blocks(self, x: str, group: int, out: str) -> str:
+        """The residual blocks of a group: x -> x + conv(relu(conv(x))), m times."""
+        for index in range(self.arch.blocks):
+            name = f"groups.{group}.blocks.{index}"
+            hidden = self.op("Relu", [self.conv(x, f"{name}.conv1")], f"{name}.relu")
+            last = index + 1 == self.arch.blocks
+            x = self.op("Add", [x, self.conv(hidden, f"{name}.conv2")], out if last else f"{name}.out")
+        return x
+
+    def covariance(self, x: str, prefix: str) -> str:
+        """Centred X X^T / HW in fp32: (B, C, H, W) -> (B, C, C)."""
+        x = self.cast(x, Precision.FP32, f"{prefix}.features.fp32")
+        flat = self.op("Reshape", [x, self.constant([0, 0, -1])], f"{prefix}.flat")
+        mean = self.op("ReduceMean", [flat, self.constant([2])], f"{prefix}.mean", keepdims=1)
+        centred = self.op("Sub", [flat, mean], f"{prefix}.centred")
+        scatter = self.op(
+            "MatMul",
+            [centred, self.op("Transpose", [centred], f"{prefix}.centred.transposed", perm=[0, 2, 1])],
+            f"{prefix}.scatter",
+        )
+        count = self.op("Shape", [flat], f"{prefix}.count", start=2, end=3)
+        count = self.op("Cast", [count], f"{prefix}.count.fp32", to=TensorProto.FLOAT)
+        return self.op("Div", [scatter, count], f"{prefix}.covariance")
+
+    def gate(self, sigma: str, group: int, out: str) -> str:
+        """sigmoid(W_U relu(W_D z)), z the row means of Sigma^(1/2): (B, C, C) -> (B, C, 1, 1)."""
+        prefix = f"groups.{group}.soca"
+        root = self.newton_schulz(sigma, prefix)
+        z = self.op("ReduceMean", [root, self.constant([2])], f"{prefix}.z", keepdims=1)
+        z = self.op("Unsqueeze", [z, self.constant([3])], f"{prefix}.z.map")
+        hidden = self.op("Relu", [self.conv(z, f"{prefix}.down", precision=Precision.FP32)], f"{prefix}.hidden")
+        gate = self.op("Sigmoid", [self.conv(hidden, f"{prefix}.up", precision=Precision.FP32)], f"{prefix}.gate")
+        return self.op("Identity", [self.cast(gate, self.options.precision, f"{prefix}.gate.typed")], out)
+
+    def newton_schulz(self, sigma: str, prefix: str) -> str:
+        """Sigma^(1/2) by n coupled steps on Sigma / trace, in fp32."""
+        eye = self.eye(1.0)
+        diagonal = self.op("Mul", [sigma, eye], f"{prefix}.diagonal")
+        trace = self.op("ReduceSum", [diagonal, self.constant([1, 2])], f"{prefix}.trace", keepdims=1)
+        trace = self.op("Max", [trace, self.constant(MIN_TRACE, np.float32)], f"{prefix}.trace.safe")
+        y, z = self.op("Div", [sigma, trace], f"{prefix}.step0.y"), eye
+        for step in range(1, self.iterations + 1):
+            name, first, last = f"{prefix}.step{step}", step == 1, step == self.iterations
+            product = y if first else self.op("MatMul", [z, y], f"{name}.zy")
+            half = self.op("Mul", [product, self.constant(0.5, np.float32)], f"{name}.half")
+            factor = self.op("Sub", [self.eye(1.5), half], f"{name}.factor")
+            if not last:
+                z = factor if first else self.op("MatMul", [factor, z], f"{name}.z")
+            y = self.op("MatMul", [y, factor], f"{name}.y")
+        return self.op("Mul", [y, self.op("Sqrt", [trace], f"{prefix}.trace.root")], f"{prefix}.root")
+
+    def join(self, features: str, gate: str, x: str, shared: str, group: int, out: str) -> str:
+        """The end of a group: conv(features * gate) + x, and the share-source skip gamma * shared."""
+        name = f"groups.{group}"
+        gated = self.op("Mul", [features, gate], f"{name}.gated")
+        local = self.op("Add", [self.conv(gated, f"{name}.conv"), x], f"{name}.local")
+        return self.op("Add", [local, self.op("Mul", [shared, self.weight("gamma")], f"{name}.skip")], out)
+
+    def tail(self, trunk: str, out: str) -> str:
+        """Sub-pixel upscaling, the last convolution, and the mean shift back in fp32."""
+        x, layer = trunk, 0
+        for factor in [3] if self.arch.scale == 3 else [2] * (self.arch.scale.bit_length() - 1):
+            x = self.conv(x, f"upsampler.{layer}")
+            x = self.op("DepthToSpace", [x], f"upsampler.{layer}.shuffled", blocksize=factor, mode="CRD")
+            layer += 2
+        x = self.cast(self.conv(x, "tail"), Precision.FP32, "tail.fp32")
+        return self.conv(x, "mean_out", out, precision=Precision.FP32)
+
+    # --- models ---------------------------------------------------------------------------------------------------
+
+    def model(
+        self, name: str, inputs: Mapping[str, tuple[int, list[Any]]], outputs: Mapping[str, tuple[int, list[Any]]]
+    ) -> onnx.ModelProto:
+        """The nodes so far as a checked model; inputs and outputs map names to (element type, shape)."""
+        graph = helper.make_graph(
+            self.nodes,
+            name,
+            [helper.make_tensor_value_info(n, t, shape) for n, (t, shape) in inputs.items()],
+            [helper.make_tensor_value_info(n, t, shape) for n, (t, shape) in outputs.items()],
+            list(self.initializers.values()),
+        )
+        opsets = [helper.make_opsetid("", OPSET)]
+        if self.options.attention == Attention.MULTI_HEAD:
+            opsets.append(helper.make_opsetid("com.microsoft", 1))
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="sanrt", ir_version=IR_VERSION)
+        onnx.checker.check_model(model)
+        return model
+
+
+def san_model(spec: ModelSpec, weights: Weights, options: GraphOptions | None = None) -> onnx.ModelProto:
+    """The whole network: `input` (B, 3, H, W) float32 0..value_range -> `output` (B, 3, sH, sW) float32, not clipped.
+
+    The metadata is the spec's, with the options' precision and regions.
+    """
+    options = options or GraphOptions()
+    arch = spec.architecture
+    w = GraphWriter(arch, weights, spec.iterations, options)
+    first = w.head("input", "first")
+    shared = w.attention(first, "attention.in", "shared")
+    x = shared
+    for g in range(arch.groups):
+        features = w.blocks(x, g, f"groups.{g}.features")
+        gate = w.gate(w.covariance(features, f"groups.{g}.soca"), g, f"groups.{g}.gate")
+        x = w.join(features, gate, x, shared, g, f"groups.{g}.out")
+    trunk = w.op("Add", [w.attention(x, "attention.out", "attended"), first], "trunk")
+    w.tail(trunk, "output")
+    floats = TensorProto.FLOAT
+    model = w.model(
+        arch.name,
+        {"input": (floats, ["batch", 3, "height", "width"])},
+        {"output": (floats, ["batch", 3, "out_height", "out_width"])},
+    )
+    metadata = {**spec.to_metadata(), "sanrt.precision": f'"{options.precision}"', "sanrt.regions": str(options.regions)}
+    metadata["sanrt.min_side"] = str(options.regions * MIN_SIDE // 2)
+    helper.set_model_props(model, metadata)
+    return model
+
+
+def read_model(path: Path) -> tuple[ModelSpec, dict[str, Array]]:
+    """Spec and float32 weights of an exported fp32 ONNX; raises ModelError when it is none of sanrt's or damaged."""
+    try:
+        model = onnx.load(path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); make a model with `sanrt export --scale 4`") from error
+    except Exception as error:  # protobuf's DecodeError has no public home
+        raise ModelError(
+            f"{path}: not an ONNX file, or a damaged one; make it again with `sanrt export --scale 4`"
+        ) from error
+    spec = ModelSpec.from_metadata({p.key: p.value for p in model.metadata_props}, str(path))
+    if spec.precision != Precision.FP32:
+        raise ModelError(f"{path}: its weights are {spec.precision}, expected the fp32 model that `sanrt export` writes")
+    return spec, {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if not t.name.startswith("const.")}
