@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test check clean
 
 demo: $(STAMP)
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
