@@ -22,8 +22,9 @@ from training.data import Patches, picture_files, read_rgb, to_tensor
 INNER_RANGE = 8.0
 """The mean shifts map 0..255 to a range of this width, in which Adam's steps suit every layer alike."""
 
-SOCA_GAIN = 16.0
-"""SOCA's first layer starts this much larger, so that its gates depend on the picture from the start."""
+SOCA_GAIN = 128.0
+"""SOCA's first layer starts positive and this much larger: then its hidden units are alive and the gates differ between
+pictures from the start (with the usual start they stay all but constant, see training/README.md)."""
 
 
 def initialise(net: SAN) -> None:
@@ -35,7 +36,7 @@ def initialise(net: SAN) -> None:
         net.mean_out.weight.div_(ratio)
         for group in net.groups:
             group.conv.weight.mul_(0.1)
-            group.soca.down.weight.mul_(SOCA_GAIN)
+            group.soca.down.weight.abs_().mul_(SOCA_GAIN)
             for block in group.blocks:
                 block.conv2.weight.mul_(0.1)
         nn.init.zeros_(net.attention.out.weight)
@@ -73,11 +74,9 @@ def pass_colours(conv: nn.Conv2d, kernels: Tensor) -> None:
 
 
 def start_from(net: SAN, path: Path) -> None:
-    """Take every tensor of the same shape from another scale's checkpoint (all but the upsampler)."""
+    """Take the body (head, attention, groups) of another scale's checkpoint; upsampler and tail keep their own start."""
     state = torch.load(path, weights_only=True)["net"]
-    own = net.state_dict()
-    own.update({name: t for name, t in state.items() if not name.startswith("upsampler.") and own[name].shape == t.shape})
-    net.load_state_dict(own)
+    net.load_state_dict(net.state_dict() | {n: t for n, t in state.items() if not n.startswith(("upsampler.", "tail."))})
 
 
 def y_channel(rgb: Tensor) -> Tensor:
