@@ -1,0 +1,456 @@
+"""Reading and writing picture files with libvips: what the network sees, and what must survive it.
+
+The network sees the numbers as they are stored, as RGB: an ICC profile is not applied but kept, and embedded again. Only
+CMYK is converted (by its profile, else libvips' own), to sRGB.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sanrt.errors import PictureError
+from sanrt.runtime.formats import Format
+from sanrt.runtime.scratch import ScratchPicture
+
+if TYPE_CHECKING:
+    import pyvips
+
+MAX_PIXELS = 1_000_000_000
+"""A picture whose header claims more is refused, unless the caller allows it."""
+
+Metadatum = tuple[int, Any]
+Pixels = NDArray[np.uint8] | NDArray[np.uint16]
+
+_KEPT = ("icc-profile-data", "exif-data", "xmp-data", "iptc-data", "exif-ifd0", "exif-ifd2", "exif-ifd3", "exif-ifd4")
+
+
+@dataclass(frozen=True)
+class PictureInfo:
+    """What a picture file's header says."""
+
+    path: Path
+    format: Format
+    """By its content, whatever its name."""
+    width: int
+    """Pixels, after the EXIF orientation is applied."""
+    height: int
+    bits: int = 8
+    """Significant bits per sample: 8 (also for fewer), 10, 12 or 16."""
+    grey: bool = False
+    alpha: bool = False
+    lossless: bool = False
+    """For WebP: whether it is compressed without loss."""
+    resolution: tuple[float, float] = (1.0, 1.0)
+    """Pixels per millimetre, x and y."""
+    metadata: Mapping[str, Metadatum] = field(default_factory=dict, repr=False)
+    """ICC profile, EXIF, XMP and IPTC as libvips names and types them; the orientation and the thumbnail are not kept."""
+    notes: tuple[str, ...] = ()
+    """What of the file is not taken over, one line each, for people."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of its samples in memory: uint8, or uint16 over the whole 0..65535."""
+        return np.dtype(np.uint8 if self.bits == 8 else np.uint16)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What the user may choose about written files."""
+
+    quality: int | None = None
+    """1 to 100 for JPEG, WebP and AVIF; None is 95 (AVIF: 90)."""
+    lossless: bool = False
+    """WebP and AVIF without loss; a lossless WebP stays so anyway."""
+    background: tuple[int, int, int] | None = None
+    """8-bit RGB to lay transparent pictures onto; None keeps the transparency."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """How one result will be written: settled, and checked, before the network runs."""
+
+    path: Path
+    format: Format
+    width: int
+    height: int
+    bits: int = 8
+    grey: bool = False
+    alpha: bool = False
+    lossless: bool = False
+    quality: int = 95
+    background: tuple[int, int, int] | None = None
+    resolution: tuple[float, float] = (1.0, 1.0)
+    metadata: Mapping[str, Metadatum] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+    """What the format cannot hold and the user asked to go without, one line each."""
+
+
+class SourcePicture:
+    """An opened picture file; pixels are decoded as they are asked for.
+
+    Rows asked for from top to bottom, overlapping or not, are decoded once and only the last ones asked for are held. Rows
+    above those start the decoding over. Not for several threads at once.
+    """
+
+    def __init__(self, info: PictureInfo) -> None:
+        self.info = info
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._region: pyvips.Region | None = None
+        self._held, self._top = np.empty((0, 0, 0), self.info.dtype), 0
+
+    def rgb(self, top: int = 0, height: int | None = None) -> Pixels:
+        """Rows `top` to `top + height` (all by default) as (height, W, 3) in the file's depth; grey is in all three.
+
+        PictureError if the file is truncated or damaged there.
+        """
+        rows = self._rows(top, height)[..., : 1 if self.info.grey else 3]
+        return rows.repeat(3, axis=2) if self.info.grey else np.ascontiguousarray(rows)
+
+    def alpha(self, top: int = 0, height: int | None = None) -> Pixels:
+        """The same rows' opacity as (height, W), full for a picture without transparency."""
+        rows = self._rows(top, height)
+        if not self.info.alpha:
+            return np.full(rows.shape[:2], np.iinfo(rows.dtype).max, rows.dtype)
+        return np.ascontiguousarray(rows[..., -1])
+
+    def _rows(self, top: int, height: int | None) -> NDArray[Any]:
+        bottom = self.info.height if height is None else top + height
+        if not 0 <= top < bottom <= self.info.height:
+            raise ValueError(f"rows {top} to {bottom} of a picture with {self.info.height}")
+        if top < self._top:
+            self._start_over()
+        held = self._held[top - self._top :]
+        if top + len(held) < bottom:
+            fresh = self._decode(top + len(held), bottom)
+            held = np.concatenate([held, fresh]) if len(held) else fresh
+        self._held, self._top = held, top
+        return held[: bottom - top]
+
+    def _decode(self, top: int, bottom: int) -> NDArray[Any]:
+        info = self.info
+        with _vips_told_as(f"{info.path}: damaged"):
+            if self._region is None:
+                self._region = _vips().Region.new(_decoded(_loaded(info.path, info.format)))
+            data = self._region.fetch(0, top, info.width, bottom - top)
+        return np.frombuffer(data, info.dtype).reshape(bottom - top, info.width, -1)
+
+    def close(self) -> None:
+        """Let go of the file and of the held rows."""
+        self._start_over()
+
+    def __enter__(self) -> SourcePicture:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> SourcePicture:
+    """Open a picture and check its header; no pixel is decoded yet.
+
+    PictureError if it cannot be opened, is no supported picture, or claims more than `max_pixels`.
+    """
+    head = _head(path)
+    form = Format.of_content(head)
+    if form is None:
+        raise PictureError(f"{path}: {_unknown(head)}; expected {', '.join(form.upper() for form in Format)}")
+    with _vips_told_as(f"{path}: damaged {form.upper()} file"):
+        image = _loaded(path, form)
+        _check_header(path, image, max_pixels)
+        return SourcePicture(_info(path, form, image))
+
+
+def _head(path: Path) -> bytes:
+    try:
+        if path.exists() and not path.is_file():
+            raise PictureError(f"{path}: not a regular file; expected a picture")
+        with path.open("rb") as file:
+            return file.read(4096)
+    except OSError as error:
+        raise PictureError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _unknown(head: bytes) -> str:
+    return "unknown content, no picture that sanrt reads" if head else "empty file"
+
+
+@cache
+def _vips() -> Any:
+    """pyvips, its process-wide settings made once: no cache of operations (it would hold files and pixels), two threads."""
+    import pyvips
+
+    pyvips.cache_set_max(0)
+    if "VIPS_CONCURRENCY" not in os.environ:
+        pyvips.concurrency_set(2)
+    return pyvips
+
+
+@contextmanager
+def _vips_told_as(subject: str) -> Iterator[None]:
+    """Errors of libvips as one line about `subject`."""
+    pyvips = _vips()
+    try:
+        yield
+    except pyvips.Error as error:
+        lines = dict.fromkeys(line.strip() for line in error.detail.splitlines() if line.strip())
+        raise PictureError(f"{subject} ({'; '.join(lines) or error.message})") from None
+    except UnicodeDecodeError:
+        raise PictureError(f"{subject} (its text is not UTF-8)") from None
+
+
+def _loaded(path: Path, form: Format) -> pyvips.Image:
+    """The file as stored, by the loader of its format and no other, so that no untrusted loader is ever tried.
+
+    Decoded once from top to bottom if its orientation allows, else as a whole (libvips uses a nameless file above 100 MB).
+    Warnings of libjpeg mean pixels made up; those of other formats are about metadata.
+    """
+    load = getattr(_vips().Image, f"{form.facts.libvips}load_source")
+    fail_on = "warning" if form is Format.JPEG else "error"
+
+    def opened(access: str) -> pyvips.Image:
+        return load(_vips().Source.new_from_file(os.fsencode(path)), access=access, fail_on=fail_on)
+
+    image = opened("sequential")
+    return image if _orientation(image) in (1, 2) else opened("random")
+
+
+def _orientation(image: pyvips.Image) -> int:
+    return image.get("orientation") if image.get_typeof("orientation") else 1
+
+
+def _check_header(path: Path, image: pyvips.Image, max_pixels: int) -> None:
+    """PictureError unless it is of a size, sample type and colour space that sanrt reads."""
+    if image.width * image.height > max_pixels:
+        raise PictureError(
+            f"{path}: claims {image.width} x {image.height} pixels, {image.width * image.height / 1e6:.0f} megapixels; "
+            f"at most {max_pixels / 1e6:.0f} are allowed"
+        )
+    if image.format not in ("uchar", "ushort"):
+        raise PictureError(f"{path}: samples are {image.format}; expected 8 or 16 bit unsigned, convert it to 16 bit first")
+    colours = image.bands - image.hasalpha()
+    if colours != {"b-w": 1, "grey16": 1, "srgb": 3, "rgb": 3, "rgb16": 3, "cmyk": 4}.get(image.interpretation):
+        raise PictureError(f"{path}: {image.interpretation} with {image.bands} channels; expected grey, RGB or CMYK")
+
+
+def _decoded(image: pyvips.Image) -> pyvips.Image:
+    """Upright, CMYK converted."""
+    if _orientation(image) != 1:
+        image = image.autorot()
+    if image.interpretation == "cmyk":
+        depth = 8 if image.format == "uchar" else 16
+        image = image.icc_transform("srgb", embedded=True, input_profile="cmyk", intent="relative", depth=depth)
+    return image
+
+
+def _info(path: Path, form: Format, image: pyvips.Image) -> PictureInfo:
+    turned = _orientation(image) >= 5
+    cmyk = image.interpretation == "cmyk"
+    return PictureInfo(
+        path,
+        form,
+        width=image.height if turned else image.width,
+        height=image.width if turned else image.height,
+        bits=8 if image.format == "uchar" else image.get("bits-per-sample") if form is Format.AVIF else 16,
+        grey=image.bands - image.hasalpha() == 1,
+        alpha=bool(image.hasalpha()),
+        lossless=form is Format.WEBP and _is_lossless_webp(path),
+        resolution=(image.yres, image.xres) if turned else (image.xres, image.yres),
+        metadata={name: item for name, item in _metadata(image) if not (cmyk and name == "icc-profile-data")},
+        notes=tuple(_notes(form, image)),
+    )
+
+
+def _metadata(image: pyvips.Image) -> Iterator[tuple[str, Metadatum]]:
+    for name in image.get_fields():
+        if name.startswith(_KEPT) and not name.endswith("-Orientation"):
+            yield name, (image.get_typeof(name), image.get(name))
+
+
+def _notes(form: Format, image: pyvips.Image) -> Iterator[str]:
+    pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
+    if pages > 1:
+        yield f"only the first of its {pages} frames"
+    if image.interpretation == "cmyk":
+        yield "CMYK converted to sRGB"
+    if form.written_as is not form:
+        yield f"{form.upper()} is written as {form.written_as.upper()}"
+
+
+def _is_lossless_webp(path: Path) -> bool:
+    """Whether the first frame's chunk is VP8L (RFC 9649, section 2); an animation counts as lossy."""
+    with path.open("rb") as file:
+        file.seek(12)
+        while len(header := file.read(8)) == 8:
+            if header[:4] in (b"VP8L", b"VP8 ", b"ANMF"):
+                return header[:4] == b"VP8L"
+            size = int.from_bytes(header[4:], "little")
+            file.seek(size + size % 2, os.SEEK_CUR)
+    return False
+
+
+def plan_output(
+    source: PictureInfo, path: Path, scale: int, encoding: Encoding = Encoding(), bits: int | None = None
+) -> Output:
+    """How the result for `source`, `scale` times as large, is written to `path`: the format is by the path's suffix.
+
+    PictureError if that format cannot hold the size or the transparency. Depth it cannot hold is reduced, with a note.
+    """
+    form = Format.of_suffix(path)
+    if form is None or form is Format.GIF:
+        names = ", ".join(suffix for form in Format if form is not Format.GIF for suffix in form.facts.suffixes)
+        raise PictureError(f"{path}: cannot be written as '{path.suffix}'; expected a name ending in one of {names}")
+    width, height = source.width * scale, source.height * scale
+    if max(width, height) > form.facts.max_side:
+        raise PictureError(
+            f"{path}: {form.upper()} holds at most {form.facts.max_side} pixels a side, the result has {width} x {height}; "
+            "choose PNG or TIFF"
+        )
+    alpha = source.alpha and encoding.background is None
+    if alpha and not form.facts.alpha:
+        raise PictureError(f"{path}: {form.upper()} holds no transparency, {source.path} has it; choose PNG or a background")
+    wanted = bits or source.bits
+    return Output(
+        path,
+        form,
+        width,
+        height,
+        bits=min(wanted, form.facts.max_bits),
+        grey=source.grey and form.facts.grey and encoding.background is None,
+        alpha=alpha,
+        lossless=encoding.lossless or (source.lossless and form is Format.WEBP),
+        quality=encoding.quality or form.facts.quality or 100,
+        background=encoding.background if source.alpha else None,
+        resolution=source.resolution,
+        metadata=source.metadata,
+        notes=tuple(_losses(source, form, wanted)),
+    )
+
+
+def _losses(source: PictureInfo, form: Format, bits: int) -> Iterator[str]:
+    if bits > form.facts.max_bits:
+        yield f"{bits}-bit samples become {form.facts.max_bits}-bit: {form.upper()} holds no more"
+    if "exif-data" in source.metadata and not form.facts.exif:
+        yield f"EXIF is not kept: libvips writes none into {form.upper()}"
+
+
+def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | ScratchPicture | None = None) -> None:
+    """Encode (H, W, 3) pixels, uint8 or uint16, and (H, W) opacity to `output.path`, whole or not at all.
+
+    Grey outputs get the mean of the three channels. `alpha` is needed if the output has alpha, or a background to lay it
+    onto. PictureError if the file cannot be written.
+    """
+    with _vips_told_as(f"{output.path}: cannot be written"):
+        image = _with_metadata(_encodable(output, rgb, alpha), output)
+        with _replacing(output.path) as descriptor:
+            target = _vips().Target.new_to_descriptor(descriptor)
+            getattr(image, f"{output.format.facts.libvips}save_target")(target, **_saver_options(output))
+
+
+def _encodable(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | ScratchPicture | None) -> pyvips.Image:
+    image = _image(rgb)
+    if (image.width, image.height) != (output.width, output.height):
+        raise ValueError(f"pixels are {image.width} x {image.height}, the output {output.width} x {output.height}")
+    sixteen = output.bits > 8
+    image = _in_depth(image, sixteen)
+    if output.grey and image.bands == 3:
+        image = image.bandmean()
+    if output.alpha or output.background:
+        if alpha is None:
+            raise ValueError("an output with transparency needs alpha")
+        image = image.bandjoin(_in_depth(_image(alpha), sixteen))
+    grey, colour = ("grey16", "rgb16") if sixteen else ("b-w", "srgb")
+    image = image.copy(interpretation=grey if image.bands < 3 else colour)
+    if output.background:
+        image = image.flatten(background=[value * (257 if sixteen else 1) for value in output.background])
+    return image
+
+
+def _image(pixels: Pixels | ScratchPicture) -> pyvips.Image:
+    if isinstance(pixels, ScratchPicture):
+        return pixels.image()
+    return _vips().Image.new_from_array(np.ascontiguousarray(pixels))
+
+
+def _in_depth(image: pyvips.Image, sixteen: bool) -> pyvips.Image:
+    """The samples scaled to 8 or 16 bit, rounded."""
+    if sixteen == (image.format == "ushort"):
+        return image
+    return (image * 257).cast("ushort") if sixteen else (image / 257).rint().cast("uchar")
+
+
+def _with_metadata(image: pyvips.Image, output: Output) -> pyvips.Image:
+    image = image.copy(xres=output.resolution[0], yres=output.resolution[1])
+    for name, (kind, value) in output.metadata.items():
+        image.set_type(kind, name, value)
+    image.set_type(_vips().GValue.gint_type, "orientation", 1)
+    return image
+
+
+def _saver_options(output: Output) -> dict[str, Any]:
+    """PNG and TIFF: quick compression, a few per cent larger than the slowest. Lossy formats: full colour resolution."""
+    match output.format:
+        case Format.PNG:
+            return {"compression": 3, "filter": "all"}
+        case Format.JPEG:
+            return {"Q": output.quality, "subsample_mode": "off", "optimize_coding": True}
+        case Format.WEBP:
+            return {"Q": output.quality, "lossless": output.lossless, "exact": output.lossless, "effort": 2}
+        case Format.TIFF:
+            bigtiff = output.width * output.height * 8 > 1 << 32
+            return {"compression": "deflate", "predictor": "horizontal", "bigtiff": bigtiff}
+        case _:
+            depth = {"bitdepth": 8 if output.bits == 8 else max(10, output.bits)}
+            return {"compression": "av1", "Q": output.quality, "lossless": output.lossless, "subsample_mode": "off", **depth}
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[int]:
+    """Descriptor of a new file beside `path`, which takes its place if the body succeeds and is removed if not.
+
+    The file is locked while its writer lives: that tells `remove_leftovers` which ones are nobody's.
+    """
+    partial = path.with_name(f".{path.name[:50]}.sanrt-{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield descriptor
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+            os.close(descriptor)
+    except OSError as error:
+        raise PictureError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what killed runs left half-written in `folder` (not below), sparing files whose writer lives; the removed."""
+    removed = []
+    for partial in folder.glob(".*.sanrt-*.partial"):
+        with suppress(OSError), partial.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
+            removed.append(partial)
+    return removed
+
+
+def upscale_alpha(alpha: Pixels, scale: int) -> Pixels:
+    """(H, W) opacity to (scale*H, scale*W) by bicubic interpolation, clipped; where all is opaque it stays exactly so."""
+    upscaled: Pixels = _image(alpha).resize(scale, kernel="cubic").numpy()
+    return upscaled.reshape(scale * alpha.shape[0], scale * alpha.shape[1])
