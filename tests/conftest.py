@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,3 +17,32 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared (golden outputs, test pictures), which a user's clone does not have")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_model(scale=2)`: an exported ONNX of a small SAN with seeded random weights and every part live.
+
+    All scales lie in one folder under the names that `--models` looks for.
+    """
+    folder = tmp_path_factory.mktemp("models")
+
+    @cache
+    def make(scale: int = 2) -> Path:
+        import torch
+
+        from sanrt.model.graph import san_model
+        from sanrt.model.san import SAN
+        from sanrt.model.spec import Architecture, ModelSpec
+
+        arch = Architecture(scale=scale, groups=1, blocks=1, channels=16, reduction=4)
+        with torch.random.fork_rng():
+            torch.manual_seed(scale)
+            net = SAN(arch)
+        torch.nn.init.constant_(net.gamma, 0.5)
+        weights = {name: t.detach().numpy() for name, t in net.state_dict().items()}
+        path = folder / f"san_x{scale}.onnx"
+        path.write_bytes(san_model(ModelSpec(arch, "0" * 64, "seeded random weights", 5), weights).SerializeToString())
+        return path
+
+    return make
