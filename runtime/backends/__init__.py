@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sanrt.errors import BackendError
-from sanrt.model.spec import ModelSpec
+from sanrt.model.spec import ModelSpec, Precision
 
 Array = npt.NDArray[np.float32]
 
@@ -63,6 +63,8 @@ class RunOptions:
 
     threads: int | None = None
     """CPU threads; None is one per core."""
+    precision: Precision | None = None
+    """Of convolutions and attention; None is the backend's own choice, told by its `spec.precision`."""
     regions: int = 2
     """k of the k x k attention regions."""
     device: int = 0
