@@ -1,0 +1,297 @@
+"""PSNR and SSIM of any model against bicubic by the papers' protocol: `python benchmarks/quality.py --help`.
+
+Both are taken on luma (BT.601, 16..235), with `scale` pixels shaved off every side.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pyvips
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
+
+from sanrt.errors import PictureError, SanrtError, UsageError
+from sanrt.export.metrics import Score, y_score
+from sanrt.model.spec import SCALES
+from sanrt.runtime.backends import Backend, RunOptions, load_backend
+from training.data import Picture, picture_files, read_rgb
+from training.degrade import bicubic
+
+CROP = 160
+"""Side of the sheet's crops, high-resolution pixels."""
+
+LABEL = 30
+"""Height of the sheet's labels, pixels."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One low-resolution picture and its truth."""
+
+    low: Path
+    high: Path
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pairs of one scale, in the order of their names."""
+
+    name: str
+    scale: int
+    pairs: tuple[Pair, ...]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to upscale: bicubic, a model, or the pictures that another program wrote."""
+
+    name: str
+    scale: int | None
+    """The only scale it knows; None takes all."""
+    upscale: Callable[[Pair, int], Picture]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method reached on one set, averaged over its pictures."""
+
+    set: str
+    scale: int
+    method: str
+    psnr: float
+    ssim: float
+    pictures: Mapping[str, Score]
+
+
+def quality(
+    model: Annotated[list[str] | None, typer.Option(help="Checkpoint, ONNX, or 2, 3, 4, 8: bundled weights.")] = None,
+    set_: Annotated[list[Path] | None, typer.Option("--set", help="Folder that holds HR/ and LR/.")] = None,
+    hr: Annotated[Path | None, typer.Option(help="High-resolution pictures.")] = None,
+    lr: Annotated[Path | None, typer.Option(help="The same pictures in low resolution, with the same names.")] = None,
+    outputs: Annotated[
+        list[Path] | None, typer.Option(help="Another program's upscaled pictures, to be scored too.")
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="[default: onnxruntime for an ONNX, torch for a checkpoint]")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write every score to this file.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Draw crops of LR, every method and HR into this PNG.")] = None,
+) -> None:
+    """Score models against bicubic: PSNR and SSIM on Y, `scale` pixels shaved. Repeat --model, --set, --outputs for more."""
+    sets = picture_sets(set_ or [], hr, lr)
+    with ExitStack() as stack:
+        methods = [Method("bicubic", None, lambda pair, scale: bicubic(read_rgb(pair.low), scale))]
+        methods += [model_method(stack.enter_context(open_model(name, backend)), name) for name in model or []]
+        methods += [output_method(folder, sets) for folder in outputs or []]
+        require_sets(methods, sets)
+        rows, crops = score_all(methods, sets)
+    Console().print(table(rows))
+    if json_:
+        json_.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    if sheet:
+        pyvips.Image.arrayjoin(crops, across=1).write_to_file(str(sheet))
+
+
+def picture_sets(folders: list[Path], hr: Path | None, lr: Path | None) -> list[PictureSet]:
+    """The sets that the arguments name; raises UsageError when they name none, or half of one."""
+    if (hr is None) != (lr is None):
+        raise UsageError("--hr and --lr go together: give both folders, or --set with a folder that holds HR/ and LR/")
+    named = [(short_name(folder), folder / "HR", folder / "LR") for folder in folders]
+    if hr and lr:
+        named.append((short_name(hr.parent), hr, lr))
+    if not named:
+        raise UsageError("no pictures to score: give --set DIR (with HR/ and LR/ in it), or --hr DIR and --lr DIR")
+    return [picture_set(*each) for each in named]
+
+
+def short_name(folder: Path) -> str:
+    """The last two parts of a path: a test set is usually kept as NAME/SCALE."""
+    return "/".join(folder.resolve().parts[-2:])
+
+
+def picture_set(name: str, high: Path, low: Path) -> PictureSet:
+    """Pair up two folders; raises PictureError where names or sizes do not match."""
+    highs, lows = pictures_by_name(high), pictures_by_name(low)
+    if single := highs.keys() ^ lows.keys():
+        raise PictureError(f"{min(single)}: found in only one of {high} and {low}; expected the same names in both")
+    pairs = tuple(Pair(lows[stem], highs[stem]) for stem in sorted(lows))
+    scale = scale_of(pairs[0])
+    if scale not in SCALES:
+        raise PictureError(f"{name}: HR is x{scale} of LR; expected one of {', '.join(f'x{s}' for s in SCALES)}")
+    for pair in pairs:
+        require_size(pair.high, size(pair.high), size(pair.low), scale)
+    return PictureSet(name, scale, pairs)
+
+
+def pictures_by_name(folder: Path) -> dict[str, Path]:
+    """The pictures directly in a folder, by name without suffix; raises PictureError when there are none."""
+    if not folder.is_dir():
+        raise PictureError(f"{folder}: no such folder; expected one with pictures")
+    found = {path.stem: path for path in picture_files(folder) if path.parent == folder}
+    if not found:
+        raise PictureError(f"{folder}: holds no pictures; expected PNG, JPEG, WebP or TIFF files")
+    return found
+
+
+def size(path: Path) -> tuple[int, int]:
+    """Width and height, from the file's header."""
+    try:
+        image = pyvips.Image.new_from_file(str(path))
+    except pyvips.Error as error:
+        raise PictureError(f"{path}: cannot be read as a picture; replace it or take it out") from error
+    return image.width, image.height
+
+
+def scale_of(pair: Pair) -> int:
+    """How many times wider the high-resolution picture is."""
+    return round(size(pair.high)[0] / size(pair.low)[0])
+
+
+def require_size(path: Path, found: tuple[int, int], low: tuple[int, int], scale: int) -> None:
+    """Raise PictureError unless a picture is `scale` times the low-resolution one."""
+    expected = low[0] * scale, low[1] * scale
+    if found != expected:
+        raise PictureError(
+            f"{path}: {found[0]} x {found[1]} px; expected {expected[0]} x {expected[1]}, x{scale} of its LR picture"
+        )
+
+
+def open_model(name: str, backend: str | None) -> Backend:
+    """Load an ONNX with onnxruntime, a checkpoint or a scale's bundled weights with torch, or any with `backend`."""
+    if name.isdigit():
+        from sanrt.model.checkpoint import bundled_checkpoint
+
+        if int(name) not in SCALES:
+            raise UsageError(f"--model {name}: no such scale; expected 2, 3, 4 or 8, or a file")
+        path = bundled_checkpoint(int(name))
+    else:
+        path = Path(name)
+    return load_backend(backend or ("onnxruntime" if path.suffix == ".onnx" else "torch"), path, RunOptions())
+
+
+def model_method(backend: Backend, name: str) -> Method:
+    """A loaded model as a method; its output is clipped and rounded to uint8."""
+    arch = backend.spec.architecture
+
+    def upscale(pair: Pair, _: int) -> Picture:
+        low = read_rgb(pair.low).transpose(2, 0, 1)[None].astype(np.float32)
+        output = backend.infer(np.ascontiguousarray(low * (arch.value_range / 255)))[0] * (255 / arch.value_range)
+        pixels: Picture = output.clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0)
+        return pixels
+
+    return Method(f"sanrt x{name}" if name.isdigit() else name, arch.scale, upscale)
+
+
+def output_method(folder: Path, sets: list[PictureSet]) -> Method:
+    """Another program's pictures as a method; they belong to the one set that is scored."""
+    if len(sets) > 1:
+        raise UsageError(f"--outputs {folder}: {len(sets)} sets are scored; expected the one set that these pictures are of")
+    found = pictures_by_name(folder)
+    if missing := {pair.low.stem for pair in sets[0].pairs} - found.keys():
+        raise PictureError(f"{folder}: no picture named {min(missing)}; expected one for each of {sets[0].name}")
+    for pair in sets[0].pairs:
+        path = found[pair.low.stem]
+        require_size(path, size(path), size(pair.low), sets[0].scale)
+    return Method(short_name(folder), None, lambda pair, _: read_rgb(found[pair.low.stem]))
+
+
+def require_sets(methods: list[Method], sets: list[PictureSet]) -> None:
+    """Raise UsageError for a model that fits none of the sets."""
+    scales = {each.scale for each in sets}
+    for method in methods:
+        if method.scale and method.scale not in scales:
+            raise UsageError(
+                f"{method.name} upscales x{method.scale}; the pictures are {', '.join(f'x{s}' for s in sorted(scales))}"
+            )
+
+
+def score_all(methods: list[Method], sets: list[PictureSet]) -> tuple[list[Row], list[pyvips.Image]]:
+    """Every method on every set of its scale, and one strip of crops for every picture."""
+    rows, strips = [], []
+    for each in sets:
+        fitting = [method for method in methods if method.scale in (None, each.scale)]
+        scores: dict[str, dict[str, Score]] = {method.name: {} for method in fitting}
+        for pair in track(each.pairs, each.name, console=Console(stderr=True), transient=True):
+            high = read_rgb(pair.high)
+            results = {method.name: method.upscale(pair, each.scale) for method in fitting}
+            for name, output in results.items():
+                scores[name][pair.low.stem] = y_score(output, high, each.scale)
+            labels = {name: f"{name} {scores[name][pair.low.stem].psnr:.2f} dB" for name in results}
+            strips.append(strip(pair, each.scale, high, {labels[name]: output for name, output in results.items()}))
+        rows += [summary(each, name, pictures) for name, pictures in scores.items()]
+    return rows, strips
+
+
+def summary(pictures: PictureSet, method: str, scores: dict[str, Score]) -> Row:
+    """Mean over the pictures."""
+    psnr, ssim = (float(np.mean(values)) for values in zip(*((s.psnr, s.ssim) for s in scores.values()), strict=True))
+    return Row(pictures.name, pictures.scale, method, psnr, ssim, scores)
+
+
+def table(rows: list[Row]) -> Table:
+    """Scores for a terminal."""
+    shown = Table(title="On Y, `scale` pixels shaved")
+    for heading in ("set", "method"):
+        shown.add_column(heading, overflow="fold")
+    for heading in ("PSNR, dB", "SSIM"):
+        shown.add_column(heading, justify="right")
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        last = following is None or following.set != row.set
+        shown.add_row(row.set, row.method, f"{row.psnr:.2f}", f"{row.ssim:.4f}", end_section=last)
+    return shown
+
+
+def strip(pair: Pair, scale: int, high: Picture, results: Mapping[str, Picture]) -> pyvips.Image:
+    """LR, every method's output and HR side by side, where the first method (bicubic) is furthest from the truth."""
+    top, left = worst_place(next(iter(results.values())), high)
+    low = read_rgb(pair.low).repeat(scale, 0).repeat(scale, 1)
+    shown = {f"{pair.low.stem} LR": low, **results, "HR": high}
+    cells = [cell(label, picture[top : top + CROP, left : left + CROP]) for label, picture in shown.items()]
+    return pyvips.Image.arrayjoin(cells, across=len(cells))
+
+
+def worst_place(output: Picture, high: Picture) -> tuple[int, int]:
+    """Top and left of the crop with the largest squared error, of those half a crop apart."""
+    error = np.square(output.astype(float) - high).sum(2)
+
+    def places(axis: int) -> range:
+        return range(0, max(high.shape[axis] - CROP, 0) + 1, CROP // 2)
+
+    return max(
+        ((top, left) for top in places(0) for left in places(1)),
+        key=lambda at: error[at[0] : at[0] + CROP, at[1] : at[1] + CROP].sum(),
+    )
+
+
+def cell(label: str, crop: Picture) -> pyvips.Image:
+    """A crop under its label, on white."""
+    image = pyvips.Image.new_from_array(np.ascontiguousarray(crop)).copy(interpretation="srgb")
+    text = pyvips.Image.text(label.replace("&", "&amp;").replace("<", "&lt;"), font="sans 10", dpi=72, width=CROP)
+    label_line = text.invert().gravity("centre", CROP, LABEL, extend="white")
+    framed = image.gravity("north-west", CROP + 4, CROP + 4, extend="white")
+    return label_line.colourspace("srgb").join(framed, "vertical", expand=True, background=255)
+
+
+def main() -> None:
+    """Run the command line: one line on stderr and exit 1 for whatever is wrong."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(quality)
+    try:
+        app()
+    except SanrtError as error:
+        print(f"quality: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
