@@ -32,7 +32,8 @@ def derived_model(model: Path, options: GraphOptions) -> Path:
 
     identity = "\n".join([file_digest(model), __version__, *map(str, astuple(options))])
     tag = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    path = model.parent / FOLDER / f"{model.stem}-{options.precision}-{options.attention}-k{options.regions}-{tag}.onnx"
+    part = options.stage or f"k{options.regions}"
+    path = model.parent / FOLDER / f"{model.stem}-{options.precision}-{options.attention}-{part}-{tag}.onnx"
     if not path.exists():
         write_variant(model, options, path)
     return path
@@ -41,14 +42,15 @@ def derived_model(model: Path, options: GraphOptions) -> Path:
 def write_variant(model: Path, options: GraphOptions, path: Path) -> None:
     """Write a variant beside its final name and move it there."""
     try:
-        from sanrt.model.graph import read_model, san_model
+        from sanrt.model.graph import read_model, san_model, stage_model
     except ModuleNotFoundError as error:
         raise BackendError(f"{model}: preparing it needs the onnx package; pip install 'sanrt[cpu]'") from error
     spec, weights = read_model(model)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(exist_ok=True)
-        partial.write_bytes(san_model(spec, weights, options).SerializeToString())
+        variant = (stage_model if options.stage else san_model)(spec, weights, options)
+        partial.write_bytes(variant.SerializeToString())
         partial.replace(path)
     except OSError as error:
         raise ModelError(f"{path.parent}: cannot be written ({error.strerror}); use a writable --models folder") from error

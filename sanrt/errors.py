@@ -29,5 +29,9 @@ class OutOfMemoryError(BackendError):
     """A backend ran out of (device or host) memory; smaller tiles may fit."""
 
 
+class ScratchError(SanrtError):
+    """A scratch file that cannot be made or written: a full or missing disk."""
+
+
 class UsageError(SanrtError):
     """Arguments that contradict each other or do not fit the model."""

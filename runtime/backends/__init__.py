@@ -17,6 +17,14 @@ from sanrt.model.spec import ModelSpec, Precision
 Array = npt.NDArray[np.float32]
 
 
+class Stages(Protocol):
+    """A network in the stages of `sanrt.model.graph.stage_model`, each run as often as there are tiles."""
+
+    def run(self, stage: str, *inputs: npt.NDArray[Any]) -> list[Array]:
+        """Outputs of a stage; raises as `Backend.infer` does."""
+        ...
+
+
 class Backend(Protocol):
     """One loaded model, ready to run; a context manager."""
 
@@ -32,6 +40,10 @@ class Backend(Protocol):
 
         Raises OutOfMemoryError when memory does not suffice, BackendError for anything else.
         """
+        ...
+
+    def stages(self) -> Stages:
+        """The network stage by stage, for exact streaming; raises BackendError where the backend has none."""
         ...
 
     def close(self) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
+import numpy.typing as npt
+
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError
 from sanrt.model.spec import Attention, GraphOptions, ModelSpec
-from sanrt.runtime.backends import Array, BackendStatus, RunOptions
+from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages
 from sanrt.runtime.derived import derived_model
 
 NAME = "onnxruntime"
+
+OPEN_STAGES = 4
+"""As many as the widest pass over the picture takes turns between (head, keys and values, attention)."""
 
 
 def status() -> BackendStatus:
@@ -25,9 +31,7 @@ def status() -> BackendStatus:
 
 def load(model: Path, options: RunOptions) -> OnnxRuntimeBackend:
     """Load an exported fp32 ONNX (its MultiHeadAttention variant is what runs)."""
-    return OnnxRuntimeBackend(
-        derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, regions=options.regions)), options
-    )
+    return OnnxRuntimeBackend(model, options)
 
 
 class OnnxRuntimeBackend:
@@ -36,7 +40,9 @@ class OnnxRuntimeBackend:
     name = NAME
     device = "CPU"
 
-    def __init__(self, graph: Path, options: RunOptions) -> None:
+    def __init__(self, model: Path, options: RunOptions) -> None:
+        self.model, self.options = model, options
+        graph = derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, regions=options.regions))
         self.session = open_session(graph, options)
         self.spec = ModelSpec.from_metadata(self.session.get_modelmeta().custom_metadata_map, str(graph))
 
@@ -47,6 +53,9 @@ class OnnxRuntimeBackend:
             raise run_error(error) from error
         return output
 
+    def stages(self) -> Stages:
+        return OnnxRuntimeStages(self.model, self.options)
+
     def close(self) -> None:
         self.session = None
 
@@ -55,6 +64,25 @@ class OnnxRuntimeBackend:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class OnnxRuntimeStages:
+    """A session per stage, opened when it is first run; only the last few stay open, as every session keeps its memory."""
+
+    def __init__(self, model: Path, options: RunOptions) -> None:
+        def open_stage(stage: str) -> Any:
+            return open_session(derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, stage=stage)), options)
+
+        self.session = lru_cache(maxsize=OPEN_STAGES)(open_stage)
+
+    def run(self, stage: str, *inputs: npt.NDArray[Any]) -> list[Array]:
+        session = self.session(stage)
+        feed = {node.name: array for node, array in zip(session.get_inputs(), inputs, strict=True)}
+        try:
+            outputs: list[Array] = session.run(None, feed)
+        except Exception as error:
+            raise run_error(error) from error
+        return outputs
 
 
 def open_session(graph: Path, options: RunOptions) -> Any:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+import numpy.typing as npt
 
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.model.spec import MIN_SIDE, ModelSpec
-from sanrt.runtime.backends import Array, BackendStatus, RunOptions
+from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages
 
 NAME = "torch"
 
@@ -57,17 +61,16 @@ class TorchBackend:
         self.spec = replace(spec, regions=options.regions, min_side=options.regions * MIN_SIDE // 2)
 
     def infer(self, pictures: Array) -> Array:
-        import torch
+        return call(lambda x: [self.net(x)], pictures)[0]
 
-        try:
-            with torch.inference_mode():
-                output: Array = self.net(torch.from_numpy(pictures)).numpy()
-        except RuntimeError as error:
-            text = str(error).splitlines()[0]
-            if "memory" in text or "alloc" in text:
-                raise OutOfMemoryError(f"torch ran out of memory ({text})") from error
-            raise BackendError(f"torch failed ({text})") from error
-        return output
+    def stages(self) -> Stages:
+        return self
+
+    def run(self, stage: str, *inputs: npt.NDArray[Any]) -> list[Array]:
+        """The network is its own stages."""
+        from sanrt.model.stages import run_stage
+
+        return call(partial(run_stage, self.net, stage), *inputs)
 
     def close(self) -> None:
         del self.net
@@ -77,3 +80,17 @@ class TorchBackend:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def call(function: Callable[..., list[Any]], *inputs: npt.NDArray[Any]) -> list[Array]:
+    """Arrays in, tensors through the function, arrays out; torch's errors become ours."""
+    import torch
+
+    try:
+        with torch.inference_mode():
+            return [output.numpy() for output in function(*map(torch.from_numpy, inputs))]
+    except RuntimeError as error:
+        text = str(error).splitlines()[0]
+        if "memory" in text or "alloc" in text:
+            raise OutOfMemoryError(f"torch ran out of memory ({text})") from error
+        raise BackendError(f"torch failed ({text})") from error

@@ -7,6 +7,7 @@ writer instead of surgery on a file. `sanrt export` holds it against the PyTorch
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,8 @@ class GraphWriter:
             x = self.op("Add", [x, self.conv(hidden, f"{name}.conv2")], out if last else f"{name}.out")
         return x
 
-    def covariance(self, x: str, prefix: str) -> str:
-        """Centred X X^T / HW in fp32: (B, C, H, W) -> (B, C, C)."""
+    def moments(self, x: str, prefix: str) -> tuple[str, str, str]:
+        """X as (B, C, HW), its mean (B, C, 1) and its centred scatter (X - mean)(X - mean)^T (B, C, C), in fp32."""
         x = self.cast(x, Precision.FP32, f"{prefix}.features.fp32")
         flat = self.op("Reshape", [x, self.constant([0, 0, -1])], f"{prefix}.flat")
         mean = self.op("ReduceMean", [flat, self.constant([2])], f"{prefix}.mean", keepdims=1)
@@ -192,6 +193,11 @@ class GraphWriter:
             [centred, self.op("Transpose", [centred], f"{prefix}.centred.transposed", perm=[0, 2, 1])],
             f"{prefix}.scatter",
         )
+        return flat, mean, scatter
+
+    def covariance(self, x: str, prefix: str) -> str:
+        """Centred X X^T / HW in fp32: (B, C, H, W) -> (B, C, C)."""
+        flat, _, scatter = self.moments(x, prefix)
         count = self.op("Shape", [flat], f"{prefix}.count", start=2, end=3)
         count = self.op("Cast", [count], f"{prefix}.count.fp32", to=TensorProto.FLOAT)
         return self.op("Div", [scatter, count], f"{prefix}.covariance")
@@ -223,11 +229,12 @@ class GraphWriter:
             y = self.op("MatMul", [y, factor], f"{name}.y")
         return self.op("Mul", [y, self.op("Sqrt", [trace], f"{prefix}.trace.root")], f"{prefix}.root")
 
-    def join(self, features: str, gate: str, x: str, shared: str, group: int, out: str) -> str:
-        """The end of a group: conv(features * gate) + x, and the share-source skip gamma * shared."""
+    def join(self, features: str, gate: str, x: str, shared: str, group: int, out: str, crop: str | None = None) -> str:
+        """The end of a group: conv(features * gate), cropped if asked, + x, and the share-source skip gamma * shared."""
         name = f"groups.{group}"
         gated = self.op("Mul", [features, gate], f"{name}.gated")
-        local = self.op("Add", [self.conv(gated, f"{name}.conv"), x], f"{name}.local")
+        last = self.conv(gated, f"{name}.conv")
+        local = self.op("Add", [self.crop(last, crop) if crop else last, x], f"{name}.local")
         return self.op("Add", [local, self.op("Mul", [shared, self.weight("gamma")], f"{name}.skip")], out)
 
     def tail(self, trunk: str, out: str) -> str:
@@ -239,6 +246,13 @@ class GraphWriter:
             layer += 2
         x = self.cast(self.conv(x, "tail"), Precision.FP32, "tail.fp32")
         return self.conv(x, "mean_out", out, precision=Precision.FP32)
+
+    def crop(self, x: str, box: str) -> str:
+        """Rows and columns of x within box, an int64 tensor (top, left, bottom, right)."""
+        start, end = (
+            self.op("Slice", [box, self.constant([i]), self.constant([i + 2])], f"{x}.crop{i}") for i in (0, 2)
+        )
+        return self.op("Slice", [x, start, end, self.constant([2, 3])], f"{x}.cropped")
 
     # --- models ---------------------------------------------------------------------------------------------------
 
@@ -288,6 +302,77 @@ def san_model(spec: ModelSpec, weights: Weights, options: GraphOptions | None = 
     metadata["sanrt.min_side"] = str(options.regions * MIN_SIDE // 2)
     helper.set_model_props(model, metadata)
     return model
+
+
+STAGE_INPUTS = {
+    "head": ("pixels", "crop"),
+    "keys-values": ("x",),
+    "attend": ("x", "key", "value"),
+    "body": ("x", "crop"),
+    "gate": ("sigma",),
+    "join": ("features", "gate", "x", "shared", "crop"),
+    "tail": ("trunk", "crop"),
+}
+"""Inputs of every stage that `stage_model` writes; a group's stages carry its number, as in `body.3`."""
+
+
+def stage_model(spec: ModelSpec, weights: Weights, options: GraphOptions) -> onnx.ModelProto:
+    """The stage `options.stage` of the network as a model; the stages in their order are the network.
+
+    Inputs are STAGE_INPUTS', float32 whatever the precision, and so are `output0`, ...; maps are (B, C, h, w).
+    `crop` is int64 (top, left, bottom, right) in the output's pixels: the part that is returned, the halo left out.
+
+    head         pixels -> first feature map
+    keys-values  part of a region, cut at even rows and columns -> its pooled keys and values
+    attend       any part of a region (any shape), all of that region's keys and values -> its attention + itself
+    body.g       x -> features, their mean (B, C, 1) and centred scatter (B, C, C)
+    gate.g       covariance (B, C, C) -> gate (B, C, 1, 1)
+    join.g       features; gate; x and shared without the halo -> the group's output
+    tail         trunk -> pixels
+    """
+    kind, _, number = options.stage.partition(".")
+    w = GraphWriter(spec.architecture, weights, spec.iterations, options)
+    made = write_stage(w, kind, int(number or 0))
+    outputs = [w.op("Cast", [name], f"output{i}", to=TensorProto.FLOAT) for i, name in enumerate(made)]
+    ranks = (4, 3, 3) if kind == "body" else (4, 4)
+    model = w.model(
+        f"{spec.architecture.name} {options.stage}",
+        {name: stage_input(name) for name in STAGE_INPUTS[kind]},
+        {name: (TensorProto.FLOAT, [f"{name}.{axis}" for axis in range(rank)]) for name, rank in zip(outputs, ranks, strict=False)},
+    )
+    helper.set_model_props(model, {**spec.to_metadata(), "sanrt.stage": json.dumps(options.stage)})
+    return model
+
+
+def write_stage(w: GraphWriter, kind: str, group: int) -> list[str]:
+    """The nodes of one stage; returns the tensors it gives."""
+
+    def typed(*names: str) -> list[str]:
+        return [w.cast(name, w.options.precision, f"{name}.typed") for name in names]
+
+    match kind:
+        case "head":
+            return [w.crop(w.head("pixels", "first"), "crop")]
+        case "keys-values":
+            return list(w.keys_values(*typed("x"), ""))
+        case "attend":
+            return [w.attend(*typed("x", "key", "value"), "", "out")]
+        case "body":
+            features = w.crop(w.blocks(*typed("x"), group, "features"), "crop")
+            return [features, *w.moments(features, "features")[1:]]
+        case "gate":
+            return [w.gate("sigma", group, "gate")]
+        case "join":
+            return [w.join(*typed(*STAGE_INPUTS["join"][:-1]), group, "joined", "crop")]
+        case _:
+            return [w.crop(w.tail(*typed("trunk"), "pixels"), "crop")]
+
+
+def stage_input(name: str) -> tuple[int, list[Any]]:
+    """Element type and shape of a stage's input."""
+    if name == "crop":
+        return TensorProto.INT64, [4]
+    return TensorProto.FLOAT, ["batch"] + [f"{name}.{axis}" for axis in range(1, 3 if name == "sigma" else 4)]
 
 
 def read_model(path: Path) -> tuple[ModelSpec, dict[str, Array]]:

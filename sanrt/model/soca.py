@@ -9,15 +9,21 @@ MIN_TRACE = 1e-10
 """Below this the covariance counts as zero: a constant feature map must give a gate, not NaN."""
 
 
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (B, C, 1) over pixels and centred scatter (B, C, C) of features (B, C, H, W), in float32 at least."""
+    x = features.flatten(2)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = x.mean(2, keepdim=True)
+    x = x - mean
+    return mean, x @ x.transpose(1, 2)
+
+
 def covariance(features: Tensor) -> Tensor:
     """Channel covariance Sigma = X Ibar X^T of each picture: (B, C, H, W) -> (B, C, C), in float32 at least.
 
     X is C x HW and Ibar = (I - 11^T / HW) / HW. The centred product equals it without the HW x HW matrix.
     """
-    x = features.flatten(2)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    x = x - x.mean(2, keepdim=True)
-    return x @ x.transpose(1, 2) / x.shape[2]
+    return moments(features)[1] / features.shape[2:].numel()
 
 
 def newton_schulz_step(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,207 @@
+"""Feature maps of any size: in memory while the budget lasts, then in scratch files that never outlive the process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from sanrt.errors import ScratchError
+
+Array = npt.NDArray[np.float32]
+
+BAND = 64
+"""Columns that lie together in a scratch file: a tile's rows are then a few long runs instead of one per channel."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """Rows top to bottom and columns left to right of a map, the ends left out."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def area(self) -> int:
+        return self.height * self.width
+
+    def grown(self, halo: int, within: Box) -> Box:
+        """With `halo` more pixels on every side, as far as `within` goes."""
+        return Box(
+            max(self.top - halo, within.top),
+            max(self.left - halo, within.left),
+            min(self.bottom + halo, within.bottom),
+            min(self.right + halo, within.right),
+        )
+
+    def inside(self, outer: Box) -> Box:
+        """The same box counted from `outer`'s corner."""
+        top, left = outer.top, outer.left
+        return Box(self.top - top, self.left - left, self.bottom - top, self.right - left)
+
+    def scaled(self, factor: int) -> Box:
+        """The same box in a map `factor` times as large."""
+        return Box(self.top * factor, self.left * factor, self.bottom * factor, self.right * factor)
+
+    def grid(self, rows: int, columns: int) -> Iterator[Box]:
+        """rows x columns parts, cut at floor(i * size / n), in reading order."""
+        ys = [self.top + self.height * i // rows for i in range(rows + 1)]
+        xs = [self.left + self.width * i // columns for i in range(columns + 1)]
+        return (Box(top, left, bottom, right) for top, bottom in pairwise(ys) for left, right in pairwise(xs))
+
+    def tiles(self, side: int) -> Iterator[Box]:
+        """The fewest parts with sides of at most `side`, nearly equal, in reading order."""
+        return self.grid(-(-self.height // side), -(-self.width // side))
+
+    def array(self) -> npt.NDArray[np.int64]:
+        """(top, left, bottom, right), as the stages take a crop."""
+        return np.array([self.top, self.left, self.bottom, self.right])
+
+
+class FeatureMap(Protocol):
+    """One (C, H, W) float32 map."""
+
+    def read(self, box: Box) -> Array:
+        """A part as a contiguous (1, C, h, w) copy."""
+        ...
+
+    def write(self, box: Box, part: Array) -> None:
+        """Replace a part; (1, C, h, w)."""
+        ...
+
+    def close(self) -> None:
+        """Free its memory or its file."""
+        ...
+
+
+class MemoryMap:
+    """A feature map in memory."""
+
+    def __init__(self, channels: int, height: int, width: int) -> None:
+        self.array: Array = np.empty((channels, height, width), np.float32)
+
+    def read(self, box: Box) -> Array:
+        return self.array[None, :, box.top : box.bottom, box.left : box.right].copy()
+
+    def write(self, box: Box, part: Array) -> None:
+        self.array[:, box.top : box.bottom, box.left : box.right] = part[0]
+
+    def close(self) -> None:
+        del self.array
+
+
+class ScratchMap:
+    """A feature map in a file without a name: [column band][row][channel][column], read and written, never mapped.
+
+    (Pages of a mapped file would count as this process' memory.)
+    """
+
+    def __init__(self, channels: int, height: int, width: int, folder: Path) -> None:
+        self.channels, self.height, self.width = channels, height, width
+        self.row = channels * BAND * 4
+        size = -(-width // BAND) * height * self.row
+        try:
+            self.file = tempfile.TemporaryFile(dir=folder, prefix="sanrt-", buffering=0)  # noqa: SIM115
+            # Taken now, so that a full disk is told before hours of work and not in the middle of them.
+            os.posix_fallocate(self.file.fileno(), 0, size)
+        except OSError as error:
+            raise scratch_error(folder, size, error) from error
+        self.folder = folder
+
+    def read(self, box: Box) -> Array:
+        part: Array = np.empty((1, self.channels, box.height, box.width), np.float32)
+        for band in self.bands(box):
+            shared = band.inside(box)
+            start = band.left % BAND
+            part[0, :, :, shared.left : shared.right] = self.load(band)[:, :, start : start + band.width].transpose(1, 0, 2)
+        return part
+
+    def write(self, box: Box, part: Array) -> None:
+        for band in self.bands(box):
+            start, shared = band.left % BAND, band.inside(box)
+            whole = band.width == BAND
+            rows = np.empty((box.height, self.channels, BAND), np.float32) if whole else self.load(band)
+            rows[:, :, start : start + band.width] = part[0, :, :, shared.left : shared.right].transpose(1, 0, 2)
+            self.save(band, rows)
+
+    def bands(self, box: Box) -> Iterator[Box]:
+        """The box cut at multiples of BAND columns."""
+        edges = [box.left, *range(box.left // BAND * BAND + BAND, box.right, BAND), box.right]
+        return (Box(box.top, left, box.bottom, right) for left, right in pairwise(edges))
+
+    def offset(self, band: Box) -> int:
+        """Where the first row of a band's part lies in the file."""
+        return (band.left // BAND * self.height + band.top) * self.row
+
+    def load(self, band: Box) -> Array:
+        """All columns of a band's rows: (h, C, BAND)."""
+        rows = np.empty((band.height, self.channels, BAND), np.float32)
+        view, done = memoryview(rows).cast("B"), 0
+        while done < len(view):
+            done += os.preadv(self.file.fileno(), [view[done:]], self.offset(band) + done)
+        return rows
+
+    def save(self, band: Box, rows: Array) -> None:
+        """The opposite of `load`."""
+        view, done = memoryview(rows).cast("B"), 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self.file.fileno(), view[done:], self.offset(band) + done)
+        except OSError as error:
+            raise scratch_error(self.folder, len(view), error) from error
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def scratch_error(folder: Path, size: int, error: OSError) -> ScratchError:
+    """A scratch file that cannot be made or written."""
+    return ScratchError(
+        f"{folder}: no scratch file of {size / 1e9:.1f} GB ({error.strerror}); "
+        "free some space, set TMPDIR to a folder with more, or raise --memory"
+    )
+
+
+class FeatureStore:
+    """Makes feature maps within `memory` bytes, the rest in scratch files under `folder`; a context manager."""
+
+    def __init__(self, memory: int, folder: Path | None = None) -> None:
+        self.memory = memory
+        self.folder = folder or Path(tempfile.gettempdir())
+        self.maps: list[FeatureMap] = []
+
+    def new(self, channels: int, height: int, width: int) -> FeatureMap:
+        """A map with undefined content."""
+        size = channels * height * width * 4
+        made: FeatureMap
+        if size <= self.memory:
+            made = MemoryMap(channels, height, width)
+            self.memory -= size
+        else:
+            made = ScratchMap(channels, height, width, self.folder)
+        self.maps.append(made)
+        return made
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self.maps:
+            self.maps.pop().close()

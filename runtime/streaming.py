@@ -1,0 +1,178 @@
+"""Exact streaming: SAN over tiles with the whole picture's statistics, so that no pixel depends on the tile.
+
+Channel attention (SOCA) and region attention look at the whole picture. Each stage of the network is therefore run over
+all tiles before the next one begins: convolutions with a halo that is cut off again, SOCA's covariance merged from the
+tiles' means and scatters, the keys and values of a whole region gathered before any of its pixels attends to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sanrt.model.spec import Architecture, ModelSpec
+from sanrt.runtime.backends import Array, Stages
+from sanrt.runtime.featuremaps import Box, FeatureMap, FeatureStore
+
+MAX_REGION = 2**16
+"""Pixels in a region that `--regions auto` allows: attention then costs the same per pixel however large the picture."""
+
+MAX_PAIRS = 2**26
+"""Pairs of a query and a key in one call, for backends that form their matrix (256 MiB of float32)."""
+
+HEAD_HALO, JOIN_HALO, TAIL_HALO = 1, 1, 2
+"""Pixels that a result reaches to each side; the tail's 1 + 1/2 + ... + 1/scale is below 2 for every scale."""
+
+
+class PixelSource(Protocol):
+    """A picture to upscale."""
+
+    height: int
+    width: int
+
+    def read(self, box: Box) -> Array:
+        """Its pixels as (1, 3, h, w) float32, 0..value_range."""
+        ...
+
+
+PixelSink = Callable[[Box, Array], None]
+"""Takes finished pixels (1, 3, h, w), not clipped, and where they go in the output; in reading order of tiles."""
+
+
+def choose_regions(height: int, width: int) -> int:
+    """`--regions auto`: 2 while its regions have at most MAX_REGION pixels, else the smallest k whose regions have."""
+    k = 2
+    while -(-height // k) * -(-width // k) > MAX_REGION and k * 4 <= min(height, width):
+        k += 1
+    return k
+
+
+@dataclass
+class Moments:
+    """Mean and centred scatter of the pixels seen so far, merged in float64 by Chan, Golub and LeVeque's pairwise formula."""
+
+    mean: npt.NDArray[np.float64]
+    scatter: npt.NDArray[np.float64]
+    count: int = 0
+
+    def add(self, mean: Array, scatter: Array, count: int) -> None:
+        """Merge the moments of `count` more pixels: mean (C,), scatter (C, C)."""
+        total = self.count + count
+        delta = mean.astype(np.float64) - self.mean
+        self.scatter += scatter + np.outer(delta, delta) * (self.count * count / total)
+        self.mean += delta * (count / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Array:
+        """(1, C, C) float32."""
+        return (self.scatter / self.count).astype(np.float32)[None]
+
+
+@dataclass
+class Streaming:
+    """One picture on its way through the stages."""
+
+    stages: Stages
+    spec: ModelSpec
+    source: PixelSource
+    store: FeatureStore
+    tile: int
+    """Largest side of a tile, in input pixels without the halo."""
+    regions: int
+    """k of the k x k attention regions."""
+    progress: Callable[[float], None] = lambda share: None
+    """Told the share of the work that each finished tile was."""
+
+    def __post_init__(self) -> None:
+        self.picture = Box(0, 0, self.source.height, self.source.width)
+
+    @property
+    def arch(self) -> Architecture:
+        return self.spec.architecture
+
+    def run(self, sink: PixelSink) -> None:
+        """Upscale the picture into `sink`."""
+        with self.store:
+            # The maps that are used most come first, as the first ones get the memory.
+            features, x, shared = (self.store.new(self.arch.channels, *self.size) for _ in range(3))
+            self.attention(self.first, shared)
+            for g in range(self.arch.groups):
+                before = x if g else shared
+                gate = self.body(g, before, features)
+                self.join(g, features, gate, before, shared, x)
+            self.attention(x.read, x, skip=self.first)
+            self.tail(x, sink)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.picture.height, self.picture.width
+
+    def done(self, box: Box) -> None:
+        """Count one tile of one of the passes as done: a body and a join per group, two attentions, the tail."""
+        self.progress(box.area / self.picture.area / (2 * self.arch.groups + 3))
+
+    def first(self, box: Box) -> Array:
+        """The first feature map, made again wherever it is needed: that is cheaper than keeping it."""
+        halo = box.grown(HEAD_HALO, self.picture)
+        return self.stages.run("head", self.source.read(halo), box.inside(halo).array())[0]
+
+    def attention(self, x: Callable[[Box], Array], out: FeatureMap, skip: Callable[[Box], Array] | None = None) -> None:
+        """Region attention of x, plus a skip connection; `out` may be what x reads."""
+        for region in self.picture.grid(self.regions, self.regions):
+            key, value = self.keys_values(x, region)
+            for box in region.tiles(self.tile):
+                y = self.attend(x(box), key, value)
+                out.write(box, y + skip(box) if skip else y)
+                self.done(box)
+
+    def keys_values(self, x: Callable[[Box], Array], region: Box) -> tuple[Array, Array]:
+        """Pooled keys and values of a whole region; pooling leaves out an odd last row and column."""
+        height, width = region.height // 2, region.width // 2
+        shape = (1, self.arch.attention_channels, height, width)
+        key, value = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        for pooled in Box(0, 0, height, width).tiles(max(self.tile // 2, 1)):
+            box = pooled.scaled(2)
+            where = np.s_[:, :, pooled.top : pooled.bottom, pooled.left : pooled.right]
+            box = Box(region.top + box.top, region.left + box.left, region.top + box.bottom, region.left + box.right)
+            key[where], value[where] = self.stages.run("keys-values", x(box))
+        return key, value
+
+    def attend(self, x: Array, key: Array, value: Array) -> Array:
+        """Attention of a region's pixels x, as many at a time as MAX_PAIRS allows."""
+        pixels = x.reshape(1, x.shape[1], 1, -1)
+        parts = -(-pixels.shape[3] * key[0, 0].size // MAX_PAIRS)
+        attended = [self.stages.run("attend", np.ascontiguousarray(p), key, value)[0] for p in np.array_split(pixels, parts, 3)]
+        return np.concatenate(attended, 3).reshape(x.shape)
+
+    def body(self, group: int, x: FeatureMap, features: FeatureMap) -> Array:
+        """A group's residual blocks over all tiles; returns the gate of the whole picture's covariance."""
+        moments = Moments(np.zeros(self.arch.channels), np.zeros((self.arch.channels,) * 2))
+        for box in self.picture.tiles(self.tile):
+            halo = box.grown(2 * self.arch.blocks, self.picture)
+            part, mean, scatter = self.stages.run(f"body.{group}", x.read(halo), box.inside(halo).array())
+            features.write(box, part)
+            moments.add(mean[0, :, 0], scatter[0], box.area)
+            self.done(box)
+        return self.stages.run(f"gate.{group}", moments.covariance)[0]
+
+    def join(self, group: int, features: FeatureMap, gate: Array, x: FeatureMap, shared: FeatureMap, out: FeatureMap) -> None:
+        """A group's gated last convolution and its skip connections over all tiles; `out` may be x."""
+        for box in self.picture.tiles(self.tile):
+            halo = box.grown(JOIN_HALO, self.picture)
+            inputs = features.read(halo), gate, x.read(box), shared.read(box), box.inside(halo).array()
+            out.write(box, self.stages.run(f"join.{group}", *inputs)[0])
+            self.done(box)
+
+    def tail(self, trunk: FeatureMap, sink: PixelSink) -> None:
+        """Upscale the trunk, tile by tile."""
+        scale = self.arch.scale
+        for box in self.picture.tiles(self.tile):
+            halo = box.grown(TAIL_HALO, self.picture)
+            crop = box.inside(halo).scaled(scale).array()
+            sink(box.scaled(scale), self.stages.run("tail", trunk.read(halo), crop)[0])
+            self.done(box)
