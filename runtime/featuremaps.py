@@ -1,4 +1,4 @@
-"""Feature maps of any size: in memory while the budget lasts, then in scratch files that never outlive the process."""
+"""Maps of any size (features, decoded pixels): in memory while the budget lasts, then in scratch files that never outlive the process."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from sanrt.errors import ScratchError
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 
 BAND = 64
 """Columns that lie together in a scratch file: a tile's rows are then a few long runs instead of one per channel."""
@@ -76,7 +76,7 @@ class Box:
 
 
 class FeatureMap(Protocol):
-    """One (C, H, W) float32 map."""
+    """One (C, H, W) map of any element type."""
 
     def read(self, box: Box) -> Array:
         """A part as a contiguous (1, C, h, w) copy."""
@@ -94,8 +94,8 @@ class FeatureMap(Protocol):
 class MemoryMap:
     """A feature map in memory."""
 
-    def __init__(self, channels: int, height: int, width: int) -> None:
-        self.array: Array = np.empty((channels, height, width), np.float32)
+    def __init__(self, channels: int, height: int, width: int, dtype: npt.DTypeLike) -> None:
+        self.array: Array = np.empty((channels, height, width), dtype)
 
     def read(self, box: Box) -> Array:
         return self.array[None, :, box.top : box.bottom, box.left : box.right].copy()
@@ -113,9 +113,9 @@ class ScratchMap:
     (Pages of a mapped file would count as this process' memory.)
     """
 
-    def __init__(self, channels: int, height: int, width: int, folder: Path) -> None:
-        self.channels, self.height, self.width = channels, height, width
-        self.row = channels * BAND * 4
+    def __init__(self, channels: int, height: int, width: int, dtype: npt.DTypeLike, folder: Path) -> None:
+        self.channels, self.height, self.dtype = channels, height, np.dtype(dtype)
+        self.row = channels * BAND * self.dtype.itemsize
         size = -(-width // BAND) * height * self.row
         try:
             self.file = tempfile.TemporaryFile(dir=folder, prefix="sanrt-", buffering=0)  # noqa: SIM115
@@ -126,7 +126,7 @@ class ScratchMap:
         self.folder = folder
 
     def read(self, box: Box) -> Array:
-        part: Array = np.empty((1, self.channels, box.height, box.width), np.float32)
+        part: Array = np.empty((1, self.channels, box.height, box.width), self.dtype)
         for band in self.bands(box):
             shared = band.inside(box)
             start = band.left % BAND
@@ -137,7 +137,7 @@ class ScratchMap:
         for band in self.bands(box):
             start, shared = band.left % BAND, band.inside(box)
             whole = band.width == BAND
-            rows = np.empty((box.height, self.channels, BAND), np.float32) if whole else self.load(band)
+            rows = np.empty((box.height, self.channels, BAND), self.dtype) if whole else self.load(band)
             rows[:, :, start : start + band.width] = part[0, :, :, shared.left : shared.right].transpose(1, 0, 2)
             self.save(band, rows)
 
@@ -152,7 +152,7 @@ class ScratchMap:
 
     def load(self, band: Box) -> Array:
         """All columns of a band's rows: (h, C, BAND)."""
-        rows = np.empty((band.height, self.channels, BAND), np.float32)
+        rows = np.empty((band.height, self.channels, BAND), self.dtype)
         view, done = memoryview(rows).cast("B"), 0
         while done < len(view):
             done += os.preadv(self.file.fileno(), [view[done:]], self.offset(band) + done)
@@ -180,22 +180,22 @@ def scratch_error(folder: Path, size: int, error: OSError) -> ScratchError:
 
 
 class FeatureStore:
-    """Makes feature maps within `memory` bytes, the rest in scratch files under `folder`; a context manager."""
+    """Makes maps within `memory` bytes, the rest in scratch files under `folder`; a context manager."""
 
     def __init__(self, memory: int, folder: Path | None = None) -> None:
         self.memory = memory
         self.folder = folder or Path(tempfile.gettempdir())
         self.maps: list[FeatureMap] = []
 
-    def new(self, channels: int, height: int, width: int) -> FeatureMap:
-        """A map with undefined content."""
-        size = channels * height * width * 4
+    def new(self, channels: int, height: int, width: int, dtype: npt.DTypeLike = np.float32) -> FeatureMap:
+        """A map with undefined content; raises ScratchError when there is no room for it."""
+        size = channels * height * width * np.dtype(dtype).itemsize
         made: FeatureMap
         if size <= self.memory:
-            made = MemoryMap(channels, height, width)
+            made = MemoryMap(channels, height, width, dtype)
             self.memory -= size
         else:
-            made = ScratchMap(channels, height, width, self.folder)
+            made = ScratchMap(channels, height, width, dtype, self.folder)
         self.maps.append(made)
         return made
 

@@ -146,7 +146,9 @@ class Streaming:
         """Attention of a region's pixels x, as many at a time as MAX_PAIRS allows."""
         pixels = x.reshape(1, x.shape[1], 1, -1)
         parts = -(-pixels.shape[3] * key[0, 0].size // MAX_PAIRS)
-        attended = [self.stages.run("attend", np.ascontiguousarray(p), key, value)[0] for p in np.array_split(pixels, parts, 3)]
+        attended = [
+            self.stages.run("attend", np.ascontiguousarray(p), key, value)[0] for p in np.array_split(pixels, parts, 3)
+        ]
         return np.concatenate(attended, 3).reshape(x.shape)
 
     def body(self, group: int, x: FeatureMap, features: FeatureMap) -> Array:
@@ -160,7 +162,9 @@ class Streaming:
             self.done(box)
         return self.stages.run(f"gate.{group}", moments.covariance)[0]
 
-    def join(self, group: int, features: FeatureMap, gate: Array, x: FeatureMap, shared: FeatureMap, out: FeatureMap) -> None:
+    def join(
+        self, group: int, features: FeatureMap, gate: Array, x: FeatureMap, shared: FeatureMap, out: FeatureMap
+    ) -> None:
         """A group's gated last convolution and its skip connections over all tiles; `out` may be x."""
         for box in self.picture.tiles(self.tile):
             halo = box.grown(JOIN_HALO, self.picture)

@@ -249,9 +249,7 @@ class GraphWriter:
 
     def crop(self, x: str, box: str) -> str:
         """Rows and columns of x within box, an int64 tensor (top, left, bottom, right)."""
-        start, end = (
-            self.op("Slice", [box, self.constant([i]), self.constant([i + 2])], f"{x}.crop{i}") for i in (0, 2)
-        )
+        start, end = (self.op("Slice", [box, self.constant([i]), self.constant([i + 2])], f"{x}.crop{i}") for i in (0, 2))
         return self.op("Slice", [x, start, end, self.constant([2, 3])], f"{x}.cropped")
 
     # --- models ---------------------------------------------------------------------------------------------------
@@ -338,7 +336,10 @@ def stage_model(spec: ModelSpec, weights: Weights, options: GraphOptions) -> onn
     model = w.model(
         f"{spec.architecture.name} {options.stage}",
         {name: stage_input(name) for name in STAGE_INPUTS[kind]},
-        {name: (TensorProto.FLOAT, [f"{name}.{axis}" for axis in range(rank)]) for name, rank in zip(outputs, ranks, strict=False)},
+        {
+            name: (TensorProto.FLOAT, [f"{name}.{axis}" for axis in range(rank)])
+            for name, rank in zip(outputs, ranks, strict=False)
+        },
     )
     helper.set_model_props(model, {**spec.to_metadata(), "sanrt.stage": json.dumps(options.stage)})
     return model
