@@ -1,4 +1,4 @@
-"""Maps of any size (features, decoded pixels): in memory while the budget lasts, then in scratch files that never outlive the process."""
+"""Maps of any size (features, decoded pixels): in memory while the budget lasts, then in nameless scratch files."""
 
 from __future__ import annotations
 

@@ -46,14 +46,14 @@ PixelSink = Callable[[Box, Array], None]
 def choose_regions(height: int, width: int) -> int:
     """`--regions auto`: 2 while its regions have at most MAX_REGION pixels, else the smallest k whose regions have."""
     k = 2
-    while -(-height // k) * -(-width // k) > MAX_REGION and k * 4 <= min(height, width):
+    while -(-height // k) * -(-width // k) > MAX_REGION and 2 * (k + 1) <= min(height, width):
         k += 1
     return k
 
 
 @dataclass
 class Moments:
-    """Mean and centred scatter of the pixels seen so far, merged in float64 by Chan, Golub and LeVeque's pairwise formula."""
+    """Mean and centred scatter of the pixels seen so far, merged pairwise (Chan, Golub, LeVeque) in float64."""
 
     mean: npt.NDArray[np.float64]
     scatter: npt.NDArray[np.float64]

@@ -332,14 +332,11 @@ def stage_model(spec: ModelSpec, weights: Weights, options: GraphOptions) -> onn
     w = GraphWriter(spec.architecture, weights, spec.iterations, options)
     made = write_stage(w, kind, int(number or 0))
     outputs = [w.op("Cast", [name], f"output{i}", to=TensorProto.FLOAT) for i, name in enumerate(made)]
-    ranks = (4, 3, 3) if kind == "body" else (4, 4)
+    ranks = (4, 3, 3) if kind == "body" else (4,) * len(made)
     model = w.model(
         f"{spec.architecture.name} {options.stage}",
         {name: stage_input(name) for name in STAGE_INPUTS[kind]},
-        {
-            name: (TensorProto.FLOAT, [f"{name}.{axis}" for axis in range(rank)])
-            for name, rank in zip(outputs, ranks, strict=False)
-        },
+        {name: (TensorProto.FLOAT, axes(name, rank)) for name, rank in zip(outputs, ranks, strict=True)},
     )
     helper.set_model_props(model, {**spec.to_metadata(), "sanrt.stage": json.dumps(options.stage)})
     return model
@@ -348,32 +345,38 @@ def stage_model(spec: ModelSpec, weights: Weights, options: GraphOptions) -> onn
 def write_stage(w: GraphWriter, kind: str, group: int) -> list[str]:
     """The nodes of one stage; returns the tensors it gives."""
 
-    def typed(*names: str) -> list[str]:
-        return [w.cast(name, w.options.precision, f"{name}.typed") for name in names]
+    def typed(name: str) -> str:
+        return w.cast(name, w.options.precision, f"{name}.typed")
 
     match kind:
         case "head":
             return [w.crop(w.head("pixels", "first"), "crop")]
         case "keys-values":
-            return list(w.keys_values(*typed("x"), ""))
+            return list(w.keys_values(typed("x"), ""))
         case "attend":
-            return [w.attend(*typed("x", "key", "value"), "", "out")]
+            return [w.attend(typed("x"), typed("key"), typed("value"), "", "out")]
         case "body":
-            features = w.crop(w.blocks(*typed("x"), group, "features"), "crop")
+            features = w.crop(w.blocks(typed("x"), group, "features"), "crop")
             return [features, *w.moments(features, "features")[1:]]
         case "gate":
             return [w.gate("sigma", group, "gate")]
         case "join":
-            return [w.join(*typed(*STAGE_INPUTS["join"][:-1]), group, "joined", "crop")]
+            features, gate, x, shared = map(typed, ("features", "gate", "x", "shared"))
+            return [w.join(features, gate, x, shared, group, "joined", "crop")]
         case _:
-            return [w.crop(w.tail(*typed("trunk"), "pixels"), "crop")]
+            return [w.crop(w.tail(typed("trunk"), "pixels"), "crop")]
 
 
 def stage_input(name: str) -> tuple[int, list[Any]]:
     """Element type and shape of a stage's input."""
     if name == "crop":
         return TensorProto.INT64, [4]
-    return TensorProto.FLOAT, ["batch"] + [f"{name}.{axis}" for axis in range(1, 3 if name == "sigma" else 4)]
+    return TensorProto.FLOAT, axes(name, 3 if name == "sigma" else 4)
+
+
+def axes(name: str, rank: int) -> list[str]:
+    """Dynamic axes of a stage's tensor."""
+    return ["batch", *(f"{name}.{axis}" for axis in range(1, rank))]
 
 
 def read_model(path: Path) -> tuple[ModelSpec, dict[str, Array]]:

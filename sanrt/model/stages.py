@@ -1,10 +1,10 @@
-"""The reference network stage by stage, as exact streaming runs it; `stage_model` in `sanrt.model.graph` has the contract."""
+"""The reference network stage by stage, for exact streaming; the contract is `stage_model`'s in `sanrt.model.graph`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from sanrt.model.san import SAN
+from sanrt.model.san import SAN, ResidualGroup
 from sanrt.model.soca import moments
 
 
@@ -12,6 +12,7 @@ def run_stage(net: SAN, stage: str, *inputs: Tensor) -> list[Tensor]:
     """Outputs of one stage (`head`, `body.3`, ...); the last input of a convolutional one is the box to return."""
     kind, _, number = stage.partition(".")
     group = net.groups[int(number or 0)]
+    assert isinstance(group, ResidualGroup)
     match kind, inputs:
         case "head", (pixels, box):
             return [crop(net.head(net.mean_in(pixels)), box)]

@@ -131,7 +131,7 @@ def test_regions_follow_the_picture_s_size_alone():
     assert choose_regions(512, 514) == 3
     for height, width in (4000, 6000), (30, 10**6), (10**5, 10**5):
         k = choose_regions(height, width)
-        assert -(-height // k) * -(-width // k) <= MAX_REGION or k * 4 > min(height, width)
+        assert -(-height // k) * -(-width // k) <= MAX_REGION or 2 * (k + 1) > min(height, width)
 
 
 @pytest.mark.slow
