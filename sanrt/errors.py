@@ -5,6 +5,10 @@ class SanrtError(Exception):
     """Base of every error that sanrt raises on purpose; its text is one line, fit for a terminal."""
 
 
+class MissingPackageError(SanrtError):
+    """An optional package that is not installed."""
+
+
 class CheckpointError(SanrtError):
     """A weights file that cannot be read, or does not hold a SAN."""
 

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from sanrt.cli.export import export
 from sanrt.cli.info import info
 from sanrt.errors import SanrtError
 
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(export)
 app.command()(info)
 
 

@@ -1,0 +1,130 @@
+"""A checkpoint as an ONNX file, checked against the PyTorch reference before it gets its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sanrt import __version__
+from sanrt.errors import ModelError
+from sanrt.export.parity import TOLERANCES, Difference, compare, require, worst
+from sanrt.export.scene import natural_scene
+from sanrt.export.squareroot import SquareRootReport, iterations_for, square_root_report, with_root
+from sanrt.model.checkpoint import Checkpoint
+from sanrt.model.graph import Weights, san_model
+from sanrt.model.san import SAN
+from sanrt.model.spec import Attention, GraphOptions, ModelSpec, Precision
+from sanrt.runtime.backends import RunOptions
+from sanrt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from sanrt.runtime.derived import FOLDER, derived_model
+
+Array = npt.NDArray[np.float32]
+
+REMEDY = "nothing was written; check the checkpoint's values, or report it"
+CHECKED_SIZES = ((1, 4, 4), (2, 5, 7), (1, 17, 23), (2, 32, 24))
+"""Batch, height and width of the pictures on which an export is checked; a black one and the whole scene come on top."""
+VARIANTS = (GraphOptions(), GraphOptions(attention=Attention.MULTI_HEAD))
+"""The graphs that are checked: the exported one, and the one that the onnxruntime backend derives from it."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a checkpoint is exported."""
+
+    iterations: int | None = None
+    """Newton-Schulz steps; None is as trained, or as many as an exact-root checkpoint needs."""
+    picture: npt.NDArray[np.uint8] = field(default_factory=natural_scene)
+    """(H, W, 3), what the square root is measured on."""
+    picture_name: str = "a generated scene"
+    check: bool = True
+    """Compare the ONNX with PyTorch, and write nothing when they differ."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and measured."""
+
+    path: Path
+    spec: ModelSpec
+    square_root: SquareRootReport
+    parity: Difference | None
+    """The worst over every checked picture and variant; None when not checked."""
+
+
+@torch.inference_mode()
+def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None = None) -> ExportReport:
+    """Write a checkpoint as fp32 ONNX with dynamic batch, height and width, standard operators only.
+
+    Raises ParityError, and leaves nothing under the final name, when ONNX Runtime's output differs from PyTorch's.
+    """
+    options = options or ExportOptions()
+    arch = checkpoint.architecture
+    pixels = network_input(options.picture, arch.value_range)
+    iterations = options.iterations or iterations_for(checkpoint, pixels)
+    root = square_root_report(checkpoint, iterations, pixels, options.picture_name)
+    spec = ModelSpec(arch, checkpoint.digest, checkpoint.origin, iterations, version=__version__)
+    weights = {name: tensor.numpy() for name, tensor in checkpoint.tensors.items()}
+    reference = with_root(checkpoint.network(), iterations)
+    with staging(out) as staged:
+        parity = checked(spec, weights, reference, pixels, staged.parent) if options.check else None
+        tolerance = {"tolerance": TOLERANCES[Precision.FP32]}
+        report = {"square_root": root.to_json(), "parity": parity and {**parity.to_json(), **tolerance}}
+        spec = replace(spec, report=report)
+        # The same nodes as those just checked: only the metadata gained the measurements.
+        staged.write_bytes(san_model(spec, weights).SerializeToString())
+        derived_model(staged, VARIANTS[-1])
+    return ExportReport(out, spec, root, parity)
+
+
+def network_input(picture: npt.NDArray[np.uint8], value_range: float) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (1, 3, H, W) float32, 0..value_range."""
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() * (value_range / 255.0)
+
+
+def checked(spec: ModelSpec, weights: Weights, reference: SAN, pixels: torch.Tensor, folder: Path) -> Difference:
+    """The worst difference of any variant, run by ONNX Runtime from a file; raises ParityError beyond the tolerance."""
+    inputs = list(cases(pixels))
+    expected = [reference(torch.from_numpy(x)).numpy() for x in inputs]
+    differences = []
+    for options in VARIANTS:
+        path = folder / f"{options.attention}.onnx"
+        path.write_bytes(san_model(spec, weights, options).SerializeToString())
+        with OnnxRuntimeBackend(path, RunOptions()) as backend:
+            for x, y in zip(inputs, expected, strict=True):
+                difference = compare(y, backend.infer(x), spec.architecture.value_range)
+                subject = f"{spec.architecture.name} as ONNX with {options.attention} attention, input {list(x.shape)}"
+                require(difference, TOLERANCES[Precision.FP32], subject, REMEDY)
+                differences.append(difference)
+    return worst(differences)
+
+
+def cases(pixels: torch.Tensor) -> Iterator[Array]:
+    """Inputs to compare on: crops of the picture of several sizes, pairs of them, a black picture, and the whole."""
+    for batch, height, width in CHECKED_SIZES:
+        crop = pixels[:, :, :height, :width]
+        yield torch.cat([crop, crop.flip(3)])[:batch].numpy()
+    yield np.zeros((1, 3, 16, 16), np.float32)
+    yield pixels.numpy()
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """A path of the same name in a folder of its own; when all went well, it and its derived variants move to `out`."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
+            staged = Path(folder) / out.name
+            yield staged
+            for variant in (staged.parent / FOLDER).iterdir():
+                (out.parent / FOLDER).mkdir(exist_ok=True)
+                variant.replace(out.parent / FOLDER / variant.name)
+            staged.replace(out)
+    except OSError as error:
+        raise ModelError(f"{out}: cannot be written ({error.strerror}); choose another place with -o PATH") from error

@@ -1,0 +1,64 @@
+"""Are these the same? The one comparison behind export, build, quantisation and validate. Imports numpy only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sanrt.errors import ParityError
+from sanrt.model.spec import Precision
+
+Array = npt.NDArray[np.floating[Any]]
+
+TOLERANCES = {Precision.FP32: 2e-3}
+"""Largest absolute difference from the PyTorch reference on the 0..255 scale, by the precision of the graph."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a candidate's output lies from the reference's, on the 0..255 scale whatever the network's value range."""
+
+    max_abs: float
+    """NaN where either output holds one."""
+    mean_abs: float
+    psnr: float
+    """dB, not clipped or rounded to pixels first; infinite for equal outputs."""
+
+    def within(self, tolerance: float) -> bool:
+        """Whether no value differs by more than the tolerance; never for NaN."""
+        return self.max_abs <= tolerance
+
+    def to_json(self) -> dict[str, float | None]:
+        """For metadata; JSON has no infinity, so equal outputs have the PSNR null."""
+        return {"max_abs": self.max_abs, "mean_abs": self.mean_abs, "psnr": None if math.isinf(self.psnr) else self.psnr}
+
+
+def compare(reference: Array, candidate: Array, value_range: float = 255.0) -> Difference:
+    """The difference of two outputs of one shape, in a network's value range; raises ParityError when shapes differ."""
+    if reference.shape != candidate.shape:
+        raise ParityError(f"outputs of shapes {list(reference.shape)} and {list(candidate.shape)}: expected the same")
+    error = (candidate.astype(np.float64) - reference.astype(np.float64)) * (255.0 / value_range)
+    mse = float(np.square(error).mean())
+    psnr = 10 * math.log10(255.0**2 / mse) if mse else math.inf
+    return Difference(float(np.abs(error).max()), float(np.abs(error).mean()), psnr)
+
+
+def worst(differences: Iterable[Difference]) -> Difference:
+    """The largest difference, the largest mean and the lowest PSNR of several comparisons; NaN wins."""
+    all_of = list(differences)
+    largest, mean = (float(np.max([getattr(d, name) for d in all_of])) for name in ("max_abs", "mean_abs"))
+    return Difference(largest, mean, float(np.min([d.psnr for d in all_of])))
+
+
+def require(difference: Difference, tolerance: float, subject: str, remedy: str) -> None:
+    """Raise ParityError with the measured difference and the tolerance unless it is within."""
+    if not difference.within(tolerance):
+        raise ParityError(
+            f"{subject}: differs from the PyTorch reference by {difference.max_abs:.3g} of 255 at most"
+            f" ({difference.mean_abs:.3g} on average), expected {tolerance:g} or less; {remedy}"
+        )

@@ -1,0 +1,74 @@
+"""Where exported models lie, and what an ONNX file says of itself; needs neither onnx nor a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from sanrt.errors import ModelError
+from sanrt.model.spec import ModelSpec
+
+MODELS = Path("models")
+"""The folder, in the working folder, that export, build and run share by default."""
+METADATA_PROPS = 14
+"""Field number in ONNX's ModelProto."""
+REMEDY = "make a model with `sanrt export --scale 4`"
+
+
+def exported_path(models: Path, scale: int) -> Path:
+    """Where `sanrt export` writes the model of a scale."""
+    return models / f"san_x{scale}.onnx"
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """The description that `sanrt export` wrote into an ONNX; raises ModelError when it cannot be read or is not there."""
+    return ModelSpec.from_metadata(onnx_metadata(path), str(path))
+
+
+def onnx_metadata(path: Path) -> dict[str, str]:
+    """The metadata_props of an ONNX file, the graph skipped; raises ModelError for anything else."""
+    try:
+        with path.open("rb") as file:
+            entries = [dict(protobuf_fields(BytesIO(entry))) for number, entry in protobuf_fields(file, METADATA_PROPS)]
+        return {entry[1].decode(): entry.get(2, b"").decode() for entry in entries}
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{path}: not an ONNX file, or a damaged one; {REMEDY}") from error
+
+
+def protobuf_fields(stream: BinaryIO, only: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of the length-delimited fields of a protobuf message, or of those with one number.
+
+    Raises ValueError where the stream ends early or is no protobuf.
+    """
+    end = stream.seek(0, 2)
+    stream.seek(0)
+    while stream.tell() < end:
+        number, kind = divmod(varint(stream), 8)
+        if kind == 0:
+            varint(stream)
+            continue
+        size = {1: 8, 5: 4}.get(kind) or (varint(stream) if kind == 2 else end + 1)
+        if stream.tell() + size > end or not number:
+            raise ValueError(f"no protobuf field at byte {stream.tell()}")
+        if kind == 2 and only in (None, number):
+            yield number, stream.read(size)
+        else:
+            stream.seek(size, 1)
+
+
+def varint(stream: BinaryIO) -> int:
+    """A base-128 integer, least significant group first; raises ValueError at the stream's end."""
+    value = shift = 0
+    while shift < 64:
+        byte = stream.read(1)
+        if not byte:
+            raise ValueError("the file ends within a number")
+        value |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            return value
+        shift += 7
+    raise ValueError("a number of more than 64 bits")

@@ -1,0 +1,38 @@
+"""An exported model's measurements (`ModelSpec.report`) as lines and tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+
+def parity_line(parity: Mapping[str, Any] | None) -> str:
+    """How near the ONNX is to PyTorch."""
+    if parity is None:
+        return "not checked (--no-check)"
+    return f"at most {parity['max_abs']:.2g} of 255 apart, tolerance {parity['tolerance']:g}"
+
+
+def square_root_line(report: Mapping[str, Any]) -> str:
+    """How far the steps are from converged, and what that costs."""
+    steps, trained = report["iterations"], report["trained"]
+    how = {None: "trained with the exact root", steps: "as trained"}.get(trained, f"trained with {trained}")
+    residual = max(row["residual"] for row in report["groups"])
+    psnr, largest = report["difference"]["psnr"], report["difference"]["max_abs"]
+    apart = "nothing" if psnr is None else f"{largest:.2g} of 255 at most ({psnr:.1f} dB PSNR)"
+    return (
+        f"{steps} Newton-Schulz steps ({how}), residual up to {residual:.2g} (0 is converged);"
+        f" the picture differs from the exact root's by {apart} on {report['picture']}"
+    )
+
+
+def square_root_table(report: Mapping[str, Any]) -> Table:
+    """One row per group's SOCA."""
+    table = Table("group", "condition", "residual", "error of root", "error of gate", title="Matrix square roots")
+    for column in table.columns:
+        column.justify = "right"
+    for row in report["groups"]:
+        table.add_row(str(row["group"]), *(f"{row[name]:.2g}" for name in ("condition", "residual", "error", "gate")))
+    return table
