@@ -1,0 +1,90 @@
+"""Turn a training checkpoint into the weights that ship: `python -m training.ship RUN/checkpoint.pt --scale 4`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import typer
+
+from sanrt.errors import CheckpointError, ParityError
+from sanrt.export.metrics import psnr
+from sanrt.model.checkpoint import architecture_of, check_shapes, load_checkpoint, save_checkpoint
+from sanrt.model.san import SAN
+from training.command import run
+from training.data import Picture, read_rgb, to_tensor
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "sanrt" / "model" / "weights"
+
+SAME = 60.0
+"""PSNR in dB that rounding the weights must leave between the outputs: an RMS difference of a quarter of a grey level."""
+
+ORIGIN = "trained by sanrt's recipe on 400 photographs of BSDS500 (training/README.md)"
+
+
+def ship(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint.pt of `python -m training.train`.")],
+    scale: Annotated[int, typer.Option(help="The scale it must be of; names the output.")],
+    origin: Annotated[str, typer.Option(help="What the file says of itself.")] = ORIGIN,
+    out: Annotated[Path | None, typer.Option(help="[default: sanrt/model/weights/san_xSCALE.safetensors]")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Picture to verify on. [default: a generated one]")] = None,
+) -> None:
+    """Write the network as fp16 safetensors, load that file again and compare both on a picture."""
+    net = trained_network(checkpoint)
+    if net.arch.scale != scale:
+        raise CheckpointError(f"{checkpoint}: {net.arch.name}; expected scale {scale}")
+    path = out or WEIGHTS / f"san_x{scale}.safetensors"
+    partial = path.with_suffix(".partial")
+    try:
+        save_checkpoint(partial, net, origin)
+        likeness = likeness_on(read_rgb(picture) if picture else pattern(), net, load_checkpoint(partial).network())
+        if likeness < SAME:
+            raise ParityError(f"{checkpoint}: fp16 weights give {likeness:.1f} dB PSNR to the fp32 ones; expected >= {SAME}")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{path}: {net.arch.name}, {path.stat().st_size / 1e6:.2f} MB, {likeness:.1f} dB PSNR to the fp32 outputs")
+
+
+def trained_network(path: Path) -> SAN:
+    """The network of a training checkpoint, or of any weights file that sanrt reads; float32, evaluation mode."""
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises many kinds for a file that is none of its own; load_checkpoint tells what it is
+        state = None
+    if not isinstance(state, dict) or "net" not in state:
+        return load_checkpoint(path).network()
+    tensors = {name: tensor.float() for name, tensor in state["net"].items()}
+    arch = architecture_of(path, tensors, {})
+    check_shapes(path, tensors, arch)
+    net = SAN(arch)
+    net.load_state_dict(tensors)
+    return net.eval().requires_grad_(False)
+
+
+def pattern(side: int = 96) -> Picture:
+    """Smooth waves of growing frequency with a hard-edged square: uint8 (side, side, 3)."""
+    y, x = np.mgrid[:side, :side] / side
+    card = np.stack([127.5 + 120 * np.sin((8 + 12 * colour) * (x * x + y)) for colour in range(3)], 2)
+    card[side // 3 : side // 2, side // 3 : side // 2] = (255, 32, 0)
+    return card.astype(np.uint8)
+
+
+def upscaled(net: SAN, picture: Picture) -> npt.NDArray[np.float32]:
+    """Output for a uint8 (H, W, 3) picture: float (3, sH, sW), 0..255, not clipped."""
+    ratio = net.arch.value_range / 255
+    with torch.inference_mode():
+        output: npt.NDArray[np.float32] = (net(to_tensor(picture[None]) * ratio)[0] / ratio).numpy()
+    return output
+
+
+def likeness_on(picture: Picture, first: SAN, second: SAN) -> float:
+    """PSNR between two networks' outputs for a picture, in dB."""
+    return psnr(upscaled(first, picture), upscaled(second, picture))
+
+
+if __name__ == "__main__":
+    run(ship)
