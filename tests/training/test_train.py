@@ -14,7 +14,7 @@ from training.degrade import degrade
 from training.train import train
 
 pytestmark = pytest.mark.xfail(
-    reason="train() calls save() without its schedule argument, so no checkpoint is written; take this mark out with the fix",
+    reason="train() calls save() without its schedule argument, so nothing is saved; take this mark out with the fix",
     raises=TypeError,
     strict=True,
 )
