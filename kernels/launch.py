@@ -1,0 +1,51 @@
+"""Compiled kernels on a GPU: loaded once for each device, launched on PyTorch's current stream through the CUDA driver."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sanrt.errors import BackendError
+from sanrt.kernels.compile import INSTALL, Program, checked
+
+
+def import_driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise BackendError(f"CUDA kernels: cuda-python is not installed ({error}); {INSTALL}") from error
+    return driver
+
+
+@cache
+def function(program: Program, kernel: str, device: int) -> Any:
+    """A kernel of a program, compiled for a device and loaded there."""
+    driver = import_driver()
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise BackendError(f"CUDA kernels: GPU {device} has compute capability {major}.{minor}; they need 8.0 or later")
+    module = checked(driver.cuModuleLoadData(program.cubin(10 * major + minor)))
+    return checked(driver.cuModuleGetFunction(module, kernel.encode()))
+
+
+def launch(program: Program, kernel: str, grid: tuple[int, int, int], threads: int, *arguments: Tensor | int) -> None:
+    """Launch on the current stream of the first tensor's device; tensors go as pointers, numbers as 32-bit integers."""
+    driver = import_driver()
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+    kinds = tuple(ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_int for a in arguments)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        loaded = function(program, kernel, device.index)
+        checked(driver.cuLaunchKernel(loaded, *grid, threads, 1, 1, 0, stream, (values, kinds), 0))
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x` itself where it is dense (NCHW or NHWC) and starts on 16 bytes, as the kernels' vector loads need; else a copy."""
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        return x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.preserve_format)

@@ -1,0 +1,149 @@
+"""The kernels as PyTorch operators (`torch.ops.sanrt`), seen by torch.compile and torch.export, and a SAN that uses them.
+
+On the CPU the operators are plain PyTorch. On CUDA they are the kernels of soca.cu and region_attention.cu, or raise.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sanrt.errors import BackendError
+from sanrt.kernels import region_attention as attention_kernels
+from sanrt.kernels import soca as soca_kernels
+from sanrt.model.attention import RegionAttention
+from sanrt.model.san import SAN, ResidualGroup
+from sanrt.model.soca import SOCA, covariance, newton_schulz_sqrt
+
+
+@torch.library.custom_op("sanrt::soca_gate", mutates_args=(), device_types="cpu")
+def soca_gate(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, iterations: int) -> Tensor:
+    """SOCA's gates (B, C, 1, 1) of maps (B, C, H, W); weights as the 1 x 1 convolutions have them, all of x's dtype."""
+    z = newton_schulz_sqrt(covariance(x), iterations).mean(2)[:, :, None, None].to(x.dtype)
+    gate: Tensor = torch.sigmoid(F.conv2d(torch.relu(F.conv2d(z, down, down_bias)), up, up_bias))
+    return gate
+
+
+@soca_gate.register_fake
+def _(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, iterations: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], 1, 1)
+
+
+@soca_gate.register_kernel("cuda")
+def _(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, iterations: int) -> Tensor:
+    return soca_kernels.soca_gate(x, down, down_bias, up, up_bias, iterations)
+
+
+@torch.library.custom_op("sanrt::region_attention", mutates_args=(), device_types="cpu")
+def region_attention(maps: Tensor, regions: int) -> Tensor:
+    """Attention (B, I, H, W) over k x k regions of maps (B, 3 I, H, W): queries, keys and values; in the maps' layout."""
+    rows, columns = (edges(size, regions) for size in maps.shape[2:])
+    bands = [torch.cat([attend(maps[:, :, a:b, c:d]) for c, d in columns], 3) for a, b in rows]
+    return torch.cat(bands, 2).contiguous(memory_format=layout(maps))
+
+
+def edges(size: int, regions: int) -> list[tuple[int, int]]:
+    """Where each region starts and ends: cut at floor(i * size / regions)."""
+    cuts = [size * i // regions for i in range(regions + 1)]
+    return list(pairwise(cuts))
+
+
+def attend(maps: Tensor) -> Tensor:
+    """One region: queries to keys and values that are max-pooled 2 x 2."""
+    query, key, value = maps.chunk(3, 1)
+    q, k, v = (t.flatten(2).transpose(1, 2).unsqueeze(1) for t in (query, F.max_pool2d(key, 2), F.max_pool2d(value, 2)))
+    y = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    return y.squeeze(1).transpose(1, 2).reshape(query.shape)
+
+
+def layout(maps: Tensor) -> torch.memory_format:
+    """Channels-last where `maps` are that and nothing else, as the kernels have it."""
+    last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+@region_attention.register_fake
+def _(maps: Tensor, regions: int) -> Tensor:
+    batch, channels, height, width = maps.shape
+    return torch.empty(
+        (batch, channels // 3, height, width), dtype=maps.dtype, device=maps.device, memory_format=layout(maps)
+    )
+
+
+@region_attention.register_kernel("cuda")
+def _(maps: Tensor, regions: int) -> Tensor:
+    return attention_kernels.region_attention(maps, regions)
+
+
+class KernelSOCA(nn.Module):
+    """A SOCA whose gate is one operator."""
+
+    def __init__(self, reference: SOCA) -> None:
+        super().__init__()
+        if reference.sqrt_iterations is None:
+            raise BackendError(
+                "CUDA kernels: this SAN takes the exact square root; the SOCA kernel takes Newton-Schulz steps"
+            )
+        self.iterations = reference.sqrt_iterations
+        self.down, self.up = reference.down, reference.up
+
+    def gate(self, features: Tensor) -> Tensor:
+        """Channel gates in (0, 1): (B, C, H, W) -> (B, C, 1, 1)."""
+        gates: Tensor = soca_gate(features, self.down.weight, self.down.bias, self.up.weight, self.up.bias, self.iterations)
+        return gates
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features * self.gate(features)
+
+
+class KernelGroup(nn.Module):
+    """A residual group whose gate is applied by the last convolution's weights: no pass over the features is spent on it."""
+
+    def __init__(self, reference: ResidualGroup) -> None:
+        super().__init__()
+        self.blocks, self.conv = reference.blocks, reference.conv
+        self.soca = KernelSOCA(reference.soca)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.blocks(x)
+        return gated_convolution(self.conv, features, self.soca.gate(features)) + x
+
+
+def gated_convolution(conv: nn.Conv2d, x: Tensor, gate: Tensor) -> Tensor:
+    """conv(x * gate); the gate of a single picture scales the weights, which are fewer than the pixels."""
+    if x.is_cuda and x.shape[0] == 1:
+        return F.conv2d(x, conv.weight * gate, conv.bias, conv.stride, conv.padding)
+    y: Tensor = conv(x * gate)
+    return y
+
+
+class KernelAttention(nn.Module):
+    """A region-level non-local module: one convolution for queries, keys and values, and one operator."""
+
+    def __init__(self, reference: RegionAttention) -> None:
+        super().__init__()
+        parts = reference.query, reference.key, reference.value
+        self.regions = reference.regions
+        self.maps = nn.Conv2d(reference.query.in_channels, 3 * reference.query.out_channels, 1)
+        self.maps.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+        self.maps.bias = nn.Parameter(torch.cat([part.bias for part in parts if part.bias is not None]), requires_grad=False)
+        self.out = reference.out
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(region_attention(self.maps(x), self.regions)) + x
+        return y
+
+
+def use_kernels(net: SAN) -> SAN:
+    """A copy of `net` for inference whose SOCA gates and region attention are the operators above; raises BackendError.
+
+    Its results are the reference's but for rounding. Move it to another device or dtype afterwards as any module.
+    """
+    fused = copy.deepcopy(net).eval().requires_grad_(False)
+    fused.groups = nn.ModuleList(KernelGroup(group) for group in fused.groups if isinstance(group, ResidualGroup))
+    fused.attention = KernelAttention(fused.attention)  # type: ignore[assignment]
+    return fused

@@ -1,0 +1,110 @@
+"""The PyTorch network on a GPU: half precision, channels-last, sanrt's kernels, one CUDA graph for each shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sanrt.errors import BackendError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sanrt.model.san import SAN
+
+MOST_GRAPHS = 4
+"""Graphs kept at once: each holds the memory of its shape's intermediate results."""
+
+
+class CudaNetwork:
+    """Pictures (B, 3, H, W), float, 0..value_range, on any device -> (B, 3, scale * H, scale * W), float32, on the GPU.
+
+    Convolutions and attention run in `dtype`, SOCA's statistics and square root and the mean shifts in float32. The first
+    picture of a shape is run, then captured; later ones replay its graph. Not for use by two threads at once.
+    Raises BackendError without a GPU; torch's own OutOfMemoryError passes through.
+    """
+
+    def __init__(self, net: SAN, device: int = 0, dtype: torch.dtype | None = None, compiled: bool = False) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise BackendError("torch: no CUDA GPU here, or a PyTorch built without CUDA; run it on the CPU")
+        self.device = torch.device("cuda", device)
+        self.net: Callable[[Tensor], Tensor] = prepared(net, dtype or torch.float16).to(self.device)
+        if compiled:
+            self.net = torch.compile(self.net, fullgraph=True, dynamic=False)
+        self.graphs = Graphs(self.captured, MOST_GRAPHS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        import torch
+
+        with torch.inference_mode(), torch.cuda.device(self.device):
+            return self.graphs(x)
+
+    def captured(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function that replays the network as recorded for x's shape."""
+        import torch
+
+        given = torch.empty(x.shape, dtype=torch.float32, device=self.device)
+        given.copy_(x)
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            # Libraries choose algorithms, compilers compile and kernels load outside the recording.
+            for _ in range(2):
+                self.net(given)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self.net(given)
+
+        def replay(x: Tensor) -> Tensor:
+            given.copy_(x)
+            graph.replay()
+            return result.clone()
+
+        return replay
+
+
+class Graphs:
+    """One recording for each shape, made by `capture` when it is first seen; the least recently used ones are dropped."""
+
+    def __init__(self, capture: Callable[[Tensor], Callable[[Tensor], Tensor]], most: int) -> None:
+        self.capture, self.most = capture, most
+        self.replays: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        shape = tuple(x.shape)
+        replay = self.replays.pop(shape, None)
+        if replay is None:
+            # Dropped before the new one is made, so that its memory can be used.
+            while len(self.replays) >= self.most:
+                del self.replays[next(iter(self.replays))]
+            replay = self.capture(x)
+        self.replays[shape] = replay
+        return replay(x)
+
+
+def prepared(net: SAN, dtype: torch.dtype) -> SAN:
+    """A copy of `net` with the kernels' operators, channels-last, in `dtype` but for its two mean shifts (float32)."""
+    import copy
+
+    import torch
+    from torch import nn
+
+    from sanrt.kernels.operators import use_kernels
+
+    class Cast(nn.Module):
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.dtype = dtype
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.to(self.dtype, memory_format=torch.channels_last)
+
+    shift_in, shift_out = copy.deepcopy(net.mean_in), copy.deepcopy(net.mean_out)
+    fast: SAN = use_kernels(net).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fast.mean_in = nn.Sequential(shift_in, Cast(dtype))  # type: ignore[assignment]
+    fast.mean_out = nn.Sequential(Cast(torch.float32), shift_out)  # type: ignore[assignment]
+    return fast

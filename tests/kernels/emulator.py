@@ -1,0 +1,92 @@
+"""The CUDA kernels' own source, compiled as C++ and run on the CPU, thread by thread (emulation.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sanrt.kernels import compile as kernels
+from sanrt.kernels.launch import dense
+from sanrt.kernels.region_attention import AttentionLaunch
+from sanrt.kernels.soca import SocaLaunch
+
+HERE = Path(__file__).parent
+BARRIER = "__syncthreads();"
+
+
+@cache
+def library(kernel: str, scalar: str, define: str) -> ctypes.CDLL:
+    """The emulated kernels of `kernel`.cu with its two definitions."""
+    return built((kernels.HERE / f"{kernel}.cu").read_text(), kernel, scalar, define)
+
+
+@cache
+def without_barrier(kernel: str, scalar: str, define: str, number: int) -> ctypes.CDLL:
+    """The same with the `number`-th `__syncthreads()` of the source left out."""
+    pieces = (kernels.HERE / f"{kernel}.cu").read_text().split(BARRIER)
+    return built(BARRIER.join(pieces[:number]) + BARRIER.join(pieces[number:]), kernel, scalar, define)
+
+
+def built(source: str, kernel: str, scalar: str, define: str) -> ctypes.CDLL:
+    """Compile a kernel file's text for emulation, with the C++ compiler."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("emulating the kernels needs g++")
+    parts = [
+        (HERE / "emulation.h").read_text(),
+        (kernels.HERE / "formats.cuh").read_text(),
+        source,
+        (HERE / f"emulate_{kernel}.cpp").read_text(),
+    ]
+    options = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", f"-DSCALAR={scalar}", f"-D{define}"]
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "kernel.so"
+        subprocess.run([compiler, *options, "-o", library, "-x", "c++", "-"], input="\n".join(parts), text=True, check=True)
+        return ctypes.CDLL(str(library))
+
+
+def pointer(t: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(t.data_ptr())
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    """What a kernel must overwrite: not-a-numbers."""
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def soca(
+    x: Tensor, down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], steps: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Per-block statistics and gates (B, C) of maps (B, C, H, W), contiguous or channels-last."""
+    launch = SocaLaunch.of(x)
+    assert dense(x) is x
+    partials = poisoned(*launch.partials, dtype=torch.float32)
+    gates = poisoned(len(x), x.shape[1], dtype=x.dtype)
+    run = library("soca", kernels.scalar(x.dtype), f"CHANNELS={x.shape[1]}").emulate_soca
+    run(
+        *(pointer(t) for t in (x, *down, *up)), len(x), launch.pixels, int(launch.channels_last), launch.blocks,
+        steps, len(down[0]), seed, pointer(partials), pointer(gates),
+    )  # fmt: skip
+    return partials, gates
+
+
+def region_attention(maps: Tensor, regions: int, seed: int = 0) -> Tensor:
+    """Attention (B, I, H, W) of maps (B, 3 I, H, W), contiguous or channels-last."""
+    launch = AttentionLaunch.of(maps, regions)
+    assert dense(maps) is maps
+    keys, values = (poisoned(*launch.workspace, dtype=maps.dtype) for _ in range(2))
+    y = torch.full_like(maps[:, : launch.inner], float("nan"), memory_format=launch.memory_format)
+    run = library("region_attention", kernels.scalar(maps.dtype), f"INNER={launch.inner}").emulate_region_attention
+    run(
+        pointer(maps), len(maps), *maps.shape[2:], regions, launch.padded, int(launch.channels_last),
+        launch.grid[0], seed, pointer(keys), pointer(values), pointer(y),
+    )  # fmt: skip
+    return y

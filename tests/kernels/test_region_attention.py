@@ -1,0 +1,108 @@
+import math
+
+import emulator
+import pytest
+import torch
+from references import attention, rms
+from torch import Tensor
+
+from sanrt.errors import BackendError
+from sanrt.kernels.region_attention import DEPTH, KEYS, AttentionLaunch, program
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def maps(inner: int, dtype: torch.dtype, size: tuple[int, int] = (33, 47), scale: float = 1, batch: int = 2) -> Tensor:
+    torch.manual_seed(3)
+    return (scale * torch.randn(batch, 3 * inner, *size)).to(dtype)
+
+
+def errors(x: Tensor, y: Tensor, regions: int = 2) -> tuple[float, float]:
+    """Root mean square error of `y` against float64, and what it may be: twice plain PyTorch's, or a rounding.
+
+    Where plain PyTorch overflows, as float16 scores do, only the rounding is allowed.
+    """
+    exact = attention(x.double(), regions)
+    plain = rms(attention(x, regions) - exact)
+    return rms(y - exact), max(0 if math.isnan(plain) else 2 * plain, torch.finfo(x.dtype).eps * rms(exact))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("scale", [1e-3, 1, 10, 1e3])
+def test_the_emulated_kernels_attend_as_well_as_pytorch(dtype: torch.dtype, channels_last: bool, scale: float) -> None:
+    x = maps(8, dtype, scale=scale)
+    x[:, 16:] /= scale
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    y = emulator.region_attention(x, 2)
+    ours, allowed = errors(x, y)
+    assert ours <= allowed
+    assert y.stride() == x[:, :8].clone(memory_format=torch.preserve_format).stride()
+
+
+@pytest.mark.parametrize("inner", [2, 4, 6])
+def test_fewer_inner_channels_work(inner: int) -> None:
+    x = maps(inner, torch.float16, (19, 21))
+    ours, allowed = errors(x, emulator.region_attention(x, 2))
+    assert ours <= allowed
+
+
+@pytest.mark.parametrize(
+    ("size", "regions"), [((4, 4), 2), ((5, 7), 2), ((7, 13), 3), ((11, 64), 1), ((35, 37), 2), ((9, 70), 4)]
+)
+def test_uneven_regions_and_regions_smaller_or_larger_than_a_tile_work(size: tuple[int, int], regions: int) -> None:
+    x = maps(8, torch.float32, size)
+    ours, allowed = errors(x, emulator.region_attention(x, regions), regions)
+    assert ours <= allowed
+
+
+def test_scores_far_apart_and_far_from_zero_neither_overflow_nor_vanish() -> None:
+    x = maps(8, torch.float32, (20, 36))
+    x[:, 8:16, :, ::5] *= 300
+    x[:, 16:] += 1000
+    ours, allowed = errors(x, emulator.region_attention(x, 2))
+    assert ours <= allowed
+
+
+def test_constant_maps_give_the_values_back() -> None:
+    x = torch.full((1, 24, 10, 14), 3.0)
+    torch.testing.assert_close(emulator.region_attention(x, 2), torch.full((1, 8, 10, 14), 3.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_result_does_not_move_with_the_order_of_the_threads(dtype: torch.dtype) -> None:
+    x = maps(8, dtype, batch=1)
+    first = emulator.region_attention(x, 2)
+    assert all(torch.equal(first, emulator.region_attention(x, 2, seed)) for seed in (1, 2, 3))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_emulation_notices_a_barrier_that_is_missing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = maps(8, torch.float32, (64, 64), batch=1)
+    whole = emulator.region_attention(x, 2)
+    monkeypatch.setattr(emulator, "library", lambda *names: emulator.without_barrier(*names, number))
+    assert not all(torch.equal(whole, emulator.region_attention(x, 2, seed)) for seed in (1, 2, 3))
+
+
+@pytest.mark.parametrize("size", [(4, 4), (33, 47), (180, 320), (1081, 1921)])
+@pytest.mark.parametrize("regions", [1, 2])
+def test_grids_cover_every_query_and_key_once(size: tuple[int, int], regions: int) -> None:
+    height, width = size
+    launch = AttentionLaunch(3, 8, height, width, regions, torch.float16, channels_last=True)
+    largest = max(
+        (height * (i + 1) // regions - height * i // regions) * (width * (j + 1) // regions - width * j // regions)
+        for i in range(regions)
+        for j in range(regions)
+    )
+    assert launch.grid[0] * 128 >= largest > (launch.grid[0] - 1) * 128
+    assert launch.grid[1:] == launch.pool_grid[1:] == (regions**2, 3)
+    assert launch.pool_grid[0] * 256 == launch.padded * DEPTH
+    assert launch.padded % KEYS == 0
+    assert launch.padded >= largest // 4 - max(size)
+
+
+def test_shapes_the_kernels_cannot_take_are_refused() -> None:
+    with pytest.raises(BackendError, match="9 inner channels; expected 1 to 8"):
+        program(9, torch.float16)
+    with pytest.raises(BackendError, match=r"2 x 2 regions of maps \[1, 24, 3, 9\]"):
+        AttentionLaunch.of(torch.zeros(1, 24, 3, 9), 2)

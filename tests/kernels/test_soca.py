@@ -1,0 +1,156 @@
+import emulator
+import pytest
+import torch
+from references import rms
+from torch import Tensor
+
+from sanrt.errors import BackendError
+from sanrt.kernels.soca import CHANNELS, SocaLaunch, most_blocks, program
+from sanrt.model.soca import SOCA, covariance
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+STEPS = 5
+
+
+def soca(channels: int, dtype: torch.dtype, steps: int = STEPS, scale: float = 1) -> SOCA:
+    """A SOCA whose gates follow maps of a scale."""
+    torch.manual_seed(1)
+    module = SOCA(channels, 4, steps).eval().requires_grad_(False)
+    module.down.weight *= 30 / scale
+    module.up.weight *= 3
+    return module.to(dtype)
+
+
+def maps(
+    channels: int, dtype: torch.dtype, size: tuple[int, int] = (23, 37), mean: float = 0, scale: float = 1, batch: int = 2
+) -> Tensor:
+    """Correlated channels of very different strengths."""
+    torch.manual_seed(2)
+    mixed = torch.randn(channels, channels) / channels**0.5 * torch.logspace(-1, 0, channels)[:, None]
+    return (
+        (scale * (torch.einsum("ij,bjhw->bihw", mixed, torch.randn(batch, channels, *size)) + mean)).to(dtype).contiguous()
+    )
+
+
+def errors(module: SOCA, x: Tensor, gates: Tensor) -> tuple[float, float]:
+    """Root mean square error of `gates`, and of plain PyTorch in x's precision, against float64."""
+    dtype = x.dtype
+    plain = module.gate(covariance(x))
+    exact = module.double().gate(covariance(x.double()))
+    module.to(dtype)
+    return rms(gates.reshape(exact.shape) - exact), rms(plain - exact)
+
+
+def emulated(module: SOCA, x: Tensor, seed: int = 0) -> Tensor:
+    steps = module.sqrt_iterations
+    assert steps is not None
+    return emulator.soca(x, (module.down.weight, module.down.bias), (module.up.weight, module.up.bias), steps, seed)[1]
+
+
+def merged(partials: Tensor, launch: SocaLaunch) -> Tensor:
+    """The covariance (B, C, C) that a picture's per-block statistics add up to, in float64."""
+    c, tile = launch.channels, 128 // launch.dtype.itemsize
+    tiles = -(-launch.pixels // tile)
+    cuts = torch.tensor([min(tiles * b // launch.blocks * tile, launch.pixels) for b in range(launch.blocks + 1)])
+    n = cuts.diff().double()
+    scatter, means = partials[..., : c * c].double().unflatten(2, (c, c)), partials[..., c * c :].double()
+    centred = means - (n[:, None] * means).sum(1, keepdim=True) / launch.pixels
+    total = scatter.sum(1) + torch.einsum("n,bni,bnj->bij", n, centred, centred)
+    return (total + total.transpose(1, 2)) / 2 / launch.pixels
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("mean", "scale"), [(0, 1), (0, 1e-3), (0, 1e3), (100, 1)])
+def test_the_emulated_kernels_gate_as_well_as_pytorch(
+    dtype: torch.dtype, channels_last: bool, mean: float, scale: float
+) -> None:
+    x = maps(64, dtype, mean=mean, scale=scale)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    module = soca(64, dtype, scale=scale)
+    ours, plain = errors(module, x, emulated(module, x))
+    assert module.gate(covariance(x)).std() > 0.02
+    assert ours <= 2 * plain
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (5, 7), (40, 64)])
+def test_every_channel_count_and_small_or_odd_sizes_work(channels: int, size: tuple[int, int]) -> None:
+    x, module = maps(channels, torch.float32, size), soca(channels, torch.float32)
+    ours, plain = errors(module, x, emulated(module, x))
+    assert ours <= 2 * plain + 1e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_statistics_survive_a_mean_a_thousand_times_the_deviation(dtype: torch.dtype) -> None:
+    x = maps(64, torch.float32, (41, 64))
+    x = (x / x.std() + 1000).to(dtype)
+    partials, _ = emulator.soca(x, *weights(soca(64, dtype)), STEPS)
+    exact = covariance(x.double())
+    error = (merged(partials, SocaLaunch.of(x)) - exact).abs().max() / exact.abs().max()
+    assert error < 2e-6
+
+
+def weights(module: SOCA) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    assert module.down.bias is not None
+    assert module.up.bias is not None
+    return (module.down.weight, module.down.bias), (module.up.weight, module.up.bias)
+
+
+def test_blocks_that_saw_very_different_pixels_are_merged_exactly() -> None:
+    x = maps(16, torch.float32, (64, 64), batch=1) + torch.linspace(-500, 500, 64)[:, None]
+    launch = SocaLaunch.of(x)
+    partials, _ = emulator.soca(x, *weights(soca(16, torch.float32)), STEPS)
+    exact = covariance(x.double())
+    assert launch.blocks > 4
+    assert ((merged(partials, launch) - exact).abs() / exact.abs().max()).max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [0.0, 117.0])
+def test_constant_maps_give_the_gate_of_a_zero_covariance(dtype: torch.dtype, value: float) -> None:
+    x, module = torch.full((1, 64, 9, 11), value, dtype=dtype), soca(64, dtype)
+    gates = emulated(module, x)
+    torch.testing.assert_close(gates.flatten(), module.gate(torch.zeros(1, 64, 64)).flatten())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 12])
+def test_any_number_of_steps_is_the_references(steps: int) -> None:
+    x, module = maps(32, torch.float32), soca(32, torch.float32, steps)
+    ours, plain = errors(module, x, emulated(module, x))
+    assert ours <= 2 * plain
+
+
+def test_the_result_does_not_move_with_the_order_of_the_threads() -> None:
+    x, module = maps(64, torch.float16), soca(64, torch.float16)
+    first = emulated(module, x)
+    assert all(torch.equal(first, emulated(module, x, seed)) for seed in (1, 2, 3))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_the_emulation_notices_a_barrier_that_is_missing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, module = maps(16, torch.float32), soca(16, torch.float32)
+    whole = emulated(module, x)
+    monkeypatch.setattr(emulator, "library", lambda *names: emulator.without_barrier(*names, number))
+    assert not all(torch.equal(whole, emulated(module, x, seed)) for seed in (1, 2, 3))
+
+
+def test_a_picture_has_the_same_gate_in_any_batch() -> None:
+    x, module = maps(16, torch.float32, batch=3), soca(16, torch.float32)
+    assert torch.equal(emulated(module, x)[1:2], emulated(module, x[1:2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("pixels", [1, 63, 64, 511, 512, 57600, 8294400])
+def test_every_block_has_pixels_and_no_more_blocks_are_made_than_can_be_merged(dtype: torch.dtype, pixels: int) -> None:
+    launch = SocaLaunch(1, 64, pixels, dtype, channels_last=False)
+    assert 1 <= launch.blocks <= most_blocks(64)
+    assert launch.blocks <= -(-pixels // (128 // dtype.itemsize))
+    assert launch.partials == (1, launch.blocks, 64 * 65)
+
+
+def test_unsupported_channels_and_formats_are_refused() -> None:
+    with pytest.raises(BackendError, match="24 channels; expected one of 16, 32, 48, 64"):
+        program(24, torch.float16)
+    with pytest.raises(BackendError, match=r"torch\.float64"):
+        program(64, torch.float64)

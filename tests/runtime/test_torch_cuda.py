@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sanrt.errors import BackendError
+from sanrt.model.san import SAN
+from sanrt.model.spec import Architecture
+from sanrt.runtime.backends.torch_cuda import CudaNetwork, Graphs, prepared
+
+
+@pytest.fixture
+def net() -> SAN:
+    torch.manual_seed(8)
+    net = SAN(Architecture(scale=2, groups=1, blocks=1, channels=16, reduction=4))
+    nn.init.constant_(net.gamma, 0.3)
+    return net.eval().requires_grad_(False)
+
+
+def test_the_prepared_network_is_the_reference_in_float32(net: SAN) -> None:
+    x = 255 * torch.rand(1, 3, 10, 13)
+    torch.testing.assert_close(prepared(net, torch.float32)(x), net(x), rtol=0, atol=1e-3)
+
+
+def test_half_precision_lies_between_mean_shifts_that_stay_float32(net: SAN) -> None:
+    fast, x = prepared(net, torch.bfloat16), 255 * torch.rand(1, 3, 10, 13)
+    y = fast(x)
+    assert y.dtype == torch.float32
+    assert fast.head.weight.dtype == torch.bfloat16
+    assert net.mean_in.weight.dtype == net.head.weight.dtype == torch.float32
+    assert 0 < (y - net(x)).square().mean().sqrt() < 2
+
+
+def test_each_shape_is_captured_once_and_the_least_recent_is_dropped() -> None:
+    captured: list[tuple[int, ...]] = []
+
+    def capture(x: Tensor):
+        captured.append(tuple(x.shape))
+        return lambda y: y + len(captured)
+
+    graphs = Graphs(capture, most=2)
+    a, b, c = (torch.zeros(1, 3, n, n) for n in (4, 5, 6))
+    for x in (a, b, a, c, a, b):
+        assert graphs(x).shape == x.shape
+    assert captured == [tuple(x.shape) for x in (a, b, c, b)]
+    assert len(graphs.replays) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(net: SAN) -> None:
+    with pytest.raises(BackendError, match="no CUDA GPU"):
+        CudaNetwork(net)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_replays_on_a_gpu_give_what_the_reference_gives(net: SAN) -> None:
+    fast = CudaNetwork(net)
+    for size in ((24, 31), (40, 40), (24, 31)):
+        x = 255 * torch.rand(1, 3, *size)
+        assert (fast(x).cpu() - net(x)).abs().max() < 0.5
