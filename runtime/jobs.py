@@ -50,8 +50,9 @@ def find_pictures(inputs: Sequence[Path], output: Path, naming: Naming = Naming(
     """Every picture among `inputs` (files and folders) with its destination.
 
     `output` is a file if it has a picture's ending and there is one input file, else a folder; the tree below an input
-    folder is kept. Named files always count; in folders, those with a supported ending that are neither hidden nor in `output`.
-    UsageError where two results would share a file or one would replace its source; PictureError if there is no picture.
+    folder is kept. Named files always count; in folders, those with a supported ending that are neither hidden nor in
+    `output`. UsageError where two results would share a file or one would replace its source; PictureError if there is
+    no picture.
     """
     if len(inputs) == 1 and not inputs[0].is_dir() and Format.of_suffix(output) and not output.is_dir():
         jobs = [Job(inputs[0], output)]

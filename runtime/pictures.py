@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 MAX_PIXELS = 1_000_000_000
 """A picture whose header claims more is refused, unless the caller allows it."""
 
-Metadatum = tuple[int, Any]
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
-_KEPT = ("icc-profile-data", "exif-data", "xmp-data", "iptc-data", "exif-ifd0", "exif-ifd2", "exif-ifd3", "exif-ifd4")
+_KEPT = ("icc-profile-data", "exif-data", "xmp-data", "iptc-data")
+_PIECE_ROWS = 64
+_UNKNOWN_RESOLUTION, _SCREEN_RESOLUTION = 1.0, 72 / 25.4
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ class PictureInfo:
     alpha: bool = False
     lossless: bool = False
     """For WebP: whether it is compressed without loss."""
-    resolution: tuple[float, float] = (1.0, 1.0)
+    resolution: tuple[float, float] = (_SCREEN_RESOLUTION, _SCREEN_RESOLUTION)
     """Pixels per millimetre, x and y."""
-    metadata: Mapping[str, Metadatum] = field(default_factory=dict, repr=False)
-    """ICC profile, EXIF, XMP and IPTC as libvips names and types them; the orientation and the thumbnail are not kept."""
+    metadata: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """ICC profile, EXIF, XMP and IPTC, as stored and by libvips' names."""
     notes: tuple[str, ...] = ()
     """What of the file is not taken over, one line each, for people."""
 
@@ -63,6 +64,11 @@ class PictureInfo:
     def dtype(self) -> np.dtype[Any]:
         """The type of its samples in memory: uint8, or uint16 over the whole 0..65535."""
         return np.dtype(np.uint8 if self.bits == 8 else np.uint16)
+
+    @property
+    def channels(self) -> int:
+        """1 or 3, and one more with alpha."""
+        return (1 if self.grey else 3) + self.alpha
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,8 @@ class Output:
     lossless: bool = False
     quality: int = 95
     background: tuple[int, int, int] | None = None
-    resolution: tuple[float, float] = (1.0, 1.0)
-    metadata: Mapping[str, Metadatum] = field(default_factory=dict, repr=False)
+    resolution: tuple[float, float] = (_SCREEN_RESOLUTION, _SCREEN_RESOLUTION)
+    metadata: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
     """What the format cannot hold and the user asked to go without, one line each."""
 
@@ -141,12 +147,14 @@ class SourcePicture:
         return held[: bottom - top]
 
     def _decode(self, top: int, bottom: int) -> NDArray[Any]:
-        info = self.info
+        """In pieces, so that a damaged file with a large header fails soon: libvips tries again for every few rows asked."""
+        info, step = self.info, _PIECE_ROWS
         with _vips_told_as(f"{info.path}: damaged"):
             if self._region is None:
                 self._region = _vips().Region.new(_decoded(_loaded(info.path, info.format)))
-            data = self._region.fetch(0, top, info.width, bottom - top)
-        return np.frombuffer(data, info.dtype).reshape(bottom - top, info.width, -1)
+            pieces = [self._region.fetch(0, at, info.width, min(step, bottom - at)) for at in range(top, bottom, step)]
+        rows = [np.frombuffer(piece, info.dtype).reshape(-1, info.width, info.channels) for piece in pieces]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def close(self) -> None:
         """Let go of the file and of the held rows."""
@@ -201,13 +209,14 @@ def _vips() -> Any:
 
 @contextmanager
 def _vips_told_as(subject: str) -> Iterator[None]:
-    """Errors of libvips as one line about `subject`."""
+    """Errors of libvips as one line about `subject`, with the last things that libvips said."""
     pyvips = _vips()
+    pyvips.vips_lib.vips_error_clear()
     try:
         yield
     except pyvips.Error as error:
-        lines = dict.fromkeys(line.strip() for line in error.detail.splitlines() if line.strip())
-        raise PictureError(f"{subject} ({'; '.join(lines) or error.message})") from None
+        lines = list(dict.fromkeys(line.strip() for line in error.detail.splitlines() if line.strip()))
+        raise PictureError(f"{subject} ({'; '.join(lines[-2:]) or error.message})") from None
     except UnicodeDecodeError:
         raise PictureError(f"{subject} (its text is not UTF-8)") from None
 
@@ -258,7 +267,6 @@ def _decoded(image: pyvips.Image) -> pyvips.Image:
 
 def _info(path: Path, form: Format, image: pyvips.Image) -> PictureInfo:
     turned = _orientation(image) >= 5
-    cmyk = image.interpretation == "cmyk"
     return PictureInfo(
         path,
         form,
@@ -268,16 +276,25 @@ def _info(path: Path, form: Format, image: pyvips.Image) -> PictureInfo:
         grey=image.bands - image.hasalpha() == 1,
         alpha=bool(image.hasalpha()),
         lossless=form is Format.WEBP and _is_lossless_webp(path),
-        resolution=(image.yres, image.xres) if turned else (image.xres, image.yres),
-        metadata={name: item for name, item in _metadata(image) if not (cmyk and name == "icc-profile-data")},
+        resolution=_resolution(image),
+        metadata=_metadata(image),
         notes=tuple(_notes(form, image)),
     )
 
 
-def _metadata(image: pyvips.Image) -> Iterator[tuple[str, Metadatum]]:
-    for name in image.get_fields():
-        if name.startswith(_KEPT) and not name.endswith("-Orientation"):
-            yield name, (image.get_typeof(name), image.get(name))
+def _metadata(image: pyvips.Image) -> dict[str, bytes]:
+    """What is kept; a CMYK profile is used up in the conversion."""
+    kept = {name: bytes(image.get(name)) for name in _KEPT if image.get_typeof(name)}
+    if image.interpretation == "cmyk":
+        kept.pop("icc-profile-data", None)
+    return kept
+
+
+def _resolution(image: pyvips.Image) -> tuple[float, float]:
+    """Pixels per millimetre, x and y, upright; a file that does not say gets the 72 dpi that EXIF takes for granted."""
+    if image.xres == image.yres == _UNKNOWN_RESOLUTION:
+        return _SCREEN_RESOLUTION, _SCREEN_RESOLUTION
+    return (image.yres, image.xres) if _orientation(image) >= 5 else (image.xres, image.yres)
 
 
 def _notes(form: Format, image: pyvips.Image) -> Iterator[str]:
@@ -357,7 +374,17 @@ def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | 
         image = _with_metadata(_encodable(output, rgb, alpha), output)
         with _replacing(output.path) as descriptor:
             target = _vips().Target.new_to_descriptor(descriptor)
-            getattr(image, f"{output.format.facts.libvips}save_target")(target, **_saver_options(output))
+            try:
+                getattr(image, f"{output.format.facts.libvips}save_target")(target, **_saver_options(output))
+            except _vips().Error:
+                _raise_if_full(descriptor)
+                raise
+
+
+def _raise_if_full(descriptor: int) -> None:
+    """The system's own error if no more can be written, which libvips tells as an unknown one."""
+    with open(descriptor, "ab", closefd=False) as file:
+        file.write(bytes(1 << 16))
 
 
 def _encodable(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | ScratchPicture | None) -> pyvips.Image:
@@ -393,11 +420,15 @@ def _in_depth(image: pyvips.Image, sixteen: bool) -> pyvips.Image:
 
 
 def _with_metadata(image: pyvips.Image, output: Output) -> pyvips.Image:
-    image = image.copy(xres=output.resolution[0], yres=output.resolution[1])
-    for name, (kind, value) in output.metadata.items():
-        image.set_type(kind, name, value)
+    """The metadata, its EXIF without thumbnail and orientation; libvips itself sets the EXIF size on writing."""
+    image = image.copy()
+    for name, value in output.metadata.items():
+        image.set_type(_vips().GValue.blob_type, name, value)
+    for name in image.get_fields():
+        if name == "jpeg-thumbnail-data" or name.startswith("exif-ifd1"):
+            image.remove(name)
     image.set_type(_vips().GValue.gint_type, "orientation", 1)
-    return image
+    return image.copy(xres=output.resolution[0], yres=output.resolution[1])
 
 
 def _saver_options(output: Output) -> dict[str, Any]:
@@ -414,7 +445,8 @@ def _saver_options(output: Output) -> dict[str, Any]:
             return {"compression": "deflate", "predictor": "horizontal", "bigtiff": bigtiff}
         case _:
             depth = {"bitdepth": 8 if output.bits == 8 else max(10, output.bits)}
-            return {"compression": "av1", "Q": output.quality, "lossless": output.lossless, "subsample_mode": "off", **depth}
+            quality = {"Q": output.quality, "lossless": output.lossless, "subsample_mode": "off"}
+            return {"compression": "av1", "effort": 2, **quality, **depth}
 
 
 @contextmanager
@@ -452,5 +484,8 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 def upscale_alpha(alpha: Pixels, scale: int) -> Pixels:
     """(H, W) opacity to (scale*H, scale*W) by bicubic interpolation, clipped; where all is opaque it stays exactly so."""
-    upscaled: Pixels = _image(alpha).resize(scale, kernel="cubic").numpy()
-    return upscaled.reshape(scale * alpha.shape[0], scale * alpha.shape[1])
+    height, width = scale * alpha.shape[0], scale * alpha.shape[1]
+    centred = {"idx": 0.5, "idy": 0.5, "odx": -0.5, "ody": -0.5, "oarea": [0, 0, width, height], "extend": "copy"}
+    cubic = _vips().Interpolate.new("bicubic")
+    upscaled: Pixels = _image(alpha).affine([scale, 0, 0, scale], interpolate=cubic, **centred).numpy()
+    return upscaled.reshape(height, width)
