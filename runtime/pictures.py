@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 1_000_000_000
 """A picture whose header claims more is refused, unless the caller allows it."""
+MAX_SIDE = 1_000_000
+"""Wider or higher ones are refused always: strips of such rows would not be small."""
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -243,10 +245,10 @@ def _orientation(image: pyvips.Image) -> int:
 
 def _check_header(path: Path, image: pyvips.Image, max_pixels: int) -> None:
     """PictureError unless it is of a size, sample type and colour space that sanrt reads."""
-    if image.width * image.height > max_pixels:
+    if image.width * image.height > max_pixels or max(image.width, image.height) > MAX_SIDE:
         raise PictureError(
-            f"{path}: claims {image.width} x {image.height} pixels, {image.width * image.height / 1e6:.0f} megapixels; "
-            f"at most {max_pixels / 1e6:.0f} are allowed"
+            f"{path}: claims {image.width} x {image.height} pixels; "
+            f"at most {max_pixels / 1e6:.0f} megapixels and {MAX_SIDE} a side are allowed"
         )
     if image.format not in ("uchar", "ushort"):
         raise PictureError(f"{path}: samples are {image.format}; expected 8 or 16 bit unsigned, convert it to 16 bit first")

@@ -310,6 +310,12 @@ def test_the_pixel_limit_is_the_callers(tmp_path):
         open_picture(path, max_pixels=99)
 
 
+def test_a_side_of_millions_is_refused_however_few_the_pixels(tmp_path):
+    path = png(tmp_path / "a.png", 1, 2_000_000, 8, 0, b"")
+    with pytest.raises(PictureError, match="1 x 2000000"):
+        open_picture(path)
+
+
 def test_the_format_is_by_content_whatever_the_name(tmp_path):
     path = tmp_path / "really_a.jpg"
     path.write_bytes(mutate.originals()["rgb.png"])
