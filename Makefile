@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Folders that are installed as parts of the package sanrt; mypy finds them through a tree of links.
+PARTS := export runtime kernels
 
 .PHONY: demo test check clean
 
@@ -15,7 +17,8 @@ test: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	rm -rf build/types && mkdir -p build/types/sanrt && ln -s $(CURDIR)/sanrt/* $(addprefix $(CURDIR)/,$(PARTS)) build/types/sanrt
+	MYPYPATH=build/types $(BIN)/mypy --package sanrt
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -183,9 +183,7 @@ def resume(path: Path, net: SAN, optimiser: Adam, schedule: OneCycleLR) -> int:
     return int(state["step"])
 
 
-def save(
-    path: Path, net: SAN, optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.OneCycleLR, step: int
-) -> None:
+def save(path: Path, net: SAN, optimiser: Adam, step: int) -> None:
     """Replace the checkpoint in one move, so that a kill leaves the old or the new one."""
     partial = path.with_suffix(".partial")
     torch.save({"net": net.state_dict(), "optimiser": optimiser.state_dict(), "step": step}, partial)

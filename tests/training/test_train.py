@@ -13,11 +13,6 @@ from training.data import Patches
 from training.degrade import degrade
 from training.train import train
 
-pytestmark = pytest.mark.xfail(
-    reason="train() calls save() without its schedule argument, so nothing is saved; take this mark out with the fix",
-    raises=TypeError,
-    strict=True,
-)
 TINY = {"scale": 2, "groups": 1, "blocks": 1, "channels": 16, "reduction": 4, "batch": 2, "patch": 8}
 
 
