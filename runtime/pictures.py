@@ -36,6 +36,7 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
 _KEPT = ("icc-profile-data", "exif-data", "xmp-data", "iptc-data")
 _PIECE_ROWS = 64
+_OPTIMISED_PIXELS = 20_000_000
 _UNKNOWN_RESOLUTION, _SCREEN_RESOLUTION = 1.0, 72 / 25.4
 
 
@@ -434,12 +435,17 @@ def _with_metadata(image: pyvips.Image, output: Output) -> pyvips.Image:
 
 
 def _saver_options(output: Output) -> dict[str, Any]:
-    """PNG and TIFF: quick compression, a few per cent larger than the slowest. Lossy formats: full colour resolution."""
+    """PNG and TIFF: quick compression, a few per cent larger than the slowest. Lossy formats: full colour resolution.
+
+    PNG, TIFF and large JPEG are encoded strip by strip; libwebp and the AV1 encoder hold the whole picture.
+    """
     match output.format:
         case Format.PNG:
             return {"compression": 3, "filter": "all"}
         case Format.JPEG:
-            return {"Q": output.quality, "subsample_mode": "off", "optimize_coding": True}
+            # Optimised Huffman tables make libjpeg hold all coefficients, 6 bytes a pixel.
+            optimised = output.width * output.height <= _OPTIMISED_PIXELS
+            return {"Q": output.quality, "subsample_mode": "off", "optimize_coding": optimised}
         case Format.WEBP:
             return {"Q": output.quality, "lossless": output.lossless, "exact": output.lossless, "effort": 2}
         case Format.TIFF:
