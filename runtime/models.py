@@ -22,6 +22,15 @@ def exported_path(models: Path, scale: int) -> Path:
     return models / f"san_x{scale}.onnx"
 
 
+def find_model(models: Path, scale: int) -> Path:
+    """The exported model of a scale; raises ModelError naming the command that makes it."""
+    path = exported_path(models, scale)
+    if not path.is_file():
+        folder = "" if models == MODELS else f" --models {models}"
+        raise ModelError(f"{path}: no such model; make it with `sanrt export --scale {scale}{folder}`")
+    return path
+
+
 def read_spec(path: Path) -> ModelSpec:
     """The description that `sanrt export` wrote into an ONNX; raises ModelError when it cannot be read or is not there."""
     return ModelSpec.from_metadata(onnx_metadata(path), str(path))

@@ -8,6 +8,7 @@ import typer
 
 from sanrt.cli.export import export
 from sanrt.cli.info import info
+from sanrt.cli.run import run
 from sanrt.errors import SanrtError
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(export)
+app.command()(run)
 app.command()(info)
 
 

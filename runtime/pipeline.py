@@ -1,0 +1,203 @@
+"""From picture files to upscaled picture files: three steps per picture, and the threads that overlap them.
+
+The steps (`read`, `enlarge`, `write`) know nothing of threads, so that any scheduler can run them anywhere; `run` is the
+one for a single machine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TypeVar
+
+from sanrt.errors import SanrtError
+from sanrt.runtime.jobs import Job
+from sanrt.runtime.pictures import (
+    Encoding,
+    Output,
+    Pixels,
+    open_picture,
+    plan_output,
+    remove_leftovers,
+    upscale_alpha,
+    write_picture,
+)
+
+log = logging.getLogger(__name__)
+
+Upscale = Callable[[Pixels], Pixels]
+"""RGB (H, W, 3) -> (sH, sW, 3) of the same type; how (whole, tiled, streamed) is its own affair."""
+T = TypeVar("T")
+R = TypeVar("R")
+
+WAITING = 2
+"""Upscaled pictures that wait for the encoder, at most: they are large."""
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """What happens around the network."""
+
+    scale: int
+    encoding: Encoding = field(default_factory=Encoding)
+    overwrite: bool = False
+    """Do again what is done already."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A picture in memory, and how its result will be written."""
+
+    job: Job
+    output: Output
+    rgb: Pixels
+    alpha: Pixels | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A result that is complete on disk."""
+
+    job: Job
+    pixels: int
+    """Of the result."""
+    notes: tuple[str, ...] = ()
+    """What was not taken over from the source, one line each."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A result that a run would write."""
+
+    job: Job
+    width: int
+    height: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture whose result was there already."""
+
+    job: Job
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A picture that could not be read, upscaled or written; nothing of its result exists."""
+
+    job: Job
+    reason: str
+    """One line that names the source."""
+
+
+Outcome = Written | Planned | Skipped | Failed
+
+
+def read(job: Job, options: PipelineOptions) -> Loaded:
+    """Decode a picture whose result can be written; PictureError otherwise."""
+    with open_picture(job.source) as source:
+        output = plan_output(source.info, job.destination, options.scale, options.encoding)
+        rgb = source.rgb()
+        alpha = source.alpha() if source.info.alpha else None
+        return Loaded(job, output, rgb, alpha, source.info.notes + output.notes)
+
+
+def enlarge(picture: Loaded, upscale: Upscale) -> Loaded:
+    """The same picture with its colours upscaled."""
+    return Loaded(picture.job, picture.output, upscale(picture.rgb), picture.alpha, picture.notes)
+
+
+def write(picture: Loaded, options: PipelineOptions) -> Written:
+    """Upscale the transparency, encode, and put the file in its place."""
+    alpha = None if picture.alpha is None else upscale_alpha(picture.alpha, options.scale)
+    write_picture(picture.output, picture.rgb, alpha)
+    return Written(picture.job, picture.output.width * picture.output.height, picture.notes)
+
+
+def run(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) -> Generator[Outcome, None, None]:
+    """Every job's outcome, in order; the next picture is decoded and the last encoded while this thread runs the network.
+
+    Close the iterator to stop early: what is being written is finished, nothing half-written stays.
+    """
+
+    def finish(picture: Loaded | Skipped | Failed) -> Outcome:
+        return then(picture, lambda picture: write(picture, options))
+
+    reader, writer = ThreadPoolExecutor(1, "sanrt-read"), ThreadPoolExecutor(1, "sanrt-write")
+    writing: deque[Future[Outcome]] = deque()
+    try:
+        for reading in ahead(reader, lambda job: unless_done(job, read, options), without_leftovers(jobs)):
+            enlarged = then(reading.result(), lambda picture: enlarge(picture, upscale))
+            writing.append(writer.submit(finish, enlarged))
+            while len(writing) > WAITING or (writing and writing[0].done()):
+                yield writing.popleft().result()
+        while writing:
+            yield writing.popleft().result()
+    finally:
+        for pool in (reader, writer):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def plan(jobs: Iterable[Job], options: PipelineOptions) -> Generator[Planned | Skipped | Failed, None, None]:
+    """What `run` would do, as far as the pictures' headers tell."""
+    for job in jobs:
+        yield unless_done(job, planned, options)
+
+
+def planned(job: Job, options: PipelineOptions) -> Planned:
+    """The result that a picture's header promises; PictureError if it cannot be written."""
+    with open_picture(job.source) as source:
+        output = plan_output(source.info, job.destination, options.scale, options.encoding)
+        return Planned(job, output.width, output.height, source.info.notes + output.notes)
+
+
+def ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[Future[R]]:
+    """The work of each item, in order, begun while the item before it was handled."""
+    items = iter(items)
+    begun = deque(pool.submit(work, item) for item in islice(items, 1))
+    while begun:
+        begun.extend(pool.submit(work, item) for item in islice(items, 1))
+        yield begun.popleft()
+
+
+def unless_done(job: Job, step: Callable[[Job, PipelineOptions], R], options: PipelineOptions) -> R | Skipped | Failed:
+    """The first step for a picture, if its result is not there already."""
+    if job.done and not options.overwrite:
+        return Skipped(job)
+    return guarded(job, lambda: step(job, options))
+
+
+def then(picture: Loaded | Skipped | Failed, step: Callable[[Loaded], R]) -> R | Skipped | Failed:
+    """The next step of a picture that got this far; anything else stays what it is."""
+    return guarded(picture.job, lambda: step(picture)) if isinstance(picture, Loaded) else picture
+
+
+def guarded(job: Job, step: Callable[[], R]) -> R | Failed:
+    """The step's result, or its failure in one line: a bad picture never stops the others."""
+    try:
+        return step()
+    except SanrtError as error:
+        return Failed(job, str(error) if str(job.source) in str(error) else f"{job.source}: {error}")
+    except MemoryError:
+        return Failed(job, f"{job.source}: not enough memory for it; free some")
+    except Exception as error:
+        log.debug("%s", job.source, exc_info=True)
+        text = next(iter(str(error).splitlines()), "")
+        return Failed(job, f"{job.source}: unexpected {type(error).__name__} ({text}); please report it, with --verbose")
+
+
+def without_leftovers(jobs: Iterable[Job]) -> Iterator[Job]:
+    """The jobs; what killed runs left in a destination folder is removed before its first one."""
+    cleaned = set()
+    for job in jobs:
+        folder = job.destination.parent
+        if folder not in cleaned:
+            cleaned.add(folder)
+            remove_leftovers(folder)
+        yield job

@@ -1,0 +1,109 @@
+"""What a person sees of a run: a progress bar on a terminal, one line per problem, a summary at the end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from sanrt.runtime.pipeline import Failed, Outcome, Planned, Skipped, Written
+
+
+class Reporter(logging.Handler):
+    """Follows a run. Problems and warnings go to stderr, all else to stdout; the bar is drawn only on a terminal."""
+
+    def __init__(self, total: int, quiet: bool = False, verbose: bool = False) -> None:
+        super().__init__(logging.DEBUG if verbose else logging.WARNING)
+        self.total, self.quiet, self.verbose = total, quiet, verbose
+        self.counts: Counter[type[Outcome]] = Counter()
+        self.pixels = 0
+        self.started = time.monotonic()
+        self.advance: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> Self:
+        self.logger = logging.getLogger("sanrt")
+        self.logger.addHandler(self)
+        self.logger.setLevel(self.level)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.logger.removeHandler(self)
+
+    @property
+    def status(self) -> int:
+        """The command's exit status."""
+        return 1 if self.counts[Failed] else 0
+
+    def say(self, text: str) -> None:
+        """A line for people, unless they want none."""
+        if not self.quiet:
+            print(text, flush=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A log record of sanrt's as a line on stderr."""
+        print(f"sanrt: {self.format(record)}", file=sys.stderr, flush=True)
+
+    def follow(self, outcomes: Iterable[Outcome]) -> None:
+        """Tell every outcome as it comes, and sum them up at the end."""
+        self.started = time.monotonic()
+        with self.bar():
+            for outcome in outcomes:
+                self.counts[type(outcome)] += 1
+                self.pixels += outcome.pixels if isinstance(outcome, Written) else 0
+                self.tell(outcome)
+                self.advance()
+        self.say(self.summary())
+
+    def tell(self, outcome: Outcome) -> None:
+        """A failure, what a result lacks, and on demand everything."""
+        match outcome:
+            case Failed():
+                print(f"sanrt: {outcome.reason}", file=sys.stderr, flush=True)
+            case Planned():
+                self.say(f"{outcome.job.source} -> {outcome.job.destination} ({outcome.width} x {outcome.height})")
+            case _ if self.verbose:
+                self.say(
+                    f"{outcome.job.source} -> {outcome.job.destination}" + ", there already" * isinstance(outcome, Skipped)
+                )
+        if isinstance(outcome, Written | Planned):
+            for note in outcome.notes:
+                self.say(f"{outcome.job.destination}: {note}")
+
+    def summary(self) -> str:
+        """All in one line."""
+        counts = self.counts
+        told = [f"{counts[Planned]} to write" if counts[Planned] else f"{counts[Written]} written"]
+        told += [f"{counts[kind]} {name}" for kind, name in ((Skipped, "skipped"), (Failed, "failed")) if counts[kind]]
+        seconds = time.monotonic() - self.started
+        return ", ".join(told) + (f" in {seconds:.1f} s ({self.rates()})" if counts[Written] else "")
+
+    def rates(self) -> str:
+        """Results and their pixels per second so far."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        return f"{self.counts[Written] / seconds:.2f} pictures/s, {self.pixels / seconds / 1e6:.2f} Mpx/s"
+
+    @contextmanager
+    def bar(self) -> Iterator[None]:
+        """A progress bar on stderr, if that is a terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
+            task = bar.add_task(self.rates(), total=self.total)
+            self.advance = lambda: bar.update(task, advance=1, description=self.rates())
+            yield

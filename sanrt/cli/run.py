@@ -1,0 +1,138 @@
+"""`sanrt run`: upscale picture files."""
+
+from __future__ import annotations
+
+import re
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sanrt.errors import UsageError
+from sanrt.runtime.formats import Format
+from sanrt.runtime.models import MODELS, exported_path
+
+if TYPE_CHECKING:
+    from sanrt.cli.progress import Reporter
+    from sanrt.runtime.backends import Backend, RunOptions
+
+COLOURS = {"white": "#ffffff", "black": "#000000"}
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model runs, and on what."""
+
+    named: Path | None
+    """None is the exported model of the scale in `models`."""
+    models: Path
+    scale: int | None
+    """None is the named model's, or 4."""
+    backend: str
+    options: RunOptions
+
+    @property
+    def expected(self) -> int:
+        """The scale that is looked for where no model is named."""
+        return self.scale or 4
+
+    @property
+    def path(self) -> Path:
+        """The model's file, whether it is there or not."""
+        return self.named or exported_path(self.models, self.expected)
+
+    @property
+    def missing(self) -> bool:
+        """Whether the bundled weights must be exported first."""
+        return not self.named and not self.path.exists()
+
+
+def run(
+    inputs: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="A folder, or a file for one picture.", show_default=False)],
+    model: Annotated[Path | None, typer.Option(help="The model, instead of the one that `sanrt export` wrote.")] = None,
+    models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
+    scale: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; 4 unless --model says otherwise.")] = None,
+    backend: Annotated[str, typer.Option(help="What runs the network; auto takes the first that is usable.")] = "auto",
+    tile: Annotated[int | None, typer.Option(min=16, help="Cut larger pictures into tiles of this many pixels.")] = None,
+    overlap: Annotated[int | None, typer.Option(min=0, help="Pixels that neighbouring tiles share.")] = None,
+    self_ensemble: Annotated[bool, typer.Option("--self-ensemble", help="Average over 8 flips and rotations.")] = False,
+    format: Annotated[Format | None, typer.Option(help="Of every result; each picture's own if left out.")] = None,
+    suffix: Annotated[str, typer.Option(help="Added to every name, such as _x4.")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is done already.")] = False,
+    quality: Annotated[int | None, typer.Option(min=1, max=100, help="Of JPEG, WebP and AVIF.")] = None,
+    lossless: Annotated[bool, typer.Option("--lossless", help="WebP and AVIF without loss.")] = False,
+    flatten: Annotated[str | None, typer.Option(help="Lay transparency onto white, black or #rrggbb.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the network; all if left out.")] = None,
+    device: Annotated[int, typer.Option(min=0, help="Number of the GPU.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every picture.")] = False,
+) -> None:
+    """Upscale pictures: files, and folders with their tree kept; what is done already is skipped."""
+    from sanrt.cli.progress import Reporter
+    from sanrt.runtime import pipeline
+    from sanrt.runtime.backends import RunOptions
+    from sanrt.runtime.jobs import Naming, find_pictures
+    from sanrt.runtime.pictures import Encoding
+    from sanrt.runtime.pipeline import PipelineOptions
+    from sanrt.runtime.upscale import UpscaleOptions, upscale
+
+    if format and format.written_as is not format:
+        raise typer.BadParameter(f"--format {format}: sanrt reads it, and writes {format.written_as} instead")
+    choice = ModelChoice(model, models, scale, backend, RunOptions(threads=threads, device=device))
+    encoding = Encoding(quality, lossless, colour(flatten) if flatten else None)
+    jobs = find_pictures(inputs, output, Naming(suffix, format))
+    with Reporter(len(jobs), quiet, verbose) as reporter:
+        if dry_run and choice.missing:
+            reporter.say(f"{choice.path}: not there yet; would export the bundled x{choice.expected} weights first")
+            reporter.follow(pipeline.plan(jobs, PipelineOptions(choice.expected, encoding, overwrite)))
+            raise typer.Exit(reporter.status)
+        with loaded(choice, reporter) as network:
+            options = PipelineOptions(network.spec.architecture.scale, encoding, overwrite)
+            enlarge = partial(upscale, network, options=UpscaleOptions(tile, overlap, self_ensemble))
+            with closing(pipeline.plan(jobs, options) if dry_run else pipeline.run(jobs, enlarge, options)) as outcomes:
+                reporter.follow(outcomes)
+    raise typer.Exit(reporter.status)
+
+
+def colour(text: str) -> tuple[int, int, int]:
+    """8-bit RGB of `white`, `black` or `#rrggbb`."""
+    digits = COLOURS.get(text, text)
+    if not re.fullmatch(r"#[0-9a-fA-F]{6}", digits):
+        raise typer.BadParameter(f"--flatten {text}: expected white, black or #rrggbb")
+    red, green, blue = bytes.fromhex(digits[1:])
+    return red, green, blue
+
+
+def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
+    """The chosen model on the chosen backend; the bundled one is exported first where none was made yet."""
+    from sanrt.runtime.backends import load_backend
+
+    if choice.missing:
+        reporter.say(f"{choice.path}: not there yet; exporting the bundled x{choice.expected} weights first")
+        export_bundled(choice.expected, choice.path)
+    network = load_backend(choice.backend, choice.path, choice.options)
+    spec = network.spec
+    if choice.scale not in (None, spec.architecture.scale):
+        network.close()
+        raise UsageError(f"{choice.path}: a x{spec.architecture.scale} model, but --scale {choice.scale} was asked for")
+    reporter.say(f"{choice.path}: {spec.architecture.name}, {spec.precision}, {network.name} on {network.device}")
+    return network
+
+
+def export_bundled(scale: int, path: Path) -> None:
+    """Write the bundled weights of a scale as ONNX, checked as `sanrt export` does."""
+    from sanrt import __version__
+    from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
+    from sanrt.model.graph import san_model
+    from sanrt.model.spec import ModelSpec
+
+    checkpoint = load_checkpoint(bundled_checkpoint(scale))
+    arch = checkpoint.architecture
+    spec = ModelSpec(arch, checkpoint.digest, checkpoint.origin, arch.sqrt_iterations or 5, version=__version__)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(san_model(spec, {name: t.numpy() for name, t in checkpoint.tensors.items()}).SerializeToString())
