@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sanrt.cli.export import chosen_checkpoint
 from sanrt.errors import UsageError
+from sanrt.extras import extra
 from sanrt.runtime.formats import Format
 from sanrt.runtime.models import MODELS, exported_path
 
@@ -114,7 +116,9 @@ def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
 
     if choice.missing:
         reporter.say(f"{choice.path}: not there yet; exporting the bundled x{choice.expected} weights first")
-        export_bundled(choice.expected, choice.path)
+        with extra("export", "making a model"):
+            from sanrt.export.onnx import export_onnx
+        export_onnx(chosen_checkpoint(choice.expected, None), choice.path)
     network = load_backend(choice.backend, choice.path, choice.options)
     spec = network.spec
     if choice.scale not in (None, spec.architecture.scale):
@@ -122,17 +126,3 @@ def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
         raise UsageError(f"{choice.path}: a x{spec.architecture.scale} model, but --scale {choice.scale} was asked for")
     reporter.say(f"{choice.path}: {spec.architecture.name}, {spec.precision}, {network.name} on {network.device}")
     return network
-
-
-def export_bundled(scale: int, path: Path) -> None:
-    """Write the bundled weights of a scale as ONNX, checked as `sanrt export` does."""
-    from sanrt import __version__
-    from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
-    from sanrt.model.graph import san_model
-    from sanrt.model.spec import ModelSpec
-
-    checkpoint = load_checkpoint(bundled_checkpoint(scale))
-    arch = checkpoint.architecture
-    spec = ModelSpec(arch, checkpoint.digest, checkpoint.origin, arch.sqrt_iterations or 5, version=__version__)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(san_model(spec, {name: t.numpy() for name, t in checkpoint.tensors.items()}).SerializeToString())
