@@ -363,6 +363,8 @@ def plan_output(
 def _losses(source: PictureInfo, form: Format, bits: int) -> Iterator[str]:
     if bits > form.facts.max_bits:
         yield f"{bits}-bit samples become {form.facts.max_bits}-bit: {form.upper()} holds no more"
+    if source.grey and not form.facts.grey and "icc-profile-data" in source.metadata:
+        yield f"the grey ICC profile is not kept: {form.upper()} is written as RGB"
     if "exif-data" in source.metadata and not form.facts.exif:
         yield f"EXIF is not kept: libvips writes none into {form.upper()}"
 

@@ -10,7 +10,6 @@ import struct
 import zlib
 from pathlib import Path
 
-import mutate
 import numpy as np
 import pytest
 import pyvips
@@ -27,6 +26,7 @@ from sanrt.runtime.pictures import (
     write_picture,
 )
 from sanrt.runtime.scratch import ScratchPicture
+from tests import mutate
 
 PROFILE = pyvips.Image.black(1, 1, bands=3).copy(interpretation="srgb").icc_transform("p3", input_profile="srgb")
 P3 = bytes(PROFILE.get("icc-profile-data"))
@@ -330,6 +330,14 @@ def test_alpha_into_jpeg_is_refused_unless_laid_onto_a_background(tmp_path):
     result = doubled(path, tmp_path / "out.jpg", Encoding(background=(255, 255, 255)))
     with open_picture(result) as picture:
         assert (picture.rgb() == 255).all()
+
+
+def test_a_grey_profile_that_an_rgb_format_cannot_keep_is_told(tmp_path):
+    grey = pyvips.Image.black(4, 4).copy(interpretation="b-w").icc_transform("sgrey", input_profile="sgrey")
+    grey.pngsave(str(tmp_path / "grey.png"))
+    with open_picture(tmp_path / "grey.png") as picture:
+        assert plan_output(picture.info, tmp_path / "out.jpg", 2).notes == ()
+        assert "grey ICC profile" in plan_output(picture.info, tmp_path / "out.webp", 2).notes[0]
 
 
 def test_depth_that_the_asked_format_cannot_hold_is_rounded_and_told(tmp_path):
