@@ -17,6 +17,10 @@ class ModelError(SanrtError):
     """An exported model (ONNX, engine) that is missing, damaged, stale or not sanrt's."""
 
 
+class BuildError(SanrtError):
+    """An engine that could not be built, or is not what was asked for."""
+
+
 class ParityError(SanrtError):
     """Two runs of the same network differ by more than the tolerance."""
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from sanrt.errors import BackendError
 from sanrt.model.spec import ModelSpec, Precision
+from sanrt.runtime.engines import SUFFIX, engines_of
 
 Array = npt.NDArray[np.float32]
 
@@ -86,10 +87,11 @@ class RunOptions:
 BACKENDS = {
     "torch": "sanrt.runtime.backends.torch",
     "onnxruntime": "sanrt.runtime.backends.onnxruntime",
+    "tensorrt": "sanrt.runtime.backends.tensorrt",
 }
 """Every backend's module; each has `status() -> BackendStatus` and `load(model: Path, options: RunOptions) -> Backend`."""
 
-AUTO_ORDER = ("onnxruntime", "torch")
+AUTO_ORDER = ("tensorrt", "onnxruntime", "torch")
 """The order in which `auto` looks for a usable backend."""
 
 
@@ -100,15 +102,23 @@ def status(name: str) -> BackendStatus:
 
 def load_backend(name: str, model: Path, options: RunOptions) -> Backend:
     """Load a model with the named backend, or with the first usable one for `auto`; never another than asked for."""
-    chosen = next((s for s in map(status, AUTO_ORDER) if s.usable), None) if name == "auto" else status(name)
+    chosen = next((s for s in map(status, candidates(model)) if s.usable), None) if name == "auto" else status(name)
     if chosen is None:
-        raise BackendError(f"no backend is usable here; install one with: {status(AUTO_ORDER[0]).remedy}")
+        reasons = "; ".join(f"{s.name}: {s.reason}, {s.remedy}".rstrip(", ") for s in map(status, candidates(model)))
+        raise BackendError(f"no backend can run {model} here ({reasons})")
     if not chosen.usable:
         remedy = f"; to fix it: {chosen.remedy}" if chosen.remedy else ""
         usable = ", ".join(s.name for s in map(status, BACKENDS) if s.usable) or "none"
         raise BackendError(f"backend {name} is not usable here: {chosen.reason}{remedy} (usable: {usable})")
     load: Callable[[Path, RunOptions], Backend] = backend_module(chosen.name).load
     return load(model, options)
+
+
+def candidates(model: Path) -> tuple[str, ...]:
+    """What `auto` may choose for a model: only TensorRT runs engines, and it runs a model only once an engine was built."""
+    if model.suffix == SUFFIX:
+        return ("tensorrt",)
+    return tuple(name for name in AUTO_ORDER if name != "tensorrt" or engines_of(model))
 
 
 def backend_module(name: str) -> Any:

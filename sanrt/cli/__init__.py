@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from sanrt.cli.build import build
 from sanrt.cli.export import export
 from sanrt.cli.info import info
 from sanrt.cli.run import run
@@ -19,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(export)
+app.command()(build)
 app.command()(run)
 app.command()(info)
 

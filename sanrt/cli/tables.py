@@ -36,3 +36,11 @@ def square_root_table(report: Mapping[str, Any]) -> Table:
     for row in report["groups"]:
         table.add_row(str(row["group"]), *(f"{row[name]:.2g}" for name in ("condition", "residual", "error", "gate")))
     return table
+
+
+def facts_table(facts: Mapping[str, str]) -> Table:
+    """Names and values, two columns."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,276 @@
+"""TensorRT and TensorRT-RTX engines from an exported ONNX: typed graph, build, proof, engine and JSON. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from threading import Event
+from typing import Any, Protocol
+
+import onnx
+
+from sanrt import __version__
+from sanrt.errors import BackendError, BuildError, ModelError, UsageError
+from sanrt.export import proof as proofs
+from sanrt.model.graph import read_model, san_model
+from sanrt.model.spec import GraphOptions, ModelSpec, Precision
+from sanrt.runtime.derived import FOLDER, file_digest
+from sanrt.runtime.engines import (
+    BuildOptions,
+    EngineInfo,
+    Identity,
+    check_fresh,
+    default_path,
+    read_engine,
+    read_plan,
+    save_engine,
+)
+from sanrt.runtime.flavors import TITLES, Flavor, Watch, import_flavor, installed_version
+
+FUSED_WIDTH = 16
+"""Inner attention channels from which TensorRT has one kernel for the whole attention."""
+RTX_TARGETS = re.compile(r"SM\d+")
+
+
+class Progress(Protocol):
+    """Told of TensorRT's nested phases while it builds."""
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        """A phase of that many steps begins within `parent`."""
+        ...
+
+    def step(self, phase: str, step: int) -> None:
+        """A step of the phase is done."""
+        ...
+
+    def finish(self, phase: str) -> None:
+        """The phase is over."""
+        ...
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None: ...
+
+    def step(self, phase: str, step: int) -> None: ...
+
+    def finish(self, phase: str) -> None: ...
+
+
+def choose_flavor() -> Flavor:
+    """TensorRT where it and a GPU are, else TensorRT-RTX; raises BackendError when neither is installed."""
+    if installed_version(Flavor.TENSORRT) and gpu_present():
+        return Flavor.TENSORRT
+    if installed_version(Flavor.RTX):
+        return Flavor.RTX
+    raise BackendError(
+        "neither TensorRT (with a GPU) nor TensorRT-RTX is here; pip install 'sanrt[rtx]' (it needs no GPU to build)"
+    )
+
+
+def gpu_present() -> bool:
+    """Whether a CUDA device can be opened."""
+    from sanrt.runtime.device import open_device
+
+    try:
+        open_device(0).close()
+    except BackendError:
+        return False
+    return True
+
+
+def build_engine(
+    model: Path, options: BuildOptions, output: Path | None = None, progress: Progress | None = None
+) -> tuple[EngineInfo, bool]:
+    """Build an exported fp32 ONNX into an engine beside it (or at `output`); False when an equal one was already there.
+
+    Raises BuildError, ModelError, BackendError or UsageError, and KeyboardInterrupt after a clean stop. Whatever is
+    raised, no file is left behind.
+    """
+    trt = import_flavor(options.flavor)
+    spec, graph = typed_graph(model, options.precision)
+    identity = Identity(
+        file_digest(model), options, installed_version(options.flavor) or "", target(trt, options), __version__
+    )
+    path = output or default_path(model, identity)
+    if (existing := reusable(path, identity)) is not None:
+        return existing, False
+    check_writable(path)
+    watch, cancel = Watch(trt, keep=True), Event()
+    monitor = monitor_class(trt)(progress or Silent(), cancel)
+    timings = timing_cache_path(model, options, identity)
+    plan = interruptible(lambda: compile_plan(trt, graph, options, watch, monitor, timings), cancel)
+    layers, source = layer_list(trt, options.flavor, plan, watch)
+    findings = proofs.prove(graph, layers, source, activation_memory(watch))
+    findings = proofs.check(findings, options.precision, options.allow_precision, options.allow_unfused_attention)
+    digest = hashlib.sha256(plan).hexdigest()
+    beside = os.path.relpath(model.resolve(), path.parent.resolve())
+    info = EngineInfo(path, spec, beside, identity, len(plan), digest, findings)
+    save_engine(info, plan)
+    return info, True
+
+
+def typed_graph(model: Path, precision: Precision) -> tuple[ModelSpec, onnx.ModelProto]:
+    """The graph that TensorRT builds, from the exported fp32 one: precision in the graph, attention in its fused form."""
+    spec, weights = read_model(model)
+    width = 0 if precision == Precision.FP32 else FUSED_WIDTH
+    graph = san_model(spec, weights, GraphOptions(precision=precision, attention_width=width))
+    return ModelSpec.from_metadata({p.key: p.value for p in graph.metadata_props}, str(model)), graph
+
+
+def target(trt: Any, options: BuildOptions) -> str:
+    """The GPU part of an engine's identity; raises UsageError for targets that the flavour does not build for."""
+    if options.flavor == Flavor.TENSORRT:
+        if options.gpus:
+            raise UsageError("--gpu: TensorRT builds for the GPU it runs on; only --flavor rtx takes targets")
+        from sanrt.runtime.device import open_device
+
+        with open_device(0) as device:
+            return f"{device.name} {device.capability}"
+    if options.timing_cache:
+        raise UsageError("--timing-cache: TensorRT-RTX has no timing cache; leave it out")
+    known = sorted((n.lower() for n in dir(trt.ComputeCapability) if RTX_TARGETS.fullmatch(n)), key=lambda n: int(n[2:]))
+    if unknown := [gpu for gpu in options.gpus if gpu not in known]:
+        raise UsageError(f"--gpu {unknown[0]!r}: TensorRT-RTX builds for {', '.join(known)} (comma-separated)")
+    return ",".join(options.gpus) or "ampere+"
+
+
+def reusable(path: Path, identity: Identity) -> EngineInfo | None:
+    """The engine at `path` when it is intact and exactly what would be built."""
+    try:
+        info = read_engine(path)
+        if info.identity != identity:
+            return None
+        check_fresh(info)
+        read_plan(info)
+    except ModelError:
+        return None
+    return info
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the build, not after it."""
+    probe = path.with_name(f"{path.name}.probe")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BuildError(f"{path}: cannot be written ({error.strerror}); choose another place with -o") from error
+
+
+def interruptible(work: Callable[[], bytes], cancel: Event) -> bytes:
+    """Run `work` beside this thread, so that Ctrl-C arrives at once; `cancel` then asks it to stop, and it is waited for."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        try:
+            return future.result()
+        except BaseException:
+            cancel.set()
+            raise
+
+
+def compile_plan(
+    trt: Any, graph: onnx.ModelProto, options: BuildOptions, watch: Watch, monitor: Any, timings: Path | None
+) -> bytes:
+    """The serialised engine; `watch` and `monitor` must outlive the call."""
+    # No error recorder here: TensorRT-RTX 1.7 destroys the parser after its network and crashes on the recorder.
+    builder = trt.Builder(watch.logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, watch.logger)
+    if not parser.parse(graph.SerializeToString()):
+        raise BuildError(f"{TITLES[options.flavor]} cannot parse the graph ({parser.get_error(0).desc()})")
+    config = builder.create_builder_config()
+    configure(trt, builder, config, options)
+    config.progress_monitor = monitor
+    if timings:
+        config.set_timing_cache(config.create_timing_cache(timings.read_bytes() if timings.exists() else b""), False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BuildError(f"{TITLES[options.flavor]} cannot build the engine: {watch.first}")
+    if timings:
+        save_timing_cache(timings, config.get_timing_cache().serialize())
+    return bytes(plan)
+
+
+def configure(trt: Any, builder: Any, config: Any, options: BuildOptions) -> None:
+    """Everything in the options that the graph does not say."""
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # TF32 is on by default, and would round the inputs of SOCA's fp32 products to 10 bits.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    config.builder_optimization_level = options.level
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
+    if options.gpus:
+        config.num_compute_capabilities = len(options.gpus)
+        for index, gpu in enumerate(options.gpus):
+            config.set_compute_capability(getattr(trt.ComputeCapability, gpu.upper()), index)
+    for sizes in options.profiles:
+        profile = builder.create_optimization_profile()
+        profile.set_shape("input", sizes.min.input_shape, sizes.opt.input_shape, sizes.max.input_shape)
+        config.add_optimization_profile(profile)
+
+
+@cache
+def monitor_class(trt: Any) -> Callable[[Progress, Event], Any]:
+    """An IProgressMonitor that tells a Progress, and stops the build once `cancel` is set."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """TensorRT calls it from the building thread, and from its own."""
+
+        def __init__(self, progress: Progress, cancel: Event) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.progress, self.cancel = progress, cancel
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.progress.start(phase_name, parent_phase, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self.progress.step(phase_name, step)
+            return not self.cancel.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.progress.finish(phase_name)
+
+    return Monitor
+
+
+def timing_cache_path(model: Path, options: BuildOptions, identity: Identity) -> Path | None:
+    """TensorRT's timing cache, one per GPU and version unless named; TensorRT-RTX has none."""
+    if options.flavor == Flavor.RTX:
+        return None
+    name = re.sub(r"[^\w.]+", "-", f"timing-{identity.gpu}-{identity.version}.cache")
+    return options.timing_cache or model.parent / FOLDER / name
+
+
+def save_timing_cache(path: Path, content: Any) -> None:
+    """Keep the timings for the next build."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise BuildError(
+            f"{path}: cannot be written ({error.strerror}); choose another place with --timing-cache"
+        ) from error
+
+
+def layer_list(trt: Any, flavor: Flavor, plan: bytes, watch: Watch) -> tuple[list[proofs.Layer], str]:
+    """The engine's layers: from the build log of TensorRT-RTX, which needs no GPU, or TensorRT's engine inspector."""
+    if flavor == Flavor.RTX:
+        return proofs.layers_from_log(watch.messages), "build log"
+    engine = trt.Runtime(watch.logger).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BuildError(f"{TITLES[flavor]} cannot load the engine it just built: {watch.first}")
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return proofs.layers_from_inspector(text), "engine inspector"
+
+
+def activation_memory(watch: Watch) -> int | None:
+    """Bytes of activations at the largest profile, as the build log states them."""
+    stated = (re.match(r"Total Activation Memory: (\d+) bytes", message) for message in watch.messages)
+    return max((int(match[1]) for match in stated if match), default=None)

@@ -1,0 +1,304 @@
+"""The CUDA device: memory, streams, copies and graphs behind one Protocol, over cuda-python or pycuda."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from threading import local
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from sanrt.errors import BackendError, OutOfMemoryError
+
+HostBuffer = npt.NDArray[np.uint8]
+"""Page-locked host memory; only copies from and to it overlap with kernels."""
+
+PROVIDER = "SANRT_CUDA"
+"""Environment variable: `cuda-python` or `pycuda`, where both are installed."""
+
+
+class Device(Protocol):
+    """One GPU. Addresses, streams and graphs are plain integers; every call may raise BackendError or OutOfMemoryError."""
+
+    name: str
+    capability: str
+    """Such as `sm89`."""
+    graphs: bool
+    """Whether `capture` works."""
+
+    def activate(self) -> None:
+        """Make the GPU's primary context current in this thread; once per thread, before anything else."""
+        ...
+
+    def allocate(self, size: int) -> int: ...
+
+    def free(self, address: int) -> None: ...
+
+    def allocate_host(self, size: int) -> HostBuffer: ...
+
+    def free_host(self, buffer: HostBuffer) -> None: ...
+
+    def create_stream(self) -> int: ...
+
+    def destroy_stream(self, stream: int) -> None: ...
+
+    def to_device(self, address: int, source: HostBuffer, stream: int) -> None:
+        """Queue a copy of all of `source`."""
+        ...
+
+    def to_host(self, target: HostBuffer, address: int, stream: int) -> None:
+        """Queue a copy that fills all of `target`."""
+        ...
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        """Queue a copy within device memory."""
+        ...
+
+    def follow(self, stream: int, other: int) -> None:
+        """Let `stream` wait for what `other` was given so far."""
+        ...
+
+    def synchronize(self, stream: int) -> None: ...
+
+    def capture(self, stream: int, work: Callable[[], None]) -> int:
+        """Record what `work` queues on `stream` as a graph, without running it."""
+        ...
+
+    def launch(self, graph: int, stream: int) -> None: ...
+
+    def destroy_graph(self, graph: int) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def open_device(index: int) -> Device:
+    """The GPU of that index, through cuda-python, or pycuda where that is what is installed or `SANRT_CUDA` says so."""
+    providers: dict[str, tuple[str, Callable[[int], Device]]] = {
+        "cuda-python": ("cuda.bindings", CudaPython),
+        "pycuda": ("pycuda", PyCuda),
+    }
+    asked = os.environ.get(PROVIDER)
+    if asked is not None and asked not in providers:
+        raise BackendError(f"{PROVIDER}={asked}: expected {' or '.join(providers)}")
+    for name, (module, provider) in providers.items():
+        if asked in (None, name) and installed(module):
+            return provider(index)
+    raise BackendError(
+        f"{asked or 'cuda-python'} is not installed; pip install 'sanrt[{'pycuda' if asked == 'pycuda' else 'trt'}]'"
+    )
+
+
+def installed(module: str) -> bool:
+    """Whether a module could be imported."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+class CudaPython:
+    """cuda-python's binding of the CUDA runtime, on the primary context that every other library uses."""
+
+    graphs = True
+
+    def __init__(self, index: int) -> None:
+        from cuda.bindings import runtime
+
+        self.cuda = runtime
+        code, count = runtime.cudaGetDeviceCount()
+        if code != runtime.cudaError_t.cudaSuccess:
+            raise BackendError(f"no NVIDIA GPU can be used here ({runtime.cudaGetErrorString(code)[1].decode()})")
+        if index >= count:
+            raise BackendError(f"GPU {index}: expected an index below {count}, the number of GPUs here")
+        self.index = index
+        self.activate()
+        properties = self.call("cudaGetDeviceProperties", index)
+        self.name = properties.name.decode().rstrip("\0")
+        self.capability = f"sm{properties.major}{properties.minor}"
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """Call the CUDA runtime; what it returns beside the error code, which is raised."""
+        code, *results = getattr(self.cuda, function)(*arguments)
+        if code != self.cuda.cudaError_t.cudaSuccess:
+            kind = OutOfMemoryError if code == self.cuda.cudaError_t.cudaErrorMemoryAllocation else BackendError
+            raise kind(f"CUDA: {function} failed ({self.cuda.cudaGetErrorString(code)[1].decode()})")
+        return results[0] if results else None
+
+    def activate(self) -> None:
+        self.call("cudaSetDevice", self.index)
+
+    def allocate(self, size: int) -> int:
+        return int(self.call("cudaMalloc", size))
+
+    def free(self, address: int) -> None:
+        self.call("cudaFree", address)
+
+    def allocate_host(self, size: int) -> HostBuffer:
+        address = int(self.call("cudaHostAlloc", size, self.cuda.cudaHostAllocDefault))
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+    def free_host(self, buffer: HostBuffer) -> None:
+        self.call("cudaFreeHost", buffer.ctypes.data)
+
+    def create_stream(self) -> int:
+        return int(self.call("cudaStreamCreateWithFlags", self.cuda.cudaStreamNonBlocking))
+
+    def destroy_stream(self, stream: int) -> None:
+        self.call("cudaStreamDestroy", stream)
+
+    def to_device(self, address: int, source: HostBuffer, stream: int) -> None:
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpyAsync", address, source.ctypes.data, source.nbytes, kind, stream)
+
+    def to_host(self, target: HostBuffer, address: int, stream: int) -> None:
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpyAsync", target.ctypes.data, address, target.nbytes, kind, stream)
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpyAsync", target, source, size, kind, stream)
+
+    def follow(self, stream: int, other: int) -> None:
+        event = self.call("cudaEventCreateWithFlags", self.cuda.cudaEventDisableTiming)
+        self.call("cudaEventRecord", event, other)
+        self.call("cudaStreamWaitEvent", stream, event, 0)
+        self.call("cudaEventDestroy", event)
+
+    def synchronize(self, stream: int) -> None:
+        self.call("cudaStreamSynchronize", stream)
+
+    def capture(self, stream: int, work: Callable[[], None]) -> int:
+        # Thread-local: other threads may go on allocating and launching meanwhile.
+        self.call("cudaStreamBeginCapture", stream, self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        try:
+            work()
+        finally:
+            recorded = self.call("cudaStreamEndCapture", stream)
+        graph = int(self.call("cudaGraphInstantiate", recorded, 0))
+        self.call("cudaGraphDestroy", recorded)
+        return graph
+
+    def launch(self, graph: int, stream: int) -> None:
+        self.call("cudaGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: int) -> None:
+        self.call("cudaGraphExecDestroy", graph)
+
+    def close(self) -> None:
+        """The primary context is shared with other libraries and stays."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class PyCuda:
+    """pycuda's driver interface on the primary context; it binds no CUDA graphs."""
+
+    graphs = False
+
+    def __init__(self, index: int) -> None:
+        try:
+            import pycuda.driver
+        except ImportError as error:
+            raise BackendError(f"pycuda cannot be imported ({error}); it needs an NVIDIA driver") from error
+        self.cuda = pycuda.driver
+        self.call(self.cuda.init)
+        if index >= (count := self.call(self.cuda.Device.count)):
+            raise BackendError(f"GPU {index}: expected an index below {count}, the number of GPUs here")
+        gpu = self.call(self.cuda.Device, index)
+        self.context = self.call(gpu.retain_primary_context)
+        self.active = local()
+        self.owned: dict[int, Any] = {}
+        """pycuda frees what is no longer referenced, so its objects are kept here by address or handle."""
+        self.name = gpu.name()
+        major, minor = gpu.compute_capability()
+        self.capability = f"sm{major}{minor}"
+        self.activate()
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call pycuda; its errors as ours."""
+        try:
+            return function(*arguments)
+        except self.cuda.MemoryError as error:
+            raise OutOfMemoryError(f"CUDA: {error}") from error
+        except self.cuda.Error as error:
+            raise BackendError(f"CUDA: {error}") from error
+
+    def own(self, handle: int, thing: Any) -> int:
+        self.owned[handle] = thing
+        return handle
+
+    def activate(self) -> None:
+        if not getattr(self.active, "pushed", False):
+            self.call(self.context.push)
+            self.active.pushed = True
+
+    def allocate(self, size: int) -> int:
+        memory = self.call(self.cuda.mem_alloc, size)
+        return self.own(int(memory), memory)
+
+    def free(self, address: int) -> None:
+        self.call(self.owned.pop(address).free)
+
+    def allocate_host(self, size: int) -> HostBuffer:
+        buffer: HostBuffer = self.call(self.cuda.pagelocked_empty, size, np.uint8)
+        return buffer
+
+    def free_host(self, buffer: HostBuffer) -> None:
+        """pycuda unlocks it with the last reference."""
+
+    def create_stream(self) -> int:
+        stream = self.call(self.cuda.Stream)
+        return self.own(int(stream.handle), stream)
+
+    def destroy_stream(self, stream: int) -> None:
+        del self.owned[stream]
+
+    def to_device(self, address: int, source: HostBuffer, stream: int) -> None:
+        self.call(self.cuda.memcpy_htod_async, address, source, self.owned[stream])
+
+    def to_host(self, target: HostBuffer, address: int, stream: int) -> None:
+        self.call(self.cuda.memcpy_dtoh_async, target, address, self.owned[stream])
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        self.call(self.cuda.memcpy_dtod_async, target, source, size, self.owned[stream])
+
+    def follow(self, stream: int, other: int) -> None:
+        event = self.call(self.cuda.Event, self.cuda.event_flags.DISABLE_TIMING)
+        self.call(event.record, self.cuda.ExternalStream(other))
+        self.call(self.owned[stream].wait_for_event, event)
+
+    def synchronize(self, stream: int) -> None:
+        self.call(self.owned[stream].synchronize)
+
+    def capture(self, stream: int, work: Callable[[], None]) -> int:
+        raise BackendError("pycuda has no CUDA graphs; use cuda-python")
+
+    def launch(self, graph: int, stream: int) -> None:
+        raise BackendError("pycuda has no CUDA graphs; use cuda-python")
+
+    def destroy_graph(self, graph: int) -> None:
+        raise BackendError("pycuda has no CUDA graphs; use cuda-python")
+
+    def close(self) -> None:
+        self.owned.clear()
+        if getattr(self.active, "pushed", False):
+            self.call(self.context.pop)
+            self.active.pushed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,143 @@
+"""`sanrt build`: TensorRT engines from an exported ONNX."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sanrt.errors import UsageError
+from sanrt.extras import extra
+from sanrt.runtime.models import MODELS
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+    from sanrt.runtime.engines import EngineInfo, Profile
+
+
+def build(
+    model: Annotated[Path | None, typer.Argument(help="An exported ONNX; the newest one in --models if left out.")] = None,
+    models: Annotated[Path, typer.Option(help="Where `sanrt export` wrote.")] = MODELS,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Everything in fp32, TF32 off.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Convolutions and attention in half, SOCA's root in fp32.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="The same in bfloat16.")] = False,
+    flavor: Annotated[str, typer.Option(help="auto, tensorrt or rtx.")] = "auto",
+    smallest: Annotated[list[str] | None, typer.Option("--min", help="Smallest input, BxHxW; repeat for profiles.")] = None,
+    best: Annotated[list[str] | None, typer.Option("--opt", help="The input to tune for.")] = None,
+    largest: Annotated[list[str] | None, typer.Option("--max", help="Largest input.")] = None,
+    gpu: Annotated[str, typer.Option(help="RTX: targets, such as sm89,sm120; Ampere and newer if left out.")] = "",
+    workspace: Annotated[int | None, typer.Option(min=1, help="MiB one layer may use; leave it out on RTX.")] = None,
+    level: Annotated[int, typer.Option(min=0, max=5, help="How long TensorRT searches.")] = 3,
+    timing_cache: Annotated[Path | None, typer.Option(help="TensorRT: where to keep timings.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The engine; beside the model if left out.")] = None,
+    allow_precision: Annotated[bool, typer.Option("--allow-precision", help="Accept layers in another precision.")] = False,
+    allow_unfused_attention: Annotated[
+        bool, typer.Option("--allow-unfused-attention", help="Accept attention that is not one kernel.")
+    ] = False,
+) -> None:
+    """Build an exported ONNX into a TensorRT engine, and prove that it is what was asked for."""
+    with extra("rtx", "sanrt build"):
+        from sanrt.export.engine import build_engine, choose_flavor
+    from sanrt.model.spec import Precision
+    from sanrt.runtime.engines import BuildOptions
+    from sanrt.runtime.flavors import Flavor
+
+    asked = [p for p, wanted in zip(Precision, (fp32, fp16, bf16), strict=True) if wanted]
+    if len(asked) > 1:
+        raise typer.BadParameter(f"choose one of --{' and --'.join(asked)}")
+    if flavor not in ("auto", *Flavor):
+        raise typer.BadParameter(f"--flavor {flavor}: expected auto, tensorrt or rtx")
+    options = BuildOptions(
+        flavor=choose_flavor() if flavor == "auto" else Flavor(flavor),
+        precision=asked[0] if asked else Precision.FP16,
+        profiles=profiles(smallest or [], best or [], largest or []),
+        gpus=tuple(filter(None, gpu.split(","))),
+        workspace=workspace,
+        level=level,
+        timing_cache=timing_cache,
+        allow_precision=allow_precision,
+        allow_unfused_attention=allow_unfused_attention,
+    )
+    with BuildProgress() as progress:
+        info, built = build_engine(model or newest_model(models), options, output, progress)
+    report(info, built)
+
+
+def newest_model(models: Path) -> Path:
+    """The ONNX that was exported last."""
+    found = sorted(models.glob("*.onnx"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UsageError(f"{models}: no exported ONNX; make one with `sanrt export --scale 4`, or name a file")
+    return found[-1]
+
+
+def profiles(smallest: list[str], best: list[str], largest: list[str]) -> tuple[Profile, ...]:
+    """The n-th --min, --opt and --max make the n-th profile; the defaults stand in where none is given."""
+    from sanrt.runtime.engines import Profile, Size
+
+    count = max(1, len(smallest), len(best), len(largest))
+    if any(len(sizes) not in (0, count) for sizes in (smallest, best, largest)):
+        raise UsageError(
+            f"{len(smallest)} --min, {len(best)} --opt and {len(largest)} --max: expected one of each for every profile"
+        )
+    default = Profile()
+    columns = (
+        [Size.parse(text) for text in sizes] or [standard] * count
+        for sizes, standard in ((smallest, default.min), (best, default.opt), (largest, default.max))
+    )
+    return tuple(Profile(*sizes) for sizes in zip(*columns, strict=True))
+
+
+def report(info: EngineInfo, built: bool) -> None:
+    """What the engine is, the proof, and the next command."""
+    from rich.console import Console
+
+    from sanrt.cli.tables import facts_table
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print("built" if built else "unchanged: the engine that is there is what would be built")
+    console.print(facts_table(info.table()))
+    console.print(f"next: `sanrt run INPUT OUTPUT --backend tensorrt` on a machine with {info.identity.gpu}")
+
+
+class BuildProgress:
+    """A bar on the terminal that follows TensorRT's phases; indeterminate while a phase has no steps."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(file=sys.stderr)
+        self.bar: RichProgress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+        )
+        self.task: TaskID = self.bar.add_task("Building", total=None)
+        self.phases: list[tuple[str, int]] = []
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        self.phases.append((phase, steps))
+        self.show(0)
+
+    def step(self, phase: str, step: int) -> None:
+        if self.phases and self.phases[-1][0] == phase:
+            self.bar.update(self.task, completed=step + 1)
+
+    def finish(self, phase: str) -> None:
+        self.phases = [entry for entry in self.phases if entry[0] != phase]
+        self.show(0)
+
+    def show(self, completed: int) -> None:
+        """The innermost phase; one or two steps tell nothing, so the bar only pulses."""
+        name, steps = self.phases[-1] if self.phases else ("Building", 0)
+        self.bar.update(self.task, description=name, total=steps if steps > 2 else None, completed=completed)
+
+    def __enter__(self) -> BuildProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
