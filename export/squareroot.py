@@ -13,10 +13,10 @@ from sanrt.export.parity import Difference, compare
 from sanrt.model.checkpoint import Checkpoint
 from sanrt.model.san import SAN
 from sanrt.model.soca import SOCA, covariance, exact_sqrt, newton_schulz_sqrt
+from sanrt.model.spec import MAX_SQRT_ITERATIONS
 
 GATE_TOLERANCE = 1e-3
 """An exact-root checkpoint gets the first number of steps that brings its gates, within (0, 1), this near the exact."""
-MAX_ITERATIONS = 40
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def gate_error(soca: SOCA, sigma: Tensor, iterations: int) -> float:
 def iterations_for(checkpoint: Checkpoint, pixels: Tensor) -> int:
     """Newton-Schulz steps for the graph: as trained, or as many as the spectra on this picture need for an exact root.
 
-    Raises UsageError when no number up to MAX_ITERATIONS brings every gate within GATE_TOLERANCE.
+    Raises UsageError when no number up to MAX_SQRT_ITERATIONS brings every gate within GATE_TOLERANCE.
     """
     trained = checkpoint.architecture.sqrt_iterations
     if trained is not None:
@@ -120,7 +120,7 @@ def iterations_for(checkpoint: Checkpoint, pixels: Tensor) -> int:
     net = checkpoint.network()
     _, sigmas = with_covariances(net, pixels)
     pairs = list(zip(socas(net), sigmas, strict=True))
-    worst = {n: max(gate_error(soca, sigma, n) for soca, sigma in pairs) for n in range(1, MAX_ITERATIONS + 1)}
+    worst = {n: max(gate_error(soca, sigma, n) for soca, sigma in pairs) for n in range(1, MAX_SQRT_ITERATIONS + 1)}
     enough = next((n for n, error in worst.items() if error <= GATE_TOLERANCE), None)
     if enough is None:
         best = min(worst, key=lambda n: worst[n])

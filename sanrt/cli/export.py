@@ -9,7 +9,7 @@ import typer
 
 from sanrt.errors import UsageError
 from sanrt.extras import extra
-from sanrt.model.spec import SCALES
+from sanrt.model.spec import MAX_SQRT_ITERATIONS, SCALES
 from sanrt.runtime.models import MODELS, exported_path
 
 if TYPE_CHECKING:
@@ -21,7 +21,12 @@ def export(
     scale: Annotated[int | None, typer.Option(help="2, 3, 4 or 8: export the bundled weights of that scale.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A SAN checkpoint: official .pt, or .safetensors.")] = None,
     sqrt_iterations: Annotated[
-        int | None, typer.Option(min=1, help="Newton-Schulz steps of the square root, instead of as many as trained with.")
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAX_SQRT_ITERATIONS,
+            help="Newton-Schulz steps of the square root, instead of as many as trained with.",
+        ),
     ] = None,
     models: Annotated[Path, typer.Option(help="Folder for the model.")] = MODELS,
     output: Annotated[
@@ -80,4 +85,11 @@ def print_report(report: ExportReport, verbose: bool) -> None:
     console.print(f"square root: {square_root_line(report.spec.report['square_root'])}")
     if verbose:
         console.print(square_root_table(report.spec.report["square_root"]))
-    console.print("next: `sanrt run INPUT OUTPUT` upscales pictures; `sanrt build --fp16` makes an engine first")
+    console.print(f"next: {next_commands(report.path, report.spec.architecture.scale)}")
+
+
+def next_commands(path: Path, scale: int) -> str:
+    """What to type now; the file is named only where run and build would not look for it."""
+    if path != exported_path(MODELS, scale):
+        return f"sanrt run INPUT OUTPUT --model {path}, or first an engine: sanrt build {path} --fp16"
+    return f"sanrt run INPUT OUTPUT{'' if scale == 4 else f' --scale {scale}'}, or first an engine: sanrt build --fp16"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 
 def parity_line(parity: Mapping[str, Any] | None) -> str:
@@ -39,8 +40,10 @@ def square_root_table(report: Mapping[str, Any]) -> Table:
 
 
 def facts_table(facts: Mapping[str, str]) -> Table:
-    """Names and values, two columns."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    """Names on the left, what is so on the right."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     return table

@@ -29,7 +29,8 @@ class RegionAttention(nn.Module):
 
     def attend(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of any part x (B, C, h, w) of a region to that region's keys and values; (B, C, h, w)."""
-        q, k, v = (t.flatten(2).transpose(1, 2).unsqueeze(1) for t in (self.query(x), key, value))
+        # Contiguous, or PyTorch's fused kernel steps aside for one that forms the L x L matrix.
+        q, k, v = (t.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for t in (self.query(x), key, value))
         y = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         y = y.squeeze(1).transpose(1, 2).reshape(x.shape[0], -1, *x.shape[2:])
         attended: Tensor = self.out(y) + x

@@ -14,6 +14,9 @@ SCALES = (2, 3, 4, 8)
 MIN_SIDE = 4
 """Smallest height and width in pixels: each of the 2 x 2 regions pools its keys and values by 2."""
 
+MAX_SQRT_ITERATIONS = 22
+"""More Newton-Schulz steps than this raise float32's rounding of a rank-deficient covariance, such as a 4 x 4 picture's."""
+
 PREFIX = "sanrt."
 
 
