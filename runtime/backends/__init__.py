@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -68,6 +70,8 @@ class BackendStatus:
     """Why not, or what it would run on."""
     remedy: str = ""
     """The command that makes it usable, where there is one."""
+    automatic: bool = True
+    """Whether `auto` takes it here when it is usable."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,17 @@ class RunOptions:
 BACKENDS = {
     "torch": "sanrt.runtime.backends.torch",
     "onnxruntime": "sanrt.runtime.backends.onnxruntime",
+    "onnxruntime-cuda": "sanrt.runtime.backends.onnxruntime_cuda",
+    "openvino": "sanrt.runtime.backends.openvino",
     "tensorrt": "sanrt.runtime.backends.tensorrt",
 }
 """Every backend's module; each has `status() -> BackendStatus` and `load(model: Path, options: RunOptions) -> Backend`."""
 
-AUTO_ORDER = ("tensorrt", "onnxruntime", "torch")
+AUTO_ORDER = ("tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime", "torch")
 """The order in which `auto` looks for a usable backend."""
+
+OPEN_STAGES = 4
+"""Stages to keep open: the widest pass over a picture takes turns between so many (head, keys and values, attention)."""
 
 
 def status(name: str) -> BackendStatus:
@@ -102,7 +111,7 @@ def status(name: str) -> BackendStatus:
 
 def load_backend(name: str, model: Path, options: RunOptions) -> Backend:
     """Load a model with the named backend, or with the first usable one for `auto`; never another than asked for."""
-    chosen = next((s for s in map(status, candidates(model)) if s.usable), None) if name == "auto" else status(name)
+    chosen = automatic_choice(candidates(model)) if name == "auto" else status(name)
     if chosen is None:
         reasons = "; ".join(f"{s.name}: {s.reason}, {s.remedy}".rstrip(", ") for s in map(status, candidates(model)))
         raise BackendError(f"no backend can run {model} here ({reasons})")
@@ -119,6 +128,27 @@ def candidates(model: Path) -> tuple[str, ...]:
     if model.suffix == SUFFIX:
         return ("tensorrt",)
     return tuple(name for name in AUTO_ORDER if name != "tensorrt" or engines_of(model))
+
+
+def automatic_choice(names: Iterable[str]) -> BackendStatus | None:
+    """The first of these backends that `auto` may take here."""
+    return next((s for s in map(status, names) if s.usable and s.automatic), None)
+
+
+def library_version(*distributions: str) -> str | None:
+    """Version of the first of these distributions that is installed."""
+    for distribution in distributions:
+        with suppress(PackageNotFoundError):
+            return version(distribution)
+    return None
+
+
+def fp32_only(name: str, options: RunOptions) -> None:
+    """Raise BackendError when another precision than fp32 is asked for."""
+    if options.precision not in (None, Precision.FP32):
+        raise BackendError(
+            f"backend {name} runs in fp32 on the CPU, {options.precision} was asked for; use --precision fp32"
+        )
 
 
 def backend_module(name: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,21 +11,17 @@ import numpy.typing as npt
 
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError
 from sanrt.model.spec import Attention, GraphOptions, ModelSpec
-from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages
+from sanrt.runtime.backends import OPEN_STAGES, Array, BackendStatus, RunOptions, Stages, fp32_only, library_version
 from sanrt.runtime.derived import derived_model
 
 NAME = "onnxruntime"
 
-OPEN_STAGES = 4
-"""As many as the widest pass over the picture takes turns between (head, keys and values, attention)."""
-
 
 def status() -> BackendStatus:
     """Whether ONNX Runtime is installed."""
-    try:
-        return BackendStatus(NAME, version("onnxruntime"), True, "runs on the CPU")
-    except PackageNotFoundError:
-        return BackendStatus(NAME, None, False, "onnxruntime is not installed", "pip install 'sanrt[cpu]'")
+    if installed := library_version("onnxruntime", "onnxruntime-gpu"):
+        return BackendStatus(NAME, installed, True, "runs on the CPU")
+    return BackendStatus(NAME, None, False, "onnxruntime is not installed", "pip install 'sanrt[cpu]'")
 
 
 def load(model: Path, options: RunOptions) -> OnnxRuntimeBackend:
@@ -41,6 +36,7 @@ class OnnxRuntimeBackend:
     device = "CPU"
 
     def __init__(self, model: Path, options: RunOptions) -> None:
+        fp32_only(NAME, options)
         self.model, self.options = model, options
         graph = derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, regions=options.regions))
         self.session = open_session(graph, options)
@@ -92,8 +88,15 @@ def open_session(graph: Path, options: RunOptions) -> Any:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.threads or len(os.sched_getaffinity(0))
     settings.log_severity_level = 3
+    return session_on(graph, settings, ["CPUExecutionProvider"])
+
+
+def session_on(graph: Path, settings: Any, providers: list[Any]) -> Any:
+    """An InferenceSession; raises ModelError for a graph that onnxruntime refuses."""
+    import onnxruntime
+
     try:
-        return onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(graph, settings, providers=providers)
     except Exception as error:
         raise ModelError(f"{graph}: onnxruntime cannot load it ({first_line(error)})") from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,17 +12,16 @@ import numpy.typing as npt
 
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.model.spec import MIN_SIDE, ModelSpec
-from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages
+from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, fp32_only, library_version
 
 NAME = "torch"
 
 
 def status() -> BackendStatus:
     """Whether PyTorch is installed."""
-    try:
-        return BackendStatus(NAME, version("torch"), True, "runs on the CPU")
-    except PackageNotFoundError:
-        return BackendStatus(NAME, None, False, "torch is not installed", "pip install 'sanrt[export]'")
+    if installed := library_version("torch"):
+        return BackendStatus(NAME, installed, True, "runs on the CPU")
+    return BackendStatus(NAME, None, False, "torch is not installed", "pip install 'sanrt[export]'")
 
 
 def load(model: Path, options: RunOptions) -> TorchBackend:
@@ -43,6 +41,7 @@ class TorchBackend:
         from sanrt.model.checkpoint import load_checkpoint
         from sanrt.model.san import SAN
 
+        fp32_only(NAME, options)
         if options.threads:
             torch.set_num_threads(options.threads)
         if model.suffix == ".onnx":

@@ -1,0 +1,146 @@
+"""ONNX Runtime on an NVIDIA GPU: its CUDA provider with the pictures bound to device memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from sanrt.errors import BackendError
+from sanrt.model.spec import Attention, GraphOptions, Precision
+from sanrt.runtime import machine
+from sanrt.runtime.backends import OPEN_STAGES, Array, BackendStatus, RunOptions, Stages, library_version
+from sanrt.runtime.backends.onnxruntime import run_error, session_on
+from sanrt.runtime.derived import derived_model
+from sanrt.runtime.models import read_spec
+
+NAME = "onnxruntime-cuda"
+PROVIDER = "CUDAExecutionProvider"
+INSTALL = "pip install 'sanrt[gpu]'"
+
+
+def status() -> BackendStatus:
+    """Whether the GPU build of ONNX Runtime is installed, alone, and the driver shows a GPU."""
+    installed, found = library_version("onnxruntime-gpu"), machine.gpus()
+    cpu_build = library_version("onnxruntime") is not None
+    if installed and cpu_build:
+        reason = "onnxruntime and onnxruntime-gpu are both installed and overwrite each other"
+        remedy = f"pip uninstall -y onnxruntime onnxruntime-gpu && {INSTALL}"
+        return BackendStatus(NAME, installed, False, reason, remedy)
+    if not installed:
+        remedy = f"pip uninstall -y onnxruntime && {INSTALL}" if cpu_build else INSTALL
+        return BackendStatus(NAME, None, False, "onnxruntime-gpu is not installed", remedy)
+    if found.problem:
+        return BackendStatus(NAME, installed, False, found.problem, "install NVIDIA's driver and reboot")
+    return BackendStatus(NAME, installed, True, f"runs on {found.devices[0].name}")
+
+
+def load(model: Path, options: RunOptions) -> OnnxRuntimeCudaBackend:
+    """Load an exported fp32 ONNX, or its typed variant for fp16 and bf16."""
+    return OnnxRuntimeCudaBackend(model, options)
+
+
+class OnnxRuntimeCudaBackend:
+    """One session; the buffers of the last shape stay on the GPU."""
+
+    name = NAME
+
+    def __init__(self, model: Path, options: RunOptions) -> None:
+        precision = options.precision or Precision.FP32
+        variant = GraphOptions(precision=precision, attention=Attention.MULTI_HEAD, regions=options.regions)
+        graph = derived_model(model, variant)
+        self.model, self.options = model, options
+        self.device = device_name(options.device)
+        self.session = open_cuda_session(graph, options)
+        self.spec = replace(read_spec(graph), precision=precision)
+        self.binding = lru_cache(maxsize=1)(self.bind)
+
+    def bind(self, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
+        """Input and output buffers on the GPU for one shape, and the binding of both."""
+        import onnxruntime
+
+        scale = self.spec.architecture.scale
+        shapes = {"input": shape, "output": (*shape[:2], shape[2] * scale, shape[3] * scale)}
+        source, target = (
+            onnxruntime.OrtValue.ortvalue_from_shape_and_type(s, np.float32, "cuda", self.options.device)
+            for s in shapes.values()
+        )
+        binding = self.session.io_binding()
+        binding.bind_ortvalue_input("input", source)
+        binding.bind_ortvalue_output("output", target)
+        return binding, source, target
+
+    def infer(self, pictures: Array) -> Array:
+        try:
+            binding, source, target = self.binding(pictures.shape)
+            source.update_inplace(np.ascontiguousarray(pictures))
+            self.session.run_with_iobinding(binding)
+            output: Array = target.numpy()
+        except Exception as error:  # onnxruntime's exceptions share no public base
+            raise run_error(error) from error
+        return output
+
+    def stages(self) -> Stages:
+        return OnnxRuntimeCudaStages(self.model, self.options)
+
+    def close(self) -> None:
+        self.binding.cache_clear()
+        self.session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class OnnxRuntimeCudaStages:
+    """A session per stage; feature maps live on the host, so every stage copies its tile there and back."""
+
+    def __init__(self, model: Path, options: RunOptions) -> None:
+        if options.precision not in (None, Precision.FP32):
+            raise BackendError(f"{NAME} streams in fp32 only, {options.precision} was asked for; use --precision fp32")
+
+        def open_stage(stage: str) -> Any:
+            return open_cuda_session(
+                derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, stage=stage)), options
+            )
+
+        self.session = lru_cache(maxsize=OPEN_STAGES)(open_stage)
+
+    def run(self, stage: str, *inputs: npt.NDArray[Any]) -> list[Array]:
+        session = self.session(stage)
+        feed = {node.name: array for node, array in zip(session.get_inputs(), inputs, strict=True)}
+        try:
+            outputs: list[Array] = session.run(None, feed)
+        except Exception as error:
+            raise run_error(error) from error
+        return outputs
+
+
+def device_name(index: int) -> str:
+    """The GPU's name; raises BackendError for an index that is none."""
+    devices = machine.gpus().devices
+    if not 0 <= index < len(devices):
+        raise BackendError(f"GPU {index} is not there; the driver shows {len(devices)}, numbered from 0")
+    return devices[index].name
+
+
+def open_cuda_session(graph: Path, options: RunOptions) -> Any:
+    """A session whose first provider is CUDA: onnxruntime itself would go on with the CPU when it cannot start CUDA."""
+    import onnxruntime
+
+    onnxruntime.preload_dlls()
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    provider = (PROVIDER, {"device_id": str(options.device), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"})
+    session = session_on(graph, settings, [provider])
+    if session.get_providers()[0] != PROVIDER:
+        raise BackendError(
+            f"{NAME}: the CUDA provider does not start, most often as CUDA or cuDNN libraries are missing; {INSTALL}"
+        )
+    return session

@@ -1,0 +1,187 @@
+"""OpenVINO on the CPU, in bf16 where this processor is faster in it and the model stays near fp32."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from sanrt.errors import BackendError, ModelError, OutOfMemoryError
+from sanrt.model.spec import Attention, GraphOptions, Precision
+from sanrt.runtime import machine
+from sanrt.runtime.backends import OPEN_STAGES, Array, BackendStatus, RunOptions, Stages, library_version
+from sanrt.runtime.derived import derived_model
+from sanrt.runtime.models import read_spec
+
+NAME = "openvino"
+
+HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16"}
+"""OpenVINO's hints take SOCA along: bf16 has fp32's range, but in fp16 sums over a picture would overflow."""
+
+TRIAL_SIDE, TRIAL_ROUNDS = 64, 5
+MIN_PSNR = 50.0
+"""bf16 against fp32 on the trial picture, in dB of the value range; below it is not chosen."""
+MIN_GAIN = 1.1
+"""bf16 must be this much faster than fp32 to be worth its error."""
+
+
+def status() -> BackendStatus:
+    """Whether OpenVINO is installed; `auto` takes it on processors made for bf16."""
+    if installed := library_version("openvino"):
+        features = {"AMX-BF16", "AVX512-BF16"} & set(machine.cpu_features())
+        reason = f"runs on the CPU ({', '.join(sorted(features)) or 'no bf16'})"
+        return BackendStatus(NAME, installed, True, reason, automatic=bool(features))
+    return BackendStatus(NAME, None, False, "openvino is not installed", "pip install 'sanrt[openvino]'")
+
+
+def load(model: Path, options: RunOptions) -> OpenVinoBackend:
+    """Load an exported fp32 ONNX; its MultiHeadAttention variant runs, which OpenVINO fuses: no L x L matrix."""
+    return OpenVinoBackend(model, options)
+
+
+class OpenVinoBackend:
+    """One compiled model and its request."""
+
+    name = NAME
+    device = "CPU"
+
+    def __init__(self, model: Path, options: RunOptions) -> None:
+        graph = derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, regions=options.regions))
+        spec = read_spec(graph)
+        precision = options.precision or chosen_precision(graph, options, spec.architecture.value_range)
+        self.model, self.options = model, replace(options, precision=precision)
+        self.spec = replace(spec, precision=precision)
+        self.request = compiled(graph, precision, options)
+
+    def infer(self, pictures: Array) -> Array:
+        return infer(self.request, pictures)[0]
+
+    def stages(self) -> Stages:
+        return OpenVinoStages(self.model, self.options)
+
+    def close(self) -> None:
+        self.request = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class OpenVinoStages:
+    """A request per stage, compiled when it is first run; only the last few stay, as each keeps its memory."""
+
+    def __init__(self, model: Path, options: RunOptions) -> None:
+        def request(stage: str) -> Any:
+            graph = derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, stage=stage))
+            return compiled(graph, options.precision or Precision.FP32, options)
+
+        self.request: Callable[[str], Any] = lru_cache(maxsize=OPEN_STAGES)(request)
+
+    def run(self, stage: str, *inputs: npt.NDArray[Any]) -> list[Array]:
+        return infer(self.request(stage), *inputs)
+
+
+def compiled(graph: Path, precision: Precision, options: RunOptions) -> Any:
+    """An inference request; compiled code is kept beside the graph. Raises BackendError for a precision it has not here."""
+    import openvino
+
+    core = openvino.Core()
+    available = [p for p in HINTS if p.upper() in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
+    if precision not in available:
+        raise BackendError(f"openvino has no {precision} for this network on this CPU; expected {' or '.join(available)}")
+    settings = {
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
+        "INFERENCE_NUM_THREADS": options.threads or machine.cores(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    if os.access(graph.parent, os.W_OK):
+        settings["CACHE_DIR"] = str(graph.parent / NAME)
+    try:
+        return core.compile_model(graph, "CPU", settings).create_infer_request()
+    except RuntimeError as error:
+        raise ModelError(f"{graph}: openvino cannot load it ({cause(error)})") from error
+
+
+def infer(request: Any, *inputs: npt.NDArray[Any]) -> list[Array]:
+    """Arrays in, copies of the outputs out; OpenVINO's errors become ours."""
+    try:
+        return list(request.infer(list(inputs), share_inputs=True).values())
+    except MemoryError as error:
+        raise OutOfMemoryError("openvino ran out of memory") from error
+    except RuntimeError as error:
+        text = cause(error)
+        if "alloc" in text or "memory" in text:
+            raise OutOfMemoryError(f"openvino ran out of memory ({text})") from error
+        raise BackendError(f"openvino failed ({text})") from error
+
+
+def cause(error: Exception) -> str:
+    """The line of an OpenVINO error that says what happened; the others say where in its source."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
+    return lines[-1] if lines else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Trial:
+    """bf16 against fp32 on one small picture, on this machine."""
+
+    fp32_seconds: float
+    bf16_seconds: float
+    psnr: float
+
+    @property
+    def precision(self) -> Precision:
+        """bf16 where it is near enough and faster."""
+        pays = self.psnr >= MIN_PSNR and self.bf16_seconds * MIN_GAIN <= self.fp32_seconds
+        return Precision.BF16 if pays else Precision.FP32
+
+
+def chosen_precision(graph: Path, options: RunOptions, value_range: float) -> Precision:
+    """The better precision by a trial that is made once per model, processor, OpenVINO and number of threads."""
+    if not {"AMX-BF16", "AVX512-BF16"} & set(machine.cpu_features()):
+        return Precision.FP32
+    machinery = [machine.cpu_name(), *machine.cpu_features(), str(library_version("openvino")), str(options.threads)]
+    tag = hashlib.sha256("\n".join(machinery).encode()).hexdigest()[:8]
+    path = graph.with_name(f"{graph.stem}-openvino-{tag}.json")
+    try:
+        return Trial(**json.loads(path.read_text())).precision
+    except (OSError, ValueError, TypeError):
+        trial = measured(graph, options, value_range)
+    if os.access(path.parent, os.W_OK):
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(asdict(trial)))
+        partial.replace(path)
+    return trial.precision
+
+
+def measured(graph: Path, options: RunOptions, value_range: float) -> Trial:
+    """Both precisions in turns on a seeded picture of coloured squares and noise; the best time of each."""
+    random = np.random.default_rng(0)
+    squares = np.kron(random.random((1, 3, TRIAL_SIDE // 8, TRIAL_SIDE // 8)), np.ones((8, 8)))
+    picture = ((0.9 * squares + 0.1 * random.random(squares.shape)) * value_range).astype(np.float32)
+    requests = {p: compiled(graph, p, options) for p in HINTS}
+    fp32, bf16 = (infer(request, picture)[0].astype(np.float64) for request in requests.values())
+    rounds = [[timed(request, picture) for request in requests.values()] for _ in range(TRIAL_ROUNDS)]
+    fp32_seconds, bf16_seconds = map(min, zip(*rounds, strict=True))
+    error = float(np.mean((bf16 - fp32) ** 2))
+    psnr = 10 * math.log10(value_range**2 / max(error, 1e-12)) if math.isfinite(error) else 0.0
+    return Trial(fp32_seconds, bf16_seconds, psnr)
+
+
+def timed(request: Any, picture: Array) -> float:
+    """Seconds of one run."""
+    start = time.perf_counter()
+    infer(request, picture)
+    return time.perf_counter() - start
