@@ -82,13 +82,12 @@ def _(maps: Tensor, regions: int) -> Tensor:
 class KernelSOCA(nn.Module):
     """A SOCA whose gate is one operator."""
 
-    def __init__(self, reference: SOCA) -> None:
+    def __init__(self, reference: SOCA, exact_as: int | None = None) -> None:
         super().__init__()
-        if reference.sqrt_iterations is None:
-            raise BackendError(
-                "CUDA kernels: this SAN takes the exact square root; the SOCA kernel takes Newton-Schulz steps"
-            )
-        self.iterations = reference.sqrt_iterations
+        iterations = reference.sqrt_iterations or exact_as
+        if iterations is None:
+            raise BackendError("CUDA kernels: an exact square root; say how many Newton-Schulz steps stand for it")
+        self.iterations = iterations
         self.down, self.up = reference.down, reference.up
 
     def gate(self, features: Tensor) -> Tensor:
@@ -103,10 +102,10 @@ class KernelSOCA(nn.Module):
 class KernelGroup(nn.Module):
     """A residual group whose gate is applied by the last convolution's weights: no pass over the features is spent on it."""
 
-    def __init__(self, reference: ResidualGroup) -> None:
+    def __init__(self, reference: ResidualGroup, exact_as: int | None = None) -> None:
         super().__init__()
         self.blocks, self.conv = reference.blocks, reference.conv
-        self.soca = KernelSOCA(reference.soca)
+        self.soca = KernelSOCA(reference.soca, exact_as)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.blocks(x)
@@ -138,12 +137,13 @@ class KernelAttention(nn.Module):
         return y
 
 
-def use_kernels(net: SAN) -> SAN:
+def use_kernels(net: SAN, exact_as: int | None = None) -> SAN:
     """A copy of `net` for inference whose SOCA gates and region attention are the operators above; raises BackendError.
 
     Its results are the reference's but for rounding. Move it to another device or dtype afterwards as any module.
+    exact_as: Newton-Schulz steps that stand for the exact square root, where `net` was trained with that.
     """
     fused = copy.deepcopy(net).eval().requires_grad_(False)
-    fused.groups = nn.ModuleList(KernelGroup(group) for group in fused.groups if isinstance(group, ResidualGroup))
+    fused.groups = nn.ModuleList(KernelGroup(group, exact_as) for group in fused.groups if isinstance(group, ResidualGroup))
     fused.attention = KernelAttention(fused.attention)  # type: ignore[assignment]
     return fused

@@ -7,15 +7,12 @@ constexpr int WORDS = 32;                         // of each channel in a tile
 constexpr int PIXELS = 4 / (int)sizeof(SCALAR);   // in a word
 constexpr int TILE = WORDS * PIXELS;              // pixels
 constexpr int STRIPS = C / 16;                    // 8-wide output columns that one warp holds
-constexpr int PARTIAL = C * C + C;                // floats: a block's scatter about its mean, and the mean
+constexpr int PARTIAL = C * C + C + 4;            // floats: a block's scatter about its mean, the mean, the number of pixels
 constexpr int GATE_THREADS = 256;
 constexpr float MIN_TRACE = 1e-10f;
 
 __device__ inline int tile_count(int pixels) { return (pixels + TILE - 1) / TILE; }
 __device__ inline int first_tile(int block, int blocks, int pixels) { return (int)((long long)tile_count(pixels) * block / blocks); }
-__device__ inline int pixels_before(int block, int blocks, int pixels) {
-    return min(first_tile(block, blocks, pixels) * TILE, pixels);
-}
 
 // Where a tile keeps word w of channel c: spread so that neither the stores nor the fragment loads meet in a bank.
 __device__ inline int slot(int c, int w) { return c * WORDS + (w ^ (((c ^ c >> 3) & 7) * 4)); }
@@ -69,7 +66,7 @@ template <bool CHANNELS_LAST> __device__ inline void statistics(const SCALAR* ma
     const int row = 16 * (warp / 2) + g, column = 8 * STRIPS * (warp % 2) + g;
     const SCALAR* const map = maps + (size_t)blockIdx.y * C * pixels;
     const int begin = first_tile(block, blocks, pixels), end = first_tile(block + 1, blocks, pixels);
-    const int count = pixels_before(block + 1, blocks, pixels) - begin * TILE;
+    const int count = min(end * TILE, pixels) - min(begin * TILE, pixels);
 
     Part part;
     float sum[8] = {};
@@ -125,6 +122,7 @@ template <bool CHANNELS_LAST> __device__ inline void statistics(const SCALAR* ma
             partial[r * C + c] = d[s][i] - total[r] * total[c] * inverse;
         }
     if (thread < C) partial[C * C + thread] = shift[thread] + total[thread] * inverse;
+    if (thread == 0) partial[C * C + C] = count;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) soca_statistics_nchw(const SCALAR* maps, int pixels, float* partials) {
@@ -180,15 +178,18 @@ __device__ inline void matrix_vector(const float* m, const float* x, float* y) {
 
 // Chan's pairwise formula over all blocks: sigma = (sum of scatters + sum of n (mean_b - mean)(mean_b - mean)^T) / pixels.
 // `spread` takes blocks * C floats; sigma is exactly symmetric and visible to all on return.
-__device__ inline void merge(const float* partials, int pixels, int blocks, float* sigma, float* spread) {
+__device__ inline void merge(const float* partials, int blocks, float* sigma, float* spread) {
     const int thread = threadIdx.x;
+    const float* const counts = partials + C * C + C;
+    float pixels = 0;
+    for (int b = 0; b < blocks; ++b) pixels += counts[(size_t)b * PARTIAL];
     if (thread < C) {
         const float* const means = partials + C * C + thread;
         const float origin = means[(size_t)(blocks - 1) * PARTIAL];   // the last block is never empty
         float offset = 0;
         for (int b = 0; b < blocks; ++b) {
-            const int count = pixels_before(b + 1, blocks, pixels) - pixels_before(b, blocks, pixels);
-            spread[b * C + thread] = count ? means[(size_t)b * PARTIAL] - origin : 0;
+            const float count = counts[(size_t)b * PARTIAL];
+            spread[b * C + thread] = count > 0 ? means[(size_t)b * PARTIAL] - origin : 0;
             offset += count * spread[b * C + thread];
         }
         offset /= pixels;
@@ -198,7 +199,7 @@ __device__ inline void merge(const float* partials, int pixels, int blocks, floa
     constexpr int OWN = C * C / GATE_THREADS;
     float sum[OWN] = {};
     for (int b = 0; b < blocks; ++b) {
-        const int count = pixels_before(b + 1, blocks, pixels) - pixels_before(b, blocks, pixels);
+        const float count = counts[(size_t)b * PARTIAL];
         for (int e = 0; e < OWN; ++e) {
             const int at = e * GATE_THREADS + thread;
             sum[e] += partials[(size_t)b * PARTIAL + at] + count * spread[b * C + at / C] * spread[b * C + at % C];
@@ -254,11 +255,11 @@ __device__ inline void sqrt_row_means(float* y, float* z, float* w, int iteratio
 
 extern "C" __global__ void __launch_bounds__(GATE_THREADS) soca_gate(
     const float* partials, const SCALAR* down, const SCALAR* down_bias, const SCALAR* up, const SCALAR* up_bias,
-    int pixels, int blocks, int iterations, int hidden, SCALAR* gates) {
+    int blocks, int iterations, int hidden, SCALAR* gates) {
     alignas(16) __shared__ float space[3 * C * C];
     float *y = space, *z = y + C * C, *w = z + C * C;
     float *row_means = w + 3 * C, *layer = w + 4 * C;
-    merge(partials + (size_t)blockIdx.x * blocks * PARTIAL, pixels, blocks, y, z);
+    merge(partials + (size_t)blockIdx.x * blocks * PARTIAL, blocks, y, z);
     sqrt_row_means(y, z, w, iterations, row_means);
     const int lane = threadIdx.x % 32;
     for (int h = threadIdx.x / 32; h < hidden; h += GATE_THREADS / 32) {

@@ -1,15 +1,16 @@
-"""SOCA's channel gates on a GPU (soca.cu)."""
+"""SOCA's channel gates on a GPU (soca.cu). Imports torch only to launch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sanrt.errors import BackendError
 from sanrt.kernels.compile import Program, scalar
-from sanrt.kernels.launch import dense, launch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 CHANNELS = (16, 32, 48, 64)
 GATE_THREADS = 256
@@ -27,6 +28,11 @@ def program(channels: int, dtype: torch.dtype) -> Program:
 def most_blocks(channels: int) -> int:
     """Largest number of blocks for a picture: soca_gate merges them in the memory of its matrices, and alone."""
     return min(64, 2 * channels)
+
+
+def partial_size(channels: int) -> int:
+    """Floats that a block hands on: its scatter matrix, its mean, its number of pixels; in whole 16 bytes."""
+    return channels * channels + channels + 4
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,8 @@ class SocaLaunch:
 
     @property
     def partials(self) -> tuple[int, int, int]:
-        """Shape of the float32 workspace: each block's scatter matrix about its mean, and its mean."""
-        return self.batch, self.blocks, self.channels * (self.channels + 1)
+        """Shape of the float32 workspace: a row of `partial_size` for each block."""
+        return self.batch, self.blocks, partial_size(self.channels)
 
     @property
     def statistics(self) -> str:
@@ -81,6 +87,10 @@ def soca_gate(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: T
     x, weights, biases and the result have one number format: float16, bfloat16 or float32. For float16, no
     |x - shift| may exceed 65504. Compiled for every architecture and run by emulation on the CPU; never run on a GPU.
     """
+    import torch
+
+    from sanrt.kernels.launch import dense, launch
+
     x = dense(x)
     plan = SocaLaunch.of(x)
     partials = torch.empty(plan.partials, dtype=torch.float32, device=x.device)
@@ -89,6 +99,6 @@ def soca_gate(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: T
     launch(plan.program, plan.statistics, (plan.blocks, plan.batch, 1), 4 * plan.channels, x, plan.pixels, partials)
     launch(
         plan.program, "soca_gate", (plan.batch, 1, 1), GATE_THREADS,
-        partials, *weights, plan.pixels, plan.blocks, iterations, len(down), gates,
+        partials, *weights, plan.blocks, iterations, len(down), gates,
     )  # fmt: skip
     return gates

@@ -22,16 +22,24 @@ class CudaNetwork:
 
     Convolutions and attention run in `dtype`, SOCA's statistics and square root and the mean shifts in float32. The first
     picture of a shape is run, then captured; later ones replay its graph. Not for use by two threads at once.
+    dtype: float16 if left out. compiled: through torch.compile as well. exact_as: as in `use_kernels`.
     Raises BackendError without a GPU; torch's own OutOfMemoryError passes through.
     """
 
-    def __init__(self, net: SAN, device: int = 0, dtype: torch.dtype | None = None, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        net: SAN,
+        device: int = 0,
+        dtype: torch.dtype | None = None,
+        compiled: bool = False,
+        exact_as: int | None = None,
+    ) -> None:
         import torch
 
         if not torch.cuda.is_available():
             raise BackendError("torch: no CUDA GPU here, or a PyTorch built without CUDA; run it on the CPU")
         self.device = torch.device("cuda", device)
-        self.net: Callable[[Tensor], Tensor] = prepared(net, dtype or torch.float16).to(self.device)
+        self.net: Callable[[Tensor], Tensor] = prepared(net, dtype or torch.float16, exact_as).to(self.device)
         if compiled:
             self.net = torch.compile(self.net, fullgraph=True, dynamic=False)
         self.graphs = Graphs(self.captured, MOST_GRAPHS)
@@ -86,7 +94,7 @@ class Graphs:
         return replay(x)
 
 
-def prepared(net: SAN, dtype: torch.dtype) -> SAN:
+def prepared(net: SAN, dtype: torch.dtype, exact_as: int | None = None) -> SAN:
     """A copy of `net` with the kernels' operators, channels-last, in `dtype` but for its two mean shifts (float32)."""
     import copy
 
@@ -104,7 +112,7 @@ def prepared(net: SAN, dtype: torch.dtype) -> SAN:
             return x.to(self.dtype, memory_format=torch.channels_last)
 
     shift_in, shift_out = copy.deepcopy(net.mean_in), copy.deepcopy(net.mean_out)
-    fast: SAN = use_kernels(net).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fast: SAN = use_kernels(net, exact_as).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     fast.mean_in = nn.Sequential(shift_in, Cast(dtype))  # type: ignore[assignment]
     fast.mean_out = nn.Sequential(Cast(torch.float32), shift_out)  # type: ignore[assignment]
     return fast

@@ -212,6 +212,16 @@ class GraphWriter:
         gate = self.op("Sigmoid", [self.conv(hidden, f"{prefix}.up", precision=Precision.FP32)], f"{prefix}.gate")
         return self.op("Identity", [self.cast(gate, self.options.precision, f"{prefix}.gate.typed")], out)
 
+    def kernel_gate(self, features: str, group: int, out: str) -> str:
+        """The same gates from the features themselves, by the two plugins of `sanrt.kernels.plugins`."""
+        prefix = f"groups.{group}.soca"
+        plugin: dict[str, Any] = {"domain": "sanrt", "plugin_namespace": "sanrt", "plugin_version": "1", "aot": 1}
+        plugin["channels"] = self.arch.channels
+        partials = self.op("soca_statistics", [features], f"{prefix}.statistics", **plugin)
+        weights = [self.weight(f"{prefix}.{name}") for name in ("down.weight", "down.bias", "up.weight", "up.bias")]
+        hidden = len(self.weights[f"{prefix}.down.bias"])
+        return self.op("soca_gate", [partials, *weights], out, **plugin, hidden=hidden, iterations=self.iterations)
+
     def newton_schulz(self, sigma: str, prefix: str) -> str:
         """Sigma^(1/2) by n coupled steps on Sigma / trace, in fp32."""
         eye = self.eye(1.0)
@@ -268,6 +278,8 @@ class GraphWriter:
         opsets = [helper.make_opsetid("", OPSET)]
         if self.options.attention == Attention.MULTI_HEAD:
             opsets.append(helper.make_opsetid("com.microsoft", 1))
+        if self.options.kernels:
+            opsets.append(helper.make_opsetid("sanrt", 1))
         model = helper.make_model(graph, opset_imports=opsets, producer_name="sanrt", ir_version=IR_VERSION)
         onnx.checker.check_model(model)
         return model
@@ -286,7 +298,10 @@ def san_model(spec: ModelSpec, weights: Weights, options: GraphOptions | None = 
     x = shared
     for g in range(arch.groups):
         features = w.blocks(x, g, f"groups.{g}.features")
-        gate = w.gate(w.covariance(features, f"groups.{g}.soca"), g, f"groups.{g}.gate")
+        if options.kernels:
+            gate = w.kernel_gate(features, g, f"groups.{g}.gate")
+        else:
+            gate = w.gate(w.covariance(features, f"groups.{g}.soca"), g, f"groups.{g}.gate")
         x = w.join(features, gate, x, shared, g, f"groups.{g}.out")
     trunk = w.op("Add", [w.attention(x, "attention.out", "attended"), first], "trunk")
     w.tail(trunk, "output")

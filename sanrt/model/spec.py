@@ -46,6 +46,8 @@ class GraphOptions:
     attention_width: int = 0
     """Pad the inner attention channels with zeros to at least this (TensorRT fuses from 16)."""
     regions: int = 2
+    kernels: bool = False
+    """SOCA by sanrt's own CUDA kernels: nodes that only TensorRT with `sanrt.kernels.plugins` registered understands."""
     stage: str = ""
     """One stage of the network, for exact streaming (`stage_model` in `sanrt.model.graph`); empty is the whole network."""
 

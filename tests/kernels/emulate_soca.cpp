@@ -5,6 +5,6 @@ extern "C" void emulate_soca(
     emulation::launch({(unsigned)blocks, (unsigned)batch, 1}, THREADS, seed,
                       [&] { (channels_last ? soca_statistics_nhwc : soca_statistics_nchw)(maps, pixels, partials); });
     emulation::launch({(unsigned)batch, 1, 1}, GATE_THREADS, seed, [&] {
-        soca_gate(partials, down, down_bias, up, up_bias, pixels, blocks, iterations, hidden, gates);
+        soca_gate(partials, down, down_bias, up, up_bias, blocks, iterations, hidden, gates);
     });
 }

@@ -93,3 +93,9 @@ def test_scaling_the_weights_by_the_gate_is_scaling_the_input() -> None:
 def test_a_network_with_the_exact_square_root_is_refused() -> None:
     with pytest.raises(BackendError, match="exact square root"):
         use_kernels(network(None))
+
+
+def test_steps_can_stand_for_the_exact_square_root() -> None:
+    net, x = network(None), torch.rand(1, 3, 20, 20)
+    few, many = (use_kernels(net, exact_as=steps)(x) - net(x) for steps in (3, 20))
+    assert many.abs().max() < few.abs().max()

@@ -1,13 +1,13 @@
 import math
 
-import emulator
 import pytest
 import torch
-from references import attention, rms
 from torch import Tensor
 
 from sanrt.errors import BackendError
 from sanrt.kernels.region_attention import DEPTH, KEYS, AttentionLaunch, program
+from tests.kernels import emulator
+from tests.kernels.references import attention, rms
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

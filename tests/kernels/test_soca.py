@@ -1,12 +1,12 @@
-import emulator
 import pytest
 import torch
-from references import rms
 from torch import Tensor
 
 from sanrt.errors import BackendError
 from sanrt.kernels.soca import CHANNELS, SocaLaunch, most_blocks, program
 from sanrt.model.soca import SOCA, covariance
+from tests.kernels import emulator
+from tests.kernels.references import rms
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 STEPS = 5
@@ -53,7 +53,8 @@ def merged(partials: Tensor, launch: SocaLaunch) -> Tensor:
     tiles = -(-launch.pixels // tile)
     cuts = torch.tensor([min(tiles * b // launch.blocks * tile, launch.pixels) for b in range(launch.blocks + 1)])
     n = cuts.diff().double()
-    scatter, means = partials[..., : c * c].double().unflatten(2, (c, c)), partials[..., c * c :].double()
+    scatter, means = partials[..., : c * c].double().unflatten(2, (c, c)), partials[..., c * c : c * c + c].double()
+    assert (partials[..., c * c + c] == n).all()
     centred = means - (n[:, None] * means).sum(1, keepdim=True) / launch.pixels
     total = scatter.sum(1) + torch.einsum("n,bni,bnj->bij", n, centred, centred)
     return (total + total.transpose(1, 2)) / 2 / launch.pixels
@@ -146,7 +147,7 @@ def test_every_block_has_pixels_and_no_more_blocks_are_made_than_can_be_merged(d
     launch = SocaLaunch(1, 64, pixels, dtype, channels_last=False)
     assert 1 <= launch.blocks <= most_blocks(64)
     assert launch.blocks <= -(-pixels // (128 // dtype.itemsize))
-    assert launch.partials == (1, launch.blocks, 64 * 65)
+    assert launch.partials == (1, launch.blocks, 64 * 65 + 4)
 
 
 def test_unsupported_channels_and_formats_are_refused() -> None:

@@ -1,0 +1,121 @@
+"""SOCA's kernels as ahead-of-time TensorRT plugins: the engine holds their PTX and runs without Python. Full TensorRT only.
+
+Two plugins, because a plugin launches one kernel: `sanrt::soca_statistics` and `sanrt::soca_gate`, the two launches of
+soca.py. An engine with them is specific to no architecture's machine code, but its driver must know the PTX version of the
+NVRTC that wrote it. Region attention has no plugin: TensorRT fuses it itself (sanrt.model.graph writes it in that form).
+Compiled, and registered with TensorRT's bindings; never run on a GPU.
+
+Annotations are evaluated here (no `from __future__ import annotations`): TensorRT reads them off the functions.
+"""
+
+from typing import Any
+
+from sanrt.errors import BackendError
+from sanrt.kernels.compile import ARCHITECTURES, Program
+from sanrt.kernels.soca import CHANNELS, GATE_THREADS, most_blocks, partial_size
+
+NAMESPACE = "sanrt"
+
+
+def register(trt: Any) -> None:
+    """Register both plugins with a TensorRT module, once; raises BackendError for one that cannot hold them.
+
+    They are then what an ONNX node of domain `sanrt` and type `soca_statistics` or `soca_gate` stands for, as
+    `sanrt.model.graph` writes them with `GraphOptions(kernels=True)`.
+    """
+    if not hasattr(trt, "QuickPluginCreationRequest") or not hasattr(trt, "IPluginV3QuickAOTBuild"):
+        raise BackendError(
+            f"--kernels fused: {trt.__name__} {getattr(trt, '__version__', '')} has no ahead-of-time plugins; "
+            "expected TensorRT 10.13 or later, not TensorRT-RTX; build with --kernels none"
+        )
+    import tensorrt.plugin as trtp
+
+    if not hasattr(getattr(trtp.op, NAMESPACE, None), "soca_statistics"):
+        register_statistics(trt, trtp)
+        register_gate(trt, trtp)
+
+
+def soca_program(trt: Any, dtype: Any, channels: int) -> Program:
+    """soca.cu for a TensorRT tensor's format."""
+    scalars = {trt.DataType.HALF: "Half", trt.DataType.BF16: "BFloat", trt.DataType.FLOAT: "float"}
+    if dtype not in scalars or channels not in CHANNELS:
+        raise BackendError(
+            f"--kernels fused: SOCA over {channels} channels of {dtype}; expected {', '.join(map(str, CHANNELS))} channels "
+            "of fp16, bf16 or fp32; build with --kernels none"
+        )
+    return Program("soca", (f"SCALAR={scalars[dtype]}", f"CHANNELS={channels}"))
+
+
+def ptx(program: Program) -> bytes:
+    """PTX of the oldest architecture: later ones run it too."""
+    return program.ptx(ARCHITECTURES[0])
+
+
+def register_statistics(trt: Any, trtp: Any) -> None:
+    """x (B, C, H, W) -> float32 partials (B, blocks, partial_size); as many blocks for every size, some without pixels."""
+
+    def description(x: trtp.TensorDesc, channels: int) -> trtp.TensorDesc:
+        return trtp.from_shape_expr((x.shape_expr[0], most_blocks(channels), partial_size(channels)), dtype=trt.float32)
+
+    def formats(x: trtp.TensorDesc, channels: int, outputs: tuple[trtp.TensorDesc]) -> list[trtp.AutoTuneCombination]:
+        layouts = "LINEAR" if x.dtype == trt.DataType.FLOAT or channels % 8 else "LINEAR*HWC8"
+        names = {trt.DataType.HALF: "FP16", trt.DataType.BF16: "BF16", trt.DataType.FLOAT: "FP32"}
+        return [trtp.AutoTuneCombination(f"{names[x.dtype]}, FP32", f"{layouts}, LINEAR")]
+
+    def implementation(
+        x: trtp.TensorDesc, channels: int, outputs: tuple[trtp.TensorDesc], tactic: int
+    ) -> tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
+        program = soca_program(trt, x.dtype, channels)
+        batch, _, height, width = (x.shape_expr[i] for i in range(4))
+        launch = trtp.KernelLaunchParams(grid_x=most_blocks(channels), grid_y=batch, block_x=4 * channels)
+        kernel = "soca_statistics_nhwc" if x.format == trt.TensorFormat.HWC8 else "soca_statistics_nchw"
+        return kernel, ptx(program), launch, integers(trtp, height * width)
+
+    name = f"{NAMESPACE}::soca_statistics"
+    trtp.register(name)(description)
+    trtp.autotune(name)(formats)
+    trtp.aot_impl(name)(implementation)
+
+
+def register_gate(trt: Any, trtp: Any) -> None:
+    """partials, W_D (h, C, 1, 1), b_D, W_U (C, h, 1, 1), b_U -> gates (B, C, 1, 1) of the weights' type."""
+
+    def description(
+        partials: trtp.TensorDesc,
+        down: trtp.TensorDesc,
+        down_bias: trtp.TensorDesc,
+        up: trtp.TensorDesc,
+        up_bias: trtp.TensorDesc,
+        channels: int,
+        hidden: int,
+        iterations: int,
+    ) -> trtp.TensorDesc:
+        return trtp.from_shape_expr((partials.shape_expr[0], channels, 1, 1), dtype=down.dtype)
+
+    def implementation(
+        partials: trtp.TensorDesc,
+        down: trtp.TensorDesc,
+        down_bias: trtp.TensorDesc,
+        up: trtp.TensorDesc,
+        up_bias: trtp.TensorDesc,
+        channels: int,
+        hidden: int,
+        iterations: int,
+        outputs: tuple[trtp.TensorDesc],
+        tactic: int,
+    ) -> tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
+        program = soca_program(trt, down.dtype, channels)
+        launch = trtp.KernelLaunchParams(grid_x=partials.shape_expr[0], block_x=GATE_THREADS)
+        return "soca_gate", ptx(program), launch, integers(trtp, most_blocks(channels), iterations, hidden)
+
+    name = f"{NAMESPACE}::soca_gate"
+    trtp.register(name)(description)
+    trtp.aot_impl(name)(implementation)
+
+
+def integers(trtp: Any, *values: Any) -> Any:
+    """A kernel's integer arguments; TensorRT passes them after the inputs and before the outputs."""
+    arguments = trtp.SymIntExprs(len(values))
+    for i, value in enumerate(values):
+        arguments[i] = trtp.SymInt32(value)
+    return arguments
