@@ -17,15 +17,20 @@ import numpy.typing as npt
 from sanrt.model.spec import Architecture, ModelSpec
 from sanrt.runtime.backends import Array, Stages
 from sanrt.runtime.featuremaps import Box, FeatureMap, FeatureStore
-
-MAX_REGION = 2**16
-"""Pixels in a region that `--regions auto` allows: attention then costs the same per pixel however large the picture."""
+from sanrt.runtime.pictures import SourcePicture
 
 MAX_PAIRS = 2**26
 """Pairs of a query and a key in one call, for backends that form their matrix (256 MiB of float32)."""
 
 HEAD_HALO, JOIN_HALO, TAIL_HALO = 1, 1, 2
 """Pixels that a result reaches to each side; the tail's 1 + 1/2 + ... + 1/scale is below 2 for every scale."""
+
+
+STRIP = 256
+"""Rows that are decoded at a time, about."""
+
+Progress = Callable[[float], None]
+"""Told the share of the work that was just done."""
 
 
 class PixelSource(Protocol):
@@ -41,14 +46,6 @@ class PixelSource(Protocol):
 
 PixelSink = Callable[[Box, Array], None]
 """Takes finished pixels (1, 3, h, w), not clipped, and where they go in the output; in reading order of tiles."""
-
-
-def choose_regions(height: int, width: int) -> int:
-    """`--regions auto`: 2 while its regions have at most MAX_REGION pixels, else the smallest k whose regions have."""
-    k = 2
-    while -(-height // k) * -(-width // k) > MAX_REGION and 2 * (k + 1) <= min(height, width):
-        k += 1
-    return k
 
 
 @dataclass
@@ -85,8 +82,7 @@ class Streaming:
     """Largest side of a tile, in input pixels without the halo."""
     regions: int
     """k of the k x k attention regions."""
-    progress: Callable[[float], None] = lambda share: None
-    """Told the share of the work that each finished tile was."""
+    progress: Progress = lambda share: None
 
     def __post_init__(self) -> None:
         self.picture = Box(0, 0, self.source.height, self.source.width)
@@ -180,3 +176,46 @@ class Streaming:
             crop = box.inside(halo).scaled(scale).array()
             sink(box.scaled(scale), self.stages.run("tail", trunk.read(halo), crop)[0])
             self.done(box)
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """A picture in memory, as the network takes it."""
+
+    pixels: Array
+    """(1, 3, H, W)."""
+
+    @property
+    def height(self) -> int:
+        return self.pixels.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.pixels.shape[3]
+
+    def read(self, box: Box) -> Array:
+        return np.ascontiguousarray(self.pixels[:, :, box.top : box.bottom, box.left : box.right])
+
+
+@dataclass(frozen=True)
+class MapSource:
+    """A decoded picture, kept in its own number format."""
+
+    pixels: FeatureMap
+    height: int
+    width: int
+    factor: np.float32
+    """From the format's values to the network's."""
+
+    def read(self, box: Box) -> Array:
+        scaled: Array = self.pixels.read(box).astype(np.float32) * self.factor
+        return scaled
+
+
+def decoded(source: SourcePicture, store: FeatureStore, value_range: float) -> MapSource:
+    """All pixels of a picture file, in a map: tiles want them in no order that a decoder could follow."""
+    info = source.info
+    pixels = store.new(3, info.height, info.width, info.dtype)
+    for rows in Box(0, 0, info.height, info.width).grid(-(-info.height // STRIP), 1):
+        pixels.write(rows, source.rgb(rows.top, rows.height).transpose(2, 0, 1)[None])
+    return MapSource(pixels, info.height, info.width, np.float32(value_range / np.iinfo(info.dtype).max))

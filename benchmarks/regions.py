@@ -1,0 +1,39 @@
+"""What finer attention regions cost in PSNR: `python benchmarks/regions.py SET MODEL.onnx`, SET a folder with HR/ and LR/."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
+
+from benchmarks.quality import Method, model_method, picture_set, score_all, short_name
+from sanrt.runtime.backends import RunOptions, load_backend
+
+
+def regions(
+    pictures: Annotated[Path, typer.Argument(help="Folder with HR/ and LR/.")],
+    model: Annotated[Path, typer.Argument(help="Exported ONNX, or a checkpoint with --backend torch.")],
+    counts: Annotated[list[int] | None, typer.Option("--regions", help="k, repeated; 2, 3, 4 and 8 if left out.")] = None,
+    backend: Annotated[str, typer.Option(help="What runs the model.")] = "onnxruntime",
+) -> None:
+    """Print a model's mean PSNR on Y for k x k attention regions, and the largest loss of one picture against the first k."""
+    tested = picture_set(short_name(pictures), pictures / "HR", pictures / "LR")
+    first: list[float] = []
+    print(" k   PSNR, dB   change   worst picture")
+    for k in counts or [2, 3, 4, 8]:
+        with load_backend(backend, model, RunOptions(regions=k)) as network:
+            method: Method = model_method(network, f"k={k}")
+            (row,), _ = score_all([method], [tested])
+        psnrs = [score.psnr for score in row.pictures.values()]
+        first = first or psnrs
+        change = np.subtract(psnrs, first)
+        print(f"{k:2d}   {row.psnr:8.3f}   {change.mean():+.4f}   {change.min():+.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(regions)

@@ -1,0 +1,106 @@
+"""How a picture goes through the network: whole, streamed exactly, or in overlapped tiles; plain arithmetic over its size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from math import isqrt
+
+from sanrt.errors import UsageError
+from sanrt.model.spec import Architecture
+
+PAPER_REGIONS = 2
+"""k of the paper and of the official checkpoints."""
+
+AFFORDABLE = 2**18
+"""Pixels of the largest picture that `--regions auto` gives the paper's regions: attention's cost grows with their square."""
+
+MAX_REGION = 2**14
+"""Pixels in a region above that: attention then costs about as much as a small network's convolutions, at any size."""
+
+MAX_TILE = 512
+"""Side of the tiles that are chosen: with larger ones the halos, a few per cent already, would save nothing."""
+
+MIN_TILE = 64
+"""Smaller tiles would be mostly halo."""
+
+PROCESS_MEMORY = 400 * 2**20
+"""Interpreter, libraries, picture buffers: what a run holds beside feature maps and a tile in the network."""
+
+
+class Tiling(StrEnum):
+    """`--tiling`."""
+
+    AUTO = "auto"
+    """Whole where the memory suffices, exact above."""
+    WHOLE = "whole"
+    EXACT = "exact"
+    """Stage by stage over tiles: the whole picture's result, whatever the tile (`sanrt.runtime.streaming`)."""
+    OVERLAP = "overlap"
+    """Overlapped, blended tiles, each a picture of its own to the network: faster, and every pixel differs."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """What was chosen for one picture."""
+
+    tiling: Tiling
+    """Never AUTO."""
+    tile: int
+    """Largest side of a tile, the picture's own where it goes whole."""
+    regions: int
+    """k of the k x k attention regions (of each tile where they overlap)."""
+
+    def __str__(self) -> str:
+        tiles = "" if self.tiling is Tiling.WHOLE else f" in tiles of {self.tile}"
+        return f"{self.tiling}{tiles}, {self.regions} x {self.regions} regions"
+
+
+def choose_regions(height: int, width: int) -> int:
+    """`--regions auto`: 2 up to AFFORDABLE pixels, above it the smallest k whose regions have at most MAX_REGION."""
+    k = PAPER_REGIONS
+    if height * width > AFFORDABLE:
+        while -(-height // k) * -(-width // k) > MAX_REGION and 2 * (k + 1) <= min(height, width):
+            k += 1
+    return k
+
+
+def choose_tile(arch: Architecture, memory: int) -> int:
+    """The largest side up to MAX_TILE with which a tile in the network takes at most a quarter of the memory."""
+    return min(MAX_TILE, max(MIN_TILE, isqrt(memory // 4 // network_bytes(arch)) // 16 * 16))
+
+
+def map_memory(arch: Architecture, tile: int, memory: int) -> int:
+    """What feature maps may take of the memory when a tile of this side is in the network."""
+    return max(0, memory - PROCESS_MEMORY - tile**2 * network_bytes(arch))
+
+
+def fits_whole(arch: Architecture, height: int, width: int, memory: int) -> bool:
+    """Whether the network can hold the whole picture and its result."""
+    return height * width * (network_bytes(arch) + result_bytes(arch)) + PROCESS_MEMORY <= memory
+
+
+def result_bytes(arch: Architecture) -> int:
+    """Of the float32 result, per input pixel, and of its copy in the picture's own type."""
+    return 3 * arch.scale**2 * (4 + 4)
+
+
+def network_bytes(arch: Architecture) -> int:
+    """What the network holds at its peak, per input pixel, as float32.
+
+    That is in the tail: its last convolution's C * s^2 values, their pixel-shuffled copy and another that libraries make to
+    reorder memory, beside some ten maps of C channels that the skip connections and blocks keep.
+    """
+    return 4 * arch.channels * (3 * arch.scale**2 + 10)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes from `4G`, `512M` or a plain number; raises UsageError for anything else."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        size = int(float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise UsageError(f"memory {text!r}: expected a number of bytes such as 4G or 512M") from None
+    if size < 2**28:
+        raise UsageError(f"memory {text!r}: expected at least 256M")
+    return size
