@@ -1,4 +1,4 @@
-"""What finer attention regions cost in PSNR: `python benchmarks/regions.py SET MODEL.onnx`, SET a folder with HR/ and LR/."""
+"""What finer attention regions cost in PSNR: `python benchmarks/regions.py SET MODEL.onnx`; SET holds HR/ and LR/."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def regions(
     counts: Annotated[list[int] | None, typer.Option("--regions", help="k, repeated; 2, 3, 4 and 8 if left out.")] = None,
     backend: Annotated[str, typer.Option(help="What runs the model.")] = "onnxruntime",
 ) -> None:
-    """Print a model's mean PSNR on Y for k x k attention regions, and the largest loss of one picture against the first k."""
+    """Print a model's mean PSNR on Y for k x k attention regions, and the largest loss of a picture against the first k."""
     tested = picture_set(short_name(pictures), pictures / "HR", pictures / "LR")
     first: list[float] = []
     print(" k   PSNR, dB   change   worst picture")

@@ -10,9 +10,12 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TypeVar
+from typing import Protocol, TypeVar
+
+import numpy as np
 
 from sanrt.errors import SanrtError
 from sanrt.runtime.jobs import Job
@@ -20,12 +23,14 @@ from sanrt.runtime.pictures import (
     Encoding,
     Output,
     Pixels,
+    SourcePicture,
     open_picture,
     plan_output,
     remove_leftovers,
     upscale_alpha,
     write_picture,
 )
+from sanrt.runtime.scratch import ScratchPicture
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +43,18 @@ WAITING = 2
 """Upscaled pictures that wait for the encoder, at most: they are large."""
 
 
+class Streamer(Protocol):
+    """Upscales picture files without holding them in memory."""
+
+    def wants(self, height: int, width: int) -> bool:
+        """Whether a picture of this size is too large to be held."""
+        ...
+
+    def stream(self, source: SourcePicture, result: ScratchPicture) -> None:
+        """Upscale `source` into `result`."""
+        ...
+
+
 @dataclass(frozen=True)
 class PipelineOptions:
     """What happens around the network."""
@@ -46,6 +63,8 @@ class PipelineOptions:
     encoding: Encoding = field(default_factory=Encoding)
     overwrite: bool = False
     """Do again what is done already."""
+    streamer: Streamer | None = None
+    """Takes the pictures that are too large to be held in memory."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,8 @@ class Loaded:
 
     job: Job
     output: Output
-    rgb: Pixels
+    rgb: Pixels | ScratchPicture | None
+    """None until it is streamed: it is too large to be held."""
     alpha: Pixels | None
     notes: tuple[str, ...]
 
@@ -103,20 +123,37 @@ def read(job: Job, options: PipelineOptions) -> Loaded:
     """Decode a picture whose result can be written; PictureError otherwise."""
     with open_picture(job.source) as source:
         output = plan_output(source.info, job.destination, options.scale, options.encoding)
-        rgb = source.rgb()
+        streamed = options.streamer and options.streamer.wants(source.info.height, source.info.width)
+        rgb = None if streamed else source.rgb()
         alpha = source.alpha() if source.info.alpha else None
         return Loaded(job, output, rgb, alpha, source.info.notes + output.notes)
 
 
-def enlarge(picture: Loaded, upscale: Upscale) -> Loaded:
+def enlarge(picture: Loaded, upscale: Upscale, streamer: Streamer | None = None) -> Loaded:
     """The same picture with its colours upscaled."""
-    return Loaded(picture.job, picture.output, upscale(picture.rgb), picture.alpha, picture.notes)
+    rgb = upscale(picture.rgb) if isinstance(picture.rgb, np.ndarray) else streamed(picture, streamer)
+    return replace(picture, rgb=rgb)
+
+
+def streamed(picture: Loaded, streamer: Streamer | None) -> ScratchPicture:
+    """The colours of a picture that is too large to be held, upscaled into a scratch file beside its destination."""
+    assert streamer
+    output = picture.output
+    output.path.parent.mkdir(parents=True, exist_ok=True)
+    with open_picture(picture.job.source) as source, ExitStack() as undo:
+        result = ScratchPicture(output.width, output.height, 3, source.info.dtype.type, output.path.parent)
+        undo.callback(result.close)
+        streamer.stream(source, result)
+        undo.pop_all()
+        return result
 
 
 def write(picture: Loaded, options: PipelineOptions) -> Written:
     """Upscale the transparency, encode, and put the file in its place."""
     alpha = None if picture.alpha is None else upscale_alpha(picture.alpha, options.scale)
-    write_picture(picture.output, picture.rgb, alpha)
+    assert picture.rgb is not None
+    with picture.rgb if isinstance(picture.rgb, ScratchPicture) else nullcontext():
+        write_picture(picture.output, picture.rgb, alpha)
     return Written(picture.job, picture.output.width * picture.output.height, picture.notes)
 
 
@@ -133,7 +170,7 @@ def run(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) -> Gene
     writing: deque[Future[Outcome]] = deque()
     try:
         for reading in ahead(reader, lambda job: unless_done(job, read, options), without_leftovers(jobs)):
-            enlarged = then(reading.result(), lambda picture: enlarge(picture, upscale))
+            enlarged = then(reading.result(), lambda picture: enlarge(picture, upscale, options.streamer))
             writing.append(writer.submit(finish, enlarged))
             while len(writing) > WAITING or (writing and writing[0].done()):
                 yield writing.popleft().result()

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import isqrt
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from sanrt.errors import BackendError, OutOfMemoryError, UsageError
-from sanrt.model.spec import Architecture
 from sanrt.runtime.backends import Array, Backend
+from sanrt.runtime.featuremaps import Box, FeatureStore
 from sanrt.runtime.memory import free_host_memory
+from sanrt.runtime.pictures import SourcePicture
+from sanrt.runtime.scratch import ScratchPicture
+from sanrt.runtime.streaming import ArraySource, Streaming, decoded
 from sanrt.runtime.tiling import TileAxis, pad
+from sanrt.runtime.ways import Tiling, Way, choose_regions, choose_tile, fits_whole, map_memory
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +29,8 @@ Infer = Callable[[Array], Array]
 """float32 (1, 3, H, W) -> (1, 3, sH, sW), of any size from 1 x 1."""
 
 DEFAULT_OVERLAP = 32
+MIN_SMALLER = 16
+"""Side below which tiles are not made smaller after an out-of-memory."""
 MEMORY_SHARE = 0.6
 """Of the free memory: the rest is for decoding, encoding and everybody else."""
 
@@ -33,17 +40,29 @@ class UpscaleOptions:
     """How pictures go through the network."""
 
     tile: int | None = None
-    """Cut larger pictures into overlapped tiles of at most this side; None cuts only what does not fit the memory."""
+    """Cut larger pictures into tiles of at most this side; None cuts only what does not fit the memory."""
     overlap: int | None = None
-    """Pixels that neighbouring tiles share; None is 32, or a quarter of a smaller tile."""
+    """Pixels that overlapped tiles share; None is 32, or a quarter of a smaller tile. Given, it asks for such tiles."""
     self_ensemble: bool = False
     """Average over the 8 flips and rotations (SAN+, section 4 of the paper)."""
+    tiling: Tiling = Tiling.AUTO
+    regions: int | None = None
+    """k of the k x k attention regions; None is by the picture's size (`choose_regions`)."""
+    memory: int | None = None
+    """Bytes that the run should stay below; None is a share of what is free when the options are made."""
+    scratch: Path | None = None
+    """Folder of the scratch files; None is the system's (TMPDIR)."""
 
     def __post_init__(self) -> None:
         if self.tile is not None and self.tile < 16:
             raise UsageError(f"tiles of {self.tile} pixels; expected at least 16")
         if self.overlap is not None and not 0 <= self.overlap <= (self.tile or 2 * self.overlap) // 2:
             raise UsageError(f"overlap {self.overlap} with tiles of {self.tile}; expected 0 to half a tile")
+
+    @cached_property
+    def budget(self) -> int:
+        """The memory in bytes; looked up once, so that every picture of a run is treated alike."""
+        return self.memory or int(free_host_memory() * MEMORY_SHARE)
 
     def overlap_of(self, tile: int) -> int:
         """The overlap that tiles of this side get."""
@@ -52,19 +71,106 @@ class UpscaleOptions:
         )
 
 
+def choose_way(backend: Backend, height: int, width: int, options: UpscaleOptions) -> Way:
+    """How a picture of this size goes through the network: by the options, its size and the budget, nothing else."""
+    spec, longest, memory = backend.spec, max(height, width), options.budget
+    regions = options.regions or (choose_regions(height, width) if backend.streams else spec.regions)
+    if min(height, width) < 2 * regions:  # regions of at least 2 x 2 pixels; the whole-picture graph pads smaller pictures
+        return Way(Tiling.WHOLE, longest, spec.regions)
+    tiling, tile = options.tiling, options.tile or choose_tile(spec.architecture, memory)
+    if tiling is Tiling.AUTO:
+        cut = longest > options.tile if options.tile else not fits_whole(spec.architecture, height, width, memory)
+        separate = options.overlap is not None or options.self_ensemble
+        tiling = Tiling.WHOLE if not cut else Tiling.OVERLAP if separate else Tiling.EXACT
+    match tiling:
+        case Tiling.WHOLE:
+            return Way(tiling, longest, regions)
+        case Tiling.OVERLAP:
+            return Way(tiling, tile, spec.regions)
+    return Way(tiling, tile, regions)
+
+
 def upscale(backend: Backend, picture: Picture, options: UpscaleOptions = UpscaleOptions()) -> Picture:
     """RGB (H, W, 3), uint8, uint16 or float32 in 0..1 -> (sH, sW, 3) of the same type, rounded and clipped.
 
-    The whole picture at once where memory suffices, else overlapped, blended tiles; after an out-of-memory the picture is
-    done again in tiles half as large, which is logged. OutOfMemoryError when the smallest tiles do not fit either.
+    Whole, exactly streamed or in overlapped tiles, as `choose_way` says; after an out-of-memory the picture is done again
+    in tiles half as large, which is logged. OutOfMemoryError when the smallest tiles do not fit either.
     """
+    value_range = backend.spec.architecture.value_range
+    x = network_input(picture, value_range)
+    way = choose_way(backend, *picture.shape[:2], options)
+    while True:
+        infer: Infer = partial(infer_by, backend, way, options)
+        try:
+            y = (self_ensembled(infer) if options.self_ensemble else infer)(x)
+            return network_output(y, picture, value_range)
+        except OutOfMemoryError as error:
+            tried, way = way, smaller_way(way, options, backend, error)
+            log.warning("%s going %s; doing this picture again: %s", error, tried, way)
+
+
+def smaller_way(way: Way, options: UpscaleOptions, backend: Backend, error: OutOfMemoryError) -> Way:
+    """What takes less memory and was not ruled out; raises the error where there is nothing."""
+    tile = way.tile // 2
+    if tile < max(MIN_SMALLER, 2 * (options.overlap or 0)) or (way.tiling is Tiling.WHOLE is options.tiling):
+        raise error
+    if way.tiling is Tiling.WHOLE:
+        separate = options.overlap is not None or options.self_ensemble or not backend.streams
+        return replace(way, tiling=Tiling.OVERLAP if separate else Tiling.EXACT, tile=tile)
+    return replace(way, tile=tile)
+
+
+def infer_by(backend: Backend, way: Way, options: UpscaleOptions, x: Array) -> Array:
+    """One picture (1, 3, H, W) the given way."""
+    spec = backend.spec
+    if way.tiling is Tiling.OVERLAP:
+        tiles: Infer = partial(infer_padded, backend)
+        return infer_tiled(tiles, x, spec.architecture.scale, way.tile, options.overlap_of(way.tile))
+    if way.tiling is Tiling.WHOLE and way.regions == spec.regions:
+        return infer_padded(backend, x)
+    return stream_array(backend, way, options, x)
+
+
+def stream_array(backend: Backend, way: Way, options: UpscaleOptions, x: Array) -> Array:
+    """One picture in memory, stage by stage."""
     arch = backend.spec.architecture
-    x = network_input(picture, arch.value_range)
-    infer: Infer = lambda tile: infer_padded(backend, tile)  # noqa: E731
-    if options.self_ensemble:
-        infer = self_ensembled(infer)
-    y = infer_in_tiles(infer, x, arch, options)
-    return network_output(y, picture, arch.value_range)
+    y: Array = np.empty((1, 3, arch.scale * x.shape[2], arch.scale * x.shape[3]), np.float32)
+
+    def sink(box: Box, part: Array) -> None:
+        y[:, :, box.top : box.bottom, box.left : box.right] = part
+
+    with FeatureStore(map_memory(arch, way.tile, options.budget), options.scratch) as store:
+        Streaming(backend.stages(), backend.spec, ArraySource(x), store, way.tile, way.regions).run(sink)
+    return y
+
+
+@dataclass(frozen=True)
+class Streamer:
+    """Upscales picture files that are too large for memory."""
+
+    backend: Backend
+    options: UpscaleOptions
+
+    def wants(self, height: int, width: int) -> bool:
+        """Whether a picture of this size is to be streamed."""
+        if self.options.self_ensemble:
+            return False
+        return choose_way(self.backend, height, width, self.options).tiling is Tiling.EXACT
+
+    def stream(self, source: SourcePicture, result: ScratchPicture) -> None:
+        """Upscale `source` into `result`; neither is ever in memory as a whole."""
+        spec, info = self.backend.spec, source.info
+        way = choose_way(self.backend, info.height, info.width, self.options)
+        log.info("%s: %s", info.path, way)
+        like: npt.NDArray[Any] = np.empty(0, result.dtype)
+
+        def sink(box: Box, part: Array) -> None:
+            result.put(box.top, box.left, network_output(part, like, spec.architecture.value_range))
+
+        memory = map_memory(spec.architecture, way.tile, self.options.budget)
+        with FeatureStore(memory, self.options.scratch) as store:
+            pixels = decoded(source, store, spec.architecture.value_range)
+            Streaming(self.backend.stages(), spec, pixels, store, way.tile, way.regions).run(sink)
 
 
 def full_scale(dtype: np.dtype[Any]) -> float:
@@ -111,43 +217,6 @@ def self_ensembled(infer: Infer) -> Infer:
         return total / np.float32(8)
 
     return ensemble
-
-
-def infer_in_tiles(infer: Infer, x: Array, arch: Architecture, options: UpscaleOptions) -> Array:
-    """Whole, or in the largest tiles that are allowed and fit."""
-    tile = options.tile or affordable_side(arch, x.shape[2], x.shape[3])
-    while True:
-        try:
-            return infer_tiled(infer, x, arch.scale, tile, options.overlap_of(tile))
-        except OutOfMemoryError as error:
-            tried, tile = tile, min(tile, max(x.shape[2:])) // 2
-            if tile < max(16, 2 * (options.overlap or 0)):
-                raise
-            log.warning("%s with tiles of %d; doing this picture again with tiles of %d", error, tried, tile)
-
-
-def affordable_side(arch: Architecture, height: int, width: int) -> int:
-    """The side of the largest square tiles that fit the free memory; the picture's longer side if it fits whole."""
-    room = int(free_host_memory() * MEMORY_SHARE) - height * width * result_bytes(arch)
-    if room <= 0:
-        size = f"{arch.scale * width} x {arch.scale * height}"
-        raise OutOfMemoryError(f"the {size} result alone exceeds {MEMORY_SHARE:.0%} of the free memory")
-    pixels = room // network_bytes(arch)
-    return max(height, width) if height * width <= pixels else max(64, isqrt(pixels) // 16 * 16)
-
-
-def result_bytes(arch: Architecture) -> int:
-    """Of the float32 result, per input pixel, and of its copy in the picture's own type."""
-    return 3 * arch.scale**2 * (4 + 4)
-
-
-def network_bytes(arch: Architecture) -> int:
-    """What the network holds at its peak, per input pixel, as float32.
-
-    That is in the tail: its last convolution's C * s^2 values, their pixel-shuffled copy and another that libraries make to
-    reorder memory, beside some ten maps of C channels that the skip connections and blocks keep.
-    """
-    return 4 * arch.channels * (3 * arch.scale**2 + 10)
 
 
 def infer_tiled(infer: Infer, x: Array, scale: int, tile: int, overlap: int) -> Array:

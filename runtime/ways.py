@@ -1,4 +1,4 @@
-"""How a picture goes through the network: whole, streamed exactly, or in overlapped tiles; plain arithmetic over its size."""
+"""How a picture goes through the network: whole, streamed exactly, or in overlapped tiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAPER_REGIONS = 2
 """k of the paper and of the official checkpoints."""
 
 AFFORDABLE = 2**18
-"""Pixels of the largest picture that `--regions auto` gives the paper's regions: attention's cost grows with their square."""
+"""Pixels of the largest picture that `--regions auto` gives the paper's regions: their cost grows with the square."""
 
 MAX_REGION = 2**14
 """Pixels in a region above that: attention then costs about as much as a small network's convolutions, at any size."""

@@ -37,6 +37,8 @@ class Backend(Protocol):
     """What it runs on, for people: `CPU`, `NVIDIA H100`."""
     spec: ModelSpec
     """Of the loaded model, its precision as it runs here."""
+    streams: bool
+    """Whether it has stages, for exact streaming."""
 
     def infer(self, pictures: Array) -> Array:
         """float32 (B, 3, H, W), 0..value_range -> float32 (B, 3, sH, sW), not clipped; sides at least spec.min_side.

@@ -33,6 +33,7 @@ class OnnxRuntimeBackend:
     """One inference session."""
 
     name = NAME
+    streams = True
     device = "CPU"
 
     def __init__(self, model: Path, options: RunOptions) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError, UsageError
-from sanrt.runtime.backends import Array, BackendStatus, RunOptions
+from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages
 from sanrt.runtime.device import Device, HostBuffer, open_device
 from sanrt.runtime.engines import (
     SUFFIX,
@@ -155,6 +155,7 @@ class TensorRTBackend:
     """An engine with a few lanes: that many `infer` calls from different threads run at once."""
 
     name = NAME
+    streams = False
 
     def __init__(self, info: EngineInfo, gpu: Device, contexts: int = CONTEXTS) -> None:
         flavor = info.identity.options.flavor
@@ -329,6 +330,12 @@ class TensorRTBackend:
         memory = int(self.trt.ErrorCodeTRT.FAILED_ALLOCATION) in codes or "out of memory" in lane.watch.first.lower()
         kind = OutOfMemoryError if memory else BackendError
         return kind(f"{self.info.path}: {what} failed ({lane.watch.first})")
+
+    def stages(self) -> Stages:
+        raise BackendError(
+            f"backend {NAME}: engines hold the whole network, exact streaming needs its stages; "
+            "use --backend torch or onnxruntime, or --tiling overlap"
+        )
 
     def close(self) -> None:
         """Free everything, once the pictures under way are done."""

@@ -33,6 +33,7 @@ class TorchBackend:
     """The network on the CPU, in float32."""
 
     name = NAME
+    streams = True
     device = "CPU"
 
     def __init__(self, model: Path, options: RunOptions) -> None:

@@ -16,6 +16,7 @@ from sanrt.errors import UsageError
 from sanrt.extras import extra
 from sanrt.runtime.formats import Format
 from sanrt.runtime.models import MODELS, exported_path
+from sanrt.runtime.ways import Tiling
 
 if TYPE_CHECKING:
     from sanrt.cli.progress import Reporter
@@ -59,8 +60,15 @@ def run(
     models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
     scale: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; 4 unless --model says otherwise.")] = None,
     backend: Annotated[str, typer.Option(help="What runs the network; auto takes the first that is usable.")] = "auto",
+    tiling: Annotated[
+        Tiling, typer.Option(help="Of large pictures; auto is whole if memory suffices, else exact.")
+    ] = Tiling.AUTO,
     tile: Annotated[int | None, typer.Option(min=16, help="Cut larger pictures into tiles of this many pixels.")] = None,
-    overlap: Annotated[int | None, typer.Option(min=0, help="Pixels that neighbouring tiles share.")] = None,
+    overlap: Annotated[int | None, typer.Option(min=0, help="Pixels that overlapped tiles share.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="To stay below, such as 4G; a share of what is free if left out.")
+    ] = None,
+    regions: Annotated[str, typer.Option(help="k of the k x k attention regions; auto is by the picture's size.")] = "auto",
     self_ensemble: Annotated[bool, typer.Option("--self-ensemble", help="Average over 8 flips and rotations.")] = False,
     format: Annotated[Format | None, typer.Option(help="Of every result; each picture's own if left out.")] = None,
     suffix: Annotated[str, typer.Option(help="Added to every name, such as _x4.")] = "",
@@ -81,11 +89,16 @@ def run(
     from sanrt.runtime.jobs import Naming, find_pictures
     from sanrt.runtime.pictures import Encoding
     from sanrt.runtime.pipeline import PipelineOptions
-    from sanrt.runtime.upscale import UpscaleOptions, upscale
+    from sanrt.runtime.upscale import Streamer, UpscaleOptions, upscale
+    from sanrt.runtime.ways import PAPER_REGIONS, parse_memory
 
     if format and format.written_as is not format:
         raise typer.BadParameter(f"--format {format}: sanrt reads it, and writes {format.written_as} instead")
-    choice = ModelChoice(model, models, scale, backend, RunOptions(threads=threads, device=device))
+    k = region_count(regions)
+    upscaling = UpscaleOptions(tile, overlap, self_ensemble, tiling, k, parse_memory(memory) if memory else None)
+    choice = ModelChoice(
+        model, models, scale, backend, RunOptions(threads=threads, device=device, regions=k or PAPER_REGIONS)
+    )
     encoding = Encoding(quality, lossless, colour(flatten) if flatten else None)
     jobs = find_pictures(inputs, output, Naming(suffix, format))
     with Reporter(len(jobs), quiet, verbose) as reporter:
@@ -94,11 +107,20 @@ def run(
             reporter.follow(pipeline.plan(jobs, PipelineOptions(choice.expected, encoding, overwrite)))
             raise typer.Exit(reporter.status)
         with loaded(choice, reporter) as network:
-            options = PipelineOptions(network.spec.architecture.scale, encoding, overwrite)
-            enlarge = partial(upscale, network, options=UpscaleOptions(tile, overlap, self_ensemble))
+            options = PipelineOptions(network.spec.architecture.scale, encoding, overwrite, Streamer(network, upscaling))
+            enlarge = partial(upscale, network, options=upscaling)
             with closing(pipeline.plan(jobs, options) if dry_run else pipeline.run(jobs, enlarge, options)) as outcomes:
                 reporter.follow(outcomes)
     raise typer.Exit(reporter.status)
+
+
+def region_count(text: str) -> int | None:
+    """k of `--regions`; None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or not 1 <= int(text) <= 1000:
+        raise typer.BadParameter(f"--regions {text}: expected auto or a number from 1 to 1000")
+    return int(text)
 
 
 def colour(text: str) -> tuple[int, int, int]:
