@@ -153,14 +153,14 @@ class ScratchMap:
     def load(self, band: Box) -> Array:
         """All columns of a band's rows: (h, C, BAND)."""
         rows = np.empty((band.height, self.channels, BAND), self.dtype)
-        view, done = memoryview(rows).cast("B"), 0
+        view, done = rows.reshape(-1).view(np.uint8).data, 0
         while done < len(view):
             done += os.preadv(self.file.fileno(), [view[done:]], self.offset(band) + done)
         return rows
 
     def save(self, band: Box, rows: Array) -> None:
         """The opposite of `load`."""
-        view, done = memoryview(rows).cast("B"), 0
+        view, done = rows.reshape(-1).view(np.uint8).data, 0
         try:
             while done < len(view):
                 done += os.pwrite(self.file.fileno(), view[done:], self.offset(band) + done)

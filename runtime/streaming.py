@@ -36,8 +36,10 @@ Progress = Callable[[float], None]
 class PixelSource(Protocol):
     """A picture to upscale."""
 
-    height: int
-    width: int
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        ...
 
     def read(self, box: Box) -> Array:
         """Its pixels as (1, 3, h, w) float32, 0..value_range."""
@@ -85,7 +87,7 @@ class Streaming:
     progress: Progress = lambda share: None
 
     def __post_init__(self) -> None:
-        self.picture = Box(0, 0, self.source.height, self.source.width)
+        self.picture = Box(0, 0, *self.source.size)
 
     @property
     def arch(self) -> Architecture:
@@ -95,7 +97,7 @@ class Streaming:
         """Upscale the picture into `sink`."""
         with self.store:
             # The maps that are used most come first, as the first ones get the memory.
-            features, x, shared = (self.store.new(self.arch.channels, *self.size) for _ in range(3))
+            features, x, shared = (self.store.new(self.arch.channels, *self.source.size) for _ in range(3))
             self.attention(self.first, shared)
             for g in range(self.arch.groups):
                 before = x if g else shared
@@ -103,10 +105,6 @@ class Streaming:
                 self.join(g, features, gate, before, shared, x)
             self.attention(x.read, x, skip=self.first)
             self.tail(x, sink)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.picture.height, self.picture.width
 
     def done(self, box: Box) -> None:
         """Count one tile of one of the passes as done: a body and a join per group, two attentions, the tail."""
@@ -186,12 +184,9 @@ class ArraySource:
     """(1, 3, H, W)."""
 
     @property
-    def height(self) -> int:
-        return self.pixels.shape[2]
-
-    @property
-    def width(self) -> int:
-        return self.pixels.shape[3]
+    def size(self) -> tuple[int, int]:
+        _, _, height, width = self.pixels.shape
+        return height, width
 
     def read(self, box: Box) -> Array:
         return np.ascontiguousarray(self.pixels[:, :, box.top : box.bottom, box.left : box.right])
@@ -202,8 +197,7 @@ class MapSource:
     """A decoded picture, kept in its own number format."""
 
     pixels: FeatureMap
-    height: int
-    width: int
+    size: tuple[int, int]
     factor: np.float32
     """From the format's values to the network's."""
 
@@ -218,4 +212,4 @@ def decoded(source: SourcePicture, store: FeatureStore, value_range: float) -> M
     pixels = store.new(3, info.height, info.width, info.dtype)
     for rows in Box(0, 0, info.height, info.width).grid(-(-info.height // STRIP), 1):
         pixels.write(rows, source.rgb(rows.top, rows.height).transpose(2, 0, 1)[None])
-    return MapSource(pixels, info.height, info.width, np.float32(value_range / np.iinfo(info.dtype).max))
+    return MapSource(pixels, (info.height, info.width), np.float32(value_range / np.iinfo(info.dtype).max))

@@ -98,7 +98,7 @@ def upscale(backend: Backend, picture: Picture, options: UpscaleOptions = Upscal
     """
     value_range = backend.spec.architecture.value_range
     x = network_input(picture, value_range)
-    way = choose_way(backend, *picture.shape[:2], options)
+    way = choose_way(backend, picture.shape[0], picture.shape[1], options)
     while True:
         infer: Infer = partial(infer_by, backend, way, options)
         try:

@@ -48,6 +48,7 @@ class OnnxRuntimeCudaBackend:
     """One session; the buffers of the last shape stay on the GPU."""
 
     name = NAME
+    streams = True
 
     def __init__(self, model: Path, options: RunOptions) -> None:
         precision = options.precision or Precision.FP32

@@ -53,6 +53,7 @@ class OpenVinoBackend:
     """One compiled model and its request."""
 
     name = NAME
+    streams = True
     device = "CPU"
 
     def __init__(self, model: Path, options: RunOptions) -> None:

@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 
-from sanrt.runtime.backends import RunOptions, load_backend
+from sanrt.model.spec import Precision
+from sanrt.runtime.backends import RunOptions, load_backend, status
 from sanrt.runtime.featuremaps import FeatureStore
 from sanrt.runtime.streaming import ArraySource, Moments, Streaming
 from sanrt.runtime.ways import MAX_REGION, choose_regions
 
-BACKENDS = ["torch", "onnxruntime"]
+NEEDS_OPENVINO = pytest.mark.skipif(not status("openvino").usable, reason="openvino is not installed")
+BACKENDS = ["torch", "onnxruntime", pytest.param("openvino", marks=NEEDS_OPENVINO)]
 
 
 def stream(backend, pixels, tile, regions=2, store=None, progress=lambda share: None):
@@ -55,7 +57,7 @@ def live_model(tmp_path_factory):
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_every_tile_size_gives_the_whole_picture_s_pixels(live_model, name, scale):
     pixels = picture(53, 46) / 255
-    with load_backend(name, live_model(scale), RunOptions(threads=1)) as backend:
+    with load_backend(name, live_model(scale), RunOptions(threads=1, precision=Precision.FP32)) as backend:
         whole = backend.infer(pixels)
         for tile in 5, 16, 31, 64:
             np.testing.assert_allclose(stream(backend, pixels, tile), whole, rtol=0, atol=2e-5, err_msg=f"tile {tile}")
@@ -64,7 +66,7 @@ def test_every_tile_size_gives_the_whole_picture_s_pixels(live_model, name, scal
 @pytest.mark.parametrize("name", BACKENDS)
 def test_scratch_files_and_more_regions_change_nothing(live_model, tmp_path, name):
     pixels = picture(37, 71) / 255
-    with load_backend(name, live_model(), RunOptions(threads=1, regions=3)) as backend:
+    with load_backend(name, live_model(), RunOptions(threads=1, precision=Precision.FP32, regions=3)) as backend:
         store = FeatureStore(0, tmp_path)
         np.testing.assert_allclose(stream(backend, pixels, 20, 3, store), backend.infer(pixels), rtol=0, atol=2e-5)
         assert store.maps == []
@@ -118,7 +120,7 @@ def test_regions_follow_the_picture_s_size_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ["torch", "onnxruntime"])
 @pytest.mark.parametrize("which", ["bundled", "random"])
 def test_exact_to_2e_4_of_the_value_range_on_a_photo_sized_picture(live_model, tmp_path, name, which):
     if which == "bundled":
