@@ -5,7 +5,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from sanrt.errors import SanrtError
 
-__all__ = ["SanrtError", "__version__"]
+if TYPE_CHECKING:
+    from sanrt.upscaler import Upscaler
+
+__all__ = ["SanrtError", "Upscaler", "__version__"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Upscaler brings numpy along, which `sanrt --help` does not wait for."""
+    if name == "Upscaler":
+        from sanrt.upscaler import Upscaler
+
+        return Upscaler
+    raise AttributeError(f"module 'sanrt' has no attribute {name!r}")

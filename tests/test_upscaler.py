@@ -1,0 +1,119 @@
+"""`Upscaler`: types, channels and sizes of arrays."""
+
+import numpy as np
+import pytest
+
+import sanrt
+from sanrt import Upscaler
+from sanrt.errors import ModelError, UsageError
+
+
+@pytest.fixture(scope="module")
+def upscaler(tiny_model):
+    with Upscaler.load(tiny_model(2), backend="onnxruntime", threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """float64 (12, 10, 3) in 0.2..0.8: smooth, so that no result is clipped by much."""
+    y, x = np.mgrid[0:12, 0:10] / 12
+    return np.stack([0.2 + 0.5 * y, 0.3 + 0.4 * x, 0.7 - 0.3 * x * y], axis=2)
+
+
+def in_type(values, dtype):
+    full = np.iinfo(dtype).max if np.dtype(dtype).kind == "u" else 1
+    return (np.rint(values * full) if full > 1 else values).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_every_type_gives_the_networks_output_in_that_type(upscaler, photo, dtype):
+    picture = in_type(photo, dtype)
+    full = np.iinfo(dtype).max if np.dtype(dtype).kind == "u" else 1
+    x = (picture.astype(np.float64) / full * 255).astype(np.float32).transpose(2, 0, 1)[None]
+    expected = upscaler.backend.infer(np.ascontiguousarray(x))[0].transpose(1, 2, 0).clip(0, 255) / 255 * full
+    result = upscaler(picture)
+    assert result.dtype == dtype
+    assert result.shape == (24, 20, 3)
+    assert expected.std() > 0.05 * full, "the network's output must be a picture, or this test shows nothing"
+    assert np.abs(result - expected).max() <= (0.5 + 1e-4 * full if full > 1 else 1e-5)
+
+
+def test_results_outside_the_range_are_clipped_not_wrapped(upscaler):
+    noise = np.random.default_rng(0).integers(0, 2, (32, 32, 3)).astype(np.float32)
+    raw = upscaler.backend.infer(np.ascontiguousarray(noise.transpose(2, 0, 1)[None] * 255))[0].transpose(1, 2, 0)
+    assert raw.min() < -2, "an output below zero is what this test is about"
+    for picture, low in ((noise, 0.0), ((noise * 255).astype(np.uint8), 0)):
+        assert (upscaler(picture)[raw < -1] == low).all()
+
+
+def test_grey_is_the_mean_of_three_equal_channels(upscaler, photo):
+    grey = in_type(photo[..., 0], np.uint16)
+    result = upscaler(grey)
+    assert (result.shape, result.dtype) == ((24, 20), np.uint16)
+    colours = upscaler(np.repeat(grey[..., None], 3, axis=2))
+    assert np.abs(result - colours.mean(axis=2)).max() <= 0.5
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_opacity_stays_apart_from_colour(upscaler, photo, dtype):
+    full = in_type(np.ones(()), dtype)
+    alpha = np.full((12, 10), full, dtype)
+    alpha[:, :5] = 0
+    result = upscaler(np.dstack([in_type(photo, dtype), alpha]))
+    assert (result.shape, result.dtype) == ((24, 20, 4), dtype)
+    assert np.array_equal(result[..., :3], upscaler(in_type(photo, dtype)))
+    assert (result[:, :6, 3] == 0).all()
+    assert (result[:, 14:, 3] == full).all()
+    assert (np.diff(result[0, 7:13, 3].astype(float)) >= 0).all()
+
+
+def test_a_list_gives_a_list_in_order(upscaler, photo):
+    pictures = [in_type(photo, np.uint8), in_type(photo[:5, :7], np.uint16), in_type(photo[..., 0], np.float32)]
+    results = upscaler(pictures)
+    assert isinstance(results, list)
+    for picture, result in zip(pictures, results, strict=True):
+        assert np.array_equal(result, upscaler(picture))
+
+
+def test_arrays_that_are_views_are_taken_as_they_look(upscaler, photo):
+    picture = in_type(photo, np.uint8)
+    turned = picture[::-1, ::-2].transpose(1, 0, 2)
+    assert np.array_equal(upscaler(turned), upscaler(np.ascontiguousarray(turned)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (1, 40)])
+def test_pictures_below_the_smallest_size_keep_their_shape(upscaler, photo, size):
+    picture = np.full((*size, 3), 90, np.uint8)
+    assert upscaler(picture).shape == (2 * size[0], 2 * size[1], 3)
+
+
+@pytest.mark.parametrize(
+    ("picture", "told"),
+    [
+        (np.zeros((4, 4, 3)), "float64"),
+        (np.zeros((4, 4, 3), np.int16), "int16"),
+        (np.zeros((4, 4, 2), np.uint8), r"\(4, 4, 2\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"\(0, 4, 3\)"),
+        (np.zeros((1, 4, 4, 3), np.uint8), r"\(1, 4, 4, 3\)"),
+        (np.full((4, 4, 3), 200, np.float32), "200"),
+        (np.full((4, 4, 3), np.nan, np.float32), "nan"),
+        (["x.png"], "str"),
+    ],
+)
+def test_arrays_of_other_kinds_are_refused_by_name(upscaler, picture, told):
+    with pytest.raises(UsageError, match=told):
+        upscaler(picture)
+
+
+def test_a_scale_finds_what_export_wrote_and_says_how_to_make_it(tiny_model, tmp_path):
+    folder = tiny_model(3).parent
+    with Upscaler.load(3, models=folder, threads=1) as upscaler:
+        assert upscaler.scale == 3
+    with pytest.raises(ModelError, match=f"sanrt export --scale 3 --models {tmp_path}"):
+        Upscaler.load(3, models=tmp_path)
+
+
+def test_the_package_has_no_other_lazy_names():
+    with pytest.raises(AttributeError, match="Nothing"):
+        _ = sanrt.Nothing
