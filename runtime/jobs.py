@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 from sanrt.errors import PictureError, UsageError
 from sanrt.runtime.formats import Format
@@ -23,7 +24,7 @@ class Job:
         """Whether the result is there and not older than the source; results are complete, or not there at all."""
         try:
             result = self.destination.stat()
-            return result.st_size > 0 and result.st_mtime_ns >= self.source.stat().st_mtime_ns
+            return S_ISREG(result.st_mode) and result.st_size > 0 and result.st_mtime_ns >= self.source.stat().st_mtime_ns
         except OSError:
             return False
 

@@ -1,0 +1,277 @@
+"""`sanrt run` as a person calls it: whole processes, exit statuses, what lands on disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pyvips
+from typer.testing import CliRunner
+
+from sanrt.cli import app, main
+from sanrt.runtime.backends import RunOptions, load_backend
+from tests.mutate import mutated
+
+
+@pytest.fixture
+def models(tiny_model) -> Path:
+    """A folder with the tiny x2 model, already prepared for its backend."""
+    load_backend("onnxruntime", tiny_model(2), RunOptions()).close()
+    return tiny_model(2).parent
+
+
+@pytest.fixture
+def sanrt(models, tmp_path, monkeypatch, capfd):
+    """Calls `sanrt run ARGUMENTS` with the tiny model in `tmp_path`; returns exit status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, scale=2):
+        monkeypatch.setattr(sys, "argv", ["sanrt", "run", *map(str, arguments), "--models", str(models), "--scale", str(scale)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return ended.value.code or 0, out, err
+
+    return call
+
+
+def command(models: Path, *arguments) -> list[str]:
+    return [sys.executable, "-m", "sanrt", "run", *map(str, arguments), "--models", str(models), "--scale", "2"]
+
+
+def noise(path: Path, height=20, width=30, bands=3, seed=0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, bands), np.uint8)
+    pyvips.Image.new_from_array(values).write_to_file(str(path))
+    return path
+
+
+def picture(path: Path) -> np.ndarray:
+    return pyvips.Image.new_from_file(str(path), access="sequential", fail_on="error").numpy()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_tree_is_upscaled_to_a_tree_and_summed_up(sanrt, tmp_path):
+    noise(tmp_path / "in" / "a.png")
+    noise(tmp_path / "in" / "sub" / "b.webp", seed=1)
+    status, out, err = sanrt("in", "out")
+    assert (status, err) == (0, "")
+    assert files(tmp_path / "out") == ["a.png", "sub/b.webp"]
+    assert picture(tmp_path / "out" / "a.png").shape == (40, 60, 3)
+    assert "onnxruntime on CPU" in out
+    assert out.splitlines()[-1].startswith("2 written in ")
+
+
+def test_the_written_picture_is_the_networks_output(sanrt, tmp_path, models):
+    source = noise(tmp_path / "a.png")
+    assert sanrt("a.png", "b.png")[0] == 0
+    with load_backend("torch", models / "san_x2.onnx", RunOptions(threads=1)) as backend:
+        x = picture(source).transpose(2, 0, 1)[None].astype(np.float32)
+        expected = np.rint(backend.infer(x)[0].clip(0, 255)).transpose(1, 2, 0)
+    assert np.abs(picture(tmp_path / "b.png") - expected).max() <= 1
+
+
+def test_a_second_run_does_nothing_unless_told_to(sanrt, tmp_path):
+    noise(tmp_path / "in" / "a.png")
+    sanrt("in", "out")
+    before = (tmp_path / "out" / "a.png").stat().st_mtime_ns
+    assert sanrt("in", "out")[1].splitlines()[-1] == "0 written, 1 skipped"
+    assert (tmp_path / "out" / "a.png").stat().st_mtime_ns == before
+    assert "1 written" in sanrt("in", "out", "--overwrite")[1]
+    assert (tmp_path / "out" / "a.png").stat().st_mtime_ns > before
+
+
+def test_a_dry_run_says_what_would_be_done_and_touches_nothing(sanrt, tmp_path):
+    noise(tmp_path / "in" / "a.png")
+    status, out, _ = sanrt("in", "out", "--dry-run", "--suffix", "_x2", "--format", "webp")
+    assert status == 0
+    assert "in/a.png -> out/a_x2.webp (60 x 40)" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_without_a_model_makes_none(sanrt, tmp_path):
+    noise(tmp_path / "in" / "a.png")
+    status, out, _ = sanrt("in", "out", "--dry-run", scale=4)
+    assert status == 0
+    assert "would export the bundled x4 weights" in out
+    assert "(120 x 80)" in out
+
+
+def test_options_of_format_quality_and_transparency_reach_the_file(sanrt, tmp_path):
+    noise(tmp_path / "in" / "a.png", 64, 64, bands=4)
+    status, _, err = sanrt("in", "out", "--format", "jpeg")
+    assert status == 1
+    assert err.count("\n") == 1
+    assert "transparency" in err
+    for quality in (30, 90):
+        assert sanrt("in", f"q{quality}", "--format", "jpeg", "--flatten", "#102030", "--quality", quality)[0] == 0
+    sizes = [(tmp_path / f"q{quality}" / "a.jpg").stat().st_size for quality in (30, 90)]
+    assert sizes[1] > 1.5 * sizes[0]
+
+
+def test_self_ensemble_and_tiles_change_the_picture_and_are_repeatable(sanrt, tmp_path):
+    noise(tmp_path / "a.png", 40, 50)
+    results = {}
+    for name, options in {"plain": [], "tiles": ["--tile", 32, "--overlap", 8], "plus": ["--self-ensemble"]}.items():
+        assert sanrt("a.png", f"{name}.png", *options)[0] == 0
+        results[name] = picture(tmp_path / f"{name}.png").astype(int)
+        assert results[name].shape == (80, 100, 3)
+    assert np.abs(results["plain"] - results["tiles"]).max() > 0
+    assert np.abs(results["plain"] - results["plus"]).max() > 0
+    assert sanrt("a.png", "again.png", "--tile", 32, "--overlap", 8)[0] == 0
+    assert np.array_equal(picture(tmp_path / "again.png"), results["tiles"])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--tile", "3"], ["--format", "bmp"], ["--format", "gif"], ["--quality", "0"], ["--flatten", "pinkish"], ["--threads", "0"]],
+)
+def test_wrong_usage_is_exit_status_2(tmp_path, wrong):
+    noise(tmp_path / "a.png")
+    assert CliRunner().invoke(app, ["run", str(tmp_path / "a.png"), str(tmp_path / "b.png"), *wrong]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["in", "out", "--backend", "abacus"], "unknown backend 'abacus'"),
+        (["in", "out", "--overlap", "40", "--tile", "64"], "overlap 40"),
+        (["in", "out", "--model", "missing.onnx"], "missing.onnx"),
+        (["in", "out", "--model", "in/a.png"], "in/a.png"),
+        (["nothing", "out"], "nothing"),
+        (["in", "in"], "--suffix"),
+    ],
+)
+def test_errors_are_one_line_and_exit_status_1(sanrt, tmp_path, arguments, told):
+    noise(tmp_path / "in" / "a.png")
+    status, _, err = sanrt(*arguments)
+    assert status == 1
+    assert told in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_another_scale_than_asked_for_is_refused(sanrt, tmp_path, tiny_model):
+    noise(tmp_path / "a.png")
+    status, _, err = sanrt("a.png", "b.png", "--model", tiny_model(3), scale=2)
+    assert status == 1
+    assert "x3 model, but --scale 2" in err
+
+
+def claims(width: int, height: int) -> bytes:
+    """A PNG with a right header for this size and next to no pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+@pytest.fixture
+def bad(tmp_path) -> Path:
+    """A folder with one good picture among all kinds of bad ones."""
+    folder = tmp_path / "in"
+    whole = noise(folder / "good.png", 64, 64).read_bytes()
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("this is no picture\n" * 100)
+    (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "huge.png").write_bytes(claims(100_000, 100_000))
+    (folder / "large.png").write_bytes(claims(20_000, 20_000))
+    (folder / "folder.png").mkdir()
+    (folder / "unreadable.png").symlink_to("nowhere.png")
+    os.mkfifo(folder / "pipe.png")
+    return folder
+
+
+def test_bad_pictures_are_a_line_each_and_the_good_one_is_written(sanrt, bad, tmp_path):
+    status, out, err = sanrt("in", "out")
+    assert status == 1
+    names = ["empty", "huge", "large", "pipe", "text", "truncated", "unreadable"]
+    assert [line.split(":")[1].strip() for line in err.splitlines()] == [f"in/{name}.png" for name in names]
+    assert "Traceback" not in err
+    assert "100000" in err
+    assert files(tmp_path / "out") == ["good.png"]
+    assert picture(tmp_path / "out" / "good.png").shape == (128, 128, 3)
+    assert out.splitlines()[-1].startswith(f"1 written, {len(names)} failed in ")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_permission_is_told(sanrt, tmp_path):
+    noise(tmp_path / "in" / "a.png").chmod(0)
+    status, _, err = sanrt("in", "out")
+    assert status == 1
+    assert "in/a.png: cannot be read (Permission denied)" in err
+
+
+def test_a_killed_run_is_completed_by_the_next_without_doing_anything_twice(models, tmp_path):
+    count = 12
+    for number in range(count):
+        noise(tmp_path / "in" / f"{number:02}.png", 150, 150, seed=number)
+    out = tmp_path / "out"
+    arguments = command(models, tmp_path / "in", out, "--threads", 1)
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
+        until(lambda: len(list(out.glob("*.png"))) >= 3, process)
+        process.kill()
+    done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert 3 <= len(done) < count, "the kill came too late to show anything"
+    for name in done:
+        assert picture(out / name).shape == (300, 300, 3)
+    again = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert again.stdout.splitlines()[-1].startswith(f"{count - len(done)} written, {len(done)} skipped")
+    assert files(out) == [f"{number:02}.png" for number in range(count)]
+    assert {name: (out / name).stat().st_mtime_ns for name in done} == done
+
+
+def test_an_interrupt_ends_the_run_with_130_and_nothing_half_written(models, tmp_path):
+    for number in range(12):
+        noise(tmp_path / "in" / f"{number:02}.png", 150, 150, seed=number)
+    out = tmp_path / "out"
+    arguments = command(models, tmp_path / "in", out, "--threads", 1)
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        until(lambda: len(list(out.glob("*.png"))) >= 2, process)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert err.strip() == "sanrt: interrupted"
+    left = files(out)
+    assert 2 <= len(left) < 12, "the interrupt came too late to show anything"
+    for name in left:
+        assert picture(out / name).shape == (300, 300, 3)
+
+
+def until(true, process: subprocess.Popen, seconds: float = 60) -> None:
+    """Wait for a condition while the process lives."""
+    for _ in range(int(seconds / 0.01)):
+        if true():
+            return
+        assert process.poll() is None, "the process ended early"
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
+def test_damaged_pictures_never_stop_a_run(sanrt, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, data in mutated(120, seed=7):
+        (folder / name).write_bytes(data)
+    status, _, err = sanrt("in", "out", "--format", "png")
+    intact = {path.stem for path in folder.glob("*_intact_*") if "float" not in path.name}
+    assert status == 1
+    assert intact, "no undamaged picture among them"
+    assert intact <= {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert "Traceback" not in err
+    assert "unexpected" not in err
+    assert all(line.startswith("sanrt: in/") for line in err.splitlines())
+    assert len(err.splitlines()) + len(files(tmp_path / "out")) == 120

@@ -1,0 +1,167 @@
+"""The pipeline with a network that only doubles: outcomes, order, overlap, stopping."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pyvips
+
+from sanrt.errors import BackendError, OutOfMemoryError
+from sanrt.runtime import pipeline
+from sanrt.runtime.jobs import Job, find_pictures
+from sanrt.runtime.pipeline import Failed, PipelineOptions, Planned, Skipped, Written
+from sanrt.runtime.pictures import Encoding
+
+OPTIONS = PipelineOptions(scale=2)
+
+
+def double(rgb):
+    return rgb.repeat(2, axis=0).repeat(2, axis=1)
+
+
+def save(path: Path, value=100, size=(6, 5), bands=3) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyvips.Image.new_from_array(np.full((*size, bands), value, np.uint8)).write_to_file(str(path))
+    return path
+
+
+@pytest.fixture
+def jobs(tmp_path) -> list[Job]:
+    for number in range(6):
+        save(tmp_path / "in" / f"{number}.png", 10 * number)
+    return find_pictures([tmp_path / "in"], tmp_path / "out")
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_picture_is_written_once_in_order_with_its_own_pixels(jobs):
+    outcomes = list(pipeline.run(jobs, double, OPTIONS))
+    assert outcomes == [Written(job, pixels=120) for job in jobs]
+    for number, job in enumerate(jobs):
+        assert np.array_equal(pyvips.Image.new_from_file(str(job.destination)).numpy(), np.full((12, 10, 3), 10 * number))
+
+
+def test_what_is_done_is_skipped_unless_it_is_to_be_overwritten(jobs):
+    list(pipeline.run(jobs[:2], double, OPTIONS))
+    again = list(pipeline.run(jobs, double, OPTIONS))
+    assert [type(outcome) for outcome in again] == [Skipped] * 2 + [Written] * 4
+    forced = list(pipeline.run(jobs, double, PipelineOptions(scale=2, overwrite=True)))
+    assert [type(outcome) for outcome in forced] == [Written] * 6
+
+
+@pytest.mark.parametrize("error", [BackendError("it broke"), OutOfMemoryError("none left"), MemoryError(), ValueError("odd")])
+def test_a_picture_that_fails_in_the_network_is_told_and_the_others_go_on(jobs, error):
+    def failing(rgb):
+        if rgb[0, 0, 0] == 30:
+            raise error
+        return double(rgb)
+
+    outcomes = list(pipeline.run(jobs, failing, OPTIONS))
+    assert [type(outcome) for outcome in outcomes] == [Written] * 3 + [Failed] + [Written] * 2
+    assert str(jobs[3].source) in outcomes[3].reason
+    assert "\n" not in outcomes[3].reason
+    assert str(error) in outcomes[3].reason
+    assert files(jobs[0].destination.parent) == ["0.png", "1.png", "2.png", "4.png", "5.png"]
+
+
+def test_failures_in_reading_and_writing_name_the_picture_once(jobs):
+    jobs[1].source.write_bytes(b"")
+    jobs[4].destination.mkdir(parents=True)
+    outcomes = list(pipeline.run(jobs, double, OPTIONS))
+    assert [type(outcome) for outcome in outcomes] == [Written, Failed, Written, Written, Failed, Written]
+    assert outcomes[1].reason.count(str(jobs[1].source)) == 1
+    assert str(jobs[4].source) in outcomes[4].reason
+    assert files(jobs[0].destination.parent) == ["0.png", "2.png", "3.png", "5.png"]
+
+
+def test_the_next_picture_is_read_and_the_last_written_while_the_network_runs(jobs, monkeypatch):
+    read, wrote = {}, {}
+    for job in jobs:
+        read[job], wrote[job] = threading.Event(), threading.Event()
+    real_read, real_write = pipeline.read, pipeline.write
+
+    def recorded_read(job, options):
+        read[job].set()
+        return real_read(job, options)
+
+    def recorded_write(picture, options):
+        done = real_write(picture, options)
+        wrote[picture.job].set()
+        return done
+
+    monkeypatch.setattr(pipeline, "read", recorded_read)
+    monkeypatch.setattr(pipeline, "write", recorded_write)
+    started = iter(range(6))
+
+    def waiting(rgb):
+        number = next(started)
+        if number == 3:
+            assert read[jobs[4]].wait(20), "picture 4 is not read while 3 is in the network"
+            assert wrote[jobs[2]].wait(20), "picture 2 is not written while 3 is in the network"
+        return double(rgb)
+
+    assert all(isinstance(outcome, Written) for outcome in pipeline.run(jobs, waiting, OPTIONS))
+
+
+def test_pictures_are_not_read_far_ahead_of_the_network(jobs, monkeypatch):
+    seen, real_read = [], pipeline.read
+    monkeypatch.setattr(pipeline, "read", lambda job, options: seen.append(job) or real_read(job, options))
+    with closing(pipeline.run(jobs, double, OPTIONS)) as outcomes:
+        next(outcomes)
+        assert len(seen) <= pipeline.WAITING + 4
+
+
+def test_an_interruption_leaves_whole_results_and_nothing_else(jobs):
+    def interrupted(rgb):
+        if rgb[0, 0, 0] == 40:
+            raise KeyboardInterrupt
+        return double(rgb)
+
+    with pytest.raises(KeyboardInterrupt), closing(pipeline.run(jobs, interrupted, OPTIONS)) as outcomes:
+        list(outcomes)
+    left = files(jobs[0].destination.parent)
+    assert set(left) <= {"0.png", "1.png", "2.png", "3.png"}
+    for name in left:
+        assert pyvips.Image.new_from_file(str(jobs[0].destination.parent / name)).avg() == 10 * int(name[0])
+    assert [type(o) for o in pipeline.run(jobs, double, OPTIONS)].count(Skipped) == len(left)
+
+
+def test_leftovers_of_killed_runs_are_removed(jobs):
+    leftover = jobs[0].destination.parent / ".0.png.sanrt-0123abcd.partial"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"half")
+    list(pipeline.run(jobs, double, OPTIONS))
+    assert not leftover.exists()
+
+
+def test_opacity_goes_around_the_network(tmp_path):
+    source = save(tmp_path / "a.png", 77, bands=4)
+    job = Job(source, tmp_path / "out.png")
+    assert [type(o) for o in pipeline.run([job], double, OPTIONS)] == [Written]
+    result = pyvips.Image.new_from_file(str(job.destination))
+    assert (result.width, result.height, result.bands) == (10, 12, 4)
+    assert (result.numpy() == 77).all()
+
+
+def test_what_a_result_lacks_is_told(tmp_path):
+    source = tmp_path / "deep.png"
+    pyvips.Image.new_from_array(np.full((4, 4, 3), 40_000, np.uint16)).copy(interpretation="rgb16").write_to_file(str(source))
+    (outcome,) = pipeline.run([Job(source, tmp_path / "out.jpg")], double, OPTIONS)
+    assert "16-bit" in outcome.notes[0]
+
+
+def test_a_plan_writes_nothing_and_foresees_sizes_and_failures(jobs, tmp_path):
+    transparent = Job(save(tmp_path / "t.png", bands=4), tmp_path / "t.jpg")
+    list(pipeline.run(jobs[:1], double, OPTIONS))
+    outcomes = list(pipeline.plan([*jobs[:2], transparent], OPTIONS))
+    assert outcomes[:2] == [Skipped(jobs[0]), Planned(jobs[1], 10, 12)]
+    assert "transparency" in outcomes[2].reason
+    assert files(tmp_path / "out") == ["0.png"]
+    flattened = PipelineOptions(scale=2, encoding=Encoding(background=(255, 255, 255)))
+    assert list(pipeline.plan([transparent], flattened)) == [Planned(transparent, 10, 12)]

@@ -1,0 +1,153 @@
+"""One picture through a backend: tiles, self-ensemble, memory that does not suffice."""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sanrt.errors import BackendError, OutOfMemoryError, UsageError
+from sanrt.model.spec import Architecture, ModelSpec
+from sanrt.runtime import upscale as module
+from sanrt.runtime.backends import RunOptions, load_backend
+from sanrt.runtime.upscale import UpscaleOptions, upscale
+
+ARCH = Architecture(scale=2, groups=1, blocks=1, channels=16, reduction=4)
+SPEC = ModelSpec(ARCH, "0" * 64, "a test", 5, min_side=4, multiple=1)
+
+
+class Nearest:
+    """A backend that repeats every pixel, and remembers what sizes it was given."""
+
+    name, device = "nearest", "CPU"
+
+    def __init__(self, most=None, spec=SPEC):
+        self.spec, self.most, self.sizes = spec, most, []
+
+    def infer(self, x):
+        assert x.dtype == np.float32
+        assert x.flags.c_contiguous
+        assert min(x.shape[2:]) >= self.spec.min_side
+        assert not any(side % self.spec.multiple for side in x.shape[2:])
+        self.sizes.append(x.shape[2:])
+        if self.most and x.shape[2] * x.shape[3] > self.most:
+            raise OutOfMemoryError("nearest ran out of memory")
+        return x.repeat(2, axis=2).repeat(2, axis=3)
+
+
+def noise(height, width, dtype=np.uint8, seed=0):
+    full = np.iinfo(dtype).max if np.dtype(dtype).kind == "u" else 1
+    return (np.random.default_rng(seed).random((height, width, 3)) * full).astype(dtype)
+
+
+def doubled(picture):
+    return picture.repeat(2, axis=0).repeat(2, axis=1)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("size", [(1, 1), (3, 50), (16, 16), (17, 70), (100, 47)])
+def test_tiles_and_padding_lose_and_move_no_pixel(dtype, size):
+    picture = noise(*size, dtype)
+    backend = Nearest(spec=replace(SPEC, min_side=6, multiple=4))
+    result = upscale(backend, picture, UpscaleOptions(tile=16))
+    assert result.dtype == dtype
+    tolerance = {np.uint8: 0, np.uint16: 0, np.float32: 1e-6}[dtype]
+    np.testing.assert_allclose(result.astype(float), doubled(picture).astype(float), rtol=0, atol=tolerance)
+
+
+def test_all_tiles_of_a_picture_have_one_size():
+    backend = Nearest()
+    upscale(backend, noise(50, 90), UpscaleOptions(tile=32, overlap=7))
+    assert set(backend.sizes) == {(32, 32)}
+    assert len(backend.sizes) == 2 * 4
+
+
+def test_a_picture_that_fits_goes_through_whole():
+    backend = Nearest()
+    upscale(backend, noise(50, 90))
+    assert backend.sizes == [(50, 90)]
+
+
+def test_tiles_without_a_tile_size_are_chosen_by_the_memory(monkeypatch):
+    needed = 200 * 300 * module.result_bytes(ARCH) + 70 * 70 * module.network_bytes(ARCH)
+    monkeypatch.setattr(module, "free_host_memory", lambda: int(needed / module.MEMORY_SHARE))
+    backend = Nearest()
+    picture = noise(200, 300)
+    assert np.array_equal(upscale(backend, picture), doubled(picture))
+    assert set(backend.sizes) == {(64, 64)}
+
+
+def test_a_result_larger_than_the_memory_is_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(module, "free_host_memory", lambda: 1_000_000)
+    backend = Nearest()
+    with pytest.raises(OutOfMemoryError, match="600 x 400"):
+        upscale(backend, noise(200, 300))
+    assert not backend.sizes
+
+
+@pytest.mark.parametrize("options", [UpscaleOptions(), UpscaleOptions(tile=80)])
+def test_out_of_memory_halves_the_tiles_says_so_and_gets_every_pixel_right(options, caplog):
+    backend = Nearest(most=30 * 30)
+    picture = noise(96, 70)
+    with caplog.at_level(logging.WARNING):
+        result = upscale(backend, picture, options)
+    assert np.array_equal(result, doubled(picture))
+    assert "out of memory" in caplog.text
+    assert "again with tiles of" in caplog.text
+    assert max(max(size) for size in backend.sizes[-4:]) <= 30
+
+
+def test_out_of_memory_with_the_smallest_tiles_is_an_error():
+    with pytest.raises(OutOfMemoryError):
+        upscale(Nearest(most=1), noise(96, 96))
+
+
+def test_values_that_are_not_finite_are_an_error_not_a_picture():
+    class Overflowing(Nearest):
+        def infer(self, x):
+            y = super().infer(x)
+            y[..., 3, 5] = np.nan
+            return y
+
+    with pytest.raises(BackendError, match="not finite"):
+        upscale(Overflowing(), noise(16, 16))
+
+
+def test_self_ensemble_undoes_every_turn():
+    picture = noise(20, 33, np.float32)
+    np.testing.assert_allclose(upscale(Nearest(), picture, UpscaleOptions(self_ensemble=True)), doubled(picture), atol=1e-6)
+
+
+def test_self_ensemble_is_the_mean_over_the_eight_turns(tiny_model):
+    picture = noise(12, 17, np.float32)
+    with load_backend("onnxruntime", tiny_model(2), RunOptions(threads=1)) as backend:
+
+        def plain(seen):
+            x = np.ascontiguousarray(seen.transpose(2, 0, 1)[None] * np.float32(255))
+            return backend.infer(x)[0].transpose(1, 2, 0)
+
+        turns = [(quarter, mirror) for quarter in range(4) for mirror in (False, True)]
+        total = np.zeros((24, 34, 3))
+        for quarter, mirror in turns:
+            seen = np.rot90(picture[:, ::-1] if mirror else picture, quarter)
+            undone = np.rot90(plain(seen), -quarter)
+            total += undone[:, ::-1] if mirror else undone
+        expected = (total / 8).clip(0, 255) / 255
+        result = upscale(backend, picture, UpscaleOptions(self_ensemble=True))
+        once = upscale(backend, picture)
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+    assert np.abs(once - expected).max() > 1e-3, "the turns must matter, or this test shows nothing"
+
+
+def test_self_ensemble_makes_the_upscaling_commute_with_turns(tiny_model):
+    picture = noise(12, 16)
+    options = UpscaleOptions(self_ensemble=True)
+    with load_backend("onnxruntime", tiny_model(2), RunOptions(threads=1)) as backend:
+        turned = np.rot90(upscale(backend, np.rot90(picture).copy(), options), -1)
+        assert np.abs(turned.astype(int) - upscale(backend, picture, options)).max() <= 1
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(8, None), (32, 17), (32, -1), (None, -1)])
+def test_tiles_and_overlaps_that_make_no_sense_are_refused(tile, overlap):
+    with pytest.raises(UsageError):
+        UpscaleOptions(tile, overlap)
