@@ -43,7 +43,7 @@ class TileAxis:
     @property
     def starts(self) -> list[int]:
         """Where the tiles begin."""
-        return [*range(0, self.side - self.tile, self.tile - self.overlap), self.side - self.tile]
+        return [*range(0, self.side - self.tile, self.limit - self.overlap), self.side - self.tile]
 
     def weights(self, scale: int) -> Array:
         """Blending weights (tiles, scale * tile) at the output's resolution: wherever tiles meet, theirs sum to 1.

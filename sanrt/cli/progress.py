@@ -52,11 +52,15 @@ class Reporter(logging.Handler):
         """Tell every outcome as it comes, and sum them up at the end."""
         self.started = time.monotonic()
         with self.bar():
-            for outcome in outcomes:
-                self.counts[type(outcome)] += 1
-                self.pixels += outcome.pixels if isinstance(outcome, Written) else 0
-                self.tell(outcome)
-                self.advance()
+            try:
+                for outcome in outcomes:
+                    self.counts[type(outcome)] += 1
+                    self.pixels += outcome.pixels if isinstance(outcome, Written) else 0
+                    self.tell(outcome)
+                    self.advance()
+            except KeyboardInterrupt:
+                print(f"sanrt: interrupted, {self.summary()}; the same command goes on from here", file=sys.stderr)
+                raise
         self.say(self.summary())
 
     def tell(self, outcome: Outcome) -> None:

@@ -55,7 +55,9 @@ def test_what_is_done_is_skipped_unless_it_is_to_be_overwritten(jobs):
     assert [type(outcome) for outcome in forced] == [Written] * 6
 
 
-@pytest.mark.parametrize("error", [BackendError("it broke"), OutOfMemoryError("none left"), MemoryError(), ValueError("odd")])
+@pytest.mark.parametrize(
+    "error", [BackendError("it broke"), OutOfMemoryError("none left"), MemoryError(), ValueError("odd")]
+)
 def test_a_picture_that_fails_in_the_network_is_told_and_the_others_go_on(jobs, error):
     def failing(rgb):
         if rgb[0, 0, 0] == 30:
@@ -151,7 +153,9 @@ def test_opacity_goes_around_the_network(tmp_path):
 
 def test_what_a_result_lacks_is_told(tmp_path):
     source = tmp_path / "deep.png"
-    pyvips.Image.new_from_array(np.full((4, 4, 3), 40_000, np.uint16)).copy(interpretation="rgb16").write_to_file(str(source))
+    pyvips.Image.new_from_array(np.full((4, 4, 3), 40_000, np.uint16)).copy(interpretation="rgb16").write_to_file(
+        str(source)
+    )
     (outcome,) = pipeline.run([Job(source, tmp_path / "out.jpg")], double, OPTIONS)
     assert "16-bit" in outcome.notes[0]
 

@@ -6,7 +6,7 @@ import pytest
 from sanrt.runtime.tiling import TileAxis, pad, padded_side
 
 
-@pytest.mark.parametrize("side", [1, 15, 16, 17, 63, 64, 65, 100, 127, 1000])
+@pytest.mark.parametrize("side", [1, 5, 8, 15, 16, 17, 63, 64, 65, 100, 127, 1000])
 @pytest.mark.parametrize(("limit", "overlap"), [(16, 0), (16, 8), (64, 5), (64, 32)])
 def test_tiles_of_one_size_cover_a_side_and_share_the_overlap(side, limit, overlap):
     axis = TileAxis(side, limit, overlap)

@@ -45,7 +45,7 @@ def doubled(picture):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-@pytest.mark.parametrize("size", [(1, 1), (3, 50), (16, 16), (17, 70), (100, 47)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 50), (4, 50), (16, 16), (17, 70), (100, 47)])
 def test_tiles_and_padding_lose_and_move_no_pixel(dtype, size):
     picture = noise(*size, dtype)
     backend = Nearest(spec=replace(SPEC, min_side=6, multiple=4))
