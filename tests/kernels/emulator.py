@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from platform import machine
 
 import pytest
 import torch
@@ -46,7 +47,8 @@ def built(source: str, kernel: str, scalar: str, define: str) -> ctypes.CDLL:
         source,
         (HERE / f"emulate_{kernel}.cpp").read_text(),
     ]
-    options = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", f"-DSCALAR={scalar}", f"-D{define}"]
+    fast_halves = ["-mf16c"] if machine() == "x86_64" else []
+    options = ["-std=c++17", "-O2", *fast_halves, "-w", "-shared", "-fPIC", f"-DSCALAR={scalar}", f"-D{define}"]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kernel.so"
         subprocess.run([compiler, *options, "-o", library, "-x", "c++", "-"], input="\n".join(parts), text=True, check=True)
