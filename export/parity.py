@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,29 @@ import numpy as np
 import numpy.typing as npt
 
 from sanrt.errors import ParityError
-from sanrt.model.spec import Precision
+from sanrt.model.spec import Precision, QuantisedType
 
 Array = npt.NDArray[np.floating[Any]]
 
-TOLERANCES = {Precision.FP32: 2e-3}
-"""Largest absolute difference from the PyTorch reference on the 0..255 scale, by the precision of the graph."""
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far from the PyTorch reference still counts as the same network."""
+
+    max_abs: float
+    """Largest difference of any value, on the 0..255 scale."""
+    y_psnr_drop: float
+    """dB of Y-PSNR against high-resolution pictures, on average, where there are any."""
+
+
+TOLERANCES: Mapping[Precision | QuantisedType, Tolerance] = {
+    Precision.FP32: Tolerance(2e-3, 0.001),
+    Precision.FP16: Tolerance(1.0, 0.003),
+    Precision.BF16: Tolerance(8.0, 0.01),
+    QuantisedType.INT8: Tolerance(32.0, 0.1),
+    QuantisedType.FP8: Tolerance(32.0, 0.1),
+}
+"""By the coarsest type that a model computes in (`ModelSpec.coarsest`); docs/precision.md has what was measured."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +46,9 @@ class Difference:
     psnr: float
     """dB, not clipped or rounded to pixels first; infinite for equal outputs."""
 
-    def within(self, tolerance: float) -> bool:
+    def within(self, tolerance: Tolerance) -> bool:
         """Whether no value differs by more than the tolerance; never for NaN."""
-        return self.max_abs <= tolerance
+        return self.max_abs <= tolerance.max_abs
 
     def to_json(self) -> dict[str, float | None]:
         """For metadata; JSON has no infinity, so equal outputs have the PSNR null."""
@@ -55,10 +72,10 @@ def worst(differences: Iterable[Difference]) -> Difference:
     return Difference(largest, mean, float(np.min([d.psnr for d in all_of])))
 
 
-def require(difference: Difference, tolerance: float, subject: str, remedy: str) -> None:
+def require(difference: Difference, tolerance: Tolerance, subject: str, remedy: str) -> None:
     """Raise ParityError with the measured difference and the tolerance unless it is within."""
     if not difference.within(tolerance):
         raise ParityError(
             f"{subject}: differs from the PyTorch reference by {difference.max_abs:.3g} of 255 at most"
-            f" ({difference.mean_abs:.3g} on average), expected {tolerance:g} or less; {remedy}"
+            f" ({difference.mean_abs:.3g} on average), expected {tolerance.max_abs:g} or less; {remedy}"
         )

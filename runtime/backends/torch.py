@@ -49,6 +49,10 @@ class TorchBackend:
             from sanrt.model.graph import read_model
 
             spec, weights = read_model(model)
+            if spec.quantisation:
+                raise BackendError(
+                    f"{model}: torch runs no {spec.quantisation.type} model; expected the fp32 one it was made of"
+                )
             self.net = SAN(spec.architecture)
             self.net.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in weights.items()})
             self.net.eval().requires_grad_(False)

@@ -10,6 +10,7 @@ from sanrt.cli.build import build
 from sanrt.cli.export import export
 from sanrt.cli.info import info
 from sanrt.cli.run import run
+from sanrt.cli.validate import validate
 from sanrt.errors import SanrtError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app.command()(export)
 app.command()(build)
 app.command()(run)
 app.command()(info)
+app.command()(validate)
 
 
 @app.callback()

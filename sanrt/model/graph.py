@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sanrt.errors import ModelError
-from sanrt.model.spec import MIN_SIDE, Architecture, Attention, GraphOptions, ModelSpec, Precision
+from sanrt.model.spec import MIN_SIDE, Attention, GraphOptions, ModelSpec, Precision, QuantisedType
 
 OPSET = 22
 """The first opset whose convolutions take bfloat16."""
@@ -32,6 +33,10 @@ ONNX_TYPES = {
     Precision.BF16: TensorProto.BFLOAT16,
 }
 
+QUANTISED_TYPES = {QuantisedType.INT8: TensorProto.INT8, QuantisedType.FP8: TensorProto.FLOAT8E4M3FN}
+QUANTISED_LARGEST = {QuantisedType.INT8: 127.0, QuantisedType.FP8: 448.0}
+"""int8's -128 is left out: symmetric."""
+
 Array = npt.NDArray[Any]
 Weights = Mapping[str, Array]
 """float32 arrays by the reference network's parameter names."""
@@ -40,8 +45,9 @@ Weights = Mapping[str, Array]
 class GraphWriter:
     """Nodes, constants and weights of one graph; every method returns the name of the tensor it made."""
 
-    def __init__(self, arch: Architecture, weights: Weights, iterations: int, options: GraphOptions) -> None:
-        self.arch, self.weights, self.iterations, self.options = arch, weights, iterations, options
+    def __init__(self, spec: ModelSpec, weights: Weights, options: GraphOptions) -> None:
+        self.arch, self.iterations, self.quantisation = spec.architecture, spec.iterations, spec.quantisation
+        self.weights, self.options = weights, options
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
 
@@ -69,9 +75,7 @@ class GraphWriter:
     def weight(self, name: str, array: Array | None = None, precision: Precision | None = None) -> str:
         """A parameter (or a padded version of it) in the given precision, the graph's by default."""
         dtype = helper.tensor_dtype_to_np_dtype(ONNX_TYPES[precision or self.options.precision])
-        value = (self.weights[name] if array is None else array).astype(dtype)
-        self.initializers[name] = numpy_helper.from_array(value, name)
-        return name
+        return self.add((self.weights[name] if array is None else array).astype(dtype), name)
 
     def cast(self, x: str, precision: Precision, name: str) -> str:
         """x in `precision`; no node where the graph is that precision already."""
@@ -82,8 +86,40 @@ class GraphWriter:
     def conv(self, x: str, name: str, out: str | None = None, precision: Precision | None = None) -> str:
         """The convolution of parameters `name`.weight and `name`.bias, zero-padded to keep the size."""
         pad = self.weights[f"{name}.weight"].shape[-1] // 2
-        inputs = [x, self.weight(f"{name}.weight", precision=precision), self.weight(f"{name}.bias", precision=precision)]
-        return self.op("Conv", inputs, out or name, pads=[pad] * 4)
+        if self.quantisation and name in self.quantisation.ranges:
+            operands = self.quantised_operands(x, name, self.quantisation.type, self.quantisation.ranges[name])
+        else:
+            operands = [x, self.weight(f"{name}.weight", precision=precision)]
+        return self.op("Conv", [*operands, self.weight(f"{name}.bias", precision=precision)], out or name, pads=[pad] * 4)
+
+    def quantised_operands(self, x: str, name: str, kind: QuantisedType, largest: float) -> list[str]:
+        """Input and weight of a convolution, each rounded to 8 bits and back: the pattern that backends compute in 8 bits.
+
+        The input has one scale, the weight one per output channel, in the graph's precision; every zero point is 0.
+        """
+        dtype = helper.tensor_dtype_to_np_dtype(ONNX_TYPES[self.options.precision])
+        steps = QUANTISED_LARGEST[kind]
+        scale = scale_for(np.asarray(largest), steps, dtype)
+        factors = [self.add(scale, f"{name}.input.scale"), self.zeros(kind, f"{name}.input.zero", ())]
+        quantised = self.op("QuantizeLinear", [x, *factors], f"{name}.input.quantised")
+        restored = self.op("DequantizeLinear", [quantised, *factors], f"{name}.input.restored")
+        weight = self.weights[f"{name}.weight"]
+        scales = scale_for(np.abs(weight).max((1, 2, 3)), steps, dtype)
+        inputs = [
+            self.add(quantised_weight(weight, scales, kind), f"{name}.weight"),
+            self.add(scales, f"{name}.weight.scale"),
+            self.zeros(kind, f"{name}.weight.zero", scales.shape),
+        ]
+        return [restored, self.op("DequantizeLinear", inputs, f"{name}.weight.restored", axis=0)]
+
+    def add(self, array: Array, name: str) -> str:
+        """An array as an initializer."""
+        self.initializers[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def zeros(self, kind: QuantisedType, name: str, shape: tuple[int, ...]) -> str:
+        """Zero points."""
+        return self.add(np.zeros(shape, helper.tensor_dtype_to_np_dtype(QUANTISED_TYPES[kind])), name)
 
     # --- the network, part by part --------------------------------------------------------------------------------
 
@@ -285,6 +321,21 @@ class GraphWriter:
         return model
 
 
+def scale_for(largest: Array, steps: float, dtype: Any) -> Array:
+    """What one step of an 8-bit type stands for, so that `largest` is its last; rounded to dtype, and never 0."""
+    smallest = float(ml_dtypes.finfo(dtype).smallest_normal)  # type: ignore[no-untyped-call]
+    scales: Array = np.maximum(largest / steps, smallest).astype(dtype)
+    return scales
+
+
+def quantised_weight(weight: Array, scales: Array, kind: QuantisedType) -> Array:
+    """A convolution's weight in steps of its output channels' scales."""
+    steps = weight / scales.astype(np.float32)[:, None, None, None]
+    steps = steps.clip(-QUANTISED_LARGEST[kind], QUANTISED_LARGEST[kind])
+    dtype = helper.tensor_dtype_to_np_dtype(QUANTISED_TYPES[kind])
+    return (np.rint(steps) if kind == QuantisedType.INT8 else steps).astype(dtype)
+
+
 def san_model(spec: ModelSpec, weights: Weights, options: GraphOptions | None = None) -> onnx.ModelProto:
     """The whole network: `input` (B, 3, H, W) float32 0..value_range -> `output` (B, 3, sH, sW) float32, not clipped.
 
@@ -292,7 +343,7 @@ def san_model(spec: ModelSpec, weights: Weights, options: GraphOptions | None = 
     """
     options = options or GraphOptions()
     arch = spec.architecture
-    w = GraphWriter(arch, weights, spec.iterations, options)
+    w = GraphWriter(spec, weights, options)
     first = w.head("input", "first")
     shared = w.attention(first, "attention.in", "shared")
     x = shared
@@ -344,7 +395,7 @@ def stage_model(spec: ModelSpec, weights: Weights, options: GraphOptions) -> onn
     tail         trunk -> pixels
     """
     kind, _, number = options.stage.partition(".")
-    w = GraphWriter(spec.architecture, weights, spec.iterations, options)
+    w = GraphWriter(spec, weights, options)
     made = write_stage(w, kind, int(number or 0))
     outputs = [w.op("Cast", [name], f"output{i}", to=TensorProto.FLOAT) for i, name in enumerate(made)]
     ranks = (4, 3, 3) if kind == "body" else (4,) * len(made)
@@ -395,7 +446,10 @@ def axes(name: str, rank: int) -> list[str]:
 
 
 def read_model(path: Path) -> tuple[ModelSpec, dict[str, Array]]:
-    """Spec and float32 weights of an exported fp32 ONNX; raises ModelError when it is none of sanrt's or damaged."""
+    """Spec and float32 weights of an exported fp32 ONNX; raises ModelError when it is none of sanrt's or damaged.
+
+    Weights that are stored in 8 bits come as what they stand for, and are stored as the same 8 bits when written again.
+    """
     try:
         model = onnx.load(path)
     except OSError as error:
@@ -407,4 +461,10 @@ def read_model(path: Path) -> tuple[ModelSpec, dict[str, Array]]:
     spec = ModelSpec.from_metadata({p.key: p.value for p in model.metadata_props}, str(path))
     if spec.precision != Precision.FP32:
         raise ModelError(f"{path}: its weights are {spec.precision}, expected the fp32 model that `sanrt export` writes")
-    return spec, {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if not t.name.startswith("const.")}
+    arrays = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if not t.name.startswith("const.")}
+    for name in spec.quantisation.ranges if spec.quantisation else ():
+        scales = arrays.pop(f"{name}.weight.scale")
+        arrays[f"{name}.weight"] = arrays[f"{name}.weight"].astype(np.float32) * scales[:, None, None, None]
+        for part in ("input.scale", "input.zero", "weight.zero"):
+            del arrays[f"{name}.{part}"]
+    return spec, arrays

@@ -28,6 +28,23 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
+class QuantisedType(StrEnum):
+    """8-bit types of quantised convolutions: their inputs and weights; sums and biases are wider."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+    """e4m3: four bits of exponent, three of mantissa, largest magnitude 448."""
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """Which convolutions compute in 8 bits, and the ranges of their inputs; symmetric, so zero stays zero."""
+
+    type: QuantisedType
+    ranges: Mapping[str, float]
+    """Convolution -> the largest magnitude of its input that is represented; larger ones saturate."""
+
+
 class Attention(StrEnum):
     """How softmax(q k^T) v is written."""
 
@@ -103,8 +120,15 @@ class ModelSpec:
     """Height and width must be multiples of this."""
     version: str = ""
     """The sanrt that wrote it."""
+    quantisation: Quantisation | None = None
+    """Convolutions in 8 bits, in every graph written for this model; the others are in `precision`."""
     report: Mapping[str, Any] = field(default_factory=dict)
     """What was measured at export (parity, square root, quantisation); see `sanrt info`."""
+
+    @property
+    def coarsest(self) -> Precision | QuantisedType:
+        """The coarsest type that the network computes in, by which its outputs are judged."""
+        return self.quantisation.type if self.quantisation else self.precision
 
     def to_metadata(self) -> dict[str, str]:
         """Flat strings for ONNX `metadata_props`: every key begins with `sanrt.`, every value is JSON."""
@@ -121,8 +145,10 @@ class ModelSpec:
             known = {f.name: json.loads(metadata[PREFIX + f.name]) for f in fields(cls) if PREFIX + f.name in metadata}
             known["architecture"] = Architecture(**known["architecture"])
             known["precision"] = Precision(known.get("precision", Precision.FP32))
+            if quantised := known.get("quantisation"):
+                known["quantisation"] = Quantisation(QuantisedType(quantised["type"]), quantised["ranges"])
             return cls(**known)
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 f"{subject}: its sanrt.* metadata cannot be read ({error}); export it again with `sanrt export`"
             ) from error

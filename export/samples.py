@@ -1,0 +1,90 @@
+"""Pictures to measure on: a folder's, low or high resolution or both, or generated scenes where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from sanrt.errors import PictureError
+from sanrt.export.bicubic import degrade
+from sanrt.export.scene import natural_scene
+from sanrt.runtime.formats import Format
+from sanrt.runtime.pictures import open_picture
+
+Picture = npt.NDArray[np.uint8]
+
+SCENES = 3
+SCENE_SIDE = 192
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the network is given, and what it should find."""
+
+    name: str
+    low: Picture
+    high: Picture | None
+    """None where the true picture is not known."""
+
+
+def samples(images: Path | None, hr: Path | None, scale: int) -> Iterator[Sample]:
+    """One at a time: pictures with their HR of the same name, HR pictures degraded by `scale`, or generated scenes.
+
+    Raises PictureError for a folder without pictures, for one that cannot be read, and for pairs that do not fit.
+    """
+    if images is None and hr is None:
+        for seed in range(SCENES):
+            yield degraded(f"scene {seed}", natural_scene(SCENE_SIDE, SCENE_SIDE, seed), scale)
+    elif images is None:
+        assert hr is not None
+        for path in pictures_in(hr):
+            yield degraded(path.name, read_rgb(path), scale)
+    else:
+        highs = {path.stem: path for path in pictures_in(hr)} if hr else {}
+        for path in pictures_in(images):
+            yield paired(path, highs.get(path.stem), scale) if hr else Sample(path.name, read_rgb(path), None)
+
+
+def degraded(name: str, high: Picture, scale: int) -> Sample:
+    """A picture, cut to a multiple of the scale, and its bicubic low-resolution version."""
+    height, width = (side // scale * scale for side in high.shape[:2])
+    if not height or not width:
+        raise PictureError(f"{name}: {high.shape[1]} x {high.shape[0]}, expected {scale} px a side or more")
+    return Sample(name, degrade(high[:height, :width], scale), high[:height, :width])
+
+
+def paired(path: Path, truth: Path | None, scale: int) -> Sample:
+    """A picture and its truth; raises PictureError when there is none or it is not `scale` times as large."""
+    if truth is None:
+        raise PictureError(f"{path}: no high-resolution picture of the same name; expected one for each")
+    low, high = read_rgb(path), read_rgb(truth)
+    if high.shape[:2] != (low.shape[0] * scale, low.shape[1] * scale):
+        raise PictureError(
+            f"{truth}: {high.shape[1]} x {high.shape[0]}, expected {low.shape[1] * scale} x {low.shape[0] * scale},"
+            f" {scale} times {path}"
+        )
+    return Sample(path.name, low, high)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The files in a folder and below that have a picture's ending, in order; raises PictureError when there are none."""
+    try:
+        found = (
+            [p for p in sorted(folder.rglob("*")) if Format.of_suffix(p) and p.is_file()] if list(folder.iterdir()) else []
+        )
+    except OSError as error:
+        raise PictureError(f"{folder}: cannot be read ({error.strerror}); expected a folder of pictures") from error
+    if not found:
+        raise PictureError(f"{folder}: no pictures in it; expected a folder of PNG, JPEG, WebP or TIFF files")
+    return found
+
+
+def read_rgb(path: Path) -> Picture:
+    """A picture file as (H, W, 3) uint8; raises PictureError."""
+    with open_picture(path) as source:
+        pixels = source.rgb()
+    return np.asarray(pixels if pixels.dtype == np.uint8 else pixels >> 8, np.uint8)
