@@ -27,6 +27,9 @@ IR_VERSION = 10
 MIN_TRACE = 1e-10
 """As in `sanrt.model.soca`: below this a covariance counts as zero."""
 
+TYPED_DIVISOR = 16.0
+"""Of queries and keys in fp16 and bf16: scores up to 16 million fit, and TensorRT still fuses the attention."""
+
 ONNX_TYPES = {
     Precision.FP32: TensorProto.FLOAT,
     Precision.FP16: TensorProto.FLOAT16,
@@ -175,8 +178,9 @@ class GraphWriter:
         """theta, phi or g with its output channels padded with zeros to the graph's width."""
         name = f"attention.{part}"
         missing = self.width - self.arch.attention_channels
-        weight = np.pad(self.weights[f"{name}.weight"], ((0, missing), (0, 0), (0, 0), (0, 0)))
-        bias = np.pad(self.weights[f"{name}.bias"], (0, missing))
+        divisor = 1.0 if part == "value" else self.inner_divisor
+        weight = np.pad(self.weights[f"{name}.weight"] / divisor, ((0, missing), (0, 0), (0, 0), (0, 0)))
+        bias = np.pad(self.weights[f"{name}.bias"] / divisor, (0, missing))
         inputs = [x, self.weight(f"{name}.weight", weight), self.weight(f"{name}.bias", bias)]
         return self.op("Conv", inputs, f"{prefix}{part}")
 
@@ -190,8 +194,10 @@ class GraphWriter:
             y = self.op("Transpose", [y], f"{prefix}attended.channels", perm=[0, 2, 1])
         else:
             transposed = self.op("Transpose", [k], f"{k}.transposed", perm=[0, 1, 3, 2])
-            scores = self.op("MatMul", [q, transposed], f"{prefix}scores")
-            y = self.op("MatMul", [self.op("Softmax", [scores], f"{prefix}softmax", axis=-1), v], f"{prefix}attended")
+            scores = self.full_scores(self.op("MatMul", [q, transposed], f"{prefix}scores"))
+            weights = self.op("Softmax", [scores], f"{prefix}softmax", axis=-1)
+            weights = self.cast(weights, self.options.precision, f"{prefix}softmax.typed")
+            y = self.op("MatMul", [weights, v], f"{prefix}attended")
             y = self.op("Transpose", [y], f"{prefix}attended.channels", perm=[0, 1, 3, 2])
         y = self.op("Reshape", [y, shape], f"{prefix}attended.map")
         missing = self.width - self.arch.attention_channels
@@ -200,6 +206,19 @@ class GraphWriter:
             "Conv", [y, self.weight("attention.out.weight", weight), self.weight("attention.out.bias")], f"{prefix}projected"
         )
         return self.op("Add", [y, x], out)
+
+    def full_scores(self, scores: str) -> str:
+        """Typed scores in fp32, times what `inner_conv` divided queries and keys by; fp32 scores as they are."""
+        if self.inner_divisor == 1:
+            return scores
+        wide = self.cast(scores, Precision.FP32, f"{scores}.fp32")
+        return self.op("Mul", [wide, self.constant(self.inner_divisor**2, np.float32)], f"{scores}.full")
+
+    @property
+    def inner_divisor(self) -> float:
+        """What queries and keys are divided by, a power of two, so that unscaled scores of 0..255 features fit fp16."""
+        typed = self.options.precision != Precision.FP32 and self.options.attention == Attention.MATMUL
+        return TYPED_DIVISOR if typed else 1.0
 
     def positions(self, x: str) -> str:
         """(B, d, h, w) -> (B, 1, h * w, d), or without the 1 for MultiHeadAttention."""
