@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from sanrt.errors import BackendError, OutOfMemoryError, UsageError
+from sanrt.errors import BackendError, OutOfMemoryError, PictureError, UsageError
 from sanrt.runtime.backends import Array, Backend
 from sanrt.runtime.featuremaps import Box, FeatureStore
 from sanrt.runtime.memory import free_host_memory
@@ -20,7 +20,7 @@ from sanrt.runtime.pictures import SourcePicture
 from sanrt.runtime.scratch import ScratchPicture
 from sanrt.runtime.streaming import ArraySource, Streaming, decoded
 from sanrt.runtime.tiling import TileAxis, pad
-from sanrt.runtime.ways import Tiling, Way, choose_regions, choose_tile, fits_whole, map_memory
+from sanrt.runtime.ways import Tiling, Way, choose_regions, choose_tile, fits_whole, map_memory, result_bytes
 
 log = logging.getLogger(__name__)
 
@@ -80,14 +80,19 @@ def choose_way(backend: Backend, height: int, width: int, options: UpscaleOption
     tiling, tile = options.tiling, options.tile or choose_tile(spec.architecture, memory)
     if tiling is Tiling.AUTO:
         cut = longest > options.tile if options.tile else not fits_whole(spec.architecture, height, width, memory)
-        separate = options.overlap is not None or options.self_ensemble
-        tiling = Tiling.WHOLE if not cut else Tiling.OVERLAP if separate else Tiling.EXACT
+        tiling = Tiling.WHOLE if not cut else cut_tiling(backend, options)
     match tiling:
         case Tiling.WHOLE:
             return Way(tiling, longest, regions)
         case Tiling.OVERLAP:
             return Way(tiling, tile, spec.regions)
     return Way(tiling, tile, regions)
+
+
+def cut_tiling(backend: Backend, options: UpscaleOptions) -> Tiling:
+    """For pictures that must be cut: exact, unless the options ask for separate tiles or the backend has no other."""
+    separate = options.overlap is not None or options.self_ensemble or not backend.streams
+    return Tiling.OVERLAP if separate else Tiling.EXACT
 
 
 def upscale(backend: Backend, picture: Picture, options: UpscaleOptions = UpscaleOptions()) -> Picture:
@@ -115,8 +120,7 @@ def smaller_way(way: Way, options: UpscaleOptions, backend: Backend, error: OutO
     if tile < max(MIN_SMALLER, 2 * (options.overlap or 0)) or (way.tiling is Tiling.WHOLE is options.tiling):
         raise error
     if way.tiling is Tiling.WHOLE:
-        separate = options.overlap is not None or options.self_ensemble or not backend.streams
-        return replace(way, tiling=Tiling.OVERLAP if separate else Tiling.EXACT, tile=tile)
+        return replace(way, tiling=cut_tiling(backend, options), tile=tile)
     return replace(way, tile=tile)
 
 
@@ -124,11 +128,24 @@ def infer_by(backend: Backend, way: Way, options: UpscaleOptions, x: Array) -> A
     """One picture (1, 3, H, W) the given way."""
     spec = backend.spec
     if way.tiling is Tiling.OVERLAP:
+        check_result_fits(backend, x, options)
         tiles: Infer = partial(infer_padded, backend)
         return infer_tiled(tiles, x, spec.architecture.scale, way.tile, options.overlap_of(way.tile))
     if way.tiling is Tiling.WHOLE and way.regions == spec.regions:
         return infer_padded(backend, x)
     return stream_array(backend, way, options, x)
+
+
+def check_result_fits(backend: Backend, x: Array, options: UpscaleOptions) -> None:
+    """PictureError where the blended result, which is held as a whole, exceeds the memory."""
+    arch = backend.spec.architecture
+    height, width = x.shape[2:]
+    if (needed := height * width * result_bytes(arch)) > options.budget:
+        raise PictureError(
+            f"its {arch.scale * width} x {arch.scale * height} result takes {needed >> 20} MiB of the allowed "
+            f"{options.budget >> 20}; "
+            "--tiling exact holds less, --memory allows more"
+        )
 
 
 def stream_array(backend: Backend, way: Way, options: UpscaleOptions, x: Array) -> Array:

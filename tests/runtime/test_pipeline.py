@@ -13,8 +13,8 @@ import pyvips
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.runtime import pipeline
 from sanrt.runtime.jobs import Job, find_pictures
-from sanrt.runtime.pipeline import Failed, PipelineOptions, Planned, Skipped, Written
 from sanrt.runtime.pictures import Encoding
+from sanrt.runtime.pipeline import Failed, PipelineOptions, Planned, Skipped, Written
 
 OPTIONS = PipelineOptions(scale=2)
 

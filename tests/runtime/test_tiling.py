@@ -1,5 +1,7 @@
 """Tile arithmetic: cover everything, one size, weights that sum to one."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ def test_tiles_of_one_size_cover_a_side_and_share_the_overlap(side, limit, overl
     assert starts[0] == 0
     assert starts[-1] + axis.tile == side
     assert axis.tile == min(limit, side)
-    for before, after in zip(starts, starts[1:], strict=False):
+    for before, after in itertools.pairwise(starts):
         assert 0 < after - before <= axis.tile - overlap
 
 

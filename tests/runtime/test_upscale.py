@@ -6,9 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sanrt.errors import BackendError, OutOfMemoryError, UsageError
+from sanrt.errors import BackendError, OutOfMemoryError, PictureError, UsageError
 from sanrt.model.spec import Architecture, ModelSpec
-from sanrt.runtime import upscale as module
 from sanrt.runtime.backends import RunOptions, load_backend
 from sanrt.runtime.upscale import UpscaleOptions, upscale
 
@@ -17,9 +16,9 @@ SPEC = ModelSpec(ARCH, "0" * 64, "a test", 5, min_side=4, multiple=1)
 
 
 class Nearest:
-    """A backend that repeats every pixel, and remembers what sizes it was given."""
+    """A backend without stages that repeats every pixel, and remembers what sizes it was given."""
 
-    name, device = "nearest", "CPU"
+    name, device, streams = "nearest", "CPU", False
 
     def __init__(self, most=None, spec=SPEC):
         self.spec, self.most, self.sizes = spec, most, []
@@ -68,20 +67,18 @@ def test_a_picture_that_fits_goes_through_whole():
     assert backend.sizes == [(50, 90)]
 
 
-def test_tiles_without_a_tile_size_are_chosen_by_the_memory(monkeypatch):
-    needed = 200 * 300 * module.result_bytes(ARCH) + 70 * 70 * module.network_bytes(ARCH)
-    monkeypatch.setattr(module, "free_host_memory", lambda: int(needed / module.MEMORY_SHARE))
-    backend = Nearest()
-    picture = noise(200, 300)
-    assert np.array_equal(upscale(backend, picture), doubled(picture))
-    assert set(backend.sizes) == {(64, 64)}
+def test_without_a_tile_size_only_pictures_that_exceed_the_memory_are_cut():
+    picture = noise(300, 400)
+    for memory, whole in ((2**31, True), (2**28, False)):
+        backend = Nearest()
+        assert np.array_equal(upscale(backend, picture, UpscaleOptions(memory=memory)), doubled(picture))
+        assert (backend.sizes == [(300, 400)]) is whole
 
 
-def test_a_result_larger_than_the_memory_is_refused_before_anything_runs(monkeypatch):
-    monkeypatch.setattr(module, "free_host_memory", lambda: 1_000_000)
+def test_a_blended_result_larger_than_the_memory_is_refused_before_anything_runs():
     backend = Nearest()
-    with pytest.raises(OutOfMemoryError, match="600 x 400"):
-        upscale(backend, noise(200, 300))
+    with pytest.raises(PictureError, match="600 x 400"):
+        upscale(backend, noise(200, 300), UpscaleOptions(tile=64, memory=1_000_000))
     assert not backend.sizes
 
 
@@ -93,7 +90,7 @@ def test_out_of_memory_halves_the_tiles_says_so_and_gets_every_pixel_right(optio
         result = upscale(backend, picture, options)
     assert np.array_equal(result, doubled(picture))
     assert "out of memory" in caplog.text
-    assert "again with tiles of" in caplog.text
+    assert "again: overlap in tiles of" in caplog.text
     assert max(max(size) for size in backend.sizes[-4:]) <= 30
 
 

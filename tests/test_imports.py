@@ -1,0 +1,124 @@
+"""What is imported when: the optional packages only where they are needed, the heavy ones only when they are used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import walk_packages
+
+import numpy as np
+import pytest
+import pyvips
+
+from sanrt.runtime.backends import BACKENDS, RunOptions, load_backend
+
+OPTIONAL = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "onnxscript",
+    "safetensors",
+    "cuda",
+    "pycuda",
+)
+NEEDS_TORCH = {
+    "sanrt.export": {"torch", "safetensors", "onnx"},
+    "sanrt.kernels": {"torch"},
+    "sanrt.model": {"torch", "safetensors", "onnx"},
+}
+"""The only packages that may need an extra when they are imported, and which."""
+
+BLOCKED = """
+import sys
+from importlib.machinery import PathFinder
+found = PathFinder.find_spec
+PathFinder.find_spec = lambda name, path=None, target=None: None if name in {blocked!r} else found(name, path, target)
+"""
+"""Code after which top-level packages are as good as not installed."""
+
+
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+
+
+def modules() -> list[str]:
+    folders = {name: import_module(name).__path__ for name in ("sanrt", "sanrt.export", "sanrt.runtime", "sanrt.kernels")}
+    found = {module.name for name, path in folders.items() for module in walk_packages(path, f"{name}.")}
+    return sorted(found - {"sanrt.__main__"})
+
+
+def test_everything_can_be_imported_here():
+    assert len(modules()) > 30
+    for name in modules():
+        import_module(name)
+
+
+def test_the_runtime_and_the_command_line_can_be_imported_without_any_extra():
+    names = [name for name in modules() if not name.startswith(tuple(NEEDS_TORCH))]
+    assert "sanrt.runtime.pipeline" in names
+    assert "sanrt.cli.export" in names
+    for backend in BACKENDS.values():
+        assert backend in names
+    done = python(
+        BLOCKED.format(blocked=OPTIONAL) + f"\nimport importlib\nfor name in {names}: importlib.import_module(name)"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_any_extra_every_backend_says_how_to_get_it():
+    code = BLOCKED.format(blocked=OPTIONAL) + (
+        "\nimport importlib.metadata as m\n"
+        "def none(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = none\n"
+        "from sanrt.runtime.backends import BACKENDS, status\n"
+        "for name in BACKENDS: s = status(name); assert not s.usable and 'pip install' in s.remedy, s\n"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["export", "--help"]])
+def test_help_loads_nothing_heavy(command):
+    code = (
+        "import sys, sanrt.cli\nsys.argv[0] = 'sanrt'\ntry: sanrt.cli.main()\nfinally: print('\\n' + ' '.join(sys.modules))"
+    )
+    loaded = set(python(code, *command).stdout.splitlines()[-1].split())
+    assert "sanrt.cli.run" in loaded
+    assert not loaded & {*OPTIONAL, "numpy", "pyvips", "rich"}
+
+
+def test_running_an_exported_model_loads_neither_torch_nor_onnx(tiny_model, tmp_path):
+    load_backend("onnxruntime", tiny_model(2), RunOptions()).close()
+    source = tmp_path / "a.png"
+    pyvips.Image.new_from_array(np.zeros((8, 8, 3), np.uint8)).write_to_file(str(source))
+    code = "import sys, sanrt.cli\nsys.argv[0] = 'sanrt'\ntry: sanrt.cli.main()\nfinally: print(' '.join(sys.modules))"
+    options = ["--model", tiny_model(2), "--backend", "onnxruntime"]
+    done = python(code, "run", source, tmp_path / "b.png", *options)
+    assert (tmp_path / "b.png").exists(), done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "onnxruntime" in loaded
+    assert not loaded & {"torch", "onnx", "rich", "safetensors"}
+
+
+def test_the_package_itself_brings_only_what_it_is_asked_for():
+    done = python("import sys, sanrt; assert 'numpy' not in sys.modules; sanrt.Upscaler; assert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_package_imports_one_above_it():
+    arrows = {
+        "runtime": ("export", "cli"),
+        "kernels": ("export", "cli", "runtime"),
+        "model": ("export", "cli", "runtime", "kernels"),
+    }
+    for package, above in arrows.items():
+        folder = Path(find_spec(f"sanrt.{package}").submodule_search_locations[0])
+        for path in folder.rglob("*.py"):
+            for name in above:
+                assert f"from sanrt.{name}" not in path.read_text(), path
