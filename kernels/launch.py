@@ -44,6 +44,15 @@ def launch(program: Program, kernel: str, grid: tuple[int, int, int], threads: i
         checked(driver.cuLaunchKernel(loaded, *grid, threads, 1, 1, 0, stream, (values, kinds), 0))
 
 
+def cleared(count: int, device: torch.device) -> Tensor:
+    """`count` 32-bit zeros, set on the current stream without a kernel."""
+    counters = torch.empty(count, dtype=torch.int32, device=device)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        checked(import_driver().cuMemsetD32Async(counters.data_ptr(), 0, count, stream))
+    return counters
+
+
 def dense(x: Tensor) -> Tensor:
     """`x` itself where it is dense (NCHW or NHWC) and starts on 16 bytes, as the kernels' vector loads need; else a copy."""
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):

@@ -12,7 +12,7 @@ from typing import Any
 
 from sanrt.errors import BackendError
 from sanrt.kernels.compile import ARCHITECTURES, Program
-from sanrt.kernels.soca import CHANNELS, GATE_THREADS, most_blocks, partial_size
+from sanrt.kernels.soca import CHANNELS, GATE_THREADS, most_merged, partial_size
 
 NAMESPACE = "sanrt"
 
@@ -52,24 +52,30 @@ def ptx(program: Program) -> bytes:
 
 
 def register_statistics(trt: Any, trtp: Any) -> None:
-    """x (B, C, H, W) -> float32 partials (B, blocks, partial_size); as many blocks for every size, some without pixels."""
+    """x (B, C, H, W) -> float32 partials (B, blocks, partial_size), and an int32 that is not used.
 
-    def description(x: trtp.TensorDesc, channels: int) -> trtp.TensorDesc:
-        return trtp.from_shape_expr((x.shape_expr[0], most_blocks(channels), partial_size(channels)), dtype=trt.float32)
+    There are as many blocks for every size, some without pixels perhaps, and no groups: those need cleared counters.
+    """
 
-    def formats(x: trtp.TensorDesc, channels: int, outputs: tuple[trtp.TensorDesc]) -> list[trtp.AutoTuneCombination]:
+    def description(x: trtp.TensorDesc, channels: int) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
+        partials = (x.shape_expr[0], most_merged(channels), partial_size(channels))
+        return trtp.from_shape_expr(partials, dtype=trt.float32), trtp.from_shape_expr((1,), dtype=trt.int32)
+
+    def formats(
+        x: trtp.TensorDesc, channels: int, outputs: tuple[trtp.TensorDesc, trtp.TensorDesc]
+    ) -> list[trtp.AutoTuneCombination]:
         layouts = "LINEAR" if x.dtype == trt.DataType.FLOAT or channels % 8 else "LINEAR*HWC8"
         names = {trt.DataType.HALF: "FP16", trt.DataType.BF16: "BF16", trt.DataType.FLOAT: "FP32"}
-        return [trtp.AutoTuneCombination(f"{names[x.dtype]}, FP32", f"{layouts}, LINEAR")]
+        return [trtp.AutoTuneCombination(f"{names[x.dtype]}, FP32, INT32", f"{layouts}, LINEAR, LINEAR")]
 
     def implementation(
-        x: trtp.TensorDesc, channels: int, outputs: tuple[trtp.TensorDesc], tactic: int
+        x: trtp.TensorDesc, channels: int, outputs: tuple[trtp.TensorDesc, trtp.TensorDesc], tactic: int
     ) -> tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
         program = soca_program(trt, x.dtype, channels)
         batch, _, height, width = (x.shape_expr[i] for i in range(4))
-        launch = trtp.KernelLaunchParams(grid_x=most_blocks(channels), grid_y=batch, block_x=4 * channels)
+        launch = trtp.KernelLaunchParams(grid_x=most_merged(channels), grid_y=batch, block_x=4 * channels)
         kernel = "soca_statistics_nhwc" if x.format == trt.TensorFormat.HWC8 else "soca_statistics_nchw"
-        return kernel, ptx(program), launch, integers(trtp, height * width)
+        return kernel, ptx(program), launch, integers(trtp, height * width, 1)
 
     name = f"{NAMESPACE}::soca_statistics"
     trtp.register(name)(description)
@@ -106,7 +112,12 @@ def register_gate(trt: Any, trtp: Any) -> None:
     ) -> tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
         program = soca_program(trt, down.dtype, channels)
         launch = trtp.KernelLaunchParams(grid_x=partials.shape_expr[0], block_x=GATE_THREADS)
-        return "soca_gate", ptx(program), launch, integers(trtp, most_blocks(channels), iterations, hidden)
+        return (
+            "soca_gate",
+            ptx(program),
+            launch,
+            integers(trtp, most_merged(channels), most_merged(channels), iterations, hidden),
+        )
 
     name = f"{NAMESPACE}::soca_gate"
     trtp.register(name)(description)

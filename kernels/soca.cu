@@ -55,7 +55,57 @@ __device__ inline void sum_words(const float (&own)[8], float* scratch, float* t
     __syncthreads();
 }
 
-template <bool CHANNELS_LAST> __device__ inline void statistics(const SCALAR* maps, int pixels, float* partials) {
+// Chan's formula over rows of partials: sum of scatters + sum of n (mean_b - mean)(mean_b - mean)^T, of which each of the T threads
+// gets every T-th element; `mean`, if any, is written. Returns the number of pixels. The last row must not be empty.
+template <int T> __device__ inline float merge(const float* rows, int count, float* spread, float (&sum)[C * C / T], float* mean) {
+    const int thread = threadIdx.x;
+    const float* const counts = rows + C * C + C;
+    float pixels = 0;
+    for (int b = 0; b < count; ++b) pixels += counts[(size_t)b * PARTIAL];
+    if (thread < C) {
+        const float* const means = rows + C * C + thread;
+        const float origin = means[(size_t)(count - 1) * PARTIAL];
+        float offset = 0;
+        for (int b = 0; b < count; ++b) {
+            const float n = counts[(size_t)b * PARTIAL];
+            spread[b * C + thread] = n > 0 ? means[(size_t)b * PARTIAL] - origin : 0;
+            offset += n * spread[b * C + thread];
+        }
+        offset /= pixels;
+        for (int b = 0; b < count; ++b) spread[b * C + thread] -= offset;
+        if (mean) mean[thread] = origin + offset;
+    }
+    __syncthreads();
+    for (float& x : sum) x = 0;
+    for (int b = 0; b < count; ++b) {
+        const float n = counts[(size_t)b * PARTIAL];
+        for (int e = 0; e < C * C / T; ++e) {
+            const int at = e * T + thread;
+            sum[e] += rows[(size_t)b * PARTIAL + at] + n * spread[b * C + at / C] * spread[b * C + at % C];
+        }
+    }
+    return pixels;
+}
+
+// The last block of a group to come here merges the group's rows into one behind all of them: soca_gate then reads few.
+__device__ inline void merge_group(float* rows, int group, int* counters, float* spread) {
+    __shared__ bool last;
+    const int blocks = gridDim.x, index = blockIdx.x / group;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(counters + blockIdx.y * (blocks / group) + index, 1) == group - 1;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    float* const merged = rows + (size_t)(blocks + index) * PARTIAL;
+    float sum[C * C / THREADS];
+    const float pixels = merge<THREADS>(rows + (size_t)index * group * PARTIAL, group, spread, sum, merged + C * C);
+    for (int e = 0; e < C * C / THREADS; ++e) merged[e * THREADS + threadIdx.x] = sum[e];
+    if (threadIdx.x == 0) merged[C * C + C] = pixels;
+}
+
+template <bool CHANNELS_LAST>
+__device__ inline void statistics(const SCALAR* maps, int pixels, int group, float* partials, int* counters) {
     alignas(16) __shared__ Word tiles[2][2][C * WORDS];
     __shared__ float shift[C], total[C];
     float* const scratch = (float*)tiles;
@@ -114,7 +164,9 @@ template <bool CHANNELS_LAST> __device__ inline void statistics(const SCALAR* ma
     }
     sum_words(sum, scratch, total, channel, word);
 
-    float* const partial = partials + ((size_t)blockIdx.y * blocks + block) * PARTIAL;
+    const int all = group > 1 ? blocks + blocks / group : blocks;
+    float* const rows = partials + (size_t)blockIdx.y * all * PARTIAL;
+    float* const partial = rows + (size_t)block * PARTIAL;
     const float inverse = 1.0f / max(count, 1);
     for (int s = 0; s < STRIPS; ++s)
         for (int i = 0; i < 4; ++i) {
@@ -123,14 +175,17 @@ template <bool CHANNELS_LAST> __device__ inline void statistics(const SCALAR* ma
         }
     if (thread < C) partial[C * C + thread] = shift[thread] + total[thread] * inverse;
     if (thread == 0) partial[C * C + C] = count;
+    if (group > 1) merge_group(rows, group, counters, scratch);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) soca_statistics_nchw(const SCALAR* maps, int pixels, float* partials) {
-    statistics<false>(maps, pixels, partials);
+extern "C" __global__ void __launch_bounds__(THREADS) soca_statistics_nchw(
+    const SCALAR* maps, int pixels, int group, float* partials, int* counters) {
+    statistics<false>(maps, pixels, group, partials, counters);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) soca_statistics_nhwc(const SCALAR* maps, int pixels, float* partials) {
-    statistics<true>(maps, pixels, partials);
+extern "C" __global__ void __launch_bounds__(THREADS) soca_statistics_nhwc(
+    const SCALAR* maps, int pixels, int group, float* partials, int* counters) {
+    statistics<true>(maps, pixels, group, partials, counters);
 }
 
 // This thread's 4 x 4 part of a b.
@@ -176,43 +231,19 @@ __device__ inline void matrix_vector(const float* m, const float* x, float* y) {
     __syncthreads();
 }
 
-// Chan's pairwise formula over all blocks: sigma = (sum of scatters + sum of n (mean_b - mean)(mean_b - mean)^T) / pixels.
-// `spread` takes blocks * C floats; sigma is exactly symmetric and visible to all on return.
-__device__ inline void merge(const float* partials, int blocks, float* sigma, float* spread) {
-    const int thread = threadIdx.x;
-    const float* const counts = partials + C * C + C;
-    float pixels = 0;
-    for (int b = 0; b < blocks; ++b) pixels += counts[(size_t)b * PARTIAL];
-    if (thread < C) {
-        const float* const means = partials + C * C + thread;
-        const float origin = means[(size_t)(blocks - 1) * PARTIAL];   // the last block is never empty
-        float offset = 0;
-        for (int b = 0; b < blocks; ++b) {
-            const float count = counts[(size_t)b * PARTIAL];
-            spread[b * C + thread] = count > 0 ? means[(size_t)b * PARTIAL] - origin : 0;
-            offset += count * spread[b * C + thread];
-        }
-        offset /= pixels;
-        for (int b = 0; b < blocks; ++b) spread[b * C + thread] -= offset;
-    }
-    __syncthreads();
+// sigma: exactly symmetric and visible to all on return; `spread` takes rows * C floats.
+__device__ inline void covariance(const float* rows, int count, float* sigma, float* spread) {
     constexpr int OWN = C * C / GATE_THREADS;
-    float sum[OWN] = {};
-    for (int b = 0; b < blocks; ++b) {
-        const float count = counts[(size_t)b * PARTIAL];
-        for (int e = 0; e < OWN; ++e) {
-            const int at = e * GATE_THREADS + thread;
-            sum[e] += partials[(size_t)b * PARTIAL + at] + count * spread[b * C + at / C] * spread[b * C + at % C];
-        }
-    }
-    for (int e = 0; e < OWN; ++e) sigma[e * GATE_THREADS + thread] = sum[e];
+    float sum[OWN];
+    const float pixels = merge<GATE_THREADS>(rows, count, spread, sum, nullptr);
+    for (int e = 0; e < OWN; ++e) sigma[e * GATE_THREADS + threadIdx.x] = sum[e];
     __syncthreads();
     for (int e = 0; e < OWN; ++e) {
-        const int at = e * GATE_THREADS + thread;
+        const int at = e * GATE_THREADS + threadIdx.x;
         sum[e] = (sum[e] + sigma[at % C * C + at / C]) * (0.5f / pixels);
     }
     __syncthreads();
-    for (int e = 0; e < OWN; ++e) sigma[e * GATE_THREADS + thread] = sum[e];
+    for (int e = 0; e < OWN; ++e) sigma[e * GATE_THREADS + threadIdx.x] = sum[e];
     __syncthreads();
 }
 
@@ -255,11 +286,11 @@ __device__ inline void sqrt_row_means(float* y, float* z, float* w, int iteratio
 
 extern "C" __global__ void __launch_bounds__(GATE_THREADS) soca_gate(
     const float* partials, const SCALAR* down, const SCALAR* down_bias, const SCALAR* up, const SCALAR* up_bias,
-    int blocks, int iterations, int hidden, SCALAR* gates) {
+    int rows, int merged, int iterations, int hidden, SCALAR* gates) {
     alignas(16) __shared__ float space[3 * C * C];
     float *y = space, *z = y + C * C, *w = z + C * C;
     float *row_means = w + 3 * C, *layer = w + 4 * C;
-    merge(partials + (size_t)blockIdx.x * blocks * PARTIAL, blocks, y, z);
+    covariance(partials + ((size_t)blockIdx.x * rows + rows - merged) * PARTIAL, merged, y, z);
     sqrt_row_means(y, z, w, iterations, row_means);
     const int lane = threadIdx.x % 32;
     for (int h = threadIdx.x / 32; h < hidden; h += GATE_THREADS / 32) {

@@ -16,6 +16,10 @@ CHANNELS = (16, 32, 48, 64)
 GATE_THREADS = 256
 WORDS = 32
 """32-bit words of each channel in a tile of soca_statistics."""
+GROUP = 16
+"""Blocks of soca_statistics in a group."""
+MOST_BLOCKS = 256
+"""For a picture: enough to keep a GPU's memory busy."""
 
 
 def program(channels: int, dtype: torch.dtype) -> Program:
@@ -25,8 +29,8 @@ def program(channels: int, dtype: torch.dtype) -> Program:
     return Program("soca", (f"SCALAR={scalar(dtype)}", f"CHANNELS={channels}"))
 
 
-def most_blocks(channels: int) -> int:
-    """Largest number of blocks for a picture: soca_gate merges them in the memory of its matrices, and alone."""
+def most_merged(channels: int) -> int:
+    """Most rows that soca_gate merges: it does so in the memory of its matrices, and alone."""
     return min(64, 2 * channels)
 
 
@@ -56,14 +60,30 @@ class SocaLaunch:
 
     @property
     def blocks(self) -> int:
-        """Blocks that share a picture: eight tiles of pixels each, until there are as many blocks as one can merge."""
+        """Blocks that share a picture, of eight tiles of pixels or more; in whole groups where they are many."""
         tiles = -(-self.pixels // (WORDS * 4 // self.dtype.itemsize))
-        return max(1, min(tiles // 8, most_blocks(self.channels)))
+        blocks = max(1, min(tiles // 8, MOST_BLOCKS))
+        return blocks if blocks < 2 * GROUP else blocks // GROUP * GROUP
+
+    @property
+    def group(self) -> int:
+        """Blocks whose results the last of them merges; 1 where all are left to soca_gate."""
+        return 1 if self.blocks < 2 * GROUP else GROUP
+
+    @property
+    def merged(self) -> int:
+        """Rows of the workspace that soca_gate merges: its last ones."""
+        return self.blocks // self.group
+
+    @property
+    def rows(self) -> int:
+        """Rows of the workspace for each picture: one for every block, then one for every group."""
+        return self.blocks if self.group == 1 else self.blocks + self.merged
 
     @property
     def partials(self) -> tuple[int, int, int]:
-        """Shape of the float32 workspace: a row of `partial_size` for each block."""
-        return self.batch, self.blocks, partial_size(self.channels)
+        """Shape of the float32 workspace."""
+        return self.batch, self.rows, partial_size(self.channels)
 
     @property
     def statistics(self) -> str:
@@ -71,11 +91,13 @@ class SocaLaunch:
 
 
 def soca_gate(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, iterations: int) -> Tensor:
-    """Gates (B, C, 1, 1) of maps (B, C, H, W) on a GPU, in two launches.
+    """Gates (B, C, 1, 1) of maps (B, C, H, W) on a GPU, in two launches (and the clearing of a few counters).
 
     soca_statistics: each block reads its pixels x_p once and keeps their mean and S = sum (x_p - mean)(x_p - mean)^T, on
     tensor cores: x_p - shift = h + l, two numbers of the map's format (TF32 for fp32), and h h^T + h l^T + l h^T is summed
     in fp32; shift is the mean of the block's first tile, so that large means cancel before they are squared.
+
+    Where blocks are many, the last of every 16 to finish merges their results, by the formula that soca_gate begins with.
 
     soca_gate, one block for each picture, in fp32:
 
@@ -89,16 +111,20 @@ def soca_gate(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: T
     """
     import torch
 
-    from sanrt.kernels.launch import dense, launch
+    from sanrt.kernels.launch import cleared, dense, launch
 
     x = dense(x)
     plan = SocaLaunch.of(x)
     partials = torch.empty(plan.partials, dtype=torch.float32, device=x.device)
+    counters = cleared(plan.batch * plan.merged, x.device)
     gates = torch.empty(plan.batch, plan.channels, 1, 1, dtype=x.dtype, device=x.device)
     weights = [w.detach().contiguous() for w in (down, down_bias, up, up_bias)]
-    launch(plan.program, plan.statistics, (plan.blocks, plan.batch, 1), 4 * plan.channels, x, plan.pixels, partials)
+    launch(
+        plan.program, plan.statistics, (plan.blocks, plan.batch, 1), 4 * plan.channels,
+        x, plan.pixels, plan.group, partials, counters,
+    )  # fmt: skip
     launch(
         plan.program, "soca_gate", (plan.batch, 1, 1), GATE_THREADS,
-        partials, *weights, plan.blocks, iterations, len(down), gates,
+        partials, *weights, plan.rows, plan.merged, iterations, len(down), gates,
     )  # fmt: skip
     return gates

@@ -272,7 +272,8 @@ class GraphWriter:
         prefix = f"groups.{group}.soca"
         plugin: dict[str, Any] = {"domain": "sanrt", "plugin_namespace": "sanrt", "plugin_version": "1", "aot": 1}
         plugin["channels"] = self.arch.channels
-        partials = self.op("soca_statistics", [features], f"{prefix}.statistics", **plugin)
+        partials, unused = f"{prefix}.statistics", f"{prefix}.unused"
+        self.nodes.append(helper.make_node("soca_statistics", [features], [partials, unused], name=partials, **plugin))
         weights = [self.weight(f"{prefix}.{name}") for name in ("down.weight", "down.bias", "up.weight", "up.bias")]
         hidden = len(self.weights[f"{prefix}.down.bias"])
         return self.op("soca_gate", [partials, *weights], out, **plugin, hidden=hidden, iterations=self.iterations)

@@ -1,10 +1,11 @@
 // The C interface of the emulated kernels of soca.cu.
 extern "C" void emulate_soca(
     const SCALAR* maps, const SCALAR* down, const SCALAR* down_bias, const SCALAR* up, const SCALAR* up_bias, int batch, int pixels,
-    int channels_last, int blocks, int iterations, int hidden, unsigned seed, float* partials, SCALAR* gates) {
+    int channels_last, int blocks, int group, int rows, int merged, int iterations, int hidden, unsigned seed, float* partials,
+    int* counters, SCALAR* gates) {
     emulation::launch({(unsigned)blocks, (unsigned)batch, 1}, THREADS, seed,
-                      [&] { (channels_last ? soca_statistics_nhwc : soca_statistics_nchw)(maps, pixels, partials); });
+                      [&] { (channels_last ? soca_statistics_nhwc : soca_statistics_nchw)(maps, pixels, group, partials, counters); });
     emulation::launch({(unsigned)batch, 1, 1}, GATE_THREADS, seed, [&] {
-        soca_gate(partials, down, down_bias, up, up_bias, blocks, iterations, hidden, gates);
+        soca_gate(partials, down, down_bias, up, up_bias, rows, merged, iterations, hidden, gates);
     });
 }

@@ -148,6 +148,8 @@ inline Word* words_of(unsigned lane) { return &exchange[8 * (current / WARP * WA
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::block_wait(); }
+inline void __threadfence() {}
+inline int atomicAdd(int* at, int value) { return (*at += value) - value; }
 inline Word __float_as_uint(float x) { Word y; memcpy(&y, &x, 4); return y; }
 inline float __uint_as_float(Word x) { float y; memcpy(&y, &x, 4); return y; }
 

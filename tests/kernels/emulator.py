@@ -71,11 +71,13 @@ def soca(
     launch = SocaLaunch.of(x)
     assert dense(x) is x
     partials = poisoned(*launch.partials, dtype=torch.float32)
+    counters = torch.zeros(len(x) * launch.merged, dtype=torch.int32)
     gates = poisoned(len(x), x.shape[1], dtype=x.dtype)
     run = library("soca", kernels.scalar(x.dtype), f"CHANNELS={x.shape[1]}").emulate_soca
     run(
-        *(pointer(t) for t in (x, *down, *up)), len(x), launch.pixels, int(launch.channels_last), launch.blocks,
-        steps, len(down[0]), seed, pointer(partials), pointer(gates),
+        *(pointer(t) for t in (x, *down, *up)), len(x), launch.pixels, int(launch.channels_last),
+        launch.blocks, launch.group, launch.rows, launch.merged, steps, len(down[0]), seed,
+        pointer(partials), pointer(counters), pointer(gates),
     )  # fmt: skip
     return partials, gates
 

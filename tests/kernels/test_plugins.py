@@ -13,13 +13,13 @@ from onnx import TensorProto
 
 from sanrt.errors import BackendError
 from sanrt.kernels import plugins
-from sanrt.kernels.soca import most_blocks, partial_size
+from sanrt.kernels.soca import most_merged, partial_size
 from sanrt.model.graph import san_model
 from sanrt.model.spec import Architecture, GraphOptions, ModelSpec, Precision
 
 
 class DataType(Enum):
-    FLOAT, HALF, BF16, INT8 = range(4)
+    FLOAT, HALF, BF16, INT8, INT32 = range(5)
 
 
 class TensorFormat(Enum):
@@ -44,7 +44,7 @@ class Bindings:
         self.functions: dict[tuple[str, str], Any] = {}
         self.trt = ModuleType("tensorrt")
         self.trtp = ModuleType("tensorrt.plugin")
-        vars(self.trt).update(DataType=DataType, TensorFormat=TensorFormat, float32=DataType.FLOAT)
+        vars(self.trt).update(DataType=DataType, TensorFormat=TensorFormat, float32=DataType.FLOAT, int32=DataType.INT32)
         vars(self.trt).update(QuickPluginCreationRequest=1, IPluginV3QuickAOTBuild=1)
         vars(self.trtp).update(
             TensorDesc=TensorDesc,
@@ -97,11 +97,17 @@ def test_launches_match_the_kernels_they_name(
     pytest.importorskip("cuda.bindings.nvrtc")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     x = TensorDesc(dtype=DataType.HALF, shape_expr=(3, 16, 20, 30), format=format)
-    partials = bindings.functions["register", "sanrt::soca_statistics"](x, 16)
-    assert partials.shape_expr == (3, most_blocks(16), partial_size(16))
-    name, ptx, launch, integers = bindings.functions["aot_impl", "sanrt::soca_statistics"](x, 16, (partials,), 0)
-    assert (name, launch.grid_x, launch.grid_y, launch.block_x, integers) == (f"soca_statistics_{layout}", 32, 3, 64, [600])
-    assert parameters(ptx, name) == 1 + len(integers) + 1
+    partials, counters = bindings.functions["register", "sanrt::soca_statistics"](x, 16)
+    assert partials.shape_expr == (3, most_merged(16), partial_size(16))
+    name, ptx, launch, integers = bindings.functions["aot_impl", "sanrt::soca_statistics"](x, 16, (partials, counters), 0)
+    assert (name, launch.grid_x, launch.grid_y, launch.block_x, integers) == (
+        f"soca_statistics_{layout}",
+        32,
+        3,
+        64,
+        [600, 1],
+    )
+    assert parameters(ptx, name) == 1 + len(integers) + 2
 
     weights = weights_descs(DataType.HALF, 16, 4)
     gates = bindings.functions["register", "sanrt::soca_gate"](partials, *weights, 16, 4, 5)
@@ -109,14 +115,14 @@ def test_launches_match_the_kernels_they_name(
     name, ptx, launch, integers = bindings.functions["aot_impl", "sanrt::soca_gate"](
         partials, *weights, 16, 4, 5, (gates,), 0
     )
-    assert (name, launch.grid_x, launch.block_x, integers) == ("soca_gate", 3, 256, [32, 5, 4])
+    assert (name, launch.grid_x, launch.block_x, integers) == ("soca_gate", 3, 256, [32, 32, 5, 4])
     assert parameters(ptx, name) == 5 + len(integers) + 1
 
 
 def test_half_precision_maps_may_come_channels_last(bindings: Bindings) -> None:
     formats = bindings.functions["autotune", "sanrt::soca_statistics"]
-    assert formats(TensorDesc(dtype=DataType.HALF), 64, ()) == [("FP16, FP32", "LINEAR*HWC8, LINEAR")]
-    assert formats(TensorDesc(dtype=DataType.FLOAT), 64, ()) == [("FP32, FP32", "LINEAR, LINEAR")]
+    assert formats(TensorDesc(dtype=DataType.HALF), 64, ()) == [("FP16, FP32, INT32", "LINEAR*HWC8, LINEAR, LINEAR")]
+    assert formats(TensorDesc(dtype=DataType.FLOAT), 64, ()) == [("FP32, FP32, INT32", "LINEAR, LINEAR, LINEAR")]
 
 
 def test_registering_twice_registers_once(bindings: Bindings) -> None:

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from sanrt.errors import BackendError
-from sanrt.kernels.soca import CHANNELS, SocaLaunch, most_blocks, program
+from sanrt.kernels.soca import CHANNELS, SocaLaunch, most_merged, program
 from sanrt.model.soca import SOCA, covariance
 from tests.kernels import emulator
 from tests.kernels.references import rms
@@ -53,6 +53,7 @@ def merged(partials: Tensor, launch: SocaLaunch) -> Tensor:
     tiles = -(-launch.pixels // tile)
     cuts = torch.tensor([min(tiles * b // launch.blocks * tile, launch.pixels) for b in range(launch.blocks + 1)])
     n = cuts.diff().double()
+    partials = partials[:, : launch.blocks]
     scatter, means = partials[..., : c * c].double().unflatten(2, (c, c)), partials[..., c * c : c * c + c].double()
     assert (partials[..., c * c + c] == n).all()
     centred = means - (n[:, None] * means).sum(1, keepdim=True) / launch.pixels
@@ -107,6 +108,20 @@ def test_blocks_that_saw_very_different_pixels_are_merged_exactly() -> None:
     assert ((merged(partials, launch) - exact).abs() / exact.abs().max()).max() < 1e-6
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_groups_of_blocks_are_merged_into_their_covariance(seed: int) -> None:
+    x = maps(16, torch.float32, (90, 93), mean=50) + torch.linspace(-5, 5, 93)
+    launch, module = SocaLaunch.of(x), soca(16, torch.float32, scale=10)
+    partials, gates = emulator.soca(x, *weights(module), STEPS, seed)
+    assert (launch.group, launch.merged) == (16, 2)
+    n = partials[:, launch.blocks :, 16 * 17]
+    assert n.sum(1).tolist() == [90 * 93] * 2
+    means = partials[:, launch.blocks :, 256:272]
+    torch.testing.assert_close((n[..., None] * means).sum(1) / launch.pixels, x.mean((2, 3)), rtol=1e-6, atol=0)
+    ours, plain = errors(module, x, gates)
+    assert ours <= 2 * plain
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [0.0, 117.0])
 def test_constant_maps_give_the_gate_of_a_zero_covariance(dtype: torch.dtype, value: float) -> None:
@@ -143,11 +158,12 @@ def test_a_picture_has_the_same_gate_in_any_batch() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("pixels", [1, 63, 64, 511, 512, 57600, 8294400])
-def test_every_block_has_pixels_and_no_more_blocks_are_made_than_can_be_merged(dtype: torch.dtype, pixels: int) -> None:
+def test_every_block_has_pixels_and_no_more_rows_are_left_than_can_be_merged(dtype: torch.dtype, pixels: int) -> None:
     launch = SocaLaunch(1, 64, pixels, dtype, channels_last=False)
-    assert 1 <= launch.blocks <= most_blocks(64)
-    assert launch.blocks <= -(-pixels // (128 // dtype.itemsize))
-    assert launch.partials == (1, launch.blocks, 64 * 65 + 4)
+    assert 1 <= launch.blocks <= -(-pixels // (128 // dtype.itemsize))
+    assert launch.blocks == launch.merged * launch.group
+    assert launch.merged <= most_merged(16)
+    assert launch.partials == (1, launch.blocks + (launch.merged if launch.group > 1 else 0), 64 * 65 + 4)
 
 
 def test_unsupported_channels_and_formats_are_refused() -> None:
