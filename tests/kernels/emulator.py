@@ -65,10 +65,15 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def soca(
-    x: Tensor, down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], steps: int, seed: int = 0
+    x: Tensor,
+    down: tuple[Tensor, Tensor],
+    up: tuple[Tensor, Tensor],
+    steps: int,
+    seed: int = 0,
+    launch: SocaLaunch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-block statistics and gates (B, C) of maps (B, C, H, W), contiguous or channels-last."""
-    launch = SocaLaunch.of(x)
+    launch = launch or SocaLaunch.of(x)
     assert dense(x) is x
     partials = poisoned(*launch.partials, dtype=torch.float32)
     counters = torch.zeros(len(x) * launch.merged, dtype=torch.int32)

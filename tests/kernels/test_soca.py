@@ -122,6 +122,18 @@ def test_groups_of_blocks_are_merged_into_their_covariance(seed: int) -> None:
     assert ours <= 2 * plain
 
 
+@pytest.mark.parametrize("size", [(1, 1), (9, 20), (50, 60)])
+def test_a_fixed_number_of_blocks_serves_every_size_as_the_plugin_has_it(size: tuple[int, int]) -> None:
+    class Fixed(SocaLaunch):
+        blocks, group = most_merged(16), 1
+
+    x, module = maps(16, torch.float32, size), soca(16, torch.float32)
+    partials, gates = emulator.soca(x, *weights(module), STEPS, launch=Fixed.of(x))
+    assert partials[..., : 16 * 17 + 1].isfinite().all()
+    ours, plain = errors(module, x, gates)
+    assert ours <= 2 * plain + 1e-7
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [0.0, 117.0])
 def test_constant_maps_give_the_gate_of_a_zero_covariance(dtype: torch.dtype, value: float) -> None:
