@@ -177,7 +177,8 @@ def check(proof: Proof, precision: Precision, allow_precision: bool, allow_unfus
             remarks.append(f"{unfused}: TensorRT has none for fp32")
         elif not allow_unfused_attention:
             raise BuildError(
-                f"{unfused}: {shorten(proof.unfused_attention)}; accept the memory they need with --allow-unfused-attention"
+                f"{unfused}: {shorten(proof.unfused_attention)}; TensorRT fuses only large ones: give a larger --max, "
+                f"or accept the memory they need with --allow-unfused-attention"
             )
         else:
             remarks.append(f"{unfused} (allowed)")

@@ -256,7 +256,7 @@ def read_engine(path: Path) -> EngineInfo:
         raise ModelError(
             f"{path}: its facts {beside.name} cannot be read ({error.strerror}); build it with `sanrt build --fp16`"
         ) from error
-    except (ValueError, KeyError, TypeError, UsageError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
         raise ModelError(
             f"{beside}: not the facts of a sanrt engine ({error!r}); build it with `sanrt build --fp16`"
         ) from error

@@ -1,0 +1,236 @@
+"""Engines built for real by TensorRT-RTX, which needs no GPU for that."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from sanrt.cli import app
+from sanrt.errors import BackendError, BuildError, ModelError, SanrtError, UsageError
+from sanrt.export import engine
+from sanrt.export.engine import build_engine
+from sanrt.model.graph import san_model
+from sanrt.model.spec import Architecture, ModelSpec, Precision
+from sanrt.runtime.engines import BuildOptions, EngineInfo, Profile, Size, choose_engine, read_engine, read_plan
+from sanrt.runtime.flavors import Flavor
+
+needs_rtx = pytest.mark.skipif(
+    not find_spec("tensorrt_rtx_bindings"), reason="TensorRT-RTX is not installed (pip install 'sanrt[rtx]')"
+)
+OPTIONS = BuildOptions(Flavor.RTX, gpus=("sm89",))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch = pytest.importorskip("torch")
+    from sanrt.model.san import SAN
+
+    torch.manual_seed(0)
+    arch = Architecture(2, 1, 1, 32, 8)
+    weights = {name: tensor.numpy() for name, tensor in SAN(arch).state_dict().items()}
+    path = tmp_path_factory.mktemp("models") / "san_x2.onnx"
+    path.write_bytes(san_model(ModelSpec(arch, "0" * 64, "random", 5), weights).SerializeToString())
+    return path
+
+
+class Watched:
+    """Remembers the phases."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, str | None] = {}
+        self.open: set[str] = set()
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        self.phases[phase] = parent
+        self.open.add(phase)
+
+    def step(self, phase: str, step: int) -> None:
+        assert phase in self.open
+
+    def finish(self, phase: str) -> None:
+        self.open.discard(phase)
+
+
+@pytest.fixture(scope="module")
+def built_fp16(exported: Path) -> EngineInfo:
+    info, built = build_engine(exported, OPTIONS)
+    assert built
+    return info
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+def test_engines_are_what_was_asked_for(exported: Path, tmp_path: Path, precision: Precision):
+    progress = Watched()
+    info, built = build_engine(exported, replace(OPTIONS, precision=precision), tmp_path / "x.engine", progress)
+    assert built
+    assert read_engine(info.path) == info
+    assert len(read_plan(info)) == info.size > 1_000_000
+    assert info.spec.precision == precision
+    assert info.proof.convolutions[str(precision)] > 30
+    assert (info.proof.wrong_convolutions, info.proof.wrong_soca) == ([], [])
+    assert info.proof.soca_layers > 10
+    fused = 0 if precision == Precision.FP32 else 8
+    assert info.proof.attention - len(info.proof.unfused_attention) == fused
+    assert info.proof.memory
+    assert None in progress.phases.values()
+    assert not progress.open
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.engine", "x.engine.json"]
+
+
+@needs_rtx
+def test_an_equal_engine_is_reused_and_any_other_is_built(
+    exported: Path, built_fp16: EngineInfo, monkeypatch: pytest.MonkeyPatch
+):
+    info = built_fp16
+    assert info.path.parent == exported.parent
+    assert choose_engine(exported, "NVIDIA L4", "sm89") == info
+    calls: list[BuildOptions] = []
+
+    def stop(trt: object, graph: object, options: BuildOptions, *_: object) -> bytes:
+        calls.append(options)
+        raise BuildError("built again")
+
+    monkeypatch.setattr(engine, "compile_plan", stop)
+    assert build_engine(exported, OPTIONS) == (info, False)
+    for options in (replace(OPTIONS, level=1), replace(OPTIONS, precision=Precision.BF16)):
+        with pytest.raises(BuildError, match="built again"):
+            build_engine(exported, options, info.path)
+    plan = info.path.read_bytes()
+    info.path.write_bytes(plan[:-1])
+    with pytest.raises(BuildError, match="built again"):
+        build_engine(exported, OPTIONS)
+    info.path.write_bytes(plan)
+    assert len(calls) == 3
+
+
+@needs_rtx
+def test_several_profiles_are_all_proven(exported: Path, built_fp16: EngineInfo, tmp_path: Path):
+    assert built_fp16.proof.convolutions["fp16"] > 30
+    assert not built_fp16.proof.unfused_attention
+    profiles = (*OPTIONS.profiles, Profile(Size(1, 16, 16), Size(2, 270, 480), Size(4, 540, 960)))
+    info, _ = build_engine(exported, replace(OPTIONS, profiles=profiles), tmp_path / "x.engine")
+    assert info.proof.soca_layers == 2 * built_fp16.proof.soca_layers
+    assert not info.proof.unfused_attention
+
+
+@needs_rtx
+def test_what_tensorrt_cannot_build_is_one_line_and_leaves_nothing(exported: Path, tmp_path: Path):
+    with pytest.raises(BuildError, match=r"TensorRT-RTX cannot build the engine: .*workspace") as caught:
+        build_engine(exported, replace(OPTIONS, workspace=1), tmp_path / "x.engine")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_rtx
+def test_a_failed_proof_leaves_nothing(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine, "FUSED_WIDTH", 0)  # four channels are too few for the fused kernel
+    with pytest.raises(BuildError, match="8 of 8 attention regions are not one fused kernel"):
+        build_engine(exported, OPTIONS, tmp_path / "x.engine")
+    assert not list(tmp_path.iterdir())
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpus": ("rtx4090",)}, "--gpu 'rtx4090': TensorRT-RTX builds for sm75, sm80"),
+        ({"gpus": ("sm89", "sm90")}, "--gpu 'sm90'"),
+        ({"timing_cache": Path("x")}, "TensorRT-RTX has no timing cache"),
+    ],
+)
+def test_options_that_the_flavor_does_not_have_are_refused(exported: Path, changes: dict[str, object], message: str):
+    with pytest.raises(UsageError, match=message):
+        build_engine(exported, replace(OPTIONS, **changes))
+
+
+@needs_rtx
+def test_models_that_are_not_ours_and_outputs_that_cannot_be_written_are_one_line(exported: Path, tmp_path: Path):
+    foreign = onnx.load(exported)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    (tmp_path / "junk.onnx").write_bytes(b"junk")
+    cases = [
+        (tmp_path / "foreign.onnx", None, "not a sanrt model"),
+        (tmp_path / "junk.onnx", None, "not an ONNX file"),
+        (tmp_path / "none.onnx", None, "cannot be read"),
+        (exported, tmp_path / "nowhere" / "x.engine", "cannot be written .*; choose another place with -o"),
+    ]
+    for model, output, message in cases:
+        with pytest.raises((ModelError, BuildError), match=message) as caught:
+            build_engine(model, OPTIONS, output)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--min", "64x64"], "expected BATCHxHEIGHTxWIDTH"),
+        (["--min", "1x300x300"], "expected min <= opt <= max"),
+        (["--min", "1x4x4", "--min", "1x4x4", "--max", "1x999x999"], "expected one of each for every profile"),
+    ],
+)
+def test_sizes_are_checked_before_anything_else(words: list[str], message: str):
+    result = CliRunner().invoke(app, ["build", "none.onnx", "--flavor", "rtx", *words])
+    assert isinstance(result.exception, SanrtError)
+    assert message in str(result.exception)
+
+
+@pytest.mark.parametrize("words", [["--fp16", "--bf16"], ["--flavor", "cuda"], ["--level", "6"]])
+def test_wrong_usage_exits_with_2(words: list[str]):
+    assert CliRunner().invoke(app, ["build", "none.onnx", *words]).exit_code == 2
+
+
+def test_a_missing_flavor_is_told_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
+    with pytest.raises(BackendError, match=r"TensorRT-RTX .*pip install 'sanrt\[rtx\]'"):
+        build_engine(tmp_path / "x.onnx", OPTIONS)
+
+
+def test_a_cancelled_monitor_stops_the_build():
+    stand_in = Namespace(IProgressMonitor=object)
+    cancel = Event()
+    monitor = engine.monitor_class(stand_in)(engine.Silent(), cancel)
+    assert monitor.step_complete("phase", 0)
+    cancel.set()
+    assert not monitor.step_complete("phase", 1)
+
+
+class Namespace(SimpleNamespace):
+    """A namespace that can be a cache's key, as a module can."""
+
+    __hash__ = object.__hash__
+
+
+@needs_rtx
+def test_ctrl_c_stops_the_build_and_leaves_no_file(exported: Path, tmp_path: Path):
+    model = tmp_path / "san_x2.onnx"
+    model.write_bytes(exported.read_bytes())
+    code = (
+        "import sys; from sanrt.export import engine; real = engine.compile_plan\n"
+        "def noisy(*a):\n    print('building', flush=True); return real(*a)\n"
+        "engine.compile_plan = noisy; from sanrt.cli import main; sys.argv = ['sanrt', *sys.argv[1:]]; main()"
+    )
+    profiles = [word for _ in range(8) for word in ("--max", "1x1080x1920")]
+    command = [sys.executable, "-c", code, "build", str(model), "--flavor", "rtx", *profiles]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "building\n"
+        time.sleep(0.3)
+        os.kill(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["san_x2.onnx"]
