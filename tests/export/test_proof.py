@@ -19,7 +19,7 @@ LOG = "\n".join(
     [
         "Layers:",
         "Name: conv_U1_myl1_4, LayerType: correlation, "
-        "Inputs: [ { Name: a, Dimensions: [-1,16,-1,-1], Strides: [1,1], Datatype: Half, Format: (NHWC) Channel major format }], "
+        "Inputs: [ { Name: a, Dimensions: [-1,16,-1,-1], Strides: [1,1], Datatype: Half, Format: (NHWC) Channel major }], "
         "Constants: [ { Name: w, Dimensions: [16,16,3,3], Datatype: BFloat16, Format: (NHWC) x }, "
         "{ Name: one, Dimensions: [1], Datatype: Float, Format: y }, { Name: b, Dimensions: [1,16,1,1], Datatype: Half }], "
         "Outputs: [ { Name: o, Dimensions: [-1], Datatype: Float, Format: q }], TacticName: t, StreamId: 0, "
