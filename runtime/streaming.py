@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sanrt.errors import BackendError
 from sanrt.model.spec import Architecture, ModelSpec
 from sanrt.runtime.backends import Array, Stages
 from sanrt.runtime.featuremaps import Box, FeatureMap, FeatureStore
@@ -172,7 +173,10 @@ class Streaming:
         for box in self.picture.tiles(self.tile):
             halo = box.grown(TAIL_HALO, self.picture)
             crop = box.inside(halo).scaled(scale).array()
-            sink(box.scaled(scale), self.stages.run("tail", trunk.read(halo), crop)[0])
+            part = self.stages.run("tail", trunk.read(halo), crop)[0]
+            if not np.isfinite(part).all():
+                raise BackendError(f"streaming gave values that are not finite ({self.spec.precision}); try fp32")
+            sink(box.scaled(scale), part)
             self.done(box)
 
 

@@ -135,6 +135,7 @@ def colour(text: str) -> tuple[int, int, int]:
 def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
     """The chosen model on the chosen backend; the bundled one is exported first where none was made yet."""
     from sanrt.runtime.backends import load_backend
+    from sanrt.runtime.sentinel import watched
 
     if choice.missing:
         reporter.say(f"{choice.path}: not there yet; exporting the bundled x{choice.expected} weights first")
@@ -147,4 +148,4 @@ def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
         network.close()
         raise UsageError(f"{choice.path}: a x{spec.architecture.scale} model, but --scale {choice.scale} was asked for")
     reporter.say(f"{choice.path}: {spec.architecture.name}, {spec.precision}, {network.name} on {network.device}")
-    return network
+    return watched(network, choice.path, choice.options)

@@ -1,0 +1,99 @@
+"""Watches for NaN and infinity: a tile that overflowed half precision is computed again in fp32, never written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from sanrt.errors import BackendError
+from sanrt.model.spec import Precision
+from sanrt.runtime.backends import Array, Backend, RunOptions, Stages, load_backend, status
+from sanrt.runtime.engines import SUFFIX, read_engine
+
+log = logging.getLogger(__name__)
+
+
+class Sentinel:
+    """A backend whose results are finite, or an error: what is not is computed again by another one in fp32."""
+
+    def __init__(self, backend: Backend, exact: Callable[[], Backend]) -> None:
+        """`exact` loads the fp32 backend, when it is first needed."""
+        self.backend, self.load_exact = backend, exact
+        self.name, self.device, self.spec, self.streams = backend.name, backend.device, backend.spec, backend.streams
+
+    @cached_property
+    def exact(self) -> Backend:
+        """The fp32 backend; raises BackendError where this one is in fp32 already."""
+        if self.spec.precision == Precision.FP32:
+            raise BackendError(f"backend {self.name} gave NaN or infinity in fp32; the weights or the picture are unsound")
+        return self.load_exact()
+
+    def infer(self, pictures: Array) -> Array:
+        output = self.backend.infer(pictures)
+        if np.isfinite(output).all():
+            return output
+        self.tell(pictures)
+        return self.checked(self.exact.infer(pictures))
+
+    def stages(self) -> Stages:
+        return SentinelStages(self)
+
+    def tell(self, given: Array) -> None:
+        """Log what is computed again, and by what."""
+        size = f"{given.shape[-1]} x {given.shape[-2]}"
+        precision, exact = self.spec.precision, self.exact
+        log.warning("%s: a %s tile overflowed in %s; computing it in fp32 on %s", self.name, size, precision, exact.name)
+
+    def checked(self, output: Array) -> Array:
+        """The fp32 result; raises BackendError when that is not finite either."""
+        if not np.isfinite(output).all():
+            raise BackendError(f"backend {self.exact.name} gave NaN or infinity in fp32 too; the weights are unsound")
+        return output
+
+    def close(self) -> None:
+        self.backend.close()
+        if "exact" in self.__dict__:
+            self.exact.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class SentinelStages:
+    """The same for stages; they hand over fp32 arrays, so one overflowed stage leaves the others as they are."""
+
+    def __init__(self, owner: Sentinel) -> None:
+        self.owner, self.stages = owner, owner.backend.stages()
+
+    @cached_property
+    def exact(self) -> Stages:
+        """The fp32 backend's stages."""
+        return self.owner.exact.stages()
+
+    def run(self, stage: str, *inputs: npt.NDArray[Any]) -> list[Array]:
+        outputs = self.stages.run(stage, *inputs)
+        if all(np.isfinite(output).all() for output in outputs):
+            return outputs
+        self.owner.tell(inputs[0])
+        return [self.owner.checked(output) for output in self.exact.run(stage, *inputs)]
+
+
+def watched(backend: Backend, model: Path, options: RunOptions) -> Sentinel:
+    """The backend of a model (ONNX or engine) with fp32 on the CPU behind it."""
+
+    def exact() -> Backend:
+        onnx = read_engine(model).model_path if model.suffix == SUFFIX else model
+        name = "onnxruntime" if status("onnxruntime").usable else "torch"
+        threads = RunOptions(threads=options.threads, precision=Precision.FP32, regions=backend.spec.regions)
+        return load_backend(name, onnx, threads)
+
+    return Sentinel(backend, exact)
