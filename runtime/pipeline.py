@@ -7,8 +7,9 @@ one for a single machine.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from sanrt.runtime.jobs import Job
 from sanrt.runtime.pictures import (
     Encoding,
     Output,
+    PictureInfo,
     Pixels,
     SourcePicture,
     open_picture,
@@ -31,6 +33,7 @@ from sanrt.runtime.pictures import (
     write_picture,
 )
 from sanrt.runtime.scratch import ScratchPicture
+from sanrt.runtime.ways import PAPER_REGIONS, Tiling, Way
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +49,8 @@ WAITING = 2
 class Streamer(Protocol):
     """Upscales picture files without holding them in memory."""
 
-    def wants(self, height: int, width: int) -> bool:
-        """Whether a picture of this size is too large to be held."""
+    def way(self, height: int, width: int) -> Way:
+        """How a picture of this size goes through the network; EXACT ones are streamed."""
         ...
 
     def stream(self, source: SourcePicture, result: ScratchPicture) -> None:
@@ -66,6 +69,10 @@ class PipelineOptions:
     streamer: Streamer | None = None
     """Takes the pictures that are too large to be held in memory."""
 
+    def way(self, info: PictureInfo) -> Way | None:
+        """How a picture goes through the network; None where nobody chose."""
+        return self.streamer.way(info.height, info.width) if self.streamer else None
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -77,6 +84,10 @@ class Loaded:
     """None until it is streamed: it is too large to be held."""
     alpha: Pixels | None
     notes: tuple[str, ...]
+    way: Way | None = None
+    """As the streamer chose."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """What each step so far took."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,10 @@ class Written:
     """Of the result."""
     notes: tuple[str, ...] = ()
     """What was not taken over from the source, one line each."""
+    way: Way | None = None
+    """How it went through the network."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """What each step took."""
 
 
 @dataclass(frozen=True)
@@ -121,18 +136,26 @@ Outcome = Written | Planned | Skipped | Failed
 
 def read(job: Job, options: PipelineOptions) -> Loaded:
     """Decode a picture whose result can be written; PictureError otherwise."""
+    started = time.perf_counter()
     with open_picture(job.source) as source:
         output = plan_output(source.info, job.destination, options.scale, options.encoding)
-        streamed = options.streamer and options.streamer.wants(source.info.height, source.info.width)
-        rgb = None if streamed else source.rgb()
+        way = options.way(source.info)
+        rgb = None if way and way.tiling is Tiling.EXACT else source.rgb()
         alpha = source.alpha() if source.info.alpha else None
-        return Loaded(job, output, rgb, alpha, source.info.notes + output.notes)
+        notes = source.info.notes + output.notes + told(way)
+        return Loaded(job, output, rgb, alpha, notes, way, {"read": since(started)})
+
+
+def told(way: Way | None) -> tuple[str, ...]:
+    """A note on how a picture goes, if that is not as the paper's network would."""
+    return (str(way),) if way and (way.tiling is not Tiling.WHOLE or way.regions != PAPER_REGIONS) else ()
 
 
 def enlarge(picture: Loaded, upscale: Upscale, streamer: Streamer | None = None) -> Loaded:
     """The same picture with its colours upscaled."""
+    started = time.perf_counter()
     rgb = upscale(picture.rgb) if isinstance(picture.rgb, np.ndarray) else streamed(picture, streamer)
-    return replace(picture, rgb=rgb)
+    return replace(picture, rgb=rgb, seconds={**picture.seconds, "upscale": since(started)})
 
 
 def streamed(picture: Loaded, streamer: Streamer | None) -> ScratchPicture:
@@ -150,11 +173,18 @@ def streamed(picture: Loaded, streamer: Streamer | None) -> ScratchPicture:
 
 def write(picture: Loaded, options: PipelineOptions) -> Written:
     """Upscale the transparency, encode, and put the file in its place."""
+    started = time.perf_counter()
     alpha = None if picture.alpha is None else upscale_alpha(picture.alpha, options.scale)
     assert picture.rgb is not None
     with picture.rgb if isinstance(picture.rgb, ScratchPicture) else nullcontext():
         write_picture(picture.output, picture.rgb, alpha)
-    return Written(picture.job, picture.output.width * picture.output.height, picture.notes)
+    seconds = {**picture.seconds, "write": since(started)}
+    return Written(picture.job, picture.output.width * picture.output.height, picture.notes, picture.way, seconds)
+
+
+def since(started: float) -> float:
+    """Seconds, to the millisecond."""
+    return round(time.perf_counter() - started, 3)
 
 
 def run(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) -> Generator[Outcome, None, None]:
@@ -191,7 +221,7 @@ def planned(job: Job, options: PipelineOptions) -> Planned:
     """The result that a picture's header promises; PictureError if it cannot be written."""
     with open_picture(job.source) as source:
         output = plan_output(source.info, job.destination, options.scale, options.encoding)
-        return Planned(job, output.width, output.height, source.info.notes + output.notes)
+        return Planned(job, output.width, output.height, source.info.notes + output.notes + told(options.way(source.info)))
 
 
 def ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[Future[R]]:

@@ -56,6 +56,8 @@ class UpscaleOptions:
     def __post_init__(self) -> None:
         if self.tile is not None and self.tile < 16:
             raise UsageError(f"tiles of {self.tile} pixels; expected at least 16")
+        if self.self_ensemble and self.tiling is Tiling.EXACT:
+            raise UsageError("self-ensemble with exact tiling: not offered together; use --tiling whole or overlap")
         if self.overlap is not None and not 0 <= self.overlap <= (self.tile or 2 * self.overlap) // 2:
             raise UsageError(f"overlap {self.overlap} with tiles of {self.tile}; expected 0 to half a tile")
 
@@ -168,17 +170,14 @@ class Streamer:
     backend: Backend
     options: UpscaleOptions
 
-    def wants(self, height: int, width: int) -> bool:
-        """Whether a picture of this size is to be streamed."""
-        if self.options.self_ensemble:
-            return False
-        return choose_way(self.backend, height, width, self.options).tiling is Tiling.EXACT
+    def way(self, height: int, width: int) -> Way:
+        """How a picture of this size goes through the network."""
+        return choose_way(self.backend, height, width, self.options)
 
     def stream(self, source: SourcePicture, result: ScratchPicture) -> None:
         """Upscale `source` into `result`; neither is ever in memory as a whole."""
         spec, info = self.backend.spec, source.info
         way = choose_way(self.backend, info.height, info.width, self.options)
-        log.info("%s: %s", info.path, way)
         like: npt.NDArray[Any] = np.empty(0, result.dtype)
 
         def sink(box: Box, part: Array) -> None:

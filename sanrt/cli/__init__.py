@@ -11,6 +11,7 @@ from sanrt.cli.export import export
 from sanrt.cli.info import info
 from sanrt.cli.run import run
 from sanrt.cli.validate import validate
+from sanrt.cli.verify import verify
 from sanrt.errors import SanrtError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app.command()(build)
 app.command()(run)
 app.command()(info)
 app.command()(validate)
+app.command()(verify)
 
 
 @app.callback()

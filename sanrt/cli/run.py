@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,6 +78,7 @@ def run(
     flatten: Annotated[str | None, typer.Option(help="Lay transparency onto white, black or #rrggbb.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the network; all if left out.")] = None,
     device: Annotated[int, typer.Option(min=0, help="Number of the GPU.")] = 0,
+    record: Annotated[Path | None, typer.Option(help="Append a line per result to this file, for `sanrt verify`.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every picture.")] = False,
@@ -89,6 +90,7 @@ def run(
     from sanrt.runtime.jobs import Naming, find_pictures
     from sanrt.runtime.pictures import Encoding
     from sanrt.runtime.pipeline import PipelineOptions
+    from sanrt.runtime.record import Recorder
     from sanrt.runtime.upscale import Streamer, UpscaleOptions, upscale
     from sanrt.runtime.ways import PAPER_REGIONS, parse_memory
 
@@ -109,8 +111,10 @@ def run(
         with loaded(choice, reporter) as network:
             options = PipelineOptions(network.spec.architecture.scale, encoding, overwrite, Streamer(network, upscaling))
             enlarge = partial(upscale, network, options=upscaling)
-            with closing(pipeline.plan(jobs, options) if dry_run else pipeline.run(jobs, enlarge, options)) as outcomes:
-                reporter.follow(outcomes)
+            recorder = Recorder(record, network, choice.path, choice.options, upscaling, encoding) if record else None
+            work = pipeline.plan(jobs, options) if dry_run else pipeline.run(jobs, enlarge, options)
+            with closing(work) as outcomes, recorder or nullcontext():
+                reporter.follow(recorder.follow(outcomes) if recorder else outcomes)
     raise typer.Exit(reporter.status)
 
 

@@ -71,7 +71,7 @@ def test_what_is_not_finite_in_fp32_is_an_error(backend, tiling):
 
     options = UpscaleOptions(tile=16, tiling=tiling, memory=2**30)
     for watched in Sentinel(Overflowing(backend), unsound), Sentinel(unsound(), unsound), unsound():
-        with pytest.raises(BackendError, match="NaN or infinity|not finite"):
+        with pytest.raises(BackendError, match=r"NaN or infinity|not finite"):
             upscale(watched, picture(), options)
 
 

@@ -1,0 +1,77 @@
+import json
+
+import numpy as np
+import pytest
+import pyvips
+from typer.testing import CliRunner
+
+from sanrt.cli import app
+
+
+@pytest.fixture
+def recorded(tmp_path, tiny_model):
+    """A run over two pictures, one exactly streamed: (record, folder of the results)."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for name, side in ("a", 40), ("b", 24):
+        pixels = rng.integers(0, 256, (side, side, 3)).astype(np.uint8)
+        pyvips.Image.new_from_array(pixels).write_to_file(str(tmp_path / "in" / f"{name}.png"))
+    arguments = [
+        str(tmp_path / "in"),
+        str(tmp_path / "out"),
+        "--model",
+        str(tiny_model(2)),
+        "--tile",
+        "32",
+        "--threads",
+        "1",
+    ]
+    done = CliRunner().invoke(app, ["run", *arguments, "--memory", "1G", "--record", str(tmp_path / "run.jsonl")])
+    assert done.exit_code == 0, done.output
+    return tmp_path / "run.jsonl", tmp_path / "out"
+
+
+def verify(record, *options):
+    return CliRunner().invoke(app, ["verify", str(record), *options])
+
+
+def test_a_record_tells_what_each_result_depends_on(recorded):
+    entries = [json.loads(line) for line in recorded[0].read_text().splitlines()]
+    assert [entry["tiling"] for entry in entries] == ["exact", "whole"]
+    assert {entry["backend"] for entry in entries} <= {"onnxruntime", "openvino"}
+    assert all(len(entry[name]) == 64 for entry in entries for name in ("source_digest", "output_digest", "model_digest"))
+    assert all(set(entry["seconds"]) == {"read", "upscale", "write"} for entry in entries)
+
+
+def test_unchanged_results_are_reproduced_bit_for_bit(recorded):
+    done = verify(recorded[0])
+    assert done.exit_code == 0
+    assert "2 reproduced bit for bit" in done.output
+
+
+def test_a_tampered_result_differs_and_one_within_a_step_is_close(recorded):
+    record, folder = recorded
+    for name, change in ("a", 40), ("b", 1):
+        path = str(folder / f"{name}.png")
+        pixels = pyvips.Image.new_from_file(path).numpy().copy()
+        pixels[5, 5, 0] = pixels[5, 5, 0] + change if pixels[5, 5, 0] < 128 else pixels[5, 5, 0] - change
+        pyvips.Image.new_from_array(pixels).write_to_file(path)
+    done = verify(record)
+    assert done.exit_code == 1
+    assert "a.png: differs (largest difference 40.00 of 255, and the file changed since the run)" in done.output
+    assert "b.png: within tolerance (largest difference 1.00 of 255" in done.output
+
+
+def test_a_changed_source_cannot_be_replayed(recorded):
+    record, folder = recorded
+    (folder.parent / "in" / "a.png").write_bytes((folder.parent / "in" / "b.png").read_bytes())
+    done = verify(record, "--sample", "1")
+    assert done.exit_code == 1
+    assert "a.png: cannot be replayed" in done.output
+    assert "changed since the run" in done.output
+
+
+def test_a_file_that_is_no_record_is_one_clear_line(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"source": 1}\n')
+    done = verify(tmp_path / "x.jsonl")
+    assert "not a record of this sanrt" in str(done.exception)
