@@ -101,7 +101,7 @@ class Written:
     """What was not taken over from the source, one line each."""
     way: Way | None = None
     """How it went through the network."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
     """What each step took."""
 
 

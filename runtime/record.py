@@ -22,7 +22,7 @@ from sanrt.runtime.jobs import Job
 from sanrt.runtime.pictures import Encoding, Pixels, open_picture
 from sanrt.runtime.pipeline import Failed, Outcome, PipelineOptions, Written, run
 from sanrt.runtime.sentinel import watched
-from sanrt.runtime.upscale import Streamer, UpscaleOptions, upscale
+from sanrt.runtime.upscale import PROCESS_MEMORY, Streamer, UpscaleOptions, upscale
 from sanrt.runtime.ways import Tiling
 
 STRIP = 256
@@ -58,7 +58,7 @@ class Entry:
     overlap: int | None
     self_ensemble: bool
     memory: int
-    """Bytes that feature maps and tiles were fitted into."""
+    """Bytes that the process was to stay below."""
     threads: int | None
     gpu: int
     """Index."""
@@ -75,7 +75,7 @@ class Entry:
 
     def loading(self) -> RunOptions:
         """How the model was loaded."""
-        return RunOptions(threads=self.threads, regions=self.regions, device=self.gpu)
+        return RunOptions(threads=self.threads, device=self.gpu)
 
 
 @dataclass
@@ -130,7 +130,7 @@ class Recorder:
             regions=way.regions,
             overlap=self.upscaling.overlap,
             self_ensemble=self.upscaling.self_ensemble,
-            memory=self.upscaling.budget,
+            memory=self.upscaling.budget + PROCESS_MEMORY,
             threads=self.loading.threads,
             gpu=self.loading.device,
             encoding=asdict(self.encoding),

@@ -20,7 +20,16 @@ from sanrt.runtime.pictures import SourcePicture
 from sanrt.runtime.scratch import ScratchPicture
 from sanrt.runtime.streaming import ArraySource, Streaming, decoded
 from sanrt.runtime.tiling import TileAxis, pad
-from sanrt.runtime.ways import Tiling, Way, choose_regions, choose_tile, fits_whole, map_memory, result_bytes
+from sanrt.runtime.ways import (
+    Tiling,
+    Way,
+    choose_overlapped_tile,
+    choose_regions,
+    choose_tile,
+    fits_whole,
+    map_memory,
+    result_bytes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +40,8 @@ Infer = Callable[[Array], Array]
 DEFAULT_OVERLAP = 32
 MIN_SMALLER = 16
 """Side below which tiles are not made smaller after an out-of-memory."""
+PROCESS_MEMORY = 400 * 2**20
+"""Interpreter, libraries, picture buffers: what a run holds beside the budget."""
 MEMORY_SHARE = 0.6
 """Of the free memory: the rest is for decoding, encoding and everybody else."""
 
@@ -49,7 +60,7 @@ class UpscaleOptions:
     regions: int | None = None
     """k of the k x k attention regions; None is by the picture's size (`choose_regions`)."""
     memory: int | None = None
-    """Bytes that the run should stay below; None is a share of what is free when the options are made."""
+    """Bytes that the whole process should stay below; None leaves it a share of what is free."""
     scratch: Path | None = None
     """Folder of the scratch files; None is the system's (TMPDIR)."""
 
@@ -63,8 +74,10 @@ class UpscaleOptions:
 
     @cached_property
     def budget(self) -> int:
-        """The memory in bytes; looked up once, so that every picture of a run is treated alike."""
-        return self.memory or int(free_host_memory() * MEMORY_SHARE)
+        """Bytes for maps, tiles and results; looked up once, so that every picture of a run is treated alike."""
+        if self.memory is None:
+            return int(free_host_memory() * MEMORY_SHARE)
+        return max(self.memory - PROCESS_MEMORY, self.memory // 4)
 
     def overlap_of(self, tile: int) -> int:
         """The overlap that tiles of this side get."""
@@ -76,41 +89,50 @@ class UpscaleOptions:
 def choose_way(backend: Backend, height: int, width: int, options: UpscaleOptions) -> Way:
     """How a picture of this size goes through the network: by the options, its size and the budget, nothing else."""
     spec, longest, memory = backend.spec, max(height, width), options.budget
+    arch = spec.architecture
     regions = options.regions or (choose_regions(height, width) if backend.streams else spec.regions)
     if min(height, width) < 2 * regions:  # regions of at least 2 x 2 pixels; the whole-picture graph pads smaller pictures
-        return Way(Tiling.WHOLE, longest, spec.regions)
-    tiling, tile = options.tiling, options.tile or choose_tile(spec.architecture, memory)
+        regions = spec.regions
+    tiling = options.tiling
     if tiling is Tiling.AUTO:
-        cut = longest > options.tile if options.tile else not fits_whole(spec.architecture, height, width, memory)
-        tiling = Tiling.WHOLE if not cut else cut_tiling(backend, options)
+        cut = longest > options.tile if options.tile else not fits_whole(arch, height, width, memory)
+        tiling = cut_tiling(backend, options) if cut else Tiling.WHOLE
     match tiling:
         case Tiling.WHOLE:
             return Way(tiling, longest, regions)
         case Tiling.OVERLAP:
-            return Way(tiling, tile, spec.regions)
-    return Way(tiling, tile, regions)
+            return Way(tiling, options.tile or choose_overlapped_tile(arch, height, width, memory), spec.regions)
+    return Way(tiling, options.tile or choose_tile(arch, memory), regions)
 
 
 def cut_tiling(backend: Backend, options: UpscaleOptions) -> Tiling:
-    """For pictures that must be cut: exact, unless the options ask for separate tiles or the backend has no other."""
+    """What `auto` does with a picture that cannot go whole: exact streaming, where it is possible and not ruled out."""
     separate = options.overlap is not None or options.self_ensemble or not backend.streams
     return Tiling.OVERLAP if separate else Tiling.EXACT
 
 
-def upscale(backend: Backend, picture: Picture, options: UpscaleOptions = UpscaleOptions()) -> Picture:
+def upscale(backend: Backend, picture: Picture, options: UpscaleOptions | None = None) -> Picture:
     """RGB (H, W, 3), uint8, uint16 or float32 in 0..1 -> (sH, sW, 3) of the same type, rounded and clipped.
 
     Whole, exactly streamed or in overlapped tiles, as `choose_way` says; after an out-of-memory the picture is done again
-    in tiles half as large, which is logged. OutOfMemoryError when the smallest tiles do not fit either.
+    in tiles half as large, which is logged. OutOfMemoryError when the smallest tiles do not fit either, PictureError when
+    the result alone exceeds the memory.
     """
-    value_range = backend.spec.architecture.value_range
-    x = network_input(picture, value_range)
-    way = choose_way(backend, picture.shape[0], picture.shape[1], options)
+    options = options or UpscaleOptions()
+    arch = backend.spec.architecture
+    height, width = picture.shape[:2]
+    if (needed := height * width * result_bytes(arch)) > options.budget:
+        raise PictureError(
+            f"its {arch.scale * width} x {arch.scale * height} result takes {needed >> 20} MiB of the allowed "
+            f"{options.budget >> 20}; --tiling exact on a file holds less, --memory allows more"
+        )
+    x = network_input(picture, arch.value_range)
+    way = choose_way(backend, height, width, options)
     while True:
         infer: Infer = partial(infer_by, backend, way, options)
         try:
             y = (self_ensembled(infer) if options.self_ensemble else infer)(x)
-            return network_output(y, picture, value_range)
+            return network_output(y, picture, arch.value_range)
         except OutOfMemoryError as error:
             tried, way = way, smaller_way(way, options, backend, error)
             log.warning("%s going %s; doing this picture again: %s", error, tried, way)
@@ -130,24 +152,11 @@ def infer_by(backend: Backend, way: Way, options: UpscaleOptions, x: Array) -> A
     """One picture (1, 3, H, W) the given way."""
     spec = backend.spec
     if way.tiling is Tiling.OVERLAP:
-        check_result_fits(backend, x, options)
         tiles: Infer = partial(infer_padded, backend)
         return infer_tiled(tiles, x, spec.architecture.scale, way.tile, options.overlap_of(way.tile))
     if way.tiling is Tiling.WHOLE and way.regions == spec.regions:
         return infer_padded(backend, x)
     return stream_array(backend, way, options, x)
-
-
-def check_result_fits(backend: Backend, x: Array, options: UpscaleOptions) -> None:
-    """PictureError where the blended result, which is held as a whole, exceeds the memory."""
-    arch = backend.spec.architecture
-    height, width = x.shape[2:]
-    if (needed := height * width * result_bytes(arch)) > options.budget:
-        raise PictureError(
-            f"its {arch.scale * width} x {arch.scale * height} result takes {needed >> 20} MiB of the allowed "
-            f"{options.budget >> 20}; "
-            "--tiling exact holds less, --memory allows more"
-        )
 
 
 def stream_array(backend: Backend, way: Way, options: UpscaleOptions, x: Array) -> Array:

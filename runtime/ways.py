@@ -24,9 +24,6 @@ MAX_TILE = 512
 MIN_TILE = 64
 """Smaller tiles would be mostly halo."""
 
-PROCESS_MEMORY = 400 * 2**20
-"""Interpreter, libraries, picture buffers: what a run holds beside feature maps and a tile in the network."""
-
 
 class Tiling(StrEnum):
     """`--tiling`."""
@@ -70,14 +67,20 @@ def choose_tile(arch: Architecture, memory: int) -> int:
     return min(MAX_TILE, max(MIN_TILE, isqrt(memory // 4 // network_bytes(arch)) // 16 * 16))
 
 
+def choose_overlapped_tile(arch: Architecture, height: int, width: int, memory: int) -> int:
+    """The largest side with which a tile in the network fits beside the result: the fewer tiles, the smaller their error."""
+    room = memory - height * width * result_bytes(arch)
+    return max(MIN_TILE, isqrt(max(0, room) // network_bytes(arch)) // 16 * 16)
+
+
 def map_memory(arch: Architecture, tile: int, memory: int) -> int:
     """What feature maps may take of the memory when a tile of this side is in the network."""
-    return max(0, memory - PROCESS_MEMORY - tile**2 * network_bytes(arch))
+    return max(0, memory - tile**2 * network_bytes(arch))
 
 
 def fits_whole(arch: Architecture, height: int, width: int, memory: int) -> bool:
     """Whether the network can hold the whole picture and its result."""
-    return height * width * (network_bytes(arch) + result_bytes(arch)) + PROCESS_MEMORY <= memory
+    return height * width * (network_bytes(arch) + result_bytes(arch)) <= memory
 
 
 def result_bytes(arch: Architecture) -> int:
@@ -101,6 +104,6 @@ def parse_memory(text: str) -> int:
         size = int(float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit])
     except (ValueError, KeyError, OverflowError):
         raise UsageError(f"memory {text!r}: expected a number of bytes such as 4G or 512M") from None
-    if size < 2**28:
-        raise UsageError(f"memory {text!r}: expected at least 256M")
+    if size < 2**29:
+        raise UsageError(f"memory {text!r}: expected at least 512M")
     return size

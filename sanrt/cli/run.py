@@ -92,15 +92,13 @@ def run(
     from sanrt.runtime.pipeline import PipelineOptions
     from sanrt.runtime.record import Recorder
     from sanrt.runtime.upscale import Streamer, UpscaleOptions, upscale
-    from sanrt.runtime.ways import PAPER_REGIONS, parse_memory
+    from sanrt.runtime.ways import parse_memory
 
     if format and format.written_as is not format:
         raise typer.BadParameter(f"--format {format}: sanrt reads it, and writes {format.written_as} instead")
     k = region_count(regions)
     upscaling = UpscaleOptions(tile, overlap, self_ensemble, tiling, k, parse_memory(memory) if memory else None)
-    choice = ModelChoice(
-        model, models, scale, backend, RunOptions(threads=threads, device=device, regions=k or PAPER_REGIONS)
-    )
+    choice = ModelChoice(model, models, scale, backend, RunOptions(threads=threads, device=device))
     encoding = Encoding(quality, lossless, colour(flatten) if flatten else None)
     jobs = find_pictures(inputs, output, Naming(suffix, format))
     with Reporter(len(jobs), quiet, verbose) as reporter:

@@ -137,7 +137,7 @@ class GraphWriter:
         rows = [self.cut(x, axis=2, index=i, name=f"{name}.row{i}") for i in range(k)]
         done = []
         for i, row in enumerate(rows):
-            cells = [self.cut(row, axis=3, index=j, name=f"{name}.region{i}{j}") for j in range(k)]
+            cells = [self.cut(row, axis=3, index=j, name=f"{name}.region{i}-{j}") for j in range(k)]
             results = [self.region(cell, f"{cell}.") for cell in cells]
             done.append(self.op("Concat", results, f"{name}.row{i}.out", axis=3) if k > 1 else results[0])
         return self.op("Concat", done, out, axis=2)
