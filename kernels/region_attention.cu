@@ -10,6 +10,7 @@ constexpr int QUERIES = THREADS / 2;                  // of a block: 16 for each
 constexpr int PER_WORD = 4 / (int)sizeof(SCALAR);
 constexpr int VALUE_ROW = KEYS / PER_WORD + 4 * (3 - PER_WORD);   // words; the padding keeps fragment loads out of each other's banks
 constexpr bool SINGLE = sizeof(SCALAR) == 4;          // fp32: every product is three tf32 products
+constexpr int FEWEST_BLOCKS = SINGLE ? 2 : 3;         // on a multiprocessor: says how many registers there are, so that none are spilled
 
 struct Region { int top, left, height, width; };
 
@@ -167,7 +168,7 @@ struct Softmax {
 };
 
 // y: B x INNER x H x W in the maps' layout. One block takes QUERIES queries of one region to all its keys.
-extern "C" __global__ void __launch_bounds__(THREADS) region_attention(
+extern "C" __global__ void __launch_bounds__(THREADS, FEWEST_BLOCKS) region_attention(
     const SCALAR* maps, const SCALAR* keys, const SCALAR* values,
     int height, int width, int regions, int padded, int channels_last, SCALAR* y) {
     alignas(16) __shared__ Tile tile;

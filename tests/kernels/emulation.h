@@ -9,7 +9,7 @@
 #define __device__
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 using Word = unsigned;
 
 struct alignas(16) float4 { float x, y, z, w; };
