@@ -84,6 +84,17 @@ class Upscaler:
             return self.one(pictures)
         return [self.one(picture) for picture in pictures]
 
+    def on_device(self, pictures: Any) -> Any:
+        """GPU arrays in and out, never copied to the host; with `backend="tensorrt"` only.
+
+        pictures: anything with `__cuda_array_interface__` (pycuda, CuPy, torch), contiguous float32 (B, 3, H, W), RGB of
+        0..`spec.architecture.value_range`. The result is such an array, complete, (B, 3, scale * H, scale * W), not clipped.
+        """
+        infer = getattr(self.backend, "infer_on_device", None)
+        if infer is None:
+            raise UsageError(f"backend {self.backend.name} takes no GPU arrays; load the model with backend='tensorrt'")
+        return infer(pictures)
+
     def one(self, picture: Picture) -> Picture:
         """One array of any supported kind."""
         check(picture)

@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
 from typer.testing import CliRunner
@@ -20,11 +21,13 @@ from typer.testing import CliRunner
 from sanrt.cli import app
 from sanrt.errors import BackendError, BuildError, ModelError, SanrtError, UsageError
 from sanrt.export import engine
-from sanrt.export.engine import build_engine
+from sanrt.export.engine import build_engine, choose_flavor
 from sanrt.model.graph import san_model
 from sanrt.model.spec import Architecture, ModelSpec, Precision
+from sanrt.runtime.backends import RunOptions, load_backend, tensorrt
+from sanrt.runtime.device import open_device
 from sanrt.runtime.engines import BuildOptions, EngineInfo, Profile, Size, choose_engine, read_engine, read_plan
-from sanrt.runtime.flavors import Flavor
+from sanrt.runtime.flavors import Flavor, import_flavor
 
 needs_rtx = pytest.mark.skipif(
     not find_spec("tensorrt_rtx_bindings"), reason="TensorRT-RTX is not installed (pip install 'sanrt[rtx]')"
@@ -234,3 +237,21 @@ def test_ctrl_c_stops_the_build_and_leaves_no_file(exported: Path, tmp_path: Pat
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["san_x2.onnx"]
+
+
+@pytest.mark.gpu
+def test_engines_agree_with_onnxruntime_on_a_gpu(exported: Path, tmp_path: Path):
+    try:
+        with open_device(0) as gpu:
+            flavor = choose_flavor()
+            targets = (gpu.capability,) if flavor == Flavor.RTX else ()
+    except BackendError as error:
+        pytest.skip(str(error))
+    if flavor == Flavor.RTX and not hasattr(import_flavor(flavor).ComputeCapability, gpu.capability.upper()):
+        pytest.skip(f"TensorRT-RTX does not support {gpu.name} ({gpu.capability}), and TensorRT is not installed")
+    info, _ = build_engine(exported, BuildOptions(flavor, gpus=targets), tmp_path / "x.engine")
+    with tensorrt.load(info.path, RunOptions()) as engines, load_backend("onnxruntime", exported, RunOptions()) as reference:
+        for height, width in ((48, 64), (48, 64), (33, 47), (48, 64)):
+            x = 255 * np.random.default_rng(width).random((1, 3, height, width), np.float32)
+            error = np.sqrt(np.mean((engines.infer(x) - reference.infer(x)) ** 2))
+            assert error < 0.5

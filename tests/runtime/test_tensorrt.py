@@ -25,6 +25,8 @@ from sanrt.runtime import engines
 from sanrt.runtime.backends import RunOptions, candidates, load_backend, tensorrt
 from sanrt.runtime.engines import BuildOptions, EngineInfo, Identity, Profile, Proof, Size, save_engine
 from sanrt.runtime.flavors import Flavor
+from sanrt.runtime.upscale import UpscaleOptions
+from sanrt.upscaler import Upscaler
 
 PLAN = b"a plan"
 SPEC = ModelSpec(Architecture(2, 1, 1, 16, 8), "0" * 64, "nothing", 5, Precision.FP16)
@@ -431,6 +433,16 @@ def test_device_arrays_never_touch_the_host(rig: Rig):
         assert rig.gpu.followed == [77]
         assert not {"to_device", "to_host", "allocate_host"} & set(rig.gpu.calls)
         del result, interface
+
+
+def test_the_library_passes_device_arrays_through(rig: Rig):
+    with Upscaler(rig.open(), UpscaleOptions()) as upscaler:
+        x = picture(8, 6)
+        interface = (result := upscaler.on_device(OnDevice(rig.gpu, x))).__cuda_array_interface__
+        assert np.array_equal(floats(interface["data"][0], result.shape), upscaled(x))
+        assert rig.gpu.followed == [tensorrt.DEFAULT_STREAM]
+    with pytest.raises(UsageError, match="backend torch takes no GPU arrays"):
+        Upscaler(SimpleNamespace(name="torch"), UpscaleOptions()).on_device(None)
 
 
 @pytest.mark.parametrize("facts", [{"typestr": "<f2"}, {"strides": (4, 4, 4, 4)}, {"shape": (3, 8, 6)}])
