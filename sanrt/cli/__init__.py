@@ -9,6 +9,7 @@ import typer
 from sanrt.cli.build import build
 from sanrt.cli.export import export
 from sanrt.cli.info import info
+from sanrt.cli.plan import plan
 from sanrt.cli.run import run
 from sanrt.cli.validate import validate
 from sanrt.cli.verify import verify
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(export)
 app.command()(build)
 app.command()(run)
+app.command()(plan)
 app.command()(info)
 app.command()(validate)
 app.command()(verify)

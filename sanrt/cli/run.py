@@ -21,6 +21,7 @@ from sanrt.runtime.ways import Tiling
 if TYPE_CHECKING:
     from sanrt.cli.progress import Reporter
     from sanrt.runtime.backends import Backend, RunOptions
+    from sanrt.runtime.upscale import UpscaleOptions
 
 COLOURS = {"white": "#ffffff", "black": "#000000"}
 
@@ -79,6 +80,9 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the network; all if left out.")] = None,
     device: Annotated[int, typer.Option(min=0, help="Number of the GPU.")] = 0,
     record: Annotated[Path | None, typer.Option(help="Append a line per result to this file, for `sanrt verify`.")] = None,
+    explain_tiles: Annotated[
+        bool, typer.Option("--explain-tiles", help="Compare the tilings on the first picture.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every picture.")] = False,
@@ -107,6 +111,9 @@ def run(
             reporter.follow(pipeline.plan(jobs, PipelineOptions(choice.expected, encoding, overwrite)))
             raise typer.Exit(reporter.status)
         with loaded(choice, reporter) as network:
+            if explain_tiles:
+                explain(network, jobs[0].source, upscaling, reporter)
+                raise typer.Exit
             options = PipelineOptions(network.spec.architecture.scale, encoding, overwrite, Streamer(network, upscaling))
             enlarge = partial(upscale, network, options=upscaling)
             recorder = Recorder(record, network, choice.path, choice.options, upscaling, encoding) if record else None
@@ -114,6 +121,17 @@ def run(
             with closing(work) as outcomes, recorder or nullcontext():
                 reporter.follow(recorder.follow(outcomes) if recorder else outcomes)
     raise typer.Exit(reporter.status)
+
+
+def explain(network: Backend, picture: Path, options: UpscaleOptions, reporter: Reporter) -> None:
+    """Whole, exact and overlapped on a sample of a picture, one line each."""
+    from sanrt.runtime import explain as samples
+
+    reporter.say(f"{picture}: its centre, at most {samples.SAMPLE} pixels a side, against the whole")
+    reporter.say("tiling    largest difference       PSNR      time   memory")
+    for each in samples.explain(network, picture, options):
+        difference = f"{each.largest:11.5f} of 255 {each.psnr:10.2f} dB"
+        reporter.say(f"{each.tiling:8} {difference} {each.seconds:7.2f} s {each.peak >> 20:4} MiB")
 
 
 def region_count(text: str) -> int | None:

@@ -1,0 +1,154 @@
+"""What a run would do and take: each picture's size, tiling, regions, memory and time on every backend."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sanrt.errors import SanrtError
+from sanrt.model.spec import Architecture
+from sanrt.runtime import machine
+from sanrt.runtime.backends import BACKENDS, Backend, RunOptions, load_backend, status
+from sanrt.runtime.derived import FOLDER, file_digest
+from sanrt.runtime.engines import SUFFIX
+from sanrt.runtime.pictures import Encoding, open_picture, plan_output
+from sanrt.runtime.upscale import UpscaleOptions, choose_way
+from sanrt.runtime.ways import Tiling, Way, network_bytes, result_bytes
+
+SIDES = (64, 192)
+"""Of the two pictures that a backend's speed is measured on: attention's share is small in one and large in the other."""
+
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long a backend takes, measured once on this machine."""
+
+    pixel: float
+    """Seconds per input pixel, of all convolutions."""
+    pair: float
+    """Seconds per pair of a query and a key."""
+
+    def seconds(self, height: int, width: int, way: Way, arch: Architecture) -> float:
+        """An estimate for one picture, the halos of its tiles included."""
+        halo = 0 if way.tiling is Tiling.WHOLE else 2 * (2 * arch.blocks)
+        grown = (1 + halo / way.tile) ** 2
+        return height * width * self.pixel * grown + pairs(height, width, way.regions) * self.pair
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One picture on one backend."""
+
+    backend: str
+    way: Way
+    memory: int
+    """Bytes beside the process itself."""
+    scratch: int
+    """Bytes of scratch files."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PicturePlan:
+    """One picture: what would become of it."""
+
+    path: Path
+    width: int = 0
+    height: int = 0
+    skipped: str = ""
+    """Why it would be left out; empty if it would not."""
+    estimates: tuple[Estimate, ...] = ()
+
+
+def pairs(height: int, width: int, regions: int) -> float:
+    """Pairs of queries and pooled keys in both region attentions."""
+    return 2 * height * width * (height * width / regions**2 / 4)
+
+
+def usable_backends(model: Path, options: RunOptions) -> Iterator[Backend]:
+    """Every backend that can run the model here, loaded one after another."""
+    for name in ("tensorrt",) if model.suffix == SUFFIX else BACKENDS:
+        if status(name).usable:
+            with suppress(SanrtError):
+                yield load_backend(name, model, options)
+
+
+def plan(paths: Iterable[Path], model: Path, loading: RunOptions, upscaling: UpscaleOptions) -> Iterator[PicturePlan]:
+    """A plan for every picture; its header alone is read."""
+    loaded = list(usable_backends(model, loading))
+    speeds = {backend.name: speed_of(backend, model, loading) for backend in loaded}
+    for path in paths:
+        yield picture_plan(path, loaded, speeds, upscaling)
+
+
+def picture_plan(path: Path, loaded: list[Backend], speeds: Mapping[str, Speed], options: UpscaleOptions) -> PicturePlan:
+    """One picture on each of the loaded backends."""
+    try:
+        with open_picture(path) as source:
+            info = source.info
+            for scale in {backend.spec.architecture.scale for backend in loaded}:
+                plan_output(info, path if path.suffix.lower() != ".gif" else path.with_suffix(".png"), scale, Encoding())
+    except SanrtError as error:
+        return PicturePlan(path, skipped=str(error))
+    estimates = tuple(estimate(backend, speeds[backend.name], info.height, info.width, options) for backend in loaded)
+    return PicturePlan(path, info.width, info.height, estimates=estimates)
+
+
+def estimate(backend: Backend, speed: Speed, height: int, width: int, options: UpscaleOptions) -> Estimate:
+    """What one picture takes on one backend."""
+    arch, way = backend.spec.architecture, choose_way(backend, height, width, options)
+    maps = 3 * 4 * arch.channels * height * width if way.tiling is Tiling.EXACT else 0
+    tile = min(height, way.tile) * min(width, way.tile) * network_bytes(arch)
+    held = 0 if way.tiling is Tiling.EXACT else height * width * result_bytes(arch)
+    scratch = max(0, maps - max(0, options.budget - tile))
+    return Estimate(backend.name, way, tile + held + maps - scratch, scratch, speed.seconds(height, width, way, arch))
+
+
+def speed_of(backend: Backend, model: Path, options: RunOptions) -> Speed:
+    """The kept measurement of this backend, model and machine, or a new one."""
+    facts = [backend.name, str(status(backend.name).version), machine.cpu_name(), str(machine.cores()), str(options)]
+    tag = hashlib.sha256("\n".join([file_digest(model), str(backend.spec.precision), *facts]).encode()).hexdigest()[:16]
+    path = model.parent / FOLDER / f"{model.stem}-{backend.name}-speed-{tag}.json"
+    try:
+        return Speed(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        speed = measured(backend)
+    with suppress(OSError):  # a folder that cannot be written costs a second the next time, nothing else
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps({"pixel": speed.pixel, "pair": speed.pair}))
+        partial.replace(path)
+    return speed
+
+
+def measured(backend: Backend) -> Speed:
+    """Solve the times of two square pictures for the cost of a pixel and of a pair."""
+    k = backend.spec.regions
+    times = [best_time(backend, side) for side in SIDES]
+    costs = np.array([[side**2, pairs(side, side, k)] for side in SIDES], np.float64)
+    pixel, pair = np.linalg.solve(costs, times)
+    if pair < 0 or pixel < 0:  # noise: one of the two is too small to be seen here
+        pixel, pair = times[1] / costs[1, 0], 0.0
+    return Speed(float(pixel), float(pair))
+
+
+def best_time(backend: Backend, side: int) -> float:
+    """Seconds of the fastest of a few runs, after one that is not counted."""
+    picture = np.zeros((1, 3, side, side), np.float32)
+    backend.infer(picture)
+    times = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        backend.infer(picture)
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -1,0 +1,58 @@
+import json
+
+import numpy as np
+import pytest
+import pyvips
+from typer.testing import CliRunner
+
+from sanrt.cli import app
+from sanrt.runtime.plan import Speed
+from sanrt.runtime.ways import Tiling, Way
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3)).astype(np.uint8)
+    pyvips.Image.new_from_array(pixels).write_to_file(str(tmp_path / "small.png"))
+    pyvips.Image.black(3000, 2000, bands=3).copy(interpretation="srgb").write_to_file(str(tmp_path / "large.png"))
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    return tmp_path
+
+
+def test_plan_tells_sizes_ways_and_what_is_skipped_and_keeps_its_measurement(folder, tiny_model):
+    model = tiny_model(2)
+    arguments = ["plan", str(folder), "--model", str(model), "--memory", "512M", "--threads", "1"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert f"{folder / 'small.png'}: 80 x 60" in done.output
+    assert f"{folder / 'large.png'}: 3000 x 2000" in done.output
+    assert "onnxruntime: whole, 2 x 2 regions" in done.output
+    assert "onnxruntime: exact in tiles of" in done.output
+    assert "20 x 20 regions" in done.output
+    assert f"skipped: {folder / 'broken.png'}" in done.output
+    kept = list((model.parent / ".derived").glob("*-onnxruntime-speed-*.json"))
+    assert len(kept) == 1
+    kept[0].write_text(json.dumps({"pixel": 1.0, "pair": 0.0}))
+    assert "onnxruntime: whole, 2 x 2 regions, 0.01 GiB, about 80 min" in CliRunner().invoke(app, arguments).output
+    assert not (folder / "results.sanrt-plan").exists()
+
+
+def test_an_estimate_grows_with_pixels_halos_and_pairs(tiny_model):
+    from sanrt.runtime.models import read_spec
+
+    arch = read_spec(tiny_model(2)).architecture
+    whole, tiled = Way(Tiling.WHOLE, 400, 2), Way(Tiling.EXACT, 100, 2)
+    speed = Speed(1e-6, 0.0)
+    assert speed.seconds(400, 400, whole, arch) == pytest.approx(0.16)
+    assert speed.seconds(400, 400, tiled, arch) == pytest.approx(0.16 * 1.04**2)
+    assert Speed(0.0, 1e-9).seconds(400, 400, whole, arch) == pytest.approx(2 * 400**4 / 16 * 1e-9)
+
+
+def test_explain_tiles_shows_exact_as_whole_and_overlapped_as_different(folder, tiny_model):
+    arguments = [str(folder / "small.png"), str(folder / "out.png"), "--model", str(tiny_model(2)), "--threads", "1"]
+    done = CliRunner().invoke(app, ["run", *arguments, "--tile", "32", "--explain-tiles"])
+    assert done.exit_code == 0, done.output
+    rows = {line.split()[0]: float(line.split()[1]) for line in done.output.splitlines() if " of 255 " in line}
+    assert rows["whole"] == 0
+    assert rows["exact"] < 0.01 < rows["overlap"]
+    assert not (folder / "out.png").exists()
