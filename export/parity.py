@@ -61,7 +61,7 @@ def compare(reference: Array, candidate: Array, value_range: float = 255.0) -> D
         raise ParityError(f"outputs of shapes {list(reference.shape)} and {list(candidate.shape)}: expected the same")
     error = (candidate.astype(np.float64) - reference.astype(np.float64)) * (255.0 / value_range)
     mse = float(np.square(error).mean())
-    psnr = 10 * math.log10(255.0**2 / mse) if mse else math.inf
+    psnr = 20 * math.log10(255.0) - 10 * math.log10(mse) if mse else math.inf
     return Difference(float(np.abs(error).max()), float(np.abs(error).mean()), psnr)
 
 

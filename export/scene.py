@@ -22,13 +22,15 @@ def natural_scene(height: int = 96, width: int = 96, seed: int = 0) -> npt.NDArr
     Occlusion gives edges at every scale and the texture a natural spectrum (Lee, Mumford and Huang, 2001).
     """
     rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[: 2 * height, : 2 * width]
+    rows, columns = np.ogrid[: 2 * height, : 2 * width]
     picture = np.full((2 * height, 2 * width, 3), 128.0)
     radii = 2.0 / np.sqrt(rng.uniform((2.0 / min(height, width)) ** 2, 1.0, LEAVES))
     for radius in radii:
         y, x = rng.uniform(0, 2 * height), rng.uniform(0, 2 * width)
         colour = rng.uniform(20, 235) + rng.normal(0, 20, 3)
-        picture[(rows - y) ** 2 + (columns - x) ** 2 <= radius**2] = colour
+        top, left = max(0, int(y - radius)), max(0, int(x - radius))
+        box = slice(top, int(y + radius) + 1), slice(left, int(x + radius) + 1)
+        picture[box][(rows[box[0]] - y) ** 2 + (columns[:, box[1]] - x) ** 2 <= radius**2] = colour
     picture += 12 * pink_noise(rng, 2 * height, 2 * width)[..., None]
     anti_aliased = picture.reshape(height, 2, width, 2, 3).mean((1, 3))
     return np.asarray(anti_aliased.round().clip(0, 255), np.uint8)

@@ -49,7 +49,7 @@ class SquareRootReport:
 
     def to_json(self) -> dict[str, Any]:
         """For the model's metadata."""
-        return {**asdict(self), "difference": self.difference.to_json()}
+        return {**asdict(self), "difference": self.difference.to_json(), "groups": [asdict(group) for group in self.groups]}
 
 
 def square_root_report(checkpoint: Checkpoint, iterations: int, pixels: Tensor, picture: str) -> SquareRootReport:

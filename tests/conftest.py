@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,5 +45,27 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         path = folder / f"san_x{scale}.onnx"
         path.write_bytes(san_model(ModelSpec(arch, "0" * 64, "seeded random weights", 5), weights).SerializeToString())
         return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def live_network() -> Callable[..., Any]:
+    """`live_network(scale=2, ...)`: a small reference network, its weights random from a seed and every part of it live."""
+
+    def make(scale: int = 2, groups: int = 2, blocks: int = 1, channels: int = 16, reduction: int = 4, **rest: Any) -> Any:
+        import torch
+
+        from sanrt.model.san import SAN
+        from sanrt.model.spec import Architecture
+
+        with torch.random.fork_rng():
+            torch.manual_seed(scale)
+            net = SAN(Architecture(scale, groups, blocks, channels, reduction, **rest)).eval().requires_grad_(False)
+            net.gamma.fill_(0.7)
+            for name, parameter in net.named_parameters():
+                if name.startswith("attention."):
+                    parameter.copy_(torch.randn(parameter.shape) * 0.1)
+        return net
 
     return make

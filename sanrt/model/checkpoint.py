@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,7 +87,7 @@ def shipped() -> str:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read an official `.pt` or a sanrt `.safetensors`; architecture and scale are read off the tensors.
 
-    Raises CheckpointError when the file cannot be read, is no SAN, or holds unknown, missing or misshapen tensors.
+    Raises CheckpointError when the file cannot be read, is no SAN, or holds unknown, missing, misshapen or infinite tensors.
     """
     try:
         data = path.read_bytes()
@@ -99,6 +102,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         origin = GENUINE.get(digest, "a checkpoint in the official SAN format (not one whose digest sanrt knows)")
     arch = architecture_of(path, tensors, settings)
     check_shapes(path, tensors, arch)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity, expected numbers; its training diverged")
     return Checkpoint(path, arch, tensors, digest, origin)
 
 
@@ -113,11 +119,13 @@ def save_checkpoint(path: Path, net: SAN, origin: str, dtype: torch.dtype = torc
     save_file(tensors, path, {"sanrt": json.dumps(settings)})
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """float32 tensors by our names, and the settings that no tensor's shape tells."""
     try:
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {}).get("sanrt", "{}"))
+            if not isinstance(settings, dict):
+                raise ValueError(f"its settings are {settings!r}")
             return {name: file.get_tensor(name).float() for name in file.keys()}, settings  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(
@@ -128,7 +136,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a torch file; nothing in it is ever executed."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is none of its own
         raise CheckpointError(
             f"{path}: not a torch weights file ({first_line(error)}); expected an official SAN .pt or a sanrt .safetensors"
@@ -155,7 +164,7 @@ def ours_from_official(path: Path, official: Mapping[str, Tensor]) -> dict[str, 
     return tensors
 
 
-def architecture_of(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, object]) -> Architecture:
+def architecture_of(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Architecture:
     """Scale, G, m, C and r from the tensors' names and shapes; the rest from the file's settings."""
     for name in ("head.weight", "groups.0.blocks.0.conv1.weight", "groups.0.soca.down.weight", "upsampler.0.weight"):
         if name not in tensors:
@@ -168,25 +177,41 @@ def architecture_of(path: Path, tensors: Mapping[str, Tensor], settings: Mapping
         raise CheckpointError(
             f"{path}: scale {scale}, {channels} channels, {hidden} hidden; expected x2, x3, x4 or x8 and C a multiple of 8"
         )
-    iterations = settings.get("sqrt_iterations", 5)
+    value_range, iterations = numeric_settings(path, settings)
     return Architecture(
         scale=scale,
-        groups=count(tensors, r"groups\.(\d+)\."),
-        blocks=count(tensors, r"groups\.0\.blocks\.(\d+)\."),
+        groups=count(path, tensors, "groups."),
+        blocks=count(path, tensors, "groups.0.blocks."),
         channels=channels,
         reduction=channels // hidden,
-        value_range=float(str(settings.get("value_range", 255.0))),
-        sqrt_iterations=None if iterations is None else int(str(iterations)),
+        value_range=value_range,
+        sqrt_iterations=iterations,
     )
 
 
-def count(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that `pattern` captures at the start of a name."""
-    return 1 + max(int(m[1]) for name in tensors if (m := re.match(pattern, name)))
+def numeric_settings(path: Path, settings: Mapping[str, Any]) -> tuple[float, int | None]:
+    """Value range and square-root steps; an official file, which says neither, has 255 and 5."""
+    value_range, iterations = settings.get("value_range", 255.0), settings.get("sqrt_iterations", 5)
+    numbers = isinstance(value_range, int | float) and isinstance(iterations, int | None)
+    if not numbers or not 0 < value_range < math.inf or (iterations is not None and iterations < 1):
+        raise CheckpointError(
+            f"{path}: value range {value_range}, square-root steps {iterations}; expected positive numbers"
+        )
+    return float(value_range), iterations
+
+
+def count(path: Path, tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many numbers follow `prefix` in the names; raises CheckpointError unless they are 0, 1, 2, ..."""
+    numbers = {int(m[1]) for name in tensors if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))}
+    if gaps := set(range(len(numbers))) - numbers:
+        raise CheckpointError(
+            f"{path}: no tensor {prefix}{min(gaps)}.*, though there is {prefix}{max(numbers)}; expected no gap"
+        )
+    return len(numbers)
 
 
 def check_shapes(path: Path, tensors: Mapping[str, Tensor], arch: Architecture) -> None:
-    """Raise CheckpointError naming the first tensor that is missing, unknown or of the wrong shape."""
+    """Raise CheckpointError naming a tensor that is missing, unknown or of the wrong shape."""
     with torch.device("meta"):
         expected = {name: list(t.shape) for name, t in SAN(arch).state_dict().items()}
     for name in expected.keys() | tensors.keys():
