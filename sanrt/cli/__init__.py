@@ -7,6 +7,7 @@ import sys
 import typer
 
 from sanrt.cli.build import build
+from sanrt.cli.doctor import doctor
 from sanrt.cli.export import export
 from sanrt.cli.info import info
 from sanrt.cli.plan import plan
@@ -29,6 +30,7 @@ app.command()(plan)
 app.command()(info)
 app.command()(validate)
 app.command()(verify)
+app.command()(doctor)
 
 
 @app.callback()

@@ -1,0 +1,94 @@
+"""`sanrt doctor` tells what can run, what cannot, and what to do about it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from sanrt.cli import app
+from sanrt.runtime import doctor, machine
+from sanrt.runtime.backends import BACKENDS, BackendStatus
+from sanrt.runtime.machine import Gpu, Gpus
+
+
+@pytest.fixture
+def statuses(monkeypatch):
+    """Every backend not installed, but for those that the test adds."""
+    found = {name: BackendStatus(name, None, False, f"{name} is not installed", f"pip install {name}") for name in BACKENDS}
+    monkeypatch.setattr("sanrt.runtime.backends.status", lambda name: found[name])
+    monkeypatch.setattr(doctor, "status", lambda name: found[name])
+    return found
+
+
+def test_the_default_backend_makes_it_succeed(statuses):
+    statuses["onnxruntime"] = BackendStatus("onnxruntime", "1.30", True, "runs on the CPU")
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert "--backend auto: onnxruntime, runs on the CPU" in result.output
+    assert "to run openvino: pip install openvino\n" in result.output
+    assert "to run onnxruntime:" not in result.output
+
+
+def test_nothing_to_run_with_is_status_1(statuses):
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "--backend auto: nothing can run; pip install 'sanrt[cpu]'" in result.output
+
+
+def test_an_engine_runtime_alone_is_no_default(statuses):
+    """TensorRT runs a model only once an engine was built from it."""
+    statuses["tensorrt"] = BackendStatus("tensorrt", "11.4", True, "runs on a GPU")
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
+
+
+def test_the_machine_is_described(statuses, monkeypatch, tmp_path):
+    gpus = Gpus((Gpu("NVIDIA [L4]", (8, 9), 24 << 30),), "580.65.06", "13.0")
+    monkeypatch.setattr(machine, "gpus", lambda: gpus)
+    facts = dict(doctor.diagnose(tmp_path / "models").facts)
+    assert facts["GPU 0"] == "NVIDIA [L4], compute capability 8.9, 24.0 GiB"
+    assert facts["driver"] == "580.65.06, CUDA up to 13.0"
+    assert float(facts["free disk"].split()[0]) > 0
+    assert float(facts["free memory"].split()[0]) > 0
+    output = CliRunner().invoke(app, ["doctor", "--models", str(tmp_path)]).output
+    assert "NVIDIA [L4]" in output
+
+
+def test_it_imports_no_network_library():
+    code = (
+        "import sys; from pathlib import Path; from sanrt.runtime.doctor import diagnose; diagnose(Path());"
+        "assert not {'torch', 'onnx', 'openvino'} & set(sys.modules), 'imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_cpu_features_are_read_from_the_flags(monkeypatch, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor: 0\nmodel name\t: Some CPU: fast\nflags\t: fpu avx2 avx512_bf16\n\nflags\t: fpu\n")
+    monkeypatch.setattr(machine, "CPUINFO", cpuinfo)
+    assert machine.cpu_name() == "Some CPU: fast"
+    assert machine.cpu_features() == ("AVX2", "AVX512-BF16")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_share_of_the_cores_is_told(files, expected, monkeypatch, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    assert machine.core_quota() == expected
+
+
+def test_free_disk_is_that_of_the_nearest_folder_there_is(tmp_path):
+    assert machine.free_disk(tmp_path / "not" / "there") > 0

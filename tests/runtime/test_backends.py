@@ -1,0 +1,299 @@
+"""Every backend computes what the PyTorch reference computes, or says in one line why it does not run."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sanrt.errors import BackendError, OutOfMemoryError
+from sanrt.model.spec import Precision
+from sanrt.runtime import backends, machine
+from sanrt.runtime.backends import AUTO_ORDER, BACKENDS, BackendStatus, RunOptions, load_backend, status
+from sanrt.runtime.machine import Gpu, Gpus
+
+ONE_THREAD = RunOptions(threads=1, precision=Precision.FP32)
+CPU_BACKENDS = ("onnxruntime", "openvino")
+
+
+def picture(*shape):
+    return (np.random.default_rng(sum(shape)).random(shape) * 255).astype(np.float32)
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / max(np.mean((a.astype(np.float64) - b) ** 2), 1e-12))
+
+
+@contextmanager
+def loaded(name, model, options=ONE_THREAD):
+    found = status(name)
+    if not found.usable:
+        pytest.skip(f"{name}: {found.reason}")
+    with load_backend(name, model, options) as backend:
+        yield backend
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_cpu_backends_agree_with_torch_on_odd_sizes_and_batches(name, tiny_model):
+    model = tiny_model(scale=3)
+    with loaded("torch", model) as reference, loaded(name, model) as backend:
+        assert (backend.name, backend.spec.regions) == (name, 2)
+        for shape in ((1, 3, 4, 4), (1, 3, 17, 30), (2, 3, 21, 13)):
+            pixels = picture(*shape)
+            expected = reference.infer(pixels)
+            assert expected.shape == (*shape[:2], shape[2] * 3, shape[3] * 3)
+            assert psnr(backend.infer(pixels), expected) > 85
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_the_number_of_regions_changes_the_result_and_is_the_same_in_every_backend(name, tiny_model):
+    pixels, options = picture(1, 3, 19, 26), replace(ONE_THREAD, regions=3)
+    with loaded("torch", tiny_model(), options) as reference, loaded(name, tiny_model(), options) as backend:
+        expected = reference.infer(pixels)
+        assert backend.spec.regions == 3
+        assert psnr(backend.infer(pixels), expected) > 85
+    with loaded(name, tiny_model()) as two:
+        assert psnr(two.infer(pixels), expected) < 75
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_results_are_not_overwritten_by_the_next_run(name, tiny_model):
+    with loaded(name, tiny_model()) as backend:
+        first = backend.infer(picture(1, 3, 8, 9))
+        kept = first.copy()
+        backend.infer(255 - picture(1, 3, 8, 9))
+        assert np.array_equal(first, kept)
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_stages_agree_with_torch_even_where_the_first_region_has_one_key(name, tiny_model):
+    box = np.array([1, 0, 11, 15])
+    with loaded("torch", tiny_model()) as reference, loaded(name, tiny_model()) as backend:
+        stages = [b.stages() for b in (reference, backend)]
+        expected, got = (s.run("head", picture(1, 3, 12, 15), box)[0] for s in stages)
+        assert expected.shape == (1, 16, 10, 15)
+        assert psnr(got, expected) > 85
+        for side in (3, 9):
+            x = picture(1, 16, side, side)
+            pooled = reference.stages().run("keys-values", x)
+            expected, got = (s.run("attend", x, *pooled)[0] for s in stages)
+            assert psnr(got, expected) > 85
+
+
+def test_an_unknown_backend_is_told_the_names_there_are(tiny_model):
+    with pytest.raises(BackendError, match=r"unknown backend 'cuda'; expected auto, torch, .*openvino"):
+        load_backend("cuda", tiny_model(), ONE_THREAD)
+
+
+def test_an_unusable_backend_is_not_replaced_by_another(tiny_model, monkeypatch):
+    missing = BackendStatus("openvino", None, False, "openvino is not installed", "pip install 'sanrt[openvino]'")
+    monkeypatch.setattr("sanrt.runtime.backends.openvino.status", lambda: missing)
+    with pytest.raises(BackendError, match=r"not installed; to fix it: pip install 'sanrt\[openvino\]' \(usable: .*torch"):
+        load_backend("openvino", tiny_model(), ONE_THREAD)
+
+
+@pytest.mark.parametrize("name", ["torch", "onnxruntime"])
+def test_a_precision_that_a_backend_has_not_is_refused(name, tiny_model):
+    with pytest.raises(BackendError, match=f"{name} runs in fp32 on the CPU, bf16 was asked for"):
+        load_backend(name, tiny_model(), replace(ONE_THREAD, precision=Precision.BF16))
+
+
+def test_openvino_refuses_fp16(tiny_model):
+    with (
+        pytest.raises(BackendError, match="openvino has no fp16"),
+        loaded("openvino", tiny_model(), replace(ONE_THREAD, precision=Precision.FP16)),
+    ):
+        pass
+
+
+def statuses(monkeypatch, usable):
+    """Every backend's status, those named usable."""
+    monkeypatch.setattr(
+        backends, "status", lambda name: BackendStatus(name, "1", name in usable, "", automatic=name != "openvino")
+    )
+
+
+def test_auto_takes_the_first_usable_backend_that_pays_here(monkeypatch):
+    statuses(monkeypatch, {"torch", "openvino", "onnxruntime"})
+    assert backends.automatic_choice(AUTO_ORDER).name == "onnxruntime"
+    statuses(monkeypatch, {"torch", "openvino"})
+    assert backends.automatic_choice(AUTO_ORDER).name == "torch"
+    statuses(monkeypatch, set())
+    assert backends.automatic_choice(AUTO_ORDER) is None
+
+
+def test_auto_knows_every_backend():
+    assert set(AUTO_ORDER) == set(BACKENDS)
+
+
+def test_auto_says_what_it_chose(tiny_model):
+    with load_backend("auto", tiny_model(), ONE_THREAD) as backend:
+        assert backend.name == backends.automatic_choice(backends.candidates(tiny_model())).name
+
+
+@pytest.mark.parametrize(
+    ("features", "automatic"), [(("AVX2",), False), (("AVX-512", "AVX512-BF16"), True), (("AMX-BF16",), True)]
+)
+def test_openvino_is_automatic_on_processors_made_for_bf16(features, automatic, monkeypatch):
+    monkeypatch.setattr(machine, "cpu_features", lambda: features)
+    monkeypatch.setattr("sanrt.runtime.backends.openvino.library_version", lambda _: "2026.4")
+    assert status("openvino").automatic is automatic
+
+
+# --- bf16 or fp32 -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def openvino_module():
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    from sanrt.runtime.backends import openvino
+
+    return openvino
+
+
+def test_bf16_is_chosen_only_where_it_is_near_and_faster(openvino_module):
+    Trial = openvino_module.Trial
+    assert Trial(fp32_seconds=1.0, bf16_seconds=0.2, psnr=55).precision is Precision.BF16
+    assert Trial(fp32_seconds=1.0, bf16_seconds=0.95, psnr=55).precision is Precision.FP32
+    assert Trial(fp32_seconds=1.0, bf16_seconds=0.2, psnr=30).precision is Precision.FP32
+
+
+def test_the_trial_is_made_once_and_bf16_runs_when_it_pays(openvino_module, tiny_model, tmp_path, monkeypatch):
+    model = tmp_path / "san_x2.onnx"
+    model.write_bytes(tiny_model().read_bytes())
+    trials = []
+
+    def measured(*_):
+        trials.append(openvino_module.Trial(1.0, 0.2, 60.0))
+        return trials[-1]
+
+    monkeypatch.setattr(machine, "cpu_features", lambda: ("AMX-BF16",))
+    monkeypatch.setattr(openvino_module, "measured", measured)
+    monkeypatch.setattr(openvino_module, "compiled", lambda graph, precision, options: precision)
+    monkeypatch.setattr(openvino_module, "warm_up", lambda request, shape: None)
+    for _ in range(2):
+        with load_backend("openvino", model, RunOptions(threads=1)) as backend:
+            assert backend.spec.precision is backend.request is Precision.BF16
+    assert len(trials) == 1
+    (kept,) = (tmp_path / ".derived").glob("*openvino*.json")
+    kept.write_text("{")
+    load_backend("openvino", model, RunOptions(threads=1)).close()
+    assert len(trials) == 2
+    assert json.loads(kept.read_text())["psnr"] == 60.0
+
+
+def test_the_trial_measures_both_precisions(openvino_module, tiny_model):
+    graph = tiny_model()
+    try:
+        trial = openvino_module.measured(graph, ONE_THREAD, 255.0)
+    except BackendError as error:
+        pytest.skip(str(error))
+    assert trial.fp32_seconds > 0
+    assert trial.bf16_seconds > 0
+    assert 35 < trial.psnr < 90
+
+
+def test_bf16_by_wish_stays_near_fp32(openvino_module, tiny_model):
+    pixels = picture(1, 3, 24, 20)
+    try:
+        with load_backend("openvino", tiny_model(), replace(ONE_THREAD, precision=Precision.BF16)) as bf16:
+            got = bf16.infer(pixels)
+    except BackendError as error:
+        pytest.skip(str(error))
+    with load_backend("openvino", tiny_model(), replace(ONE_THREAD, precision=Precision.FP32)) as fp32:
+        assert 35 < psnr(got, fp32.infer(pixels)) < 90
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (MemoryError(), OutOfMemoryError),
+        (RuntimeError("Exception from src/inference/x.cpp:3:\nCould not allocate memory\n"), OutOfMemoryError),
+        (RuntimeError("Exception from src/inference/x.cpp:3:\nShape mismatch\n"), BackendError),
+    ],
+)
+def test_errors_of_openvino_become_ours(raised, expected, openvino_module):
+    def fail(*_, **__):
+        raise raised
+
+    with pytest.raises(BackendError) as caught:
+        openvino_module.infer(SimpleNamespace(infer=fail), picture(1, 3, 4, 4))
+    assert type(caught.value) is expected
+    assert "\n" not in str(caught.value)
+
+
+# --- ONNX Runtime's CUDA provider ---------------------------------------------------------------------------------
+
+H100 = Gpus((Gpu("NVIDIA H100", (9, 0), 80 << 30),), "580.1", "13.0")
+
+
+def versions(monkeypatch, **installed):
+    found = {name.replace("_", "-"): number for name, number in installed.items()}
+    monkeypatch.setattr("sanrt.runtime.backends.onnxruntime_cuda.library_version", found.get)
+
+
+def test_cuda_status_tells_what_is_missing(monkeypatch):
+    monkeypatch.setattr(machine, "gpus", lambda: Gpus(problem="no NVIDIA driver"))
+    versions(monkeypatch)
+    assert status("onnxruntime-cuda").remedy == "pip install 'sanrt[gpu]'"
+    versions(monkeypatch, onnxruntime="1")
+    assert status("onnxruntime-cuda").remedy.startswith("pip uninstall -y onnxruntime &&")
+    versions(monkeypatch, onnxruntime="1", onnxruntime_gpu="1")
+    assert "overwrite each other" in status("onnxruntime-cuda").reason
+    versions(monkeypatch, onnxruntime_gpu="1")
+    assert status("onnxruntime-cuda").reason == "no NVIDIA driver"
+    monkeypatch.setattr(machine, "gpus", lambda: H100)
+    assert status("onnxruntime-cuda") == BackendStatus("onnxruntime-cuda", "1", True, "runs on NVIDIA H100")
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_cuda_is_not_silently_the_cpu(tiny_model, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    monkeypatch.setattr(machine, "gpus", lambda: H100)
+    versions(monkeypatch, onnxruntime_gpu="1")
+    with pytest.raises(BackendError, match="CUDA provider does not start"):
+        load_backend("onnxruntime-cuda", tiny_model(), ONE_THREAD)
+    with pytest.raises(BackendError, match="GPU 3 is not there; the driver shows 1"):
+        load_backend("onnxruntime-cuda", tiny_model(), replace(ONE_THREAD, device=3))
+
+
+def test_cuda_binds_buffers_once_per_shape(tiny_model, monkeypatch):
+    """The binding is run for real, with ONNX Runtime's CPU memory in the GPU's place."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from sanrt.runtime.backends import onnxruntime as cpu
+    from sanrt.runtime.backends import onnxruntime_cuda as cuda
+
+    made = []
+    allocate = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+
+    def on_host(shape, dtype, device, index):
+        made.append((tuple(shape), device, index))
+        return allocate(shape, dtype)
+
+    monkeypatch.setattr(machine, "gpus", lambda: H100)
+    monkeypatch.setattr(cuda, "open_cuda_session", cpu.open_session)
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", on_host)
+    with cuda.load(tiny_model(), ONE_THREAD) as backend, load_backend("onnxruntime", tiny_model(), ONE_THREAD) as expected:
+        for shape in ((1, 3, 9, 12), (1, 3, 9, 12), (2, 3, 8, 8)):
+            pixels = picture(*shape)
+            assert np.array_equal(backend.infer(pixels), expected.infer(pixels))
+        assert backend.device == "NVIDIA H100"
+    assert [m[0] for m in made] == [(1, 3, 9, 12), (1, 3, 18, 24), (2, 3, 8, 8), (2, 3, 16, 16)]
+    assert {m[1:] for m in made} == {("cuda", 0)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "least"), [(Precision.FP32, 90), (Precision.FP16, 55)])
+def test_cuda_agrees_with_torch(precision, least, tiny_model):
+    pixels = picture(2, 3, 33, 46)
+    with (
+        loaded("onnxruntime-cuda", tiny_model(), RunOptions(precision=precision)) as backend,
+        loaded("torch", tiny_model()) as reference,
+    ):
+        assert psnr(backend.infer(pixels), reference.infer(pixels)) > least
