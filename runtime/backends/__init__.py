@@ -92,6 +92,7 @@ class RunOptions:
 
 BACKENDS = {
     "torch": "sanrt.runtime.backends.torch",
+    "torch-cuda": "sanrt.runtime.backends.torch_cuda",
     "onnxruntime": "sanrt.runtime.backends.onnxruntime",
     "onnxruntime-cuda": "sanrt.runtime.backends.onnxruntime_cuda",
     "openvino": "sanrt.runtime.backends.openvino",
@@ -99,7 +100,7 @@ BACKENDS = {
 }
 """Every backend's module; each has `status() -> BackendStatus` and `load(model: Path, options: RunOptions) -> Backend`."""
 
-AUTO_ORDER = ("tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime", "torch")
+AUTO_ORDER = ("tensorrt", "torch-cuda", "onnxruntime-cuda", "openvino", "onnxruntime", "torch")
 """The order in which `auto` looks for a usable backend."""
 
 OPEN_STAGES = 4

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy.typing as npt
 
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.model.spec import MIN_SIDE, ModelSpec
 from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, fp32_only, library_version
+
+if TYPE_CHECKING:
+    from sanrt.model.san import SAN
 
 NAME = "torch"
 
@@ -39,28 +42,10 @@ class TorchBackend:
     def __init__(self, model: Path, options: RunOptions) -> None:
         import torch
 
-        from sanrt.model.checkpoint import load_checkpoint
-        from sanrt.model.san import SAN
-
         fp32_only(NAME, options)
         if options.threads:
             torch.set_num_threads(options.threads)
-        if model.suffix == ".onnx":
-            from sanrt.model.graph import read_model
-
-            spec, weights = read_model(model)
-            if spec.quantisation:
-                raise BackendError(
-                    f"{model}: torch runs no {spec.quantisation.type} model; expected the fp32 one it was made of"
-                )
-            self.net = SAN(spec.architecture)
-            self.net.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in weights.items()})
-            self.net.eval().requires_grad_(False)
-        else:
-            checkpoint = load_checkpoint(model)
-            arch = checkpoint.architecture
-            spec = ModelSpec(arch, checkpoint.digest, checkpoint.origin, arch.sqrt_iterations or 0)
-            self.net = checkpoint.network()
+        self.net, spec = network(model)
         self.net.attention.regions = options.regions
         self.spec = replace(spec, regions=options.regions, min_side=options.regions * MIN_SIDE // 2)
 
@@ -84,6 +69,27 @@ class TorchBackend:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def network(model: Path) -> tuple[SAN, ModelSpec]:
+    """The network of an exported fp32 ONNX or of a checkpoint, in evaluation mode on the CPU, and what it is."""
+    import torch
+
+    from sanrt.model.checkpoint import load_checkpoint
+    from sanrt.model.san import SAN
+
+    if model.suffix != ".onnx":
+        checkpoint = load_checkpoint(model)
+        arch = checkpoint.architecture
+        return checkpoint.network(), ModelSpec(arch, checkpoint.digest, checkpoint.origin, arch.sqrt_iterations or 0)
+    from sanrt.model.graph import read_model
+
+    spec, weights = read_model(model)
+    if spec.quantisation:
+        raise BackendError(f"{model}: torch runs no {spec.quantisation.type} model; expected the fp32 one it was made of")
+    net = SAN(spec.architecture)
+    net.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in weights.items()})
+    return net.eval().requires_grad_(False), spec
 
 
 def call(function: Callable[..., list[Any]], *inputs: npt.NDArray[Any]) -> list[Array]:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
-from sanrt.errors import BackendError
+from sanrt.errors import BackendError, OutOfMemoryError
+from sanrt.model.spec import MIN_SIDE, Precision
+from sanrt.runtime import machine
+from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version
+from sanrt.runtime.backends.torch import network
 
 if TYPE_CHECKING:
     import torch
@@ -13,8 +19,68 @@ if TYPE_CHECKING:
 
     from sanrt.model.san import SAN
 
+NAME = "torch-cuda"
 MOST_GRAPHS = 4
 """Graphs kept at once: each holds the memory of its shape's intermediate results."""
+
+
+def status() -> BackendStatus:
+    """Whether a CUDA build of PyTorch, the kernels' compiler and a GPU are here; imports none of them."""
+    installed, found = library_version("torch"), machine.gpus()
+    if not installed or "+cpu" in installed or not library_version("nvidia-cuda-nvrtc"):
+        reason = "a CUDA build of torch and nvidia-cuda-nvrtc are not both installed"
+        return BackendStatus(NAME, installed, False, reason, "pip install 'sanrt[kernels]'")
+    if found.problem:
+        return BackendStatus(NAME, installed, False, found.problem, "install NVIDIA's driver and reboot")
+    return BackendStatus(NAME, installed, True, f"runs on {found.devices[0].name}")
+
+
+def load(model: Path, options: RunOptions) -> TorchCudaBackend:
+    """Load an exported fp32 ONNX (its weights, not its graph) or a checkpoint."""
+    return TorchCudaBackend(model, options)
+
+
+class TorchCudaBackend:
+    """The network on a GPU, fp16 unless another precision is asked for. Never run on hardware yet."""
+
+    name = NAME
+    streams = False
+
+    def __init__(self, model: Path, options: RunOptions) -> None:
+        import torch
+
+        net, spec = network(model)
+        net.attention.regions = options.regions
+        precision = options.precision or Precision.FP16
+        dtype = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}[precision]
+        exact = spec.architecture.sqrt_iterations is None
+        self.net = CudaNetwork(net, options.device, dtype, exact_as=spec.iterations or None if exact else None)
+        self.device = torch.cuda.get_device_name(options.device)
+        side = options.regions * MIN_SIDE // 2
+        self.spec = replace(spec, precision=precision, regions=options.regions, min_side=side)
+
+    def infer(self, pictures: Array) -> Array:
+        import torch
+
+        try:
+            output: Array = self.net(torch.from_numpy(pictures)).cpu().numpy()
+        except torch.cuda.OutOfMemoryError as error:
+            raise OutOfMemoryError("torch ran out of GPU memory") from error
+        except RuntimeError as error:
+            raise BackendError(f"torch failed on {self.device} ({str(error).splitlines()[0]})") from error
+        return output
+
+    def stages(self) -> Stages:
+        raise BackendError(f"{NAME} has no stages for exact streaming; use --tiling overlap or --backend torch")
+
+    def close(self) -> None:
+        del self.net
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class CudaNetwork:

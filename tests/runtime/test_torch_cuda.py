@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from sanrt.errors import BackendError
 from sanrt.model.san import SAN
 from sanrt.model.spec import Architecture
-from sanrt.runtime.backends.torch_cuda import CudaNetwork, Graphs, prepared
+from sanrt.runtime.backends import RunOptions, load_backend
+from sanrt.runtime.backends.torch_cuda import CudaNetwork, Graphs, load, prepared, status
 
 
 @pytest.fixture
@@ -49,6 +50,23 @@ def test_each_shape_is_captured_once_and_the_least_recent_is_dropped() -> None:
 def test_without_a_gpu_it_says_so(net: SAN) -> None:
     with pytest.raises(BackendError, match="no CUDA GPU"):
         CudaNetwork(net)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_backend_is_not_usable_without_a_gpu_and_says_how_to_make_it(tiny_model) -> None:
+    found = status()
+    assert not found.usable
+    assert found.remedy
+    with pytest.raises(BackendError, match="no CUDA GPU"):
+        load(tiny_model(), RunOptions())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_backend_agrees_with_the_reference_on_a_gpu(tiny_model) -> None:
+    x = 255 * torch.rand(1, 3, 24, 31).numpy()
+    with load(tiny_model(), RunOptions()) as fast, load_backend("torch", tiny_model(), RunOptions()) as reference:
+        assert abs(fast.infer(x) - reference.infer(x)).max() < 0.5
 
 
 @pytest.mark.gpu
