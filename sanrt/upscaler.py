@@ -14,6 +14,7 @@ from sanrt.errors import UsageError
 from sanrt.runtime.backends import RunOptions, load_backend
 from sanrt.runtime.models import MODELS, find_model
 from sanrt.runtime.upscale import UpscaleOptions, upscale
+from sanrt.runtime.ways import PAPER_REGIONS, Tiling
 
 if TYPE_CHECKING:
     from sanrt.model.spec import ModelSpec
@@ -45,16 +46,23 @@ class Upscaler:
         tile: int | None = None,
         overlap: int | None = None,
         self_ensemble: bool = False,
+        tiling: str = Tiling.AUTO,
+        regions: int | None = None,
     ) -> Self:
         """A scale (2, 3, 4 or 8), meaning what `sanrt export` wrote into the folder `models`, or a model's path.
 
-        `tile` cuts larger pictures into overlapped, blended tiles (by default only those that do not fit the memory);
-        `self_ensemble` averages over the 8 flips and rotations (SAN+, section 4 of the paper). Raises ModelError when the
-        model is missing or damaged, BackendError when the backend cannot run here, UsageError for a bad tile or overlap.
+        Pictures larger than `tile` (by default those that do not fit the memory) are cut as `tiling` says: `auto`, `whole`,
+        `exact` or `overlap`; `overlap` is in pixels. `regions` is the k of the k x k attention regions, by default chosen by
+        a picture's size; `self_ensemble` averages over the 8 flips and rotations (SAN+, section 4 of the paper).
+        Raises ModelError when the model is missing or damaged, BackendError when the backend cannot run here, UsageError
+        for options that make no sense.
         """
-        options = UpscaleOptions(tile, overlap, self_ensemble)
+        if tiling not in list(Tiling):
+            raise UsageError(f"tiling {tiling!r}: expected {', '.join(Tiling)}")
+        options = UpscaleOptions(tile, overlap, self_ensemble, Tiling(tiling), regions)
+        run_options = RunOptions(threads=threads, device=device, regions=regions or PAPER_REGIONS)
         path = find_model(Path(models), model) if isinstance(model, int) else Path(model)
-        return cls(load_backend(backend, path, RunOptions(threads=threads, device=device)), options)
+        return cls(load_backend(backend, path, run_options), options)
 
     @property
     def spec(self) -> ModelSpec:

@@ -114,6 +114,18 @@ def test_a_scale_finds_what_export_wrote_and_says_how_to_make_it(tiny_model, tmp
         Upscaler.load(3, models=tmp_path)
 
 
+def test_tiling_reaches_the_network_and_unknown_ones_are_refused(tiny_model, photo):
+    picture = np.kron(in_type(photo, np.uint8), np.ones((4, 4, 1), np.uint8))
+    results = {}
+    for tiling in ("whole", "exact", "overlap"):
+        with Upscaler.load(tiny_model(2), backend="onnxruntime", threads=1, tiling=tiling, tile=16) as upscaler:
+            results[tiling] = upscaler(picture).astype(int)
+    assert np.abs(results["exact"] - results["whole"]).max() <= 1
+    assert np.abs(results["overlap"] - results["whole"]).max() > 1
+    with pytest.raises(UsageError, match="whole, exact, overlap"):
+        Upscaler.load(tiny_model(2), tiling="diagonal")
+
+
 def test_the_package_has_no_other_lazy_names():
     with pytest.raises(AttributeError, match="Nothing"):
         _ = sanrt.Nothing

@@ -82,6 +82,56 @@ def test_the_written_picture_is_the_networks_output(sanrt, tmp_path, models):
     assert np.abs(picture(tmp_path / "b.png") - expected).max() <= 1
 
 
+def kinds() -> dict[str, tuple[bytes, pyvips.Image]]:
+    """Files of every awkward kind, and the RGB pixels that the network must see."""
+    rng = np.random.default_rng(5)
+
+    def image(height, width, bands, dtype=np.uint8):
+        return pyvips.Image.new_from_array(rng.integers(0, np.iinfo(dtype).max + 1, (height, width, bands), dtype))
+
+    deep = image(9, 14, 3, np.uint16).copy(interpretation="rgb16")
+    grey = image(9, 14, 1).copy(interpretation="b-w")
+    rgba = image(9, 14, 4)
+    palette = rgba.pngsave_buffer(palette=True)
+    cmyk = image(16, 24, 4).copy(interpretation="cmyk").jpegsave_buffer(Q=95)
+    photo = image(16, 24, 3).icc_transform("srgb", input_profile="srgb").copy()
+    photo.set_type(pyvips.GValue.gint_type, "orientation", 6)
+    rotated = photo.jpegsave_buffer(Q=95)
+    plain = {"one": image(1, 1, 3), "tiny": image(7, 3, 3), "black": image(12, 12, 3) * 0, "long": image(20, 4000, 3)}
+    return {
+        "deep.png": (deep.pngsave_buffer(), deep),
+        "grey.png": (grey.pngsave_buffer(), grey.bandjoin([grey, grey])),
+        "palette.png": (palette, pyvips.Image.new_from_buffer(palette, "")[:3]),
+        "cmyk.jpg": (cmyk, pyvips.Image.new_from_buffer(cmyk, "").icc_transform("srgb", input_profile="cmyk")),
+        "rotated.jpg": (rotated, pyvips.Image.new_from_buffer(rotated, "").autorot()),
+        **{f"{name}.png": (pixels.cast("uchar").pngsave_buffer(), pixels) for name, pixels in plain.items()},
+    }
+
+
+@pytest.mark.parametrize("name", kinds())
+def test_pictures_of_every_kind_come_out_as_the_reference_has_them(sanrt, tmp_path, models, name):
+    data, seen = kinds()[name]
+    (tmp_path / name).write_bytes(data)
+    quicker = ["--backend", "torch"] if name == "long.png" else []
+    assert sanrt(name, "out.png", *quicker)[0] == 0
+    x = seen.numpy().astype(np.float32).transpose(2, 0, 1)[None] * (255 / 65535 if name == "deep.png" else 1)
+    height, width = x.shape[2:]
+    x = np.pad(x, ((0, 0), (0, 0), (0, max(0, 4 - height)), (0, max(0, 4 - width))), mode="edge")
+    with load_backend("torch", models / "san_x2.onnx", RunOptions(threads=1)) as backend:
+        y = backend.infer(x.astype(np.float32))[0, :, : 2 * height, : 2 * width].clip(0, 255).transpose(1, 2, 0)
+    result = pyvips.Image.new_from_file(str(tmp_path / "out.png"))
+    pixels = result.numpy().reshape(2 * height, 2 * width, -1).astype(float)
+    if name == "grey.png":
+        assert result.bands == 1
+        y = y.mean(axis=2, keepdims=True)
+    assert result.hasalpha() == (name == "palette.png")
+    assert result.format == ("ushort" if name == "deep.png" else "uchar")
+    assert np.abs(pixels[..., : y.shape[2]] / (257 if name == "deep.png" else 1) - y).max() < 1.01
+    if name == "rotated.jpg":
+        assert result.get("icc-profile-data") == pyvips.Image.new_from_buffer(data, "").get("icc-profile-data")
+        assert not result.get_typeof("orientation") or result.get("orientation") == 1
+
+
 def test_a_second_run_does_nothing_unless_told_to(sanrt, tmp_path):
     noise(tmp_path / "in" / "a.png")
     sanrt("in", "out")
