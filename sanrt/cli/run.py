@@ -14,6 +14,7 @@ import typer
 from sanrt.cli.export import chosen_checkpoint
 from sanrt.errors import UsageError
 from sanrt.extras import extra
+from sanrt.model.spec import SCALES
 from sanrt.runtime.formats import Format
 from sanrt.runtime.models import MODELS, exported_path
 from sanrt.runtime.ways import Tiling
@@ -98,6 +99,8 @@ def run(
     from sanrt.runtime.upscale import Streamer, UpscaleOptions, upscale
     from sanrt.runtime.ways import parse_memory
 
+    if scale not in (None, *SCALES):
+        raise typer.BadParameter(f"--scale {scale}: expected {', '.join(map(str, SCALES))}")
     if format and format.written_as is not format:
         raise typer.BadParameter(f"--format {format}: sanrt reads it, and writes {format.written_as} instead")
     k = region_count(regions)
