@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sanrt.errors import UsageError
 from sanrt.export.samples import Picture
 from sanrt.export.squareroot import socas
+from sanrt.export.tensors import Probe
 from sanrt.export.validate import reference_network, source_checkpoint
 from sanrt.model.san import SAN
 from sanrt.model.soca import covariance
@@ -128,15 +129,6 @@ def reference_stages(net: SAN, x: Array) -> dict[str, Array]:
 
 def graph_stages(path: Path, names: Sequence[str], x: Array) -> dict[str, Array]:
     """The same of a graph as ONNX Runtime computes it, for the names that it has, in their order."""
-    import onnxruntime
-
     model = onnx.load(path)
     made = {output for node in model.graph.node for output in node.output}
-    asked = [name for name in names if name in made]
-    del model.graph.output[:]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    outputs = session.run(asked, {"input": x})
-    return {name: np.asarray(y, np.float32) for name, y in zip(asked, outputs, strict=True)}
+    return Probe(model, [name for name in names if name in made])(x)

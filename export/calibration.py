@@ -1,0 +1,184 @@
+"""What quantisation is measured on: crops of pictures, and the ranges that convolutions' inputs take on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from enum import StrEnum
+from io import StringIO
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from sanrt.errors import PictureError
+from sanrt.export.bicubic import degrade
+from sanrt.export.samples import Picture, Sample, pictures_in, read_rgb
+from sanrt.export.scene import natural_scene
+from sanrt.export.tensors import Probe
+from sanrt.model.graph import Weights, san_model
+from sanrt.model.spec import ModelSpec
+from sanrt.runtime.upscale import network_input
+
+Array = npt.NDArray[np.float32]
+Item = TypeVar("Item")
+
+CROP = 192
+"""Side of a crop, high-resolution pixels; all scales divide it."""
+CROPS = 36
+"""At most, over all pictures; every third is held out from calibration and judges the result."""
+SCENES = 9
+"""Generated ones, where there are no pictures."""
+BINS, QUANTISED_BINS, PERCENTILE = 2048, 255, 99.99
+
+
+class Method(StrEnum):
+    """How the range of a tensor follows from the values seen."""
+
+    MIN_MAX = "min-max"
+    """The largest magnitude: nothing saturates."""
+    ENTROPY = "entropy"
+    """The least loss of information (Kullback-Leibler) between the values and the rounded ones."""
+    PERCENTILE = "percentile"
+    """All but the largest one in ten thousand."""
+
+
+class Track(Protocol):
+    """Follows a loop for people, as `rich.progress.track` does."""
+
+    def __call__(self, items: Sequence[Item], description: str) -> Iterable[Item]: ...
+
+
+def untracked(items: Sequence[Item], description: str) -> Iterable[Item]:
+    """Progress that nobody watches."""
+    return items
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Crops of one size, low resolution made from high by the paper's degradation."""
+
+    name: str
+    crops: tuple[Sample, ...]
+    """Ranges are taken from these."""
+    held_out: tuple[Sample, ...]
+    """Quality is judged on these."""
+    too_small: int
+    """Pictures that were left out, a side being shorter than a crop."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all pixels."""
+        digest = hashlib.sha256()
+        for sample in (*self.crops, *self.held_out):
+            digest.update(sample.low.tobytes())
+        return digest.hexdigest()
+
+
+def calibration_set(folder: Path | None, scale: int, track: Track = untracked) -> CalibrationSet:
+    """Crops of a folder's pictures, spread over all of them, or of generated scenes; always the same ones.
+
+    Pictures are read one at a time. Raises PictureError for a folder or a picture that cannot be used.
+    """
+    paths = spread(pictures_in(folder), CROPS) if folder else []
+    each = max(1, CROPS // max(1, len(paths)))
+    crops: list[Sample] = []
+    too_small = 0
+    for path in track(paths, "Reading pictures"):
+        found = list(crops_of(path.name, read_rgb(path), scale, each))
+        too_small += not found
+        crops += found
+    for seed in track([] if folder else range(SCENES), "Making scenes"):
+        crops += crops_of(f"scene {seed}", natural_scene(CROP, CROP, seed), scale, 1)
+    held_out = crops[::3]
+    crops = [crop for index, crop in enumerate(crops) if index % 3]
+    if not crops:
+        raise PictureError(
+            f"{folder}: {len(held_out)} crops of {CROP} x {CROP} in {len(paths)} pictures, expected 2 or more;"
+            f" give it pictures of {CROP} px a side or more"
+        )
+    name = folder.name if folder else "generated scenes"
+    return CalibrationSet(name, tuple(crops), tuple(held_out), too_small)
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of the items, evenly spread."""
+    count = min(len(items), most)
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def crops_of(name: str, picture: Picture, scale: int, most: int) -> Iterator[Sample]:
+    """Crops of a picture that do not overlap, evenly spread; none of one that is too small."""
+    rows, columns = (side // CROP for side in picture.shape[:2])
+    for row, column in spread([(row, column) for row in range(rows) for column in range(columns)], most):
+        high = np.ascontiguousarray(picture[row * CROP : (row + 1) * CROP, column * CROP : (column + 1) * CROP])
+        yield Sample(f"{name} {row},{column}", degrade(high, scale), high)
+
+
+def residual_blocks(spec: ModelSpec) -> list[str]:
+    """Names of the network's residual blocks, in order; each has two convolutions, `.conv1` and `.conv2`."""
+    arch = spec.architecture
+    return [f"groups.{group}.blocks.{block}" for group in range(arch.groups) for block in range(arch.blocks)]
+
+
+def input_ranges(
+    spec: ModelSpec, weights: Weights, crops: Sequence[Sample], method: Method, track: Track = untracked
+) -> dict[str, float]:
+    """The range of each residual convolution's input, by the convolution's name; one crop is run at a time."""
+    model = san_model(spec, weights)
+    names = {f"{block}.{conv}" for block in residual_blocks(spec) for conv in ("conv1", "conv2")}
+    inputs = {node.name: node.input[0] for node in model.graph.node if node.name in names}
+    probe = Probe(model, list(inputs.values()))
+    collector = collector_for(method)
+    for sample in track(crops, "Calibrating"):
+        collector.collect(probe(network_input(sample.low, spec.architecture.value_range)))
+    ranges = collector.ranges()
+    return {conv: ranges[tensor] for conv, tensor in inputs.items()}
+
+
+class Collector(Protocol):
+    """Takes tensors as they come and keeps what their ranges need."""
+
+    def collect(self, tensors: dict[str, Array]) -> None: ...
+
+    def ranges(self) -> dict[str, float]: ...
+
+
+def collector_for(method: Method) -> Collector:
+    """The collector of a method."""
+    return LargestCollector() if method == Method.MIN_MAX else HistogramCollector(method)
+
+
+class LargestCollector:
+    """Min-max, for symmetric ranges: one number per tensor, so onnxruntime's calibrator would add nothing."""
+
+    def __init__(self) -> None:
+        self.largest: dict[str, float] = {}
+
+    def collect(self, tensors: dict[str, Array]) -> None:
+        for name, values in tensors.items():
+            self.largest[name] = max(self.largest.get(name, 0.0), float(np.abs(values).max()))
+
+    def ranges(self) -> dict[str, float]:
+        return self.largest
+
+
+class HistogramCollector:
+    """onnxruntime's calibrator, fed crop by crop: it would keep every tensor of a whole data set otherwise."""
+
+    def __init__(self, method: Method) -> None:
+        from onnxruntime.quantization import calibrate
+
+        self.collector: Any = calibrate.HistogramCollector(method.value, True, BINS, QUANTISED_BINS, PERCENTILE, "same")
+
+    def collect(self, tensors: dict[str, Array]) -> None:
+        with redirect_stdout(StringIO()):
+            self.collector.collect({name: [values] for name, values in tensors.items()})
+
+    def ranges(self) -> dict[str, float]:
+        with redirect_stdout(StringIO()):
+            found = self.collector.compute_collection_result()
+        return {name: float(max(abs(low), abs(high))) for name, (low, high, *_) in found.items()}

@@ -1,0 +1,156 @@
+"""An exported ONNX with residual blocks in int8 or fp8, as many as a loss of quality allows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from sanrt import __version__
+from sanrt.errors import ModelError, ParityError, UsageError
+from sanrt.export.budget import Measurements, Plan, of_blocks, plan_blocks, table_rows
+from sanrt.export.calibration import (
+    CalibrationSet,
+    Method,
+    Track,
+    calibration_set,
+    input_ranges,
+    residual_blocks,
+    untracked,
+)
+from sanrt.model.graph import Weights, read_model, san_model
+from sanrt.model.spec import ModelSpec, Quantisation, QuantisedType
+from sanrt.runtime.derived import FOLDER, file_digest
+
+MAX_PSNR_DROP = 0.1
+"""dB of Y-PSNR that quantisation may cost, unless said otherwise."""
+
+
+@dataclass(frozen=True)
+class QuantiseOptions:
+    """How a model is quantised."""
+
+    type: QuantisedType
+    calibration: Path | None = None
+    """Folder of high-resolution pictures; None is generated scenes."""
+    method: Method = Method.MIN_MAX
+    max_psnr_drop: float = MAX_PSNR_DROP
+    keep: tuple[str, ...] = ()
+    """Patterns of blocks that stay as they are, such as `groups.0.*`."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What was written, and why so."""
+
+    path: Path
+    spec: ModelSpec
+    plan: Plan
+    pictures: CalibrationSet
+
+
+def quantised_path(model: Path, kind: QuantisedType) -> Path:
+    """Beside the exported model: `san_x4.int8.onnx`."""
+    return model.with_name(f"{model.stem}.{kind}.onnx")
+
+
+def quantise(model: Path, options: QuantiseOptions, track: Track = untracked) -> Quantised:
+    """Calibrate, measure every residual block, and write the ONNX with the most blocks in 8 bits that the budget allows.
+
+    What was measured is kept beside the model, by digest of all that it depends on. Raises ParityError, and writes
+    nothing, when no block can be quantised within the budget.
+    """
+    spec, weights = read_model(model)
+    if spec.quantisation:
+        raise UsageError(f"{model}: is {spec.quantisation.type} already; name the fp32 model it was made of")
+    blocks = residual_blocks(spec)
+    kept = kept_blocks(blocks, options.keep)
+    pictures = calibration_set(options.calibration, spec.architecture.scale, track)
+    identity = [file_digest(model), __version__, pictures.digest]
+    ranges = kept_ranges(model, spec, weights, pictures, options.method, identity, track)
+    quantisation = Quantisation(options.type, ranges)
+    cache = cache_path(model, f"{options.type}-losses", [*identity, json.dumps(ranges)])
+    measure = Measurements(spec, weights, quantisation, pictures.held_out, cache)
+    plan = plan_blocks(blocks, kept, measure, options.max_psnr_drop, track)
+    if not plan.blocks:
+        raise nothing_fits(model, options, plan)
+    report = {**spec.report, "quantisation": facts(options, pictures, plan)}
+    spec = replace(spec, quantisation=of_blocks(quantisation, plan.blocks), report=report)
+    path = quantised_path(model, options.type)
+    write(path, san_model(spec, weights).SerializeToString())
+    return Quantised(path, spec, plan, pictures)
+
+
+def kept_blocks(blocks: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The blocks that stay as they are; raises UsageError for a pattern that means none."""
+    for pattern in patterns:
+        if not any(fnmatchcase(block, pattern) for block in blocks):
+            raise UsageError(f"{pattern!r}: no such block; expected a name or pattern among {blocks[0]} .. {blocks[-1]}")
+    return [block for block in blocks if any(fnmatchcase(block, pattern) for pattern in patterns)]
+
+
+def kept_ranges(
+    model: Path,
+    spec: ModelSpec,
+    weights: Weights,
+    pictures: CalibrationSet,
+    method: Method,
+    identity: Sequence[str],
+    track: Track,
+) -> dict[str, float]:
+    """The convolutions' input ranges, from the last time that the same was asked or measured now."""
+    path = cache_path(model, f"ranges-{method}", identity)
+    try:
+        kept: dict[str, float] = json.loads(path.read_text())
+        return kept
+    except (OSError, ValueError):
+        ranges = input_ranges(spec, weights, pictures.crops, method, track)
+        write(path, json.dumps(ranges).encode())
+        return ranges
+
+
+def cache_path(model: Path, what: str, identity: Sequence[str]) -> Path:
+    """Where something measured is kept: beside the model, under a digest of all that it depends on."""
+    tag = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
+    return model.parent / FOLDER / f"{model.stem}-{what}-{tag}.json"
+
+
+def nothing_fits(model: Path, options: QuantiseOptions, plan: Plan) -> ParityError:
+    """No block is within the budget."""
+    measured = [(cost.alone.y_psnr_drop, cost.block) for cost in plan.costs if cost.alone]
+    drop, block = min(measured, default=(float("nan"), "none"))
+    return ParityError(
+        f"{model}: no residual block can be {options.type} within {options.max_psnr_drop:g} dB of Y-PSNR: the cheapest,"
+        f" {block}, costs {drop:.3f} dB; allow more with --max-psnr-drop, or stay with --fp16"
+    )
+
+
+def facts(options: QuantiseOptions, pictures: CalibrationSet, plan: Plan) -> dict[str, Any]:
+    """What the metadata keeps, for `sanrt info`."""
+    return {
+        "type": options.type,
+        "calibration": f"{len(pictures.crops)} crops of {pictures.name}, {options.method}",
+        "held_out": len(pictures.held_out),
+        "max_psnr_drop": options.max_psnr_drop,
+        "y_psnr_drop": plan.loss.y_psnr_drop,
+        "psnr": plan.loss.psnr,
+        "blocks": table_rows(plan),
+    }
+
+
+def write(path: Path, content: bytes) -> None:
+    """Beside its place, then renamed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be written ({error.strerror}); use a writable --models folder") from error
+    finally:
+        partial.unlink(missing_ok=True)
