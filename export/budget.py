@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -120,7 +121,11 @@ def of_blocks(quantisation: Quantisation, blocks: Sequence[str]) -> Quantisation
 
 
 def plan_blocks(
-    blocks: Sequence[str], kept: Sequence[str], measure: Callable[[Sequence[str]], Loss], max_drop: float, track: Track = untracked
+    blocks: Sequence[str],
+    kept: Sequence[str],
+    measure: Callable[[Sequence[str]], Loss],
+    max_drop: float,
+    track: Track = untracked,
 ) -> Plan:
     """The most blocks whose Y-PSNR drop is within `max_drop` dB, the least sensitive first; `kept` ones stay out.
 
@@ -151,7 +156,7 @@ def table_rows(plan: Plan) -> list[Mapping[str, object]]:
     return [
         {
             "block": cost.block,
-            "psnr": cost.alone and cost.alone.psnr,
+            "psnr": cost.alone and (cost.alone.psnr if math.isfinite(cost.alone.psnr) else None),
             "y_psnr_drop": cost.alone and cost.alone.y_psnr_drop,
             "quantised": cost.quantised,
         }

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from sanrt.errors import UsageError
 from sanrt.runtime.backends import RunOptions, load_backend
 from sanrt.runtime.models import MODELS, find_model
+from sanrt.runtime.preference import load_default
 from sanrt.runtime.sentinel import watched
 from sanrt.runtime.upscale import UpscaleOptions, upscale
 from sanrt.runtime.ways import PAPER_REGIONS, Tiling
@@ -63,7 +64,9 @@ class Upscaler:
         options = UpscaleOptions(tile, overlap, self_ensemble, Tiling(tiling), regions)
         run_options = RunOptions(threads=threads, device=device, regions=regions or PAPER_REGIONS)
         path = find_model(Path(models), model) if isinstance(model, int) else Path(model)
-        return cls(watched(load_backend(backend, path, run_options), path, run_options), options)
+        automatic = isinstance(model, int) and backend == "auto"
+        network = load_default(path, run_options) if automatic else load_backend(backend, path, run_options)
+        return cls(watched(network, path, run_options), options)
 
     @property
     def spec(self) -> ModelSpec:

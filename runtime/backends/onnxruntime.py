@@ -10,9 +10,10 @@ from typing import Any, Self
 import numpy.typing as npt
 
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError
-from sanrt.model.spec import Attention, GraphOptions, ModelSpec
+from sanrt.model.spec import Attention, GraphOptions, ModelSpec, QuantisedType
 from sanrt.runtime.backends import OPEN_STAGES, Array, BackendStatus, RunOptions, Stages, fp32_only, library_version
 from sanrt.runtime.derived import derived_model
+from sanrt.runtime.models import read_spec
 
 NAME = "onnxruntime"
 
@@ -96,6 +97,9 @@ def session_on(graph: Path, settings: Any, providers: list[Any]) -> Any:
     """An InferenceSession; raises ModelError for a graph that onnxruntime refuses."""
     import onnxruntime
 
+    if read_spec(graph).coarsest == QuantisedType.FP8:
+        # Beyond that, onnxruntime 1.32 drops a Relu in front of an fp8 QuantizeLinear.
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     try:
         return onnxruntime.InferenceSession(graph, settings, providers=providers)
     except Exception as error:

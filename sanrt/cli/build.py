@@ -25,6 +25,15 @@ def build(
     fp32: Annotated[bool, typer.Option("--fp32", help="Everything in fp32, TF32 off.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Convolutions and attention in half, SOCA's root in fp32.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="The same in bfloat16.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Residual blocks in int8, as many as --max-psnr-drop allows.")
+    ] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="The same in fp8 (e4m3).")] = False,
+    auto: Annotated[bool, typer.Option("--auto", help="Try what this machine runs; prefer the fastest.")] = False,
+    calibration: Annotated[Path | None, typer.Option(help="Pictures to quantise by; generated scenes if left out.")] = None,
+    calibrator: Annotated[str, typer.Option(help="min-max, entropy or percentile.")] = "min-max",
+    max_psnr_drop: Annotated[float, typer.Option(min=0, help="What quantisation may cost, dB of Y-PSNR.")] = 0.1,
+    keep_fp16: Annotated[list[str] | None, typer.Option(help="Blocks not to quantise, such as 'groups.0.*'.")] = None,
     flavor: Annotated[str, typer.Option(help="auto, tensorrt or rtx.")] = "auto",
     smallest: Annotated[list[str] | None, typer.Option("--min", help="Smallest input, BxHxW; repeat for profiles.")] = None,
     best: Annotated[list[str] | None, typer.Option("--opt", help="The input to tune for.")] = None,
@@ -44,13 +53,25 @@ def build(
         from sanrt.export.engine import build_engine, choose_flavor
     from sanrt.model.spec import Precision
     from sanrt.runtime.engines import BuildOptions
-    from sanrt.runtime.flavors import Flavor
+    from sanrt.runtime.flavors import Flavor, installed_version
 
     asked = [p for p, wanted in zip(Precision, (fp32, fp16, bf16), strict=True) if wanted]
     if len(asked) > 1:
         raise typer.BadParameter(f"choose one of --{' and --'.join(asked)}")
     if flavor not in ("auto", *Flavor):
         raise typer.BadParameter(f"--flavor {flavor}: expected auto, tensorrt or rtx")
+    if int8 + fp8 + auto > 1:
+        raise typer.BadParameter("choose one of --int8, --fp8 and --auto")
+    model = model or newest_model(models)
+    if int8 or fp8 or auto:
+        from sanrt.cli.quantise import choose_automatically, quantise_options, quantised_model
+
+        quantisation = quantise_options(fp8, calibration, calibrator, max_psnr_drop, keep_fp16 or [])
+        if auto:
+            return choose_automatically(model, quantisation)
+        model = quantised_model(model, quantisation)
+        if flavor == "auto" and not any(map(installed_version, Flavor)):
+            return print(f"no engine: TensorRT is not installed. next: `sanrt run INPUT OUTPUT --model {model}`")
     options = BuildOptions(
         flavor=choose_flavor() if flavor == "auto" else Flavor(flavor),
         precision=asked[0] if asked else Precision.FP16,
@@ -63,13 +84,16 @@ def build(
         allow_unfused_attention=allow_unfused_attention,
     )
     with BuildProgress() as progress:
-        info, built = build_engine(model or newest_model(models), options, output, progress)
-    report(info, built)
+        info, built = build_engine(model, options, output, progress)
+    return report(info, built)
 
 
 def newest_model(models: Path) -> Path:
-    """The ONNX that was exported last."""
-    found = sorted(models.glob("*.onnx"), key=lambda path: path.stat().st_mtime)
+    """The ONNX that was exported last; quantised ones are made of it, and named explicitly."""
+    from sanrt.model.spec import QuantisedType
+
+    exported = (path for path in models.glob("*.onnx") if path.stem.rpartition(".")[2] not in tuple(QuantisedType))
+    found = sorted(exported, key=lambda path: path.stat().st_mtime)
     if not found:
         raise UsageError(f"{models}: no exported ONNX; make one with `sanrt export --scale 4`, or name a file")
     return found[-1]

@@ -30,7 +30,7 @@ def info(file: Annotated[Path, typer.Argument(help="An ONNX, an engine or a chec
 
 def describe_onnx(path: Path) -> Iterator[RenderableType]:
     """An exported model, from its metadata alone."""
-    from sanrt.cli.tables import facts_table, square_root_table
+    from sanrt.cli.tables import facts_table, quantisation_table, square_root_table
     from sanrt.runtime.derived import file_digest
     from sanrt.runtime.models import read_spec
 
@@ -39,18 +39,20 @@ def describe_onnx(path: Path) -> Iterator[RenderableType]:
     yield facts_table({**facts, "digest": file_digest(path)})
     if "square_root" in spec.report:
         yield square_root_table(spec.report["square_root"])
+    if "quantisation" in spec.report:
+        yield quantisation_table(spec.report["quantisation"])
 
 
 def model_facts(spec: ModelSpec) -> dict[str, str]:
     """What a model's description says, whichever file carried it."""
-    from sanrt.cli.tables import parity_line, square_root_line
+    from sanrt.cli.tables import parity_line, quantisation_line, square_root_line
 
     arch = spec.architecture
     multiple = f", multiples of {spec.multiple}" if spec.multiple > 1 else ""
     facts = {
         "network": arch.name,
         "scale": f"{arch.scale}x",
-        "precision": str(spec.precision),
+        "precision": spec.computes,
         "input": f"RGB, 0..{arch.value_range:g}, sides of {spec.min_side} px or more{multiple}",
         "attention": f"{spec.regions} x {spec.regions} regions",
         "square root": f"{spec.iterations} Newton-Schulz steps",
@@ -59,6 +61,8 @@ def model_facts(spec: ModelSpec) -> dict[str, str]:
         facts["square root"] = square_root_line(spec.report["square_root"])
     if "parity" in spec.report:
         facts["PyTorch parity"] = parity_line(spec.report["parity"])
+    if "quantisation" in spec.report:
+        facts["quantisation"] = quantisation_line(spec.report["quantisation"])
     return {
         **facts,
         "weights": spec.weights_origin,

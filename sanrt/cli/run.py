@@ -158,6 +158,7 @@ def colour(text: str) -> tuple[int, int, int]:
 def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
     """The chosen model on the chosen backend; the bundled one is exported first where none was made yet."""
     from sanrt.runtime.backends import load_backend
+    from sanrt.runtime.preference import load_default
     from sanrt.runtime.sentinel import watched
 
     if choice.missing:
@@ -165,10 +166,13 @@ def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
         with extra("export", "making a model"):
             from sanrt.export.onnx import export_onnx
         export_onnx(chosen_checkpoint(choice.expected, None), choice.path)
-    network = load_backend(choice.backend, choice.path, choice.options)
+    if choice.backend == "auto" and not choice.named:
+        network = load_default(choice.path, choice.options)
+    else:
+        network = load_backend(choice.backend, choice.path, choice.options)
     spec = network.spec
     if choice.scale not in (None, spec.architecture.scale):
         network.close()
         raise UsageError(f"{choice.path}: a x{spec.architecture.scale} model, but --scale {choice.scale} was asked for")
-    reporter.say(f"{choice.path}: {spec.architecture.name}, {spec.precision}, {network.name} on {network.device}")
+    reporter.say(f"{choice.path}: {spec.architecture.name}, {spec.computes}, {network.name} on {network.device}")
     return watched(network, choice.path, choice.options)

@@ -47,3 +47,27 @@ def facts_table(facts: Mapping[str, str]) -> Table:
     for name, value in facts.items():
         table.add_row(name, Text(value))
     return table
+
+
+def quantisation_line(report: Mapping[str, Any]) -> str:
+    """How much is in 8 bits, and what that costs."""
+    blocks = report["blocks"]
+    count = sum(block["quantised"] for block in blocks)
+    return (
+        f"{count} of {len(blocks)} residual blocks in {report['type']}; Y-PSNR changes by"
+        f" {-report['y_psnr_drop']:+.4f} dB on {report['held_out']} held-out crops (budget -{report['max_psnr_drop']:g});"
+        f" calibrated on {report['calibration']}"
+    )
+
+
+def quantisation_table(report: Mapping[str, Any]) -> Table:
+    """One row per residual block."""
+    table = Table("block", "alone, dB", "PSNR to fp32", "computes in", title="Residual blocks")
+    for row in report["blocks"]:
+        kind = report["type"] if row["quantised"] else "as the rest"
+        if row["y_psnr_drop"] is None:
+            table.add_row(row["block"], "", "", f"{kind} (kept)")
+        else:
+            psnr = "equal" if row["psnr"] is None else f"{row['psnr']:.1f}"
+            table.add_row(row["block"], f"{-row['y_psnr_drop']:+.4f}", psnr, kind)
+    return table

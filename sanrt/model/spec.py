@@ -130,6 +130,11 @@ class ModelSpec:
         """The coarsest type that the network computes in, by which its outputs are judged."""
         return self.quantisation.type if self.quantisation else self.precision
 
+    @property
+    def computes(self) -> str:
+        """The types that it computes in, for people: `fp32`, `int8 + fp16`."""
+        return f"{self.quantisation.type} + {self.precision}" if self.quantisation else str(self.precision)
+
     def to_metadata(self) -> dict[str, str]:
         """Flat strings for ONNX `metadata_props`: every key begins with `sanrt.`, every value is JSON."""
         return {PREFIX + name: json.dumps(value) for name, value in asdict(self).items()}

@@ -1,0 +1,106 @@
+"""Models side by side on every backend that can run them here: quality on held-out crops, and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sanrt.errors import SanrtError
+from sanrt.export.calibration import Track, untracked
+from sanrt.export.metrics import y_psnr
+from sanrt.export.samples import Sample
+from sanrt.model.spec import Precision
+from sanrt.runtime.backends import Backend, RunOptions, candidates, load_backend, status
+from sanrt.runtime.upscale import infer_padded, network_input, network_output
+
+TIMED_SIDE, ROUNDS = 96, 5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model on one backend in one precision."""
+
+    model: Path
+    backend: str
+    precision: Precision | None
+    """As asked for; None where the model's file has settled it."""
+    computes: str
+    """For people: `fp32`, `int8 + bf16`."""
+    y_psnr: float
+    """Against the held-out crops' originals, on average, dB."""
+    seconds: float
+    """The quickest of ROUNDS runs, which took turns with the other trials', of a TIMED_SIDE x TIMED_SIDE picture."""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it computes in 8 bits."""
+        return "8" in self.computes.partition(" ")[0]
+
+
+def trials(models: Sequence[Path], held_out: Sequence[Sample], track: Track = untracked) -> list[Trial]:
+    """Everything that runs here, the fastest first; what a backend refuses is left out."""
+    with ExitStack() as stack:
+        loaded = []
+        for model in models:
+            for name, precision in ways(model):
+                try:
+                    backend = load_backend(name, model, RunOptions(precision=precision))
+                except SanrtError:
+                    continue
+                loaded.append(
+                    (Trial(model, name, precision, backend.spec.computes, 0.0, np.inf), stack.enter_context(backend))
+                )
+        scored = [
+            (replace(trial, y_psnr=quality(backend, held_out)), backend)
+            for trial, backend in track(loaded, "Comparing quality")
+        ]
+        done = [trial for trial, _ in scored]
+        x = np.random.default_rng(0).uniform(0, 1, (1, 3, TIMED_SIDE, TIMED_SIDE)).astype(np.float32)
+        for _ in track(range(ROUNDS), "Timing"):
+            done = [
+                replace(trial, seconds=min(trial.seconds, seconds(backend, x)))
+                for trial, (_, backend) in zip(done, scored, strict=True)
+            ]
+    return sorted(done, key=lambda trial: trial.seconds)
+
+
+def ways(model: Path) -> list[tuple[str, Precision | None]]:
+    """Backends that are usable here, each with the precisions to try; PyTorch is the reference, not a competitor."""
+    names = [name for name in candidates(model) if name != "torch" and status(name).usable]
+    return [(name, p) for name in names for p in ([None] if name == "tensorrt" else Precision)]
+
+
+def quality(backend: Backend, held_out: Sequence[Sample]) -> float:
+    """Mean Y-PSNR of the crops, dB."""
+    return float(np.mean([score(backend, sample) for sample in held_out]))
+
+
+def score(backend: Backend, sample: Sample) -> float:
+    """Y-PSNR of one crop, dB."""
+    arch = backend.spec.architecture
+    assert sample.high is not None
+    y = infer_padded(backend, network_input(sample.low, arch.value_range))
+    return y_psnr(network_output(y, sample.high, arch.value_range), sample.high, arch.scale)
+
+
+def seconds(backend: Backend, x: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> float:
+    """Wall time of one run."""
+    started = time.perf_counter()
+    backend.infer(x)
+    return time.perf_counter() - started
+
+
+def reference_quality(found: Sequence[Trial]) -> float:
+    """Y-PSNR of the fp32 model in fp32, which all drops are counted from."""
+    return max(trial.y_psnr for trial in found if trial.computes == Precision.FP32)
+
+
+def fastest(found: Sequence[Trial], max_drop: float) -> Trial:
+    """The quickest whose Y-PSNR is at most `max_drop` dB below fp32's; fp32 itself always qualifies."""
+    floor = reference_quality(found) - max_drop
+    return min((t for t in found if t.y_psnr >= floor), key=lambda trial: trial.seconds)

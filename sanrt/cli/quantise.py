@@ -1,0 +1,133 @@
+"""`sanrt build --int8`, `--fp8` and `--auto`: what is done before an engine is built, told to people."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import typer
+
+from sanrt.errors import ParityError
+from sanrt.extras import extra
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sanrt.export.quantise import Quantised, QuantiseOptions
+    from sanrt.export.trials import Trial
+
+Item = TypeVar("Item")
+
+
+def quantise_options(fp8: bool, calibration: Path | None, calibrator: str, drop: float, keep: list[str]) -> QuantiseOptions:
+    """The command line's wishes; a usage error for a calibrator that is none."""
+    with extra("export", "quantising"):
+        from sanrt.export.calibration import Method
+        from sanrt.export.quantise import QuantiseOptions
+    from sanrt.model.spec import QuantisedType
+
+    if calibrator not in tuple(Method):
+        raise typer.BadParameter(f"--calibrator {calibrator}: expected {', '.join(Method)}")
+    kind = QuantisedType.FP8 if fp8 else QuantisedType.INT8
+    return QuantiseOptions(kind, calibration, Method(calibrator), drop, tuple(keep))
+
+
+def quantised_model(model: Path, options: QuantiseOptions) -> Path:
+    """Quantise a model and see whether that makes it faster here; the faster becomes what `sanrt run` takes by itself."""
+    from sanrt.export.quantise import quantise
+
+    console = plain_console()
+    result = quantise(model, options, track)
+    print_quantised(console, result, options)
+    compare(console, model, [result], options.max_psnr_drop, str(options.type))
+    return result.path
+
+
+def choose_automatically(model: Path, options: QuantiseOptions) -> None:
+    """Try what this machine can run, and prefer the fastest within the budget."""
+    from sanrt.export.quantise import quantise
+
+    console = plain_console()
+    results = []
+    try:
+        results.append(quantise(model, options, track))
+        print_quantised(console, results[0], options)
+    except ParityError as error:
+        console.print(str(error))
+    compare(console, model, results, options.max_psnr_drop, "")
+
+
+def compare(console: Console, model: Path, results: Sequence[Quantised], max_drop: float, kind: str) -> None:
+    """Time everything side by side, print it, and make the fastest within the budget the default choice."""
+    from sanrt.export.calibration import calibration_set
+    from sanrt.export.trials import fastest, reference_quality, trials
+    from sanrt.model.spec import Precision
+    from sanrt.runtime.models import read_spec
+    from sanrt.runtime.preference import prefer
+
+    pictures = results[0].pictures if results else calibration_set(None, read_spec(model).architecture.scale, track)
+    found = trials([model, *(r.path for r in results)], pictures.held_out, track)
+    if not any(t.computes == Precision.FP32 for t in found):
+        console.print("not timed: no backend runs the fp32 model here; pip install 'sanrt[openvino]' or 'sanrt[cpu]'")
+        return
+    print_trials(console, found, reference_quality(found))
+    best = fastest(found, max_drop)
+    prefer(model, best.model, best.backend, best.precision)
+    if kind:
+        console.print(worth(found, kind))
+    console.print(f"`sanrt run` takes the fastest within {max_drop:g} dB: {best.computes} on {best.backend}")
+
+
+def worth(found: Sequence[Trial], kind: str) -> str:
+    """Whether 8 bits are faster here, in plain words."""
+    eight, others = ([t for t in found if t.quantised is wanted] for wanted in (True, False))
+    if not eight:
+        return f"{kind}: no backend runs it here, so whether it is faster is not known"
+    ratio = others[0].seconds / eight[0].seconds
+    if ratio > 1:
+        return f"{kind} is worth it here: {ratio:.2f} times as fast as the best without it"
+    return f"{kind} is not worth it here: it takes {1 / ratio:.2f} times as long as the best without it"
+
+
+def print_quantised(console: Console, result: Quantised, options: QuantiseOptions) -> None:
+    """The blocks, the loss, and what it was measured on."""
+    from sanrt.cli.tables import quantisation_line, quantisation_table
+
+    report = result.spec.report["quantisation"]
+    console.print(quantisation_table(report))
+    console.print(f"{result.path}: {quantisation_line(report)}")
+    if result.pictures.too_small:
+        console.print(f"left out: {result.pictures.too_small} pictures smaller than a crop")
+    if options.calibration is None:
+        console.print("calibrated on generated scenes; pictures of your own are better: --calibration DIR")
+
+
+def print_trials(console: Console, found: Sequence[Trial], reference: float) -> None:
+    """One row per trial, the fastest first."""
+    from rich.table import Table
+
+    table = Table("model", "backend", "computes in", "dB", "ms", "MB", title="On this machine: change of Y-PSNR, time, size")
+    for trial in found:
+        size = trial.model.stat().st_size / 1e6
+        change = f"{trial.y_psnr - reference:+.4f}"
+        table.add_row(trial.model.name, trial.backend, trial.computes, change, f"{1e3 * trial.seconds:.1f}", f"{size:.1f}")
+    console.print(table)
+
+
+def plain_console() -> Console:
+    """A console that prints text as it is."""
+    from rich.console import Console
+
+    return Console(soft_wrap=True, highlight=False, markup=False)
+
+
+def track(items: Sequence[Item], description: str) -> Iterable[Item]:
+    """A progress bar on stderr, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track as follow
+
+    if not sys.stderr.isatty() or not items:
+        return items
+    return follow(items, description, console=Console(stderr=True), transient=True)

@@ -1,0 +1,268 @@
+"""Quantised graphs against fake quantisation in PyTorch; ranges, the search, its cache, and what may go wrong."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from sanrt.errors import BackendError, ParityError, PictureError, UsageError
+from sanrt.export import budget, calibration
+from sanrt.export.budget import Loss, largest_prefix, plan_blocks
+from sanrt.export.calibration import Histogram, Method, calibration_set, collector_for, residual_blocks
+from sanrt.export.quantise import QuantiseOptions, quantise
+from sanrt.export.samples import samples
+from sanrt.export.scene import natural_scene
+from sanrt.export.tensors import Probe
+from sanrt.export.trials import Trial, fastest, trials
+from sanrt.export.validate import ValidateOptions, validate
+from sanrt.model.checkpoint import load_checkpoint
+from sanrt.model.graph import read_model, san_model
+from sanrt.model.spec import GraphOptions, Precision, Quantisation, QuantisedType
+from sanrt.runtime.backends import RunOptions, load_backend
+from sanrt.runtime.formats import Format
+from sanrt.runtime.pictures import Output, write_picture
+from sanrt.runtime.preference import load_default, prefer, preference_path
+
+KINDS = list(QuantisedType)
+X = np.random.default_rng(0).uniform(0, 255, (1, 3, 12, 15)).astype(np.float32)
+
+
+@pytest.fixture
+def small_crops(monkeypatch):
+    monkeypatch.setattr(calibration, "CROP", 24)
+    monkeypatch.setattr(calibration, "CROPS", 6)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed in range(3):
+        scene = natural_scene(32, 56, seed)
+        write_picture(Output(folder / f"{seed}.png", Format.PNG, 56, 32), scene)
+    return folder
+
+
+@pytest.fixture
+def model(exported, tmp_path):
+    path = tmp_path / "san_x2.onnx"
+    path.write_bytes(exported.onnx.read_bytes())
+    return path
+
+
+def quantised_spec(model, kind, largest=60.0):
+    spec, weights = read_model(model)
+    ranges = {f"{block}.{conv}": largest for block in residual_blocks(spec) for conv in ("conv1", "conv2")}
+    return replace(spec, quantisation=Quantisation(kind, ranges)), weights
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_residual_convolutions_are_quantised_and_nothing_stands_between_them_and_relu_or_add(kind, precision, model):
+    spec, weights = quantised_spec(model, kind)
+    graph = san_model(spec, weights, GraphOptions(precision=precision)).graph
+    maker = {node.output[0]: node for node in graph.node}
+    tensors = {i.name: i for i in graph.initializer}
+    stored = {QuantisedType.INT8: onnx.TensorProto.INT8, QuantisedType.FP8: onnx.TensorProto.FLOAT8E4M3FN}[kind]
+    for conv in (node for node in graph.node if node.op_type == "Conv"):
+        sources = [maker[name].op_type for name in conv.input[:2] if name in maker]
+        if ".blocks." not in conv.name:
+            assert "DequantizeLinear" not in sources, conv.name
+            continue
+        assert sources == ["DequantizeLinear"] * 2
+        weight = maker[conv.input[1]]
+        assert [tensors[name].data_type for name in (weight.input[0], weight.input[2])] == [stored] * 2
+        assert tensors[weight.input[1]].dims == [16]
+        users = [node for node in graph.node if conv.output[0] in node.input]
+        assert [node.op_type for node in users] == ["Relu" if conv.name.endswith("conv1") else "Add"]
+    zeros = [numpy_helper.to_array(t).astype(np.float32) for name, t in tensors.items() if name.endswith(".zero")]
+    assert len(zeros) == 2 * 8
+    assert not np.concatenate([z.ravel() for z in zeros]).any()
+    skips = [maker[node.input[0]].op_type for node in graph.node if node.op_type == "Add" and ".blocks." in node.input[1]]
+    assert "DequantizeLinear" not in skips
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_graph_computes_what_fake_quantisation_in_pytorch_computes(kind, model, exported):
+    spec, weights = quantised_spec(model, kind, largest=30.0)
+    found = Probe(san_model(spec, weights), ["output"])(X)["output"]
+    net = load_checkpoint(exported.checkpoint).network()
+    plain = net(torch.from_numpy(X)).numpy()
+
+    def rounded(values, largest):
+        if kind == QuantisedType.FP8:
+            scale = largest / 448
+            return (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        scale = largest / 127
+        return (values / scale).round().clamp(-127.5, 127).round() * scale
+
+    for name in spec.quantisation.ranges:
+        conv = net.get_submodule(name)
+        conv.weight.data = rounded(conv.weight.data, conv.weight.data.abs().amax((1, 2, 3), keepdim=True))
+        conv.register_forward_pre_hook(lambda _, inputs: rounded(inputs[0], torch.tensor(30.0)))
+    expected = net(torch.from_numpy(X)).detach().numpy()
+    assert np.abs(expected - plain).mean() > 20 * np.abs(expected - found).mean()
+    np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected - plain).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_file_read_and_written_again_holds_the_same_8_bits(kind, model, tmp_path):
+    spec, weights = quantised_spec(model, kind)
+    weights["groups.0.blocks.0.conv1.weight"] = weights["groups.0.blocks.0.conv1.weight"].copy()
+    weights["groups.0.blocks.0.conv1.weight"][3] = 0  # a dead channel has no range
+    first = san_model(spec, weights)
+    onnx.save(first, tmp_path / "a.onnx")
+    again_spec, again = read_model(tmp_path / "a.onnx")
+    assert again_spec.quantisation == spec.quantisation
+    assert again.keys() == weights.keys()
+
+    def bits(graph):
+        return {i.name: numpy_helper.to_array(i).astype(np.float32) for i in graph.initializer if ".blocks." in i.name}
+
+    for precision in (Precision.FP32, Precision.FP16):
+        second = bits(san_model(again_spec, again, GraphOptions(precision=precision)).graph)
+        for name, array in bits(first.graph).items():
+            assert np.isfinite(second[name]).all()
+            if name.endswith("weight"):
+                np.testing.assert_array_equal(second[name], array, name)
+
+
+def test_min_max_keeps_the_largest_and_the_histograms_cut_outliers():
+    rng = np.random.default_rng(0)
+    batches = [{"x": (size * rng.normal(0, 1, 20000)).astype(np.float32)} for size in (0.2, 1, 1)]
+    batches[1]["x"][0] = -50.0
+    found = {}
+    for method in Method:
+        collector = collector_for(method)
+        for batch in batches:
+            collector.collect(batch)
+        found[method] = collector.ranges()["x"]
+    exact = np.quantile(np.abs(np.concatenate([b["x"] for b in batches])), 0.9999)
+    assert found[Method.MIN_MAX] == 50.0
+    assert found[Method.PERCENTILE] == pytest.approx(exact, abs=0.1)
+    assert 2.5 < found[Method.ENTROPY] < 10
+
+
+def test_a_histogram_that_widens_forgets_nothing():
+    histogram = Histogram()
+    for values in ([0.5, 1.0], [0.0], [3.9, -100.0], []):
+        histogram.add(np.array(values, np.float32))
+    assert histogram.counts.sum() == 5
+    assert histogram.top >= 100
+    assert histogram.percentile(50) == pytest.approx(1.0, abs=2 * histogram.top / 2048)
+
+
+@pytest.mark.parametrize("fitting", range(18))
+def test_the_search_finds_the_largest_set_in_logarithmically_many_measurements(fitting):
+    asked = []
+
+    def fits(count):
+        asked.append(count)
+        return count <= fitting
+
+    assert largest_prefix(17, fits) == fitting
+    assert len(asked) <= 1 + math.ceil(math.log2(17))
+
+
+def test_the_least_sensitive_blocks_are_chosen_and_kept_ones_stay_out():
+    price = {"a": 0.05, "b": 0.01, "c": 0.2, "d": 0.03}
+
+    def measure(blocks):
+        return Loss(100 - 100 * sum(price[b] for b in blocks), sum(price[b] for b in blocks))
+
+    plan = plan_blocks(list(price), ["b"], measure, 0.1)
+    assert plan.blocks == ["a", "d"]
+    assert plan.loss.y_psnr_drop == pytest.approx(0.08)
+    assert [cost.alone and cost.alone.y_psnr_drop for cost in plan.costs] == [0.05, None, 0.2, 0.03]
+    assert plan_blocks(list(price), [], measure, 0.001).blocks == []
+
+
+def test_quantise_writes_a_model_that_runs_validates_and_tells_its_blocks(model, exported, pictures, small_crops):
+    kept = "groups.1.blocks.0"
+    result = quantise(model, QuantiseOptions(QuantisedType.INT8, pictures, max_psnr_drop=50.0, keep=(kept,)))
+    assert result.path.name == "san_x2.int8.onnx"
+    rows = {row["block"]: row for row in result.spec.report["quantisation"]["blocks"]}
+    assert [name for name, row in rows.items() if not row["quantised"]] == [kept]
+    assert len(result.spec.quantisation.ranges) == 6
+    with load_backend("onnxruntime", result.path, RunOptions()) as int8, load_backend("torch", model, RunOptions()) as fp32:
+        assert int8.spec.computes == "int8 + fp32"
+        assert int8.spec.report["quantisation"]["type"] == "int8"
+        difference = np.abs(int8.infer(X) - fp32.infer(X)).max()
+    assert 2e-3 < difference < 32
+    options = ValidateOptions("onnxruntime", checkpoint=exported.checkpoint)
+    checked = validate(result.path, lambda scale: samples(None, pictures, scale), options)
+    assert checked.tolerance.max_abs > checked.difference.max_abs > 2e-3
+    with pytest.raises(BackendError, match="torch runs no int8 model"):
+        load_backend("torch", result.path, RunOptions())
+    with pytest.raises(UsageError, match="is int8 already"):
+        quantise(result.path, QuantiseOptions(QuantisedType.INT8, pictures))
+
+
+def test_a_search_taken_up_again_measures_nothing_twice(model, pictures, small_crops, monkeypatch):
+    options = QuantiseOptions(QuantisedType.INT8, pictures, max_psnr_drop=50.0)
+    first = quantise(model, options)
+
+    def refuse(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(budget, "Probe", refuse)
+    monkeypatch.setattr(calibration, "Probe", refuse)
+    assert quantise(model, options).plan == first.plan
+    other = replace(options, calibration=pictures.parent / "other")
+    other.calibration.mkdir(exist_ok=True)
+    write_picture(Output(other.calibration / "a.png", Format.PNG, 96, 96), natural_scene(96, 96, 7))
+    with pytest.raises(AssertionError, match="measured again"):
+        quantise(model, other)
+
+
+def test_when_nothing_fits_it_says_so_and_writes_nothing(model, pictures, small_crops):
+    with pytest.raises(ParityError, match=r"no residual block can be fp8 within -100 dB .* groups\.\d\.blocks\.\d, costs"):
+        quantise(model, QuantiseOptions(QuantisedType.FP8, pictures, max_psnr_drop=-100.0))
+    assert not (model.parent / "san_x2.fp8.onnx").exists()
+    with pytest.raises(UsageError, match="no such block"):
+        quantise(model, QuantiseOptions(QuantisedType.FP8, pictures, keep=("groups.7.*",)))
+
+
+def test_calibration_crops_are_spread_disjoint_and_the_same_every_time(pictures, small_crops):
+    first, second = calibration_set(pictures, 2), calibration_set(pictures, 2)
+    assert first.digest == second.digest
+    assert (len(first.crops), len(first.held_out)) == (4, 2)
+    assert len({sample.name for sample in (*first.crops, *first.held_out)}) == 6
+    assert all(s.low.shape == (12, 12, 3) and s.high.shape == (24, 24, 3) for s in first.crops)
+
+
+def test_pictures_smaller_than_a_crop_are_one_clear_line(pictures):
+    with pytest.raises(PictureError, match="0 crops of 192 x 192 in 3 pictures, expected 2 or more") as error:
+        calibration_set(pictures, 2)
+    assert "\n" not in str(error.value)
+
+
+def test_run_takes_the_preferred_variant_of_this_very_model_on_this_machine_only(model, pictures, small_crops, monkeypatch):
+    def runs():
+        with load_default(model, RunOptions(threads=1)) as backend:
+            return backend.name, backend.spec.computes
+
+    result = quantise(model, QuantiseOptions(QuantisedType.INT8, pictures, max_psnr_drop=50.0))
+    assert "int8" not in runs()[1]
+    prefer(model, result.path, "onnxruntime", None)
+    assert runs() == ("onnxruntime", "int8 + fp32")
+    kept = preference_path(model).read_text()
+    for key, value in {"machine": "another", "exported": "0" * 64, "model": "gone.onnx"}.items():
+        preference_path(model).write_text(json.dumps({**json.loads(kept), key: value}))
+        assert "int8" not in runs()[1], key
+
+
+def test_trials_run_every_way_and_the_fastest_within_the_budget_is_chosen(model, pictures, small_crops):
+    held_out = calibration_set(pictures, 2).held_out
+    found = trials([model], held_out)
+    assert {"onnxruntime"} <= {t.backend for t in found}
+    assert all(t.seconds > 0 and math.isfinite(t.y_psnr) for t in found)
+    assert [t.seconds for t in found] == sorted(t.seconds for t in found)
+    fp32 = Trial(model, "onnxruntime", None, "fp32", 30.0, 2.0)
+    int8 = replace(fp32, computes="int8 + fp32", y_psnr=29.95, seconds=1.0)
+    assert fastest([fp32, int8], 0.1) == int8
+    assert fastest([fp32, int8], 0.01) == fp32
