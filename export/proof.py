@@ -29,7 +29,13 @@ DATATYPES = {
 """TensorRT's words for element types, in its log and in the inspector of each version."""
 DATATYPE = re.compile(r"\b(" + "|".join(DATATYPES) + r")\b")
 NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-ONNX_NAMES = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
+ONNX_NAMES = {
+    onnx.TensorProto.FLOAT: "fp32",
+    onnx.TensorProto.FLOAT16: "fp16",
+    onnx.TensorProto.BFLOAT16: "bf16",
+    onnx.TensorProto.INT8: "int8",
+    onnx.TensorProto.FLOAT8E4M3FN: "fp8",
+}
 SOCA_ROOT = re.compile(r"groups\.\d+\.soca\.(flat|mean|centred|scatter|covariance|diagonal|trace.*|step.*|root|z)$")
 """Nodes of SOCA's statistics and square root."""
 FUSED_PARTS = ("scores", "softmax", "attended")
@@ -141,8 +147,10 @@ def prove(model: onnx.ModelProto, layers: Sequence[Layer], source: str, memory: 
 
 
 def convolution_types(model: onnx.ModelProto) -> dict[str, str]:
-    """The type of each convolution in the graph, by node name: its weight's."""
+    """The type of each convolution in the graph, by node name: its weight's, as it is stored."""
     types = {t.name: ONNX_NAMES.get(t.data_type, "other") for t in model.graph.initializer}
+    restored = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in types]
+    types |= {node.output[0]: types[node.input[0]] for node in restored}
     return {node.name: types[node.input[1]] for node in model.graph.node if node.op_type == "Conv"}
 
 
