@@ -82,13 +82,14 @@ def compare(console: Console, model: Path, results: Sequence[Quantised], max_dro
 
 def worth(found: Sequence[Trial], kind: str) -> str:
     """Whether 8 bits are faster here, in plain words."""
+    from sanrt.export.trials import MIN_GAIN
+
     eight, others = ([t for t in found if t.quantised is wanted] for wanted in (True, False))
     if not eight:
         return f"{kind}: no backend runs it here, so whether it is faster is not known"
     ratio = others[0].seconds / eight[0].seconds
-    if ratio > 1:
-        return f"{kind} is worth it here: {ratio:.2f} times as fast as the best without it"
-    return f"{kind} is not worth it here: it takes {1 / ratio:.2f} times as long as the best without it"
+    verdict = "worth it" if ratio >= MIN_GAIN else "not worth it"
+    return f"{kind} is {verdict} here: {ratio:.2f} times as fast as the best without it (expected {MIN_GAIN:g} or more)"
 
 
 def print_quantised(console: Console, result: Quantised, options: QuantiseOptions) -> None:

@@ -263,3 +263,4 @@ def test_trials_run_every_way_and_the_fastest_within_the_budget_is_chosen(model,
     int8 = replace(fp32, computes="int8 + fp32", y_psnr=29.95, seconds=1.0)
     assert fastest([fp32, int8], 0.1) == int8
     assert fastest([fp32, int8], 0.01) == fp32
+    assert fastest([fp32, replace(int8, seconds=1.95)], 0.1) == fp32
