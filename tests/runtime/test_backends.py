@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,6 +20,24 @@ from sanrt.runtime.machine import Gpu, Gpus
 
 ONE_THREAD = RunOptions(threads=1, precision=Precision.FP32)
 CPU_BACKENDS = ("onnxruntime", "openvino")
+
+STARVED = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from sanrt.errors import BackendError
+from sanrt.runtime.backends import Precision, RunOptions, load_backend
+
+with load_backend(sys.argv[1], Path(sys.argv[2]), RunOptions(threads=1, precision=Precision.FP32)) as backend:
+    print(backend.infer(np.zeros((1, 3, 8, 8), np.float32)).shape, end=" ")
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
+    try:
+        print(backend.infer(np.zeros((1, 3, 900, 900), np.float32)).shape)
+    except BackendError as error:
+        print(type(error).__name__, error)
+"""
+"""A run that works, then one that needs more memory than there is."""
 
 
 def picture(*shape):
@@ -82,6 +102,14 @@ def test_stages_agree_with_torch_even_where_the_first_region_has_one_key(name, t
             pooled = reference.stages().run("keys-values", x)
             expected, got = (s.run("attend", x, *pooled)[0] for s in stages)
             assert psnr(got, expected) > 85
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_too_little_memory_is_an_error_and_not_the_result_of_the_run_before(name, tiny_model):
+    if not status(name).usable:
+        pytest.skip(status(name).reason)
+    result = subprocess.run([sys.executable, "-c", STARVED, name, tiny_model()], capture_output=True, text=True)
+    assert result.stdout.startswith("(1, 3, 16, 16) OutOfMemoryError"), result.stdout + result.stderr
 
 
 def test_an_unknown_backend_is_told_the_names_there_are(tiny_model):
@@ -221,7 +249,7 @@ def test_errors_of_openvino_become_ours(raised, expected, openvino_module):
         raise raised
 
     with pytest.raises(BackendError) as caught:
-        openvino_module.infer(SimpleNamespace(infer=fail), picture(1, 3, 4, 4))
+        openvino_module.infer(SimpleNamespace(start_async=fail), picture(1, 3, 4, 4))
     assert type(caught.value) is expected
     assert "\n" not in str(caught.value)
 
