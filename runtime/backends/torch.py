@@ -87,7 +87,8 @@ def network(model: Path) -> tuple[SAN, ModelSpec]:
     spec, weights = read_model(model)
     if spec.quantisation:
         raise BackendError(f"{model}: torch runs no {spec.quantisation.type} model; expected the fp32 one it was made of")
-    net = SAN(spec.architecture)
+    # The exported model's own number of steps, which --sqrt-iterations may have set, not the checkpoint's.
+    net = SAN(replace(spec.architecture, sqrt_iterations=spec.iterations))
     net.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in weights.items()})
     return net.eval().requires_grad_(False), spec
 

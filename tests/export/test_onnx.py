@@ -17,6 +17,7 @@ from sanrt.export.onnx import ExportOptions, export_onnx
 from sanrt.export.scene import natural_scene
 from sanrt.model import graph
 from sanrt.model.checkpoint import load_checkpoint
+from sanrt.runtime.backends import RunOptions, load_backend
 from sanrt.runtime.models import read_spec
 
 QUICK = ExportOptions(picture=natural_scene(40, 40))
@@ -121,6 +122,20 @@ def test_a_place_that_cannot_be_written_is_one_clear_line(checkpoint, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match=r"cannot be written \(File exists|Not a directory"):
         export_onnx(checkpoint, tmp_path / "file" / "a.onnx", QUICK)
+
+
+@pytest.mark.parametrize("trained", [5, None])
+def test_every_backend_runs_the_steps_that_were_asked_for(checkpoint, tmp_path, trained):
+    changed = replace(checkpoint, architecture=replace(checkpoint.architecture, sqrt_iterations=trained))
+    path = export_onnx(changed, tmp_path / "a.onnx", replace(QUICK, iterations=2, check=False)).path
+    picture = exporter.network_input(QUICK.picture, 255.0).numpy()
+    outputs = []
+    for name in ("torch", "onnxruntime"):
+        with load_backend(name, path, RunOptions()) as backend:
+            outputs.append(backend.infer(picture))
+    assert np.abs(outputs[0] - outputs[1]).max() < 0.2
+    five = checkpoint.network()(torch.from_numpy(picture)).numpy()
+    assert np.abs(outputs[0] - five).max() > 1
 
 
 def test_an_exact_root_checkpoint_gets_as_many_steps_as_its_spectra_need(checkpoint, tmp_path):
