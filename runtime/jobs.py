@@ -10,6 +10,7 @@ from stat import S_ISREG
 
 from sanrt.errors import PictureError, UsageError
 from sanrt.runtime.formats import Format
+from sanrt.runtime.storage import RemotePath
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ def _jobs_of(given: Path, output: Path, naming: Naming, recursive: bool) -> Iter
 
 def _pictures_in(folder: Path, recursive: bool, skipped: Path) -> Iterator[Path]:
     """Files with a supported ending, in order; not hidden ones, nor any below `skipped` unless that is `folder` itself."""
+    if isinstance(folder, RemotePath):
+        yield from (file for file in folder.files(recursive) if _is_picture_below(file, folder, skipped))
+        return
     for root, folders, files in os.walk(folder, onerror=_raise_unreadable):
         folders[:] = sorted(
             name for name in folders if recursive and not name.startswith(".") and (Path(root) / name).resolve() != skipped
@@ -86,6 +90,11 @@ def _pictures_in(folder: Path, recursive: bool, skipped: Path) -> Iterator[Path]
         for name in sorted(files):
             if not name.startswith(".") and Format.of_suffix(Path(name)):
                 yield Path(root) / name
+
+
+def _is_picture_below(file: Path, folder: Path, skipped: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return not hidden and Format.of_suffix(file) is not None and (skipped == folder or skipped not in file.parents)
 
 
 def _raise_unreadable(error: OSError) -> None:

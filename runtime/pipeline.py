@@ -33,6 +33,7 @@ from sanrt.runtime.pictures import (
     write_picture,
 )
 from sanrt.runtime.scratch import ScratchPicture
+from sanrt.runtime.storage import RemotePath, delivered, fetched, scratch_folder
 from sanrt.runtime.ways import PAPER_REGIONS, Tiling, Way
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ Outcome = Written | Planned | Skipped | Failed
 def read(job: Job, options: PipelineOptions) -> Loaded:
     """Decode a picture whose result can be written; PictureError otherwise."""
     started = time.perf_counter()
-    with open_picture(job.source) as source:
+    with fetched(job.source) as path, open_picture(path) as source:
         output = plan_output(source.info, job.destination, options.scale, options.encoding)
         way = options.way(source.info)
         rgb = None if way and way.tiling is Tiling.EXACT else source.rgb()
@@ -162,9 +163,8 @@ def streamed(picture: Loaded, streamer: Streamer | None) -> ScratchPicture:
     """The colours of a picture that is too large to be held, upscaled into a scratch file beside its destination."""
     assert streamer
     output = picture.output
-    output.path.parent.mkdir(parents=True, exist_ok=True)
-    with open_picture(picture.job.source) as source, ExitStack() as undo:
-        result = ScratchPicture(output.width, output.height, 3, source.info.dtype.type, output.path.parent)
+    with fetched(picture.job.source) as path, open_picture(path) as source, ExitStack() as undo:
+        result = ScratchPicture(output.width, output.height, 3, source.info.dtype.type, scratch_folder(output.path))
         undo.callback(result.close)
         streamer.stream(source, result)
         undo.pop_all()
@@ -176,8 +176,8 @@ def write(picture: Loaded, options: PipelineOptions) -> Written:
     started = time.perf_counter()
     alpha = None if picture.alpha is None else upscale_alpha(picture.alpha, options.scale)
     assert picture.rgb is not None
-    with picture.rgb if isinstance(picture.rgb, ScratchPicture) else nullcontext():
-        write_picture(picture.output, picture.rgb, alpha)
+    with picture.rgb if isinstance(picture.rgb, ScratchPicture) else nullcontext(), delivered(picture.output.path) as path:
+        write_picture(replace(picture.output, path=path), picture.rgb, alpha)
     seconds = {**picture.seconds, "write": since(started)}
     return Written(picture.job, picture.output.width * picture.output.height, picture.notes, picture.way, seconds)
 
@@ -188,10 +188,15 @@ def since(started: float) -> float:
 
 
 def run(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) -> Generator[Outcome, None, None]:
-    """Every job's outcome, in order; the next picture is decoded and the last encoded while this thread runs the network.
+    """Every job's outcome, in order, on this machine; what killed runs left in the destination folders is removed.
 
     Close the iterator to stop early: what is being written is finished, nothing half-written stays.
     """
+    yield from overlapped(without_leftovers(jobs), upscale, options)
+
+
+def overlapped(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) -> Generator[Outcome, None, None]:
+    """Every job's outcome, in order; the next picture is decoded and the last encoded while this thread runs the network."""
 
     def finish(picture: Loaded | Skipped | Failed) -> Outcome:
         return then(picture, lambda picture: write(picture, options))
@@ -199,7 +204,7 @@ def run(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) -> Gene
     reader, writer = ThreadPoolExecutor(1, "sanrt-read"), ThreadPoolExecutor(1, "sanrt-write")
     writing: deque[Future[Outcome]] = deque()
     try:
-        for reading in ahead(reader, lambda job: unless_done(job, read, options), without_leftovers(jobs)):
+        for reading in ahead(reader, lambda job: unless_done(job, read, options), jobs):
             enlarged = then(reading.result(), lambda picture: enlarge(picture, upscale, options.streamer))
             writing.append(writer.submit(finish, enlarged))
             while len(writing) > WAITING or (writing and writing[0].done()):
@@ -219,7 +224,7 @@ def plan(jobs: Iterable[Job], options: PipelineOptions) -> Generator[Planned | S
 
 def planned(job: Job, options: PipelineOptions) -> Planned:
     """The result that a picture's header promises; PictureError if it cannot be written."""
-    with open_picture(job.source) as source:
+    with fetched(job.source) as path, open_picture(path) as source:
         output = plan_output(source.info, job.destination, options.scale, options.encoding)
         return Planned(job, output.width, output.height, source.info.notes + output.notes + told(options.way(source.info)))
 
@@ -264,7 +269,7 @@ def without_leftovers(jobs: Iterable[Job]) -> Iterator[Job]:
     cleaned = set()
     for job in jobs:
         folder = job.destination.parent
-        if folder not in cleaned:
+        if folder not in cleaned and not isinstance(folder, RemotePath):
             cleaned.add(folder)
             remove_leftovers(folder)
         yield job

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -22,6 +22,7 @@ from sanrt.runtime.jobs import Job
 from sanrt.runtime.pictures import Encoding, Pixels, open_picture
 from sanrt.runtime.pipeline import Failed, Outcome, PipelineOptions, Written, run
 from sanrt.runtime.sentinel import watched
+from sanrt.runtime.storage import fetched, located
 from sanrt.runtime.upscale import PROCESS_MEMORY, Streamer, UpscaleOptions, upscale
 from sanrt.runtime.ways import Tiling
 
@@ -90,12 +91,13 @@ class Recorder:
     encoding: Encoding
     file: IO[str] = field(init=False)
 
+    @cached_property
+    def model_digest(self) -> str:
+        """SHA-256 of the model's file."""
+        return file_digest(self.model)
+
     def __enter__(self) -> Self:
-        try:
-            self.file = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{self.path}: cannot be written ({error.strerror}); choose another --record file") from None
-        self.model_digest = file_digest(self.model)
+        self.file = open_record(self.path)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,7 +107,7 @@ class Recorder:
         """The same outcomes, each result written down before it is passed on."""
         for outcome in outcomes:
             if isinstance(outcome, Written):
-                print(json.dumps(asdict(self.entry(outcome))), file=self.file, flush=True)
+                write_entry(self.file, self.entry(outcome))
             yield outcome
 
     def entry(self, outcome: Written) -> Entry:
@@ -137,6 +139,19 @@ class Recorder:
             versions={"sanrt": __version__, "python": platform.python_version(), "numpy": np.__version__},
             seconds=outcome.seconds,
         )
+
+
+def open_record(path: Path) -> IO[str]:
+    """The record, to be added to; raises UsageError when it cannot be written."""
+    try:
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another --record file") from None
+
+
+def write_entry(record: IO[str], entry: Entry) -> None:
+    """Add a line, at once."""
+    print(json.dumps(asdict(entry)), file=record, flush=True)
 
 
 def read_record(path: Path) -> list[Entry]:
@@ -194,9 +209,9 @@ def verify(entries: Iterable[Entry]) -> Iterator[Replay]:
 def check_unchanged(entry: Entry) -> None:
     """Raise SanrtError unless picture, model and result are the files of the record."""
     for path, digest in ((entry.source, entry.source_digest), (entry.model, entry.model_digest)):
-        if file_digest(Path(path)) != digest:
+        if file_digest(located(path)) != digest:
             raise ModelError(f"{path}: changed since the run (SHA-256 {digest[:12]}... was recorded); put the old file back")
-    file_digest(Path(entry.output))
+    file_digest(located(entry.output))
 
 
 def again(entry: Entry, folder: Path) -> Path:
@@ -206,7 +221,7 @@ def again(entry: Entry, folder: Path) -> Path:
     loading, upscaling, model = entry.loading(), entry.upscaling(), Path(entry.model)
     with watched(load_backend(entry.backend, model, loading), model, loading) as backend:
         options = PipelineOptions(entry.scale, Encoding(**settings), streamer=Streamer(backend, upscaling))
-        (outcome,) = run([Job(Path(entry.source), output)], partial(upscale, backend, options=upscaling), options)
+        (outcome,) = run([Job(located(entry.source), output)], partial(upscale, backend, options=upscaling), options)
     if isinstance(outcome, Failed):
         raise SanrtError(outcome.reason)
     return output
@@ -214,11 +229,13 @@ def again(entry: Entry, folder: Path) -> Path:
 
 def compared(entry: Entry, output: Path) -> Replay:
     """The recorded output against its replay: bytes first, then pixels."""
-    if file_digest(output) == entry.output_digest == file_digest(Path(entry.output)):
+    recorded = located(entry.output)
+    if file_digest(output) == entry.output_digest == file_digest(recorded):
         return Replay(entry, Verdict.IDENTICAL)
-    difference = largest_difference(Path(entry.output), output)
+    with fetched(recorded) as local:
+        difference = largest_difference(local, output)
     detail = f"largest difference {difference * 255:.2f} of 255"
-    if file_digest(Path(entry.output)) != entry.output_digest:
+    if file_digest(recorded) != entry.output_digest:
         detail += ", and the file changed since the run"
     return Replay(entry, Verdict.CLOSE if difference <= TOLERANCE else Verdict.DIFFERENT, detail)
 

@@ -11,7 +11,7 @@ from sanrt.cli.doctor import doctor
 from sanrt.cli.export import export
 from sanrt.cli.info import info
 from sanrt.cli.plan import plan
-from sanrt.cli.run import run
+from sanrt.cli.run import RunCommand, run
 from sanrt.cli.validate import validate
 from sanrt.cli.verify import verify
 from sanrt.errors import SanrtError
@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 app.command()(export)
 app.command()(build)
-app.command()(run)
+app.command(cls=RunCommand)(run)
 app.command()(plan)
 app.command()(info)
 app.command()(validate)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from sanrt.cli.export import chosen_checkpoint
 from sanrt.errors import UsageError
@@ -17,13 +18,18 @@ from sanrt.extras import extra
 from sanrt.model.spec import SCALES
 from sanrt.runtime.formats import Format
 from sanrt.runtime.models import MODELS, exported_path
+from sanrt.runtime.storage import check_buckets, located
 from sanrt.runtime.ways import Tiling
 
 if TYPE_CHECKING:
     from sanrt.cli.progress import Reporter
     from sanrt.runtime.backends import Backend, RunOptions
+    from sanrt.runtime.cluster import Ready, Task
+    from sanrt.runtime.jobs import Job
     from sanrt.runtime.upscale import UpscaleOptions
 
+ADDRESS = re.compile(r"local|auto|ray://.*|[^/]+:\d+")
+"""What `--ray` takes for an address, not for the next argument."""
 COLOURS = {"white": "#ffffff", "black": "#000000"}
 
 
@@ -49,15 +55,32 @@ class ModelChoice:
         """The model's file, whether it is there or not."""
         return self.named or exported_path(self.models, self.expected)
 
+    def absolute(self) -> ModelChoice:
+        """The same, wherever the working folder is."""
+        return replace(self, named=self.named and self.named.absolute(), models=self.models.absolute())
+
     @property
     def missing(self) -> bool:
         """Whether the bundled weights must be exported first."""
         return not self.named and not self.path.exists()
 
 
+class RunCommand(TyperCommand):
+    """`sanrt run`, whose `--ray` may stand without an address."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """A local Ray where no address follows."""
+        at = args.index("--ray") + 1 if "--ray" in args else 0
+        if at and not ADDRESS.fullmatch(next(iter(args[at:]), "")):
+            args = [*args[:at], "local", *args[at:]]
+        return super().parse_args(ctx, args)
+
+
 def run(
-    inputs: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="A folder, or a file for one picture.", show_default=False)],
+    inputs: Annotated[
+        list[Path], typer.Argument(parser=located, metavar="INPUTS", help="Pictures and folders of pictures; also s3://...")
+    ],
+    output: Annotated[Path, typer.Argument(parser=located, metavar="OUTPUT", help="A folder, or a file for one picture.")],
     model: Annotated[Path | None, typer.Option(help="The model, instead of the one that `sanrt export` wrote.")] = None,
     models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
     scale: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; 4 unless --model says otherwise.")] = None,
@@ -84,6 +107,10 @@ def run(
     explain_tiles: Annotated[
         bool, typer.Option("--explain-tiles", help="Compare the tilings on the first picture.")
     ] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="[ADDRESS]", help="Run on the Ray cluster there; on a local Ray if left out.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="With --ray, instead of one per GPU (or node).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every picture.")] = False,
@@ -92,6 +119,7 @@ def run(
     from sanrt.cli.progress import Reporter
     from sanrt.runtime import pipeline
     from sanrt.runtime.backends import RunOptions
+    from sanrt.runtime.cluster import Task
     from sanrt.runtime.jobs import Naming, find_pictures
     from sanrt.runtime.pictures import Encoding
     from sanrt.runtime.pipeline import PipelineOptions
@@ -107,11 +135,19 @@ def run(
     upscaling = UpscaleOptions(tile, overlap, self_ensemble, tiling, k, parse_memory(memory) if memory else None)
     choice = ModelChoice(model, models, scale, backend, RunOptions(threads=threads, device=device))
     encoding = Encoding(quality, lossless, colour(flatten) if flatten else None)
+    if ray:
+        inputs, output, choice = [path.absolute() for path in inputs], output.absolute(), choice.absolute()
+    check_buckets([*inputs, output])
     jobs = find_pictures(inputs, output, Naming(suffix, format))
     with Reporter(len(jobs), quiet, verbose) as reporter:
         if dry_run and choice.missing:
             reporter.say(f"{choice.path}: not there yet; would export the bundled x{choice.expected} weights first")
             reporter.follow(pipeline.plan(jobs, PipelineOptions(choice.expected, encoding, overwrite)))
+            raise typer.Exit(reporter.status)
+        if ray and not (dry_run or explain_tiles):
+            make_missing(choice, reporter)
+            task = Task(choice.path, choice.backend, choice.options, upscaling, encoding, overwrite, record)
+            run_on_ray(ray, workers, choice, task, jobs, reporter)
             raise typer.Exit(reporter.status)
         with loaded(choice, reporter) as network:
             if explain_tiles:
@@ -135,6 +171,24 @@ def explain(network: Backend, picture: Path, options: UpscaleOptions, reporter: 
     for each in samples.explain(network, picture, options):
         difference = f"{each.largest:11.5f} of 255 {each.psnr:10.2f} dB"
         reporter.say(f"{each.tiling:8} {difference} {each.seconds:7.2f} s {each.peak >> 20:4} MiB")
+
+
+def run_on_ray(
+    address: str, workers: int | None, choice: ModelChoice, task: Task, jobs: list[Job], reporter: Reporter
+) -> None:
+    """The same as on one machine, by workers of a Ray cluster."""
+    from sanrt.runtime.cluster import LOCAL, Pool, connected, witness
+    from sanrt.runtime.preference import preferred
+
+    if choice.backend == "auto" and not choice.named and (found := preferred(choice.path)):
+        running = replace(task.running, precision=found.precision)
+        task = replace(task, model=choice.path.parent / found.model, backend=found.backend, running=running)
+    shared = nullcontext() if address == LOCAL else witness(jobs[0].destination.parent)
+    with shared as seen, connected(address, workers, task.running.threads) as share, Pool(task, share, seen) as pool:
+        tell_model(choice, pool.loaded[0], reporter)
+        reporter.say(f"Ray {address}: {share}")
+        with closing(pool.run(jobs)) as outcomes:
+            reporter.follow(outcomes)
 
 
 def region_count(text: str) -> int | None:
@@ -161,18 +215,31 @@ def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
     from sanrt.runtime.preference import load_default
     from sanrt.runtime.sentinel import watched
 
+    make_missing(choice, reporter)
+    if choice.backend == "auto" and not choice.named:
+        network = load_default(choice.path, choice.options)
+    else:
+        network = load_backend(choice.backend, choice.path, choice.options)
+    try:
+        tell_model(choice, network, reporter)
+    except UsageError:
+        network.close()
+        raise
+    return watched(network, choice.path, choice.options)
+
+
+def make_missing(choice: ModelChoice, reporter: Reporter) -> None:
+    """Export the bundled weights where no model was made yet."""
     if choice.missing:
         reporter.say(f"{choice.path}: not there yet; exporting the bundled x{choice.expected} weights first")
         with extra("export", "making a model"):
             from sanrt.export.onnx import export_onnx
         export_onnx(chosen_checkpoint(choice.expected, None), choice.path)
-    if choice.backend == "auto" and not choice.named:
-        network = load_default(choice.path, choice.options)
-    else:
-        network = load_backend(choice.backend, choice.path, choice.options)
+
+
+def tell_model(choice: ModelChoice, network: Backend | Ready, reporter: Reporter) -> None:
+    """What runs, and on what; UsageError if it is not of the scale that was asked for."""
     spec = network.spec
     if choice.scale not in (None, spec.architecture.scale):
-        network.close()
         raise UsageError(f"{choice.path}: a x{spec.architecture.scale} model, but --scale {choice.scale} was asked for")
     reporter.say(f"{choice.path}: {spec.architecture.name}, {spec.computes}, {network.name} on {network.device}")
-    return watched(network, choice.path, choice.options)
