@@ -108,13 +108,14 @@ def test_a_cluster_gives_the_bytes_and_words_of_the_local_run(sanrt, disconnecte
     entries = read_record(record)
     assert sorted(entry.output for entry in entries) == sorted(str(path) for path in (tmp_path / "ray").rglob("*.png"))
     assert [replay.verdict for replay in verify(entries[:1])] == [Verdict.IDENTICAL]
-    status, out, err = sanrt("--ray", disconnected.address, source, tmp_path / "ray")
+    status, out, err = sanrt("--ray", disconnected.address, source, tmp_path / "ray", "--workers", 1)
     assert (status, err) == (1, expected)
     assert "0 written, 12 skipped, 1 failed" in out
 
 
 @pytest.mark.slow
 def test_without_an_address_a_ray_is_started_writes_to_a_store_and_is_stopped(sanrt, tmp_path):
+    pytest.importorskip("ray", reason="needs the extra [ray]")
     source = pictures(tmp_path / "in", 6)
     assert sanrt(source, tmp_path / "local")[0] == 0
     with s3.serving() as store:
