@@ -30,7 +30,17 @@ def main() -> None:
     (OUT / "input").mkdir(parents=True, exist_ok=True)
     for name, picture in originals.items():
         save(degrade(picture, SCALE), OUT / "input" / f"{name}.png")
-    run = [sys.executable, "-m", "sanrt", "run", str(OUT / "input"), str(OUT / "output"), "--scale", str(SCALE), "--overwrite"]
+    run = [
+        sys.executable,
+        "-m",
+        "sanrt",
+        "run",
+        str(OUT / "input"),
+        str(OUT / "output"),
+        "--scale",
+        str(SCALE),
+        "--overwrite",
+    ]
     subprocess.run(run, check=True)
     print(f"\n{'Y-PSNR, dB':<12}{'bicubic':>9}{'sanrt':>9}")
     for name, picture in originals.items():

@@ -94,7 +94,9 @@ def build_engine(
     raised, no file is left behind.
     """
     trt = import_flavor(options.flavor)
-    spec, graph = typed_graph(model, options.precision)
+    if options.kernels:
+        register_kernels(trt, options.flavor)
+    spec, graph = typed_graph(model, options.precision, options.kernels)
     identity = Identity(
         file_digest(model), options, installed_version(options.flavor) or "", target(trt, options), __version__
     )
@@ -116,12 +118,21 @@ def build_engine(
     return info, True
 
 
-def typed_graph(model: Path, precision: Precision) -> tuple[ModelSpec, onnx.ModelProto]:
+def typed_graph(model: Path, precision: Precision, kernels: bool = False) -> tuple[ModelSpec, onnx.ModelProto]:
     """The graph that TensorRT builds, from the exported fp32 one: precision in the graph, attention in its fused form."""
     spec, weights = read_model(model)
     width = 0 if precision == Precision.FP32 else FUSED_WIDTH
-    graph = san_model(spec, weights, GraphOptions(precision=precision, attention_width=width))
+    graph = san_model(spec, weights, GraphOptions(precision=precision, attention_width=width, kernels=kernels))
     return ModelSpec.from_metadata({p.key: p.value for p in graph.metadata_props}, str(model)), graph
+
+
+def register_kernels(trt: Any, flavor: Flavor) -> None:
+    """Make sanrt's plugins known to TensorRT; raises UsageError for TensorRT-RTX, which has no plugins in Python."""
+    if flavor != Flavor.TENSORRT:
+        raise UsageError("--kernels fused: TensorRT-RTX takes no plugins; use --flavor tensorrt, or --kernels none")
+    from sanrt.kernels.plugins import register
+
+    register(trt)
 
 
 def target(trt: Any, options: BuildOptions) -> str:

@@ -91,6 +91,8 @@ class BuildOptions:
     """Accept convolutions or square roots in another precision than asked for."""
     allow_unfused_attention: bool = False
     """Accept attention that is not one kernel, and so holds its scores in memory."""
+    kernels: bool = False
+    """TensorRT: SOCA by sanrt's own CUDA kernels, as plugins whose PTX is inside the engine."""
 
     def arguments(self) -> list[str]:
         """The command line's spelling of these options."""
@@ -105,6 +107,7 @@ class BuildOptions:
             ("--timing-cache", self.timing_cache),
         ):
             words += [name, str(value)] if value else []
+        words += ["--kernels", "fused"] * self.kernels
         words += ["--allow-precision"] * self.allow_precision
         return words + ["--allow-unfused-attention"] * self.allow_unfused_attention
 

@@ -57,6 +57,8 @@ def find_pictures(inputs: Sequence[Path], output: Path, naming: Naming = Naming(
     no picture.
     """
     if len(inputs) == 1 and not inputs[0].is_dir() and Format.of_suffix(output) and not output.is_dir():
+        if naming.format not in (None, Format.of_suffix(output)):
+            raise UsageError(f"{output}: its ending does not stand for --format {naming.format}; leave one of them out")
         jobs = [Job(inputs[0], output)]
     else:
         if output.exists() and not output.is_dir():

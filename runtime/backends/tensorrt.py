@@ -66,6 +66,11 @@ def load(model: Path, options: RunOptions) -> TensorRTBackend:
             f"{info.path}: attends within {info.spec.regions} x {info.spec.regions} regions, "
             f"not {options.regions} x {options.regions}; run it with those, or choose another backend"
         )
+    if options.precision not in (None, info.spec.precision):
+        raise BackendError(
+            f"{info.path}: built in {info.spec.precision}, {options.precision} was asked for; "
+            f"build it with `sanrt build --{options.precision}`, or leave --precision out"
+        )
     return TensorRTBackend(info, device)
 
 

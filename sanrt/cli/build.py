@@ -42,6 +42,7 @@ def build(
     workspace: Annotated[int | None, typer.Option(min=1, help="MiB one layer may use; leave it out on RTX.")] = None,
     level: Annotated[int, typer.Option(min=0, max=5, help="How long TensorRT searches.")] = 3,
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT: where to keep timings.")] = None,
+    kernels: Annotated[str, typer.Option(help="TensorRT: none, or fused for SOCA by sanrt's own CUDA kernels.")] = "none",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The engine; beside the model if left out.")] = None,
     allow_precision: Annotated[bool, typer.Option("--allow-precision", help="Accept layers in another precision.")] = False,
     allow_unfused_attention: Annotated[
@@ -60,6 +61,8 @@ def build(
         raise typer.BadParameter(f"choose one of --{' and --'.join(asked)}")
     if flavor not in ("auto", *Flavor):
         raise typer.BadParameter(f"--flavor {flavor}: expected auto, tensorrt or rtx")
+    if kernels not in ("none", "fused"):
+        raise typer.BadParameter(f"--kernels {kernels}: expected none or fused")
     if int8 + fp8 + auto > 1:
         raise typer.BadParameter("choose one of --int8, --fp8 and --auto")
     model = model or newest_model(models)
@@ -82,6 +85,7 @@ def build(
         timing_cache=timing_cache,
         allow_precision=allow_precision,
         allow_unfused_attention=allow_unfused_attention,
+        kernels=kernels == "fused",
     )
     with BuildProgress() as progress:
         info, built = build_engine(model, options, output, progress)

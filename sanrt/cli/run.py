@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from sanrt.cli.export import chosen_checkpoint
 from sanrt.errors import UsageError
 from sanrt.extras import extra
-from sanrt.model.spec import SCALES
+from sanrt.model.spec import SCALES, Precision
 from sanrt.runtime.formats import Format
 from sanrt.runtime.models import MODELS, exported_path
 from sanrt.runtime.storage import check_buckets, located
@@ -85,6 +85,9 @@ def run(
     models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
     scale: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; 4 unless --model says otherwise.")] = None,
     backend: Annotated[str, typer.Option(help="What runs the network; auto takes the first that is usable.")] = "auto",
+    precision: Annotated[
+        Precision | None, typer.Option(help="Of convolutions and attention; the backend's own choice if left out.")
+    ] = None,
     tiling: Annotated[
         Tiling, typer.Option(help="Of large pictures; auto is whole if memory suffices, else exact.")
     ] = Tiling.AUTO,
@@ -133,7 +136,7 @@ def run(
         raise typer.BadParameter(f"--format {format}: sanrt reads it, and writes {format.written_as} instead")
     k = region_count(regions)
     upscaling = UpscaleOptions(tile, overlap, self_ensemble, tiling, k, parse_memory(memory) if memory else None)
-    choice = ModelChoice(model, models, scale, backend, RunOptions(threads=threads, device=device))
+    choice = ModelChoice(model, models, scale, backend, RunOptions(threads=threads, precision=precision, device=device))
     encoding = Encoding(quality, lossless, colour(flatten) if flatten else None)
     if ray:
         inputs, output, choice = [path.absolute() for path in inputs], output.absolute(), choice.absolute()

@@ -255,3 +255,9 @@ def test_engines_agree_with_onnxruntime_on_a_gpu(exported: Path, tmp_path: Path)
             x = 255 * np.random.default_rng(width).random((1, 3, height, width), np.float32)
             error = np.sqrt(np.mean((engines.infer(x) - reference.infer(x)) ** 2))
             assert error < 0.5
+
+
+@needs_rtx
+def test_sanrts_kernels_are_refused_on_tensorrt_rtx(exported: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="takes no plugins"):
+        build_engine(exported, BuildOptions(Flavor.RTX, kernels=True), tmp_path / "x.engine")

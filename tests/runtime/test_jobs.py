@@ -148,3 +148,8 @@ def test_a_job_is_done_when_its_result_is_there_whole_and_not_older(folder):
     result.unlink()
     assert not job.done
     assert not Job(Path("missing"), source).done
+
+
+def test_a_named_file_of_another_format_than_asked_for_is_an_error(tmp_path):
+    with pytest.raises(UsageError, match="--format webp"):
+        find_pictures([tmp_path / "a.png"], tmp_path / "b.png", Naming(format=Format.WEBP))
