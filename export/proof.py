@@ -126,7 +126,7 @@ def prove(model: onnx.ModelProto, layers: Sequence[Layer], source: str, memory: 
             f"{source}: {len(lost)} of {len(needed)} convolutions and products are not in the list of {len(layers)} layers "
             f"({shorten(lost)}); the engine cannot be checked"
         )
-    wrong = [name for name, kind in convolutions.items() if any(kind not in layer.convolves_in for layer in by_node[name])]
+    wrong = [name for name, kind in convolutions.items() if not convolves(kind, by_node[name])]
     soca = {layer.name: layer for name, group in by_node.items() if SOCA_ROOT.match(name) for layer in group}
     regions = [
         n.name.removesuffix("scores") for n in model.graph.node if n.op_type == "MatMul" and n.name.endswith(".scores")
@@ -144,6 +144,12 @@ def prove(model: onnx.ModelProto, layers: Sequence[Layer], source: str, memory: 
         kernels=sorted({kernel for kernel in fused.values() if kernel}),
         memory=memory,
     )
+
+
+def convolves(kind: str, layers: Sequence[Layer]) -> bool:
+    """Whether a convolution runs in its type: in every layer that has it, or in 8 bits in one, whose sums others scale."""
+    ran = [kind in layer.convolves_in for layer in layers]
+    return any(ran) if kind in ("int8", "fp8") else all(ran)
 
 
 def convolution_types(model: onnx.ModelProto) -> dict[str, str]:
@@ -165,8 +171,12 @@ def fused_kernel(region: str, by_node: Mapping[str, Sequence[Layer]]) -> str | N
 
 
 def computes_fp32(layer: Layer) -> bool:
-    """Whether everything a layer of SOCA's root puts out is fp32 (the first one reads the features' type)."""
-    return all(kind == "fp32" for kind in layer.outputs)
+    """Whether everything a layer of SOCA's root puts out is fp32 (the first one reads the features' type).
+
+    A layer that ends a residual block too, as those after 8-bit convolutions do, also puts out the features themselves.
+    """
+    ends_block = any(re.search(r"\.(features|out)$", node) for node in layer.nodes)
+    return "fp32" in layer.outputs if ends_block else all(kind == "fp32" for kind in layer.outputs)
 
 
 def check(proof: Proof, precision: Precision, allow_precision: bool, allow_unfused_attention: bool) -> Proof:

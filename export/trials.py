@@ -103,6 +103,6 @@ def reference_quality(found: Sequence[Trial]) -> float:
 
 
 def fastest(found: Sequence[Trial], max_drop: float) -> Trial:
-    """The quickest whose Y-PSNR is at most `max_drop` dB below fp32's; of two that are MIN_GAIN alike, the one not in 8 bits."""
+    """The quickest at most `max_drop` dB of Y-PSNR below fp32; 8 bits only where they gain MIN_GAIN."""
     floor = reference_quality(found) - max_drop
     return min((t for t in found if t.y_psnr >= floor), key=lambda t: t.seconds * (MIN_GAIN if t.quantised else 1))

@@ -1,0 +1,175 @@
+"""What precisions cost and gain: `python benchmarks/precision.py MODEL --set DIR`, MODEL as `sanrt export` wrote it.
+
+Y-PSNR on test sets by the papers' protocol against the fp32 graph's, and time on the CPU, everything in turns.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import onnx
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
+
+from sanrt.errors import SanrtError
+from sanrt.export.calibration import Array, calibration_set
+from sanrt.export.metrics import y_psnr
+from sanrt.export.parity import compare, worst
+from sanrt.export.samples import Sample, samples
+from sanrt.export.tensors import Probe
+from sanrt.model.graph import read_model, san_model
+from sanrt.model.spec import GraphOptions, ModelSpec, Precision
+from sanrt.runtime.backends import RunOptions, load_backend
+from sanrt.runtime.upscale import network_input, network_output
+
+TIMED = (1, 3, 128, 128)
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Way:
+    """One variant of the network."""
+
+    name: str
+    infer: Callable[[Array], Array]
+
+
+def precision(
+    model: Annotated[Path, typer.Argument(help="An exported fp32 ONNX; its .int8.onnx beside it is measured too.")],
+    set_: Annotated[list[Path], typer.Option("--set", help="Folder that holds HR/ and LR/; repeatable.")],
+    calibration: Annotated[Path, typer.Option(help="Pictures to calibrate the naive quantisation with.")],
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Measure every precision that this machine can compute, and naive int8 of the whole network beside them."""
+    spec, _ = read_model(model)
+    with TemporaryDirectory() as folder:
+        ways = list(variants(model, spec, calibration, Path(folder), threads))
+        reference, others = ways[0], ways[1:]
+        table = Table(
+            "variant", *(name(s) for s in set_), "max", "mean", title="Change of Y-PSNR, dB; difference from fp32, of 255"
+        )
+        pictures = [list(samples(s / "LR", s / "HR", spec.architecture.scale)) for s in set_]
+        expected = [[scored(reference, sample, spec) for sample in each] for each in track(pictures, "fp32")]
+        for way in track(others, "Quality"):
+            table.add_row(way.name, *row(way, pictures, expected, spec))
+        Console().print(table)
+    Console().print(timed(model, threads))
+
+
+def name(folder: Path) -> str:
+    """A test set is usually kept as NAME/SCALE."""
+    return folder.resolve().parts[-2]
+
+
+def variants(model: Path, spec: ModelSpec, calibration: Path, folder: Path, threads: int) -> Iterator[Way]:
+    """fp32 first; typed graphs as the engines have them, run by ONNX Runtime; OpenVINO's bf16; int8 of both kinds."""
+    _, weights = read_model(model)
+    yield Way("fp32", probe(san_model(spec, weights)))
+    yield Way("fp16", probe(san_model(spec, weights, GraphOptions(precision=Precision.FP16))))
+    yield Way("bf16 (openvino)", load_backend("openvino", model, RunOptions(threads, Precision.BF16)).infer)
+    int8 = model.with_name(f"{model.stem}.int8.onnx")
+    if int8.exists():
+        quantised, its_weights = read_model(int8)
+        yield Way("int8, budget", probe(san_model(quantised, its_weights)))
+        half = san_model(quantised, its_weights, GraphOptions(precision=Precision.FP16))
+        yield Way("int8, budget, rest fp16", probe(half))
+    yield Way("int8, whole network", naive(model, calibration, folder / "naive.onnx", spec))
+
+
+def probe(graph: onnx.ModelProto) -> Callable[[Array], Array]:
+    """A graph as a function."""
+    session = Probe(graph, ["output"])
+    return lambda x: session(x)["output"]
+
+
+def naive(model: Path, calibration: Path, path: Path, spec: ModelSpec) -> Callable[[Array], Array]:
+    """Static quantisation of every convolution and product by onnxruntime, its options as they come: per tensor, min-max."""
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    crops = calibration_set(calibration, spec.architecture.scale).crops
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        """The same crops that sanrt calibrates with."""
+
+        def __init__(self) -> None:
+            self.inputs = iter([network_input(crop.low, spec.architecture.value_range) for crop in crops])
+
+        def get_next(self) -> dict[str, Any] | None:
+            x = next(self.inputs, None)
+            return None if x is None else {"input": x}
+
+    quantize_static(model, path, Reader(), op_types_to_quantize=["Conv", "MatMul"])
+    return probe(onnx.load(path))
+
+
+def scored(way: Way, sample: Sample, spec: ModelSpec) -> tuple[float, Array]:
+    """Y-PSNR of one picture, and the output."""
+    arch = spec.architecture
+    assert sample.high is not None
+    y = way.infer(network_input(sample.low, arch.value_range))
+    return y_psnr(network_output(y, sample.high, arch.value_range), sample.high, arch.scale), y
+
+
+def row(way: Way, pictures: list[list[Sample]], expected: list[list[tuple[float, Array]]], spec: ModelSpec) -> Iterator[str]:
+    """Mean change on each set, then the largest difference and the largest mean difference of any picture."""
+    differences = []
+    for each, wanted in zip(pictures, expected, strict=True):
+        changes = []
+        for sample, (psnr, y) in zip(each, wanted, strict=True):
+            found, output = scored(way, sample, spec)
+            changes.append(found - psnr)
+            differences.append(compare(y, output, spec.architecture.value_range))
+        yield f"{np.mean(changes):+.4f}"
+    yield from (f"{value:.3g}" for value in (worst(differences).max_abs, worst(differences).mean_abs))
+
+
+def timed(model: Path, threads: int) -> Table:
+    """fp32 and int8 on every CPU backend, in turns: the least processor time of ROUNDS runs (others do not lengthen it)."""
+    int8 = model.with_name(f"{model.stem}.int8.onnx")
+    loaded = {
+        (path.name, name): load_backend(name, path, RunOptions(threads, Precision.FP32))
+        for path in (model, int8)
+        if path.exists()
+        for name in ("openvino", "onnxruntime")
+    }
+    x = np.random.default_rng(0).uniform(0, 255, TIMED).astype(np.float32)
+    least = dict.fromkeys(loaded, float("inf"))
+    for _ in track(range(ROUNDS + 1), "Timing"):
+        for key, backend in loaded.items():
+            start = time.process_time()
+            backend.infer(x)
+            least[key] = min(least[key], time.process_time() - start)
+    best = min(seconds for (file, _), seconds in least.items() if file == model.name)
+    size = f"{TIMED[3]} x {TIMED[2]}"
+    table = Table(
+        "model", "backend", "ms", "speed", title=f"{size}, {threads} threads: processor time; speed over the best fp32"
+    )
+    for (file, backend_name), seconds in least.items():
+        table.add_row(file, backend_name, f"{1e3 * seconds:.0f}", f"{best / seconds:.2f}")
+    return table
+
+
+def main() -> None:
+    """Run the command line: one line on stderr and exit 1 for whatever is wrong."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(precision)
+    try:
+        app()
+    except SanrtError as error:
+        print(f"precision: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
