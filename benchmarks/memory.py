@@ -5,7 +5,6 @@ The network has random weights of the paper's size by default; the picture runs 
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +12,12 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 
-from sanrt.model.graph import san_model
-from sanrt.model.san import SAN
-from sanrt.model.spec import Architecture, ModelSpec
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
+
+from benchmarks.measure import peak_memory, random_model
+from sanrt.model.spec import Architecture
 from sanrt.runtime.backends import RunOptions, load_backend
 
 
@@ -43,23 +42,12 @@ def main(
     print(f"{arch.name}, {backend}, {width} x {height}: peak {mebibytes:.0f} MiB")
 
 
-def random_model(arch: Architecture, path: Path) -> Path:
-    """An exported network of PyTorch's initial weights."""
-    torch.manual_seed(0)
-    weights = {name: tensor.detach().numpy() for name, tensor in SAN(arch).state_dict().items()}
-    path.write_bytes(san_model(ModelSpec(arch, "random", "random", 5), weights).SerializeToString())
-    return path
-
-
 def peak(backend: str, model: str, height: int, width: int) -> float:
     """Upscale one random picture; this process's largest resident size in MiB (Linux)."""
     picture = np.random.default_rng(0).uniform(0, 255, (1, 3, height, width)).astype(np.float32)
     with load_backend(backend, Path(model), RunOptions()) as loaded:
         loaded.infer(picture)
-    # Not ru_maxrss: a child starts with its parent's.
-    kibibytes = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
-    assert kibibytes
-    return int(kibibytes[1]) / 1024
+    return peak_memory() / 2**20
 
 
 if __name__ == "__main__":

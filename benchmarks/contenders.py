@@ -1,0 +1,210 @@
+"""The ways of running the network that `benchmarks/latency.py` compares: sanrt's backends, and the baselines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.measure import Size, peak_memory
+from sanrt.errors import UsageError
+from sanrt.model.spec import Precision
+from sanrt.runtime import machine
+from sanrt.runtime.backends import BACKENDS, RunOptions, load_backend, status
+from sanrt.runtime.memory import free_host_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = npt.NDArray[np.float32]
+
+STEADY, STEADY_RUNS, MOST_WARM_UPS = 1.1, 3, 20
+"""Warm-up ends when the last STEADY_RUNS times lie within this ratio, or after this many."""
+CENTRING_COPIES = 3
+"""M x M matrices that exist at once while the official formula is evaluated."""
+
+
+class LeftOut(Exception):
+    """A contender cannot take part at a size; no failure."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A loaded network."""
+
+    infer: Callable[[Array], Array]
+    """float32 (1, 3, H, W) -> (1, 3, sH, sW)."""
+    precision: Precision
+    """Of convolutions and attention, as it runs here."""
+    on: str
+    """What runs it, and where."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of running the network."""
+
+    name: str
+    open: Callable[[Path, int | None], Running]
+    """(model, threads), called in the contender's own process."""
+    needed: Callable[[Size], int] | None = None
+    """Bytes without which it is left out at a size."""
+
+
+class Session:
+    """A contender in its own process: warms up, then runs the same picture again and again."""
+
+    def __init__(self, open_: Callable[[Path, int | None], Running], model: Path, threads: int | None) -> None:
+        self.running = open_(model, threads)
+
+    def facts(self) -> tuple[Precision, str]:
+        """Precision, and what runs it."""
+        return self.running.precision, self.running.on
+
+    def warm_up(self, picture: Array, patience: float) -> Array:
+        """Run a new picture until its times are steady, or for `patience` seconds; its output."""
+        self.picture = picture
+        times = [self.run()]
+        while not steady(times) and sum(times) < patience:
+            times.append(self.run())
+        return self.output
+
+    def run(self) -> float:
+        """Seconds of one run; backends return arrays on the host, so on a GPU both copies are in it."""
+        started = time.perf_counter()
+        self.output = self.running.infer(self.picture)
+        return time.perf_counter() - started
+
+    def peak(self) -> int:
+        """Largest resident size so far, bytes."""
+        return peak_memory()
+
+
+def steady(times: list[float]) -> bool:
+    """Whether the last few times agree, or there are enough of them."""
+    last = times[-STEADY_RUNS:]
+    return len(times) >= MOST_WARM_UPS or (len(last) == STEADY_RUNS and max(last) <= STEADY * min(last))
+
+
+def open_backend(name: str, precision: Precision | None, model: Path, threads: int | None) -> Running:
+    """One of sanrt's backends, as `sanrt run` uses it."""
+    backend = load_backend(name, model, RunOptions(threads=threads, precision=precision))
+    return Running(backend.infer, backend.spec.precision, f"{backend.name} on {backend.device}")
+
+
+def open_torch(variant: str, model: Path, threads: int | None) -> Running:
+    """PyTorch with what users put around it: `bf16`, `compile`, or the official M x M covariance (`mxm`)."""
+    import torch
+
+    from sanrt.runtime.backends.torch import call, network
+
+    torch.set_num_threads(threads or machine.cores())
+    net, _ = network(model)
+    function: Callable[[Tensor], Tensor] = net
+    precision = Precision.FP32
+    if variant == "bf16":
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        precision = Precision.BF16
+
+        def function(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                y: Tensor = net(x.to(memory_format=torch.channels_last))
+            return y.float().contiguous()
+    elif variant == "compile":
+        function = torch.compile(net, dynamic=False)
+    else:
+        for group in net.groups:
+            group.soca.forward = partial(centred_by_matrix, group.soca)
+    return Running(lambda x: call(lambda x: [function(x)], x)[0], precision, "torch on CPU")
+
+
+def centred_by_matrix(soca: Any, features: Tensor) -> Tensor:
+    """SOCA with Sigma = X Ibar X^T as formula 6 is written: Ibar = (I - 11^T / M) / M is formed, M x M for M pixels."""
+    import torch
+
+    x = features.flatten(2)
+    pixels = x.shape[2]
+    centring = (torch.eye(pixels) - torch.ones(pixels, pixels) / pixels) / pixels
+    gated: Tensor = features * soca.gate(x @ centring @ x.transpose(1, 2))
+    return gated
+
+
+def matrix_bytes(size: Size) -> int:
+    """What the M x M covariance needs."""
+    return CENTRING_COPIES * 4 * size.pixels**2
+
+
+def open_onnxruntime_plain(model: Path, threads: int | None) -> Running:
+    """ONNX Runtime on the exported file as it is."""
+    from sanrt.runtime.backends.onnxruntime import open_session
+
+    session = open_session(model, RunOptions(threads=threads))
+    return Running(lambda x: session.run(None, {"input": x})[0], Precision.FP32, "onnxruntime on CPU")
+
+
+def open_openvino_plain(model: Path, threads: int | None) -> Running:
+    """OpenVINO on the exported file as it is; it chooses the precision by itself."""
+    import openvino
+
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads or machine.cores()})
+    names = {"f32": Precision.FP32, "bf16": Precision.BF16, "f16": Precision.FP16}
+    precision = names[compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()]
+    return Running(lambda x: compiled(x)[0], precision, "openvino on CPU")
+
+
+BASELINES = {
+    "torch-bf16": Contender("torch-bf16", partial(open_torch, "bf16")),
+    "torch-compile": Contender("torch-compile", partial(open_torch, "compile")),
+    "torch-mxm": Contender("torch-mxm", partial(open_torch, "mxm"), matrix_bytes),
+    "onnxruntime-plain": Contender("onnxruntime-plain", open_onnxruntime_plain),
+    "openvino-plain": Contender("openvino-plain", open_openvino_plain),
+}
+"""By the names that `--backend` takes beside sanrt's own."""
+
+SLOW_TO_START = ("torch-compile",)
+"""Only run when asked for."""
+
+
+def chosen(names: list[str], precisions: list[Precision]) -> list[Contender]:
+    """The named contenders in each precision, or everything that is installed; raises UsageError for an unknown name."""
+    known = ("auto", *BACKENDS, *BASELINES)
+    if unknown := set(names) - set(known):
+        raise UsageError(f"unknown backend {min(unknown)!r}; expected {', '.join(known)}")
+    names = list(dict.fromkeys(names)) or [name for name in known if runs_here(name)]
+    contenders = []
+    for name in names:
+        wanted = list(dict.fromkeys(precisions)) or own_precisions(name)
+        contenders += [BASELINES[name]] if name in BASELINES else [in_precision(name, each) for each in wanted]
+    return contenders
+
+
+def in_precision(name: str, precision: Precision | None) -> Contender:
+    """One of sanrt's backends; None is its own choice."""
+    return Contender(f"{name} {precision}" if precision else name, partial(open_backend, name, precision))
+
+
+def own_precisions(name: str) -> list[Precision | None]:
+    """What a backend is measured in unless told: its own choice, and all of OpenVINO's, as `auto` is one of them."""
+    if name == "openvino" and {"AMX-BF16", "AVX512-BF16"} & set(machine.cpu_features()):
+        return [Precision.FP32, Precision.BF16]
+    return [None]
+
+
+def runs_here(name: str) -> bool:
+    """Whether a contender takes part unasked: what is behind it is installed, and starts within seconds."""
+    if name in BACKENDS:
+        return status(name).usable
+    return name == "auto" or (name not in SLOW_TO_START and status(name.split("-")[0]).usable)
+
+
+def require_memory(contender: Contender, size: Size) -> None:
+    """Raise LeftOut where a contender's own matrices exceed the free memory."""
+    needed, free = contender.needed(size) if contender.needed else 0, free_host_memory()
+    if needed > free:
+        raise LeftOut(f"left out: needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free")

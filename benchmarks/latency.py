@@ -1,0 +1,334 @@
+"""Latency of every way of running SAN that is installed here, side by side: `python benchmarks/latency.py`.
+
+Candidates take turns (A B C A B C), so that whatever else the machine does hits all of them alike; each lives in a process
+of its own. How to read the table: benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+from rich.text import Text
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
+
+from benchmarks.contenders import Array, Contender, LeftOut, Session, chosen, open_backend, require_memory
+from benchmarks.measure import (
+    Interval,
+    Limits,
+    Size,
+    Worker,
+    console,
+    environment,
+    found_model,
+    intervals,
+    operations,
+    picture,
+    run_command,
+)
+from sanrt.errors import BackendError, UsageError
+from sanrt.export.metrics import psnr
+from sanrt.extras import extra
+from sanrt.model.spec import SCALES, Architecture, Precision
+from sanrt.runtime.models import read_spec
+
+SIZES = ("160x90", "320x180")
+LEAST_RUNS, MOST_RUNS = 3, 200
+REST = 0.05
+"""Seconds between runs: the threads of the one before stop spinning."""
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One contender on one size."""
+
+    precision: str
+    on: str
+    p50: Interval
+    """Seconds, as the next two."""
+    p90: Interval
+    p99: Interval
+    runs: int
+    rate: float
+    """Operations per second at p50."""
+    share: float | None
+    """Of this machine's measured limit in this precision; None on a GPU, whose limit is not measured."""
+    peak: int
+    """Bytes resident at most, of the whole process."""
+    psnr: float | None
+    """dB against PyTorch in fp32, of the value range; None where they are equal."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    size: Size
+    name: str
+    measured: Measured | None
+    reason: str = ""
+    """Why nothing was measured."""
+    failed: bool = False
+
+
+@dataclass
+class Entrant:
+    """A contender during the rounds of one size."""
+
+    contender: Contender
+    worker: Worker
+    times: list[float] = field(default_factory=list)
+    psnr: float = 0.0
+    stopped: Exception | None = None
+
+    def attempt(self, method: str, *arguments: Any) -> Any:
+        """Call the session; a failure takes the entrant out of this size."""
+        try:
+            return self.worker.call(method, *arguments)
+        except BackendError as error:
+            self.stopped = error
+
+    def enter(self, size: Size, x: Array, reference: Array, peak: float, patience: float) -> None:
+        """Warm up on a new picture, and compare its output with the reference, whose values run from 0 to `peak`."""
+        self.times, self.stopped = [], None
+        try:
+            require_memory(self.contender, size)
+        except LeftOut as reason:
+            self.stopped = reason
+            return
+        output = self.attempt("warm_up", x, patience)
+        if self.stopped is None and not np.isfinite(output).all():
+            self.stopped = BackendError("its output has values that are not finite")
+        if self.stopped is None:
+            self.psnr = psnr(output, reference, peak)
+
+    def hungry(self, seconds: float) -> bool:
+        """Whether it goes on: it has used less than its seconds, or has not run often enough."""
+        if self.stopped or len(self.times) >= MOST_RUNS:
+            return False
+        return len(self.times) < LEAST_RUNS or sum(self.times) < seconds
+
+    def go(self) -> None:
+        """One run."""
+        time.sleep(REST)
+        seconds = self.attempt("run")
+        if self.stopped is None:
+            self.times.append(seconds)
+
+
+def latency(
+    model: Annotated[Path | None, typer.Option(help="Exported ONNX; else models/'s, else the bundled weights.")] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's network (G=20, m=10), random weights.")] = False,
+    scale: Annotated[int, typer.Option(help="Of the network, where --model is left out.")] = 4,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="A backend, `auto` or a baseline; repeated. All if left out.")
+    ] = None,
+    precision: Annotated[list[Precision] | None, typer.Option(help="Of sanrt's backends; repeated.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT, repeated; 160x90 and 320x180 if left out.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Of measured runs in all.")] = 40,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if left out.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw latency over size into this picture.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="Print ratios to an earlier --json file.")] = None,
+) -> None:
+    """Measure backends x precisions x sizes; exit 1 when one of them failed."""
+    if scale not in SCALES:
+        raise UsageError(f"--scale {scale}: expected {', '.join(map(str, SCALES))}")
+    if paper and model:
+        raise UsageError("--paper and --model: expected one of them")
+    sizes = sorted({Size.parse(text) for text in size or SIZES}, key=lambda each: each.pixels)
+    contenders = chosen(backend or [], precision or [])
+    old = read_report(compare) if compare else None
+    before = environment(threads)
+    with found_model(model, scale, paper) as path:
+        arch = read_spec(path).architecture
+        rows, limits = race(contenders, path, arch, sizes, seconds / len(sizes), threads)
+        subject = f"{arch.name}, {path.name}"
+    stamp = {**before, "load": f"{before['load']} at the start, {environment(threads)['load']} at the end"}
+    show(subject, stamp, limits, rows)
+    if old:
+        console().print(comparison(subject, rows, old))
+    if json_:
+        json_.write_text(json.dumps(report(subject, stamp, limits, rows), indent=2) + "\n")
+    if plot:
+        draw(rows, subject, plot)
+    raise typer.Exit(int(any(row.failed for row in rows)))
+
+
+def race(
+    contenders: list[Contender], model: Path, arch: Architecture, sizes: list[Size], seconds: float, threads: int | None
+) -> tuple[list[Row], dict[str, float]]:
+    """Every contender on every size, from the smallest, and this machine's limits."""
+    rows = []
+    with ExitStack() as stack:
+        limit = stack.enter_context(Worker(partial(Limits, threads)))
+        limits = measure_limits(limit)
+        judge = stack.enter_context(Worker(partial(Session, partial(open_backend, "torch", None), model, threads)))
+        entrants = [
+            Entrant(each, stack.enter_context(Worker(partial(Session, each.open, model, threads)))) for each in contenders
+        ]
+        share = seconds / len(entrants)
+        for size in sizes:
+            x = network_input(size, arch.value_range)
+            reference = judge.call("warm_up", x, 0.0)
+            for entrant in entrants:
+                entrant.enter(size, x, reference, arch.value_range, share / 2)
+            run_rounds(entrants, share)
+            # Again after the rounds: the better of all is nearest to the machine's limit.
+            limits = {name: max(value, limits[name]) for name, value in measure_limits(limit).items()}
+            rows += [row(entrant, size, arch) for entrant in entrants]
+    return [with_share(each, limits) for each in rows], limits
+
+
+def run_rounds(entrants: list[Entrant], seconds: float) -> None:
+    """All in turns, until each has used its seconds."""
+    while hungry := [entrant for entrant in entrants if entrant.hungry(seconds)]:
+        for entrant in hungry:
+            entrant.go()
+
+
+def network_input(size: Size, value_range: float) -> Array:
+    """The measured picture, (1, 3, H, W)."""
+    pixels = picture(size).transpose(2, 0, 1)[None]
+    return np.ascontiguousarray(pixels, np.float32) * np.float32(value_range / 255)
+
+
+def measure_limits(worker: Worker) -> dict[str, float]:
+    """Operations per second of a matrix product by precision, bytes per second of a copy."""
+    products = {str(each): worker.call("product", each) for each in (Precision.FP32, Precision.BF16)}
+    return {**products, "copy": worker.call("copy")}
+
+
+def row(entrant: Entrant, size: Size, arch: Architecture) -> Row:
+    """What an entrant reached."""
+    name, stopped = entrant.contender.name, entrant.stopped
+    if stopped:
+        return Row(size, name, None, str(stopped), not isinstance(stopped, LeftOut))
+    precision, on = entrant.worker.call("facts")
+    p50, p90, p99 = intervals(entrant.times)
+    closeness = None if np.isinf(entrant.psnr) else entrant.psnr
+    rate = operations(arch, size) / p50.value
+    peak = entrant.worker.call("peak")
+    return Row(size, name, Measured(precision, on, p50, p90, p99, len(entrant.times), rate, None, peak, closeness))
+
+
+def with_share(row: Row, limits: dict[str, float]) -> Row:
+    """The row with its share of the CPU's limit."""
+    found = row.measured
+    if found is None or not found.on.endswith("CPU") or found.precision not in limits:
+        return row
+    return replace(row, measured=replace(found, share=found.rate / limits[found.precision]))
+
+
+def show(subject: str, stamp: dict[str, str], limits: dict[str, float], rows: list[Row]) -> None:
+    """Print the environment, the limits and the table."""
+    out = console()
+    for name, value in stamp.items():
+        out.print(Text(f"{name:<10}{value}"))
+    products = ", ".join(f"{value / 1e9:.0f} GFLOP/s {name}" for name, value in limits.items() if name != "copy")
+    out.print(Text(f"{'limits':<10}{products} (matrix product), {limits['copy'] / 1e9:.1f} GB/s (copy, read and written)\n"))
+    out.print(table(subject, rows))
+
+
+def table(subject: str, rows: list[Row]) -> Table:
+    """Rows for a terminal; times in milliseconds, pixels are the input's."""
+    shown = Table(title=Text(subject))
+    for heading in ("size", "backend", "runs"):
+        shown.add_column(heading, overflow="fold")
+    for heading in ("p50, ms", "p90", "p99", "pictures/s", "Mpx/s", "GFLOP/s", "of limit", "MiB", "PSNR, dB", "x auto"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    base = {row.size: row.measured.p50.value for row in rows if row.name == AUTO and row.measured}
+    for each, following in zip(rows, [*rows[1:], None], strict=True):
+        last = following is None or following.size != each.size
+        shown.add_row(*map(Text, cells(each, base.get(each.size))), end_section=last)
+    return shown
+
+
+def cells(row: Row, auto: float | None) -> list[str]:
+    """A row's texts."""
+    found = row.measured
+    if found is None:
+        return [str(row.size), row.name, row.reason]
+    return [
+        str(row.size),
+        row.name,
+        f"{found.on.removesuffix(' on CPU')}, {found.precision}",
+        f"{found.p50.value * 1e3:.1f} ({found.p50.low * 1e3:.1f}-{found.p50.high * 1e3:.1f})",
+        f"{found.p90.value * 1e3:.1f}",
+        f"{found.p99.value * 1e3:.1f}",
+        f"{1 / found.p50.value:.2f}",
+        f"{row.size.pixels / found.p50.value / 1e6:.3f}",
+        f"{found.rate / 1e9:.0f}",
+        f"{found.share:.0%}" if found.share is not None else "",
+        f"{found.peak >> 20}",
+        "equal" if found.psnr is None else f"{found.psnr:.1f}",
+        f"{found.p50.value / auto:.2f}" if auto else "",
+    ]
+
+
+def report(subject: str, stamp: dict[str, str], limits: dict[str, float], rows: list[Row]) -> dict[str, Any]:
+    """Everything, for --json."""
+    listed = [{**asdict(row), "size": str(row.size)} for row in rows]
+    return {"subject": subject, "environment": stamp, "limits": limits, "rows": listed}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """What --json wrote; raises UsageError for anything else."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        return {"subject": found["subject"], "rows": {(each["size"], each["name"]): each for each in found["rows"]}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--compare {path}: not a report of this benchmark ({error}); make one with --json") from error
+
+
+def comparison(subject: str, rows: list[Row], old: dict[str, Any]) -> Table:
+    """p50 now and then, for the rows that both runs have; apart where the intervals do not touch."""
+    shown = Table("size", "backend", "p50 then, ms", "p50 now, ms", "now / then", "", title=Text(f"then: {old['subject']}"))
+    for row in rows:
+        before = (old["rows"].get((str(row.size), row.name)) or {}).get("measured")
+        if row.measured is None or before is None:
+            continue
+        now, then = row.measured.p50, Interval(**before["p50"])
+        apart = now.low > then.high or now.high < then.low
+        values = f"{then.value * 1e3:.1f}", f"{now.value * 1e3:.1f}", f"{now.value / then.value:.2f}"
+        shown.add_row(*map(Text, (str(row.size), row.name, *values, "apart" if apart else "within intervals")))
+    if subject != old["subject"]:
+        shown.caption = "the networks differ"
+    return shown
+
+
+def draw(rows: list[Row], subject: str, path: Path) -> None:
+    """Latency over size, a line per contender, both axes logarithmic."""
+    with extra("training", "drawing --plot"):
+        import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    for name in dict.fromkeys(row.name for row in rows):
+        points = [(row.size.pixels, row.measured.p50.value) for row in rows if row.name == name and row.measured]
+        if points:
+            axes.loglog(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xlabel="input pixels", ylabel="seconds, median", title=subject)
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(path, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--plot {path}: cannot be written ({error}); expected a name such as latency.png") from error
+
+
+if __name__ == "__main__":
+    run_command("latency", latency)

@@ -1,0 +1,145 @@
+"""Time and peak memory over picture size, whole and exact, with the fitted growth: `python benchmarks/scaling.py`.
+
+Every picture is measured in a process of its own, from 64 x 64 on, each with twice the pixels of the one before.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+import typer
+from rich.table import Table
+from rich.text import Text
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
+
+from benchmarks.measure import Size, Worker, console, environment, found_model, peak_memory, picture, run_command
+from sanrt.errors import BackendError, UsageError
+from sanrt.runtime.backends import RunOptions, load_backend
+from sanrt.runtime.upscale import UpscaleOptions, upscale
+from sanrt.runtime.ways import PAPER_REGIONS, Tiling
+
+SMALLEST = 64
+TILINGS = (Tiling.WHOLE, Tiling.EXACT)
+LEAST_POINTS = 3
+"""For a fit."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One picture, one way."""
+
+    tiling: Tiling
+    size: Size
+    seconds: float
+    idle: int
+    """Bytes resident at most before the picture."""
+    peak: int
+    """Bytes resident at most, of the whole process."""
+
+
+class Upscaling:
+    """A loaded backend in a process of its own."""
+
+    def __init__(self, backend: str, model: Path, run_options: RunOptions, options: UpscaleOptions) -> None:
+        self.network, self.options = load_backend(backend, model, run_options), options
+
+    def upscale(self, pixels: npt.NDArray[np.uint8]) -> tuple[float, int, int]:
+        """Seconds, and the peak memory before and after."""
+        upscale(self.network, pixels[:SMALLEST, :SMALLEST], self.options)  # loads what is loaded late
+        idle = peak_memory()
+        started = time.perf_counter()
+        upscale(self.network, pixels, self.options)
+        return time.perf_counter() - started, idle, peak_memory()
+
+
+def scaling(
+    model: Annotated[Path | None, typer.Option(help="Exported ONNX; else models/'s, else the bundled weights.")] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's network (G=20, m=10), random weights.")] = False,
+    scale: Annotated[int, typer.Option(help="Of the network, where --model is left out.")] = 4,
+    backend: Annotated[str, typer.Option(help="What runs it.")] = "auto",
+    largest: Annotated[str, typer.Option(help="WIDTHxHEIGHT: stop at more pixels.")] = "4096x4096",
+    seconds: Annotated[float, typer.Option(help="Stop a way before a picture that would take longer.")] = 30,
+    regions: Annotated[int | None, typer.Option(min=1, help="k of the regions; by the picture's size if left out.")] = None,
+    tile: Annotated[int | None, typer.Option(min=16, help="Side of exact tiles; by the memory if left out.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if left out.")] = None,
+) -> None:
+    """Print a line per picture, and the fitted growth of time and memory."""
+    limit = Size.parse(largest).pixels
+    if seconds <= 0:
+        raise UsageError(f"--seconds {seconds}: expected more than 0")
+    for name, value in environment(threads).items():
+        print(f"{name:<10}{value}")
+    with found_model(model, scale, paper) as path:
+        for tiling in TILINGS:
+            options = UpscaleOptions(tiling=tiling, tile=tile if tiling is Tiling.EXACT else None, regions=regions)
+            run_options = RunOptions(threads=threads, regions=regions or PAPER_REGIONS)
+            make = partial(Upscaling, backend, path, run_options, options)
+            points, end = measure(make, tiling, limit, seconds)
+            console().print(table(points), Text(f"{end}; {growth(points)}\n"))
+    raise typer.Exit(int(not points))
+
+
+def measure(make: Callable[[], Upscaling], tiling: Tiling, limit: int, seconds: float) -> tuple[list[Point], str]:
+    """Pictures from the smallest on, and why there are no more."""
+    points: list[Point] = []
+    for size in sizes():
+        if size.pixels > limit:
+            return points, f"stopped at --largest, {limit} pixels"
+        if len(points) > 1 and points[-1].seconds ** 2 / points[-2].seconds > seconds:
+            return points, f"{size} would take more than --seconds {seconds:g}"
+        try:
+            with Worker(make) as worker:
+                points.append(Point(tiling, size, *worker.call("upscale", picture(size))))
+        except BackendError as error:
+            return points, f"{size} failed: {error}"
+    raise AssertionError
+
+
+def sizes() -> Iterator[Size]:
+    """64x64, 128x64, 128x128 and so on."""
+    width = height = SMALLEST
+    while True:
+        yield Size(width, height)
+        width, height = (2 * width, height) if width == height else (width, width)
+
+
+def table(points: list[Point]) -> Table:
+    """A line per picture; pixels are the input's."""
+    shown = Table("tiling", "size")
+    for heading in ("seconds", "us/pixel", "peak, MiB", "above idle, MiB", "bytes/pixel"):
+        shown.add_column(heading, justify="right")
+    for each in points:
+        own, pixels = each.peak - each.idle, each.size.pixels
+        values = each.seconds, each.seconds / pixels * 1e6, each.peak / 2**20, own / 2**20, own / pixels
+        texts = [f"{value:.{digits}f}" for value, digits in zip(values, (3, 2, 0, 0, 0), strict=True)]
+        shown.add_row(str(each.tiling), str(each.size), *texts)
+    return shown
+
+
+def growth(points: list[Point]) -> str:
+    """Exponents over pixels, fitted to the larger half of the pictures: 1 is linear."""
+    larger = points[len(points) // 2 :] if len(points) >= 2 * LEAST_POINTS else points
+    if len(larger) < LEAST_POINTS:
+        return "too few pictures for a fit"
+    pixels = [each.size.pixels for each in larger]
+    time_growth = exponent(pixels, [each.seconds for each in larger])
+    memory = exponent(pixels, [max(each.peak - each.idle, 1) for each in larger])
+    return f"time grows with pixels^{time_growth:.2f}, memory above idle with pixels^{memory:.2f}"
+
+
+def exponent(x: list[int], y: list[float] | list[int]) -> float:
+    """b of the power law y = a x^b, by least squares of the logarithms."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+if __name__ == "__main__":
+    run_command("scaling", scaling)

@@ -1,0 +1,203 @@
+"""The latency benchmark: what a row holds, what it says of bad arguments, and that a failure stops nobody else."""
+
+import json
+import os
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmarks.measure
+from benchmarks import latency
+from benchmarks.contenders import Contender, Session, centred_by_matrix, open_backend, steady
+from benchmarks.latency import Entrant, Interval, Measured, Row, comparison, race, read_report, with_share
+from benchmarks.measure import Limits, Size, Worker, intervals, operations, picture, run_command
+from sanrt.errors import BackendError, UsageError
+from sanrt.model.spec import Architecture
+
+ARCH = Architecture(scale=2, groups=1, blocks=1, channels=16, reduction=4)
+SMALL = Size(20, 16)
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch):
+    """Known at once: measuring the machine takes seconds."""
+    monkeypatch.setattr(latency, "measure_limits", lambda worker: {"fp32": 1e10, "bf16": 1e10, "copy": 1e10})
+
+
+@pytest.fixture
+def measure(monkeypatch, tmp_path, capsys):
+    """Run the command in this process: its exit status, its report and what it complained of."""
+
+    def run(*arguments):
+        report = tmp_path / "report.json"
+        fixed = ["--size", "20x16", "--seconds", "0", "--threads", "1"]
+        monkeypatch.setattr(sys, "argv", ["latency.py", *fixed, *map(str, arguments), "--json", str(report)])
+        with pytest.raises(SystemExit) as end:
+            run_command("latency", latency.latency)
+        return end.value.code, json.loads(report.read_text()) if report.exists() else None, capsys.readouterr()
+
+    return run
+
+
+def failing(model, threads):
+    raise RuntimeError("no such instruction\nsecond line")
+
+
+def dying(model, threads):
+    os._exit(9)
+
+
+def test_a_report_holds_a_row_with_its_accuracy_memory_and_share(measure, tiny_model, tmp_path):
+    status, report, shown = measure("--model", tiny_model(), "--backend", "onnxruntime", "--plot", tmp_path / "p.png")
+    assert status == 0
+    (row,) = report["rows"]
+    found = row["measured"]
+    assert (row["name"], row["size"], found["precision"]) == ("onnxruntime", "20x16", "fp32")
+    assert found["runs"] == latency.LEAST_RUNS
+    assert found["psnr"] > 80
+    assert found["peak"] > 2**24
+    assert found["share"] == pytest.approx(found["rate"] / report["limits"]["fp32"])
+    assert found["rate"] == pytest.approx(operations(ARCH, SMALL) / found["p50"]["value"])
+    assert {"cpu", "cores", "versions", "load"} <= report["environment"].keys()
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert "onnxruntime, fp32" in shown.out
+
+
+def test_a_failing_backend_is_a_row_that_says_why_and_the_rest_go_on(tiny_model):
+    contenders = [
+        Contender("broken", failing),
+        Contender("killed", dying),
+        Contender("hungry", failing, needed=lambda size: 2**60),
+        Contender("onnxruntime", partial(open_backend, "onnxruntime", None)),
+    ]
+    rows, _ = race(contenders, tiny_model(), ARCH, [SMALL], 0, 1)
+    reasons = {row.name: (row.reason, row.failed) for row in rows}
+    assert reasons["broken"] == ("no such instruction", True)
+    assert reasons["killed"][1]
+    assert "exit 9" in reasons["killed"][0]
+    assert not reasons["hungry"][1]
+    assert "needs" in reasons["hungry"][0]
+    assert rows[3].measured
+
+
+def test_a_backend_that_cannot_run_makes_exit_1(measure, tiny_model):
+    status, report, shown = measure("--model", tiny_model(), "--backend", "onnxruntime", "--precision", "bf16")
+    assert status == 1
+    assert report["rows"][0]["measured"] is None
+    assert "fp32" in report["rows"][0]["reason"]
+    assert "bf16" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--backend", "tensorflow"], "unknown backend 'tensorflow'"),
+        (["--model", "nowhere.onnx"], "nowhere.onnx: no such model"),
+        (["--size", "0x64"], "size '0x64'"),
+        (["--size", "64"], "size '64'"),
+        (["--scale", "5"], "--scale 5"),
+        (["--compare", "nowhere.json"], "--compare nowhere.json"),
+        (["--paper", "--model", "some.onnx"], "expected one of them"),
+    ],
+)
+def test_bad_arguments_are_told_in_one_line(measure, arguments, told):
+    status, report, shown = measure(*arguments)
+    assert (status, report, shown.out) == (1, None, "")
+    assert shown.err.count("\n") == 1
+    assert told in shown.err
+
+
+def test_operations_are_those_that_pytorch_counts(live_network):
+    net = live_network(scale=4, groups=2, blocks=2, channels=32, reduction=4)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it does not count the fused kernel
+        net(torch.rand(1, 3, 64, 96) * 255)
+    assert operations(net.arch, Size(96, 64)) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_the_official_formula_is_the_same_network(live_network):
+    soca = live_network().groups[0].soca
+    features = torch.randn(1, 16, 9, 7)
+    torch.testing.assert_close(centred_by_matrix(soca, features), soca(features), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torch-bf16", "torch-mxm", "onnxruntime-plain", "openvino-plain"])
+def test_a_baseline_computes_the_network(tiny_model, name):
+    from benchmarks.contenders import BASELINES
+
+    if name.startswith("openvino"):
+        pytest.importorskip("openvino")
+    x = latency.network_input(SMALL, 255)
+    session = Session(BASELINES[name].open, tiny_model(), 1)
+    reference = Session(partial(open_backend, "torch", None), tiny_model(), 1).warm_up(x, 0)
+    assert latency.psnr(session.warm_up(x, 0), reference) > (40 if session.facts()[0] == "bf16" else 80)
+
+
+def test_intervals_enclose_their_percentiles_and_are_the_same_again():
+    times = list(np.random.default_rng(1).gamma(9, 0.01, 40))
+    found = intervals(times)
+    assert [each.value for each in found] == pytest.approx(np.percentile(times, [50, 90, 99]))
+    assert all(each.low <= each.value <= each.high for each in found)
+    assert found == intervals(times)
+    assert intervals([2.0]) == [Interval(2.0, 2.0, 2.0)] * 3
+
+
+def test_warm_up_goes_on_until_times_agree():
+    assert not steady([1.0, 1.0])
+    assert not steady([1.0, 1.0, 1.2])
+    assert steady([9.0, 1.0, 1.05, 1.0])
+    assert steady([1.0, 2.0] * 10)
+
+
+def test_an_entrant_runs_often_enough_and_not_much_longer_than_its_seconds():
+    entrant = Entrant(Contender("any", failing), worker=None, times=[5.0, 5.0])
+    assert entrant.hungry(1)
+    entrant.times.append(5.0)
+    assert not entrant.hungry(1)
+    entrant.stopped = BackendError("failed")
+    assert not entrant.hungry(100)
+
+
+def test_a_worker_tells_why_a_call_failed_and_lives_on():
+    with Worker(partial(list, "ab")) as worker:
+        with pytest.raises(BackendError, match="pop index out of range"):
+            worker.call("pop", 7)
+        assert worker.call("pop", 0) == "a"
+
+
+def row(seconds, spread=0.0, on="torch on CPU"):
+    p50 = Interval(seconds, seconds - spread, seconds + spread)
+    return Row(SMALL, "torch", Measured("fp32", on, p50, p50, p50, 3, 1e9, None, 2**20, None))
+
+
+def test_comparison_tells_the_ratio_and_whether_intervals_are_apart(tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(latency.report("net", {}, {}, [row(0.1, 0.01)])))
+    old = read_report(path)
+    columns = [list(each.cells) for each in comparison("net", [row(0.2, 0.01)], old).columns]
+    assert [str(column[0]) for column in columns[-2:]] == ["2.00", "apart"]
+    assert str(next(comparison("net", [row(0.115, 0.01)], old).columns[-1].cells)) == "within intervals"
+    path.write_text("[]")
+    with pytest.raises(UsageError, match="not a report"):
+        read_report(path)
+
+
+def test_limits_are_those_of_this_machine(monkeypatch):
+    monkeypatch.setattr(benchmarks.measure, "MATRIX", 64)
+    monkeypatch.setattr(benchmarks.measure, "COPIED", 2**16)
+    limits = Limits(1)
+    assert all(1e6 < rate < 1e15 for rate in (limits.product("fp32"), limits.product("bf16"), limits.copy()))
+
+
+def test_only_the_cpu_has_a_share_of_its_limit():
+    assert with_share(row(1.0), {"fp32": 4e9}).measured.share == 0.25
+    assert with_share(row(1.0, on="torch-cuda on H100"), {"fp32": 4e9}).measured.share is None
+
+
+def test_pictures_have_the_asked_size():
+    assert picture(Size(200, 20)).shape == (20, 200, 3)
+    assert picture(Size(5, 4)).shape == (4, 5, 3)
