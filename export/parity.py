@@ -29,9 +29,9 @@ class Tolerance:
 TOLERANCES: Mapping[Precision | QuantisedType, Tolerance] = {
     Precision.FP32: Tolerance(2e-3, 0.001),
     Precision.FP16: Tolerance(1.0, 0.003),
-    Precision.BF16: Tolerance(8.0, 0.01),
-    QuantisedType.INT8: Tolerance(32.0, 0.1),
-    QuantisedType.FP8: Tolerance(32.0, 0.1),
+    Precision.BF16: Tolerance(16.0, 0.05),
+    QuantisedType.INT8: Tolerance(64.0, 0.1),
+    QuantisedType.FP8: Tolerance(64.0, 0.1),
 }
 """By the coarsest type that a model computes in (`ModelSpec.coarsest`); docs/precision.md has what was measured."""
 
