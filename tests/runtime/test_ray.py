@@ -22,7 +22,6 @@ from sanrt.runtime.jobs import Naming, find_pictures
 from sanrt.runtime.pipeline import Failed, Skipped, Written
 from sanrt.runtime.record import Verdict, read_record, verify
 from sanrt.runtime.upscale import UpscaleOptions
-from sanrt.runtime.ways import Tiling
 from tests.runtime import s3
 
 NODE = {"num_cpus": 4}
@@ -178,17 +177,6 @@ def test_a_node_without_the_folder_ends_the_run(ray, tiny_model, tmp_path):
         Pool(work(tiny_model(2)), Share(1, 1), tmp_path / "no"),
     ):
         pass
-
-
-def test_warnings_of_workers_reach_the_user(ray, tiny_model, tmp_path, caplog):
-    noise(tmp_path / "in" / "large.png", 96, 96)
-    jobs = find_pictures([tmp_path / "in"], tmp_path / "out", Naming())
-    with caplog.at_level("DEBUG", logger="sanrt"):
-        task = Task(tiny_model(2), "onnxruntime", RunOptions(threads=1), UpscaleOptions(tiling=Tiling.EXACT, tile=64))
-        with Pool(task, Share(1, 1)) as pool:
-            (outcome,) = pool.run(jobs)
-    assert isinstance(outcome, Written)
-    assert "exact in tiles of 64" in caplog.text, "what streaming logs of a picture comes from the worker"
 
 
 def survived(nodes, model: Path, folder: Path, count: int) -> list:
