@@ -14,13 +14,13 @@ FOLDER = ".derived"
 """Beside the exported model; safe to delete at any time."""
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Path, remedy: str = "make a model with `sanrt export --scale 4`") -> str:
     """SHA-256 of a file, as hex; raises ModelError when it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); make a model with `sanrt export --scale 4`") from error
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
 
 
 def derived_model(model: Path, options: GraphOptions) -> Path:

@@ -46,17 +46,23 @@ def explain(backend: Backend, path: Path, options: UpscaleOptions) -> Iterator[E
     pixels = sample(path)
     tile = min(options.tile or TILE, max(16, max(pixels.shape[:2]) // 2))
     picture = (pixels / np.iinfo(pixels.dtype).max).astype(np.float32)
-    upscale(backend, picture, replace(options, tiling=Tiling.EXACT, tile=tile))  # sessions are opened before times are taken
+    upscale(backend, picture, sampled(options, Tiling.EXACT, tile))  # sessions are opened before times are taken
     whole = None
     for tiling in Tiling.WHOLE, Tiling.EXACT, Tiling.OVERLAP:
         started, grown = time.perf_counter(), Peak()
         with grown.watched():
-            result = upscale(backend, picture, replace(options, tiling=tiling, tile=tile, overlap=None))
+            result = upscale(backend, picture, sampled(options, tiling, tile))
         whole = result if whole is None else whole
         difference = result.astype(np.float64) - whole
         error = float(np.mean(difference**2))
         psnr = float("inf") if error == 0 else -10 * float(np.log10(error))
         yield Explained(tiling, float(abs(difference).max()) * 255, psnr, time.perf_counter() - started, grown.bytes)
+
+
+def sampled(options: UpscaleOptions, tiling: Tiling, tile: int) -> UpscaleOptions:
+    """The options of a run, with the tiling to be compared; the sample's tiles may be too small for its overlap."""
+    overlap = None if options.overlap is None or tiling is not Tiling.OVERLAP else min(options.overlap, tile // 2)
+    return replace(options, tiling=tiling, tile=tile, overlap=overlap)
 
 
 def sample(path: Path) -> Pixels:

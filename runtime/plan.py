@@ -84,8 +84,8 @@ def usable_backends(model: Path, options: RunOptions) -> Iterator[Backend]:
 
 
 def plan(paths: Iterable[Path], model: Path, loading: RunOptions, upscaling: UpscaleOptions) -> Iterator[PicturePlan]:
-    """A plan for every picture; its header alone is read."""
-    loaded = list(usable_backends(model, loading))
+    """A plan for every picture; its header alone is read. Raises SanrtError when no backend can load the model."""
+    loaded = list(usable_backends(model, loading)) or [load_backend("auto", model, loading)]  # which says why none can
     speeds = {backend.name: speed_of(backend, model, loading) for backend in loaded}
     for path in paths:
         yield picture_plan(path, loaded, speeds, upscaling)

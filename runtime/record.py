@@ -6,6 +6,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property, partial
@@ -16,6 +17,7 @@ import numpy as np
 
 from sanrt import __version__
 from sanrt.errors import ModelError, SanrtError, UsageError
+from sanrt.model.spec import Precision
 from sanrt.runtime.backends import Backend, RunOptions, load_backend, status
 from sanrt.runtime.derived import file_digest
 from sanrt.runtime.jobs import Job
@@ -26,6 +28,7 @@ from sanrt.runtime.storage import fetched, located
 from sanrt.runtime.upscale import PROCESS_MEMORY, Streamer, UpscaleOptions, upscale
 from sanrt.runtime.ways import Tiling
 
+RESTORE = "put the file of the run back"
 STRIP = 256
 """Rows that are compared at a time."""
 
@@ -72,11 +75,12 @@ class Entry:
         """What makes the same choices again."""
         tiling = Tiling(self.tiling)
         tile = None if tiling is Tiling.WHOLE else self.tile
-        return UpscaleOptions(tile, self.overlap, self.self_ensemble, tiling, self.regions, self.memory)
+        overlap = self.overlap if tiling is Tiling.OVERLAP else None
+        return UpscaleOptions(tile, overlap, self.self_ensemble, tiling, self.regions, self.memory)
 
     def loading(self) -> RunOptions:
         """How the model was loaded."""
-        return RunOptions(threads=self.threads, device=self.gpu)
+        return RunOptions(threads=self.threads, precision=Precision(self.precision), device=self.gpu)
 
 
 @dataclass
@@ -116,9 +120,9 @@ class Recorder:
         assert way
         return Entry(
             source=str(job.source.resolve()),
-            source_digest=file_digest(job.source),
+            source_digest=file_digest(job.source, RESTORE),
             output=str(job.destination.resolve()),
-            output_digest=file_digest(job.destination),
+            output_digest=file_digest(job.destination, RESTORE),
             model=str(self.model.resolve()),
             model_digest=self.model_digest,
             weights_digest=spec.weights_digest,
@@ -150,8 +154,13 @@ def open_record(path: Path) -> IO[str]:
 
 
 def write_entry(record: IO[str], entry: Entry) -> None:
-    """Add a line, at once."""
-    print(json.dumps(asdict(entry)), file=record, flush=True)
+    """Add a line, at once; raises UsageError when it cannot be written."""
+    try:
+        print(json.dumps(asdict(entry)), file=record, flush=True)
+    except OSError as error:
+        with suppress(OSError):  # what could not be written is tried again on closing
+            record.close()
+        raise UsageError(f"{record.name}: cannot be written ({error.strerror}); choose another --record file") from None
 
 
 def read_record(path: Path) -> list[Entry]:
@@ -209,9 +218,9 @@ def verify(entries: Iterable[Entry]) -> Iterator[Replay]:
 def check_unchanged(entry: Entry) -> None:
     """Raise SanrtError unless picture, model and result are the files of the record."""
     for path, digest in ((entry.source, entry.source_digest), (entry.model, entry.model_digest)):
-        if file_digest(located(path)) != digest:
-            raise ModelError(f"{path}: changed since the run (SHA-256 {digest[:12]}... was recorded); put the old file back")
-    file_digest(located(entry.output))
+        if file_digest(located(path), RESTORE) != digest:
+            raise ModelError(f"{path}: changed since the run (SHA-256 {digest[:12]}... was recorded); {RESTORE}")
+    file_digest(located(entry.output), RESTORE)
 
 
 def again(entry: Entry, folder: Path) -> Path:

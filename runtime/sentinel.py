@@ -88,11 +88,11 @@ class SentinelStages:
 
 
 def watched(backend: Backend, model: Path, options: RunOptions) -> Sentinel:
-    """The backend of a model (ONNX or engine) with fp32 on the CPU behind it."""
+    """The backend of a model (ONNX, engine or checkpoint) with fp32 on the CPU behind it."""
 
     def exact() -> Backend:
         onnx = read_engine(model).model_path if model.suffix == SUFFIX else model
-        name = "onnxruntime" if status("onnxruntime").usable else "torch"
+        name = "onnxruntime" if onnx.suffix == ".onnx" and status("onnxruntime").usable else "torch"
         threads = RunOptions(threads=options.threads, precision=Precision.FP32, regions=backend.spec.regions)
         return load_backend(name, onnx, threads)
 

@@ -69,6 +69,8 @@ class UpscaleOptions:
             raise UsageError(f"tiles of {self.tile} pixels; expected at least 16")
         if self.self_ensemble and self.tiling is Tiling.EXACT:
             raise UsageError("self-ensemble with exact tiling: not offered together; use --tiling whole or overlap")
+        if self.overlap is not None and self.tiling in (Tiling.WHOLE, Tiling.EXACT):
+            raise UsageError(f"overlap {self.overlap} with {self.tiling} tiling, which overlaps nothing; leave one out")
         if self.overlap is not None and not 0 <= self.overlap <= (self.tile or 2 * self.overlap) // 2:
             raise UsageError(f"overlap {self.overlap} with tiles of {self.tile}; expected 0 to half a tile")
 
@@ -91,12 +93,20 @@ def choose_way(backend: Backend, height: int, width: int, options: UpscaleOption
     spec, longest, memory = backend.spec, max(height, width), options.budget
     arch = spec.architecture
     regions = options.regions or (choose_regions(height, width) if backend.streams else spec.regions)
+    wanted = options.regions not in (None, spec.regions)
     if min(height, width) < 2 * regions:  # regions of at least 2 x 2 pixels; the whole-picture graph pads smaller pictures
         regions = spec.regions
     tiling = options.tiling
     if tiling is Tiling.AUTO:
         cut = longest > options.tile if options.tile else not fits_whole(arch, height, width, memory)
         tiling = cut_tiling(backend, options) if cut else Tiling.WHOLE
+    if wanted and (tiling is Tiling.OVERLAP or not backend.streams):
+        raise UsageError(
+            f"{options.regions} x {options.regions} regions: this model has {spec.regions} x {spec.regions} in overlapped "
+            f"tiles and on backends without stages, such as {backend.name}; leave --regions out, or change one of the two"
+        )
+    if min(height, width) < 2 * regions:
+        tiling = Tiling.WHOLE  # too small to be cut into regions, so padded; nothing could need a tile here
     match tiling:
         case Tiling.WHOLE:
             return Way(tiling, longest, regions)

@@ -14,7 +14,7 @@ from sanrt.errors import UsageError
 from sanrt.runtime.backends import RunOptions, load_backend
 from sanrt.runtime.models import MODELS, find_model
 from sanrt.runtime.preference import load_default
-from sanrt.runtime.sentinel import watched
+from sanrt.runtime.sentinel import Sentinel, watched
 from sanrt.runtime.upscale import UpscaleOptions, upscale
 from sanrt.runtime.ways import PAPER_REGIONS, Tiling
 
@@ -100,9 +100,11 @@ class Upscaler:
         """GPU arrays in and out, never copied to the host; with `backend="tensorrt"` only.
 
         pictures: anything with `__cuda_array_interface__` (pycuda, CuPy, torch), contiguous float32 (B, 3, H, W), RGB of
-        0..`spec.architecture.value_range`. The result is such an array, complete, (B, 3, scale * H, scale * W), not clipped.
+        0..`spec.architecture.value_range`. The result is such an array, complete, (B, 3, scale * H, scale * W), not clipped
+        and not looked at: what overflowed half precision is not computed again.
         """
-        infer = getattr(self.backend, "infer_on_device", None)
+        network = self.backend.backend if isinstance(self.backend, Sentinel) else self.backend
+        infer = getattr(network, "infer_on_device", None)
         if infer is None:
             raise UsageError(f"backend {self.backend.name} takes no GPU arrays; load the model with backend='tensorrt'")
         return infer(pictures)

@@ -126,6 +126,34 @@ def test_tiling_reaches_the_network_and_unknown_ones_are_refused(tiny_model, pho
         Upscaler.load(tiny_model(2), tiling="diagonal")
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (3, 40)])
+def test_pictures_too_small_for_regions_are_streamed_as_a_whole(upscaler, tiny_model, size):
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+    with Upscaler.load(tiny_model(2), backend="onnxruntime", threads=1, tiling="exact") as exact:
+        assert np.array_equal(exact(picture), upscaler(picture))
+
+
+def test_auto_takes_a_backend_that_loads_checkpoints(live_network, tmp_path):
+    from sanrt.model.checkpoint import save_checkpoint
+
+    save_checkpoint(tmp_path / "own.safetensors", live_network(), "a test")
+    with Upscaler.load(tmp_path / "own.safetensors", threads=1) as upscaler:
+        assert upscaler.backend.name in ("torch", "torch-cuda")
+
+
+def test_gpu_arrays_reach_a_backend_that_is_watched(upscaler, monkeypatch):
+    with pytest.raises(UsageError, match="backend='tensorrt'"):
+        upscaler.on_device("array")
+    monkeypatch.setattr(upscaler.backend.backend, "infer_on_device", lambda array: (array, "result"), raising=False)
+    assert upscaler.on_device("array") == ("array", "result")
+
+
+@pytest.mark.parametrize("tiling", ["whole", "exact"])
+def test_an_overlap_that_would_be_ignored_is_refused(tiny_model, tiling):
+    with pytest.raises(UsageError, match="overlaps nothing"):
+        Upscaler.load(tiny_model(2), tiling=tiling, overlap=8)
+
+
 def test_the_package_has_no_other_lazy_names():
     with pytest.raises(AttributeError, match="Nothing"):
         _ = sanrt.Nothing

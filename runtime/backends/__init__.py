@@ -100,6 +100,9 @@ BACKENDS = {
 }
 """Every backend's module; each has `status() -> BackendStatus` and `load(model: Path, options: RunOptions) -> Backend`."""
 
+CHECKPOINT_BACKENDS = ("torch-cuda", "torch")
+"""Those that load checkpoints too; the others load exported models only."""
+
 AUTO_ORDER = ("tensorrt", "torch-cuda", "onnxruntime-cuda", "openvino", "onnxruntime", "torch")
 """The order in which `auto` looks for a usable backend."""
 
@@ -130,6 +133,8 @@ def candidates(model: Path) -> tuple[str, ...]:
     """What `auto` may choose for a model: only TensorRT runs engines, and it runs a model only once an engine was built."""
     if model.suffix == SUFFIX:
         return ("tensorrt",)
+    if model.suffix != ".onnx":
+        return CHECKPOINT_BACKENDS
     return tuple(name for name in AUTO_ORDER if name != "tensorrt" or engines_of(model))
 
 

@@ -16,6 +16,9 @@ from sanrt.cli.validate import validate
 from sanrt.cli.verify import verify
 from sanrt.errors import SanrtError
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as of a shell."""
+
 app = typer.Typer(
     help="SAN super-resolution, from PyTorch to production: export, build, run.",
     no_args_is_help=True,
@@ -45,6 +48,7 @@ def main() -> None:
     except SanrtError as error:
         print(f"sanrt: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("sanrt: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:  # typer makes one of a KeyboardInterrupt, and says nothing
+        if end.code == INTERRUPTED:
+            print("sanrt: interrupted", file=sys.stderr)
+        raise

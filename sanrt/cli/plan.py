@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sanrt.model.spec import SCALES
 from sanrt.runtime.models import MODELS, exported_path
 from sanrt.runtime.ways import Tiling
 
@@ -31,6 +32,8 @@ def plan(
     from sanrt.runtime.upscale import UpscaleOptions
     from sanrt.runtime.ways import parse_memory
 
+    if scale not in SCALES:
+        raise typer.BadParameter(f"--scale {scale}: expected {', '.join(map(str, SCALES))}")
     jobs = find_pictures(inputs, Path("results.sanrt-plan"))
     options = UpscaleOptions(tile, tiling=tiling, memory=parse_memory(memory) if memory else None)
     path = model or exported_path(models, scale)

@@ -59,7 +59,7 @@ class Reporter(logging.Handler):
                     self.tell(outcome)
                     self.advance()
             except KeyboardInterrupt:
-                print(f"sanrt: interrupted, {self.summary()}; the same command goes on from here", file=sys.stderr)
+                print(f"sanrt: {self.summary()} so far; the same command goes on from here", file=sys.stderr)
                 raise
         self.say(self.summary())
 

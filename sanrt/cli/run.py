@@ -158,7 +158,9 @@ def run(
                 raise typer.Exit
             options = PipelineOptions(network.spec.architecture.scale, encoding, overwrite, Streamer(network, upscaling))
             enlarge = partial(upscale, network, options=upscaling)
-            recorder = Recorder(record, network, choice.path, choice.options, upscaling, encoding) if record else None
+            recorder = None
+            if record and not dry_run:
+                recorder = Recorder(record, network, choice.path, choice.options, upscaling, encoding)
             work = pipeline.plan(jobs, options) if dry_run else pipeline.run(jobs, enlarge, options)
             with closing(work) as outcomes, recorder or nullcontext():
                 reporter.follow(recorder.follow(outcomes) if recorder else outcomes)

@@ -6,6 +6,7 @@ import pyvips
 from typer.testing import CliRunner
 
 from sanrt.cli import app
+from sanrt.errors import ModelError
 from sanrt.runtime.plan import Speed
 from sanrt.runtime.ways import Tiling, Way
 
@@ -35,6 +36,12 @@ def test_plan_tells_sizes_ways_and_what_is_skipped_and_keeps_its_measurement(fol
     kept[0].write_text(json.dumps({"pixel": 1.0, "pair": 0.0}))
     assert "onnxruntime: whole, 2 x 2 regions, 0.01 GiB, about 80 min" in CliRunner().invoke(app, arguments).output
     assert not (folder / "results.sanrt-plan").exists()
+
+
+@pytest.mark.parametrize("named", [["--model", "missing.onnx"], ["--models", "missing", "--scale", "3"]])
+def test_a_model_that_is_not_there_is_an_error_not_an_empty_plan(folder, named):
+    with pytest.raises(ModelError, match=r"missing.*sanrt export"):
+        CliRunner().invoke(app, ["plan", str(folder / "small.png"), *named], catch_exceptions=False)
 
 
 def test_an_estimate_grows_with_pixels_halos_and_pairs(tiny_model):

@@ -6,6 +6,7 @@ import pyvips
 from typer.testing import CliRunner
 
 from sanrt.cli import app
+from sanrt.errors import UsageError
 
 
 @pytest.fixture
@@ -75,3 +76,12 @@ def test_a_file_that_is_no_record_is_one_clear_line(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"source": 1}\n')
     done = verify(tmp_path / "x.jsonl")
     assert "not a record of this sanrt" in str(done.exception)
+
+
+def test_a_record_on_a_full_disk_is_one_error_and_a_dry_run_writes_none(recorded, tiny_model):
+    folder = recorded[0].parent
+    arguments = ["run", str(folder / "in"), str(folder / "again"), "--model", str(tiny_model(2)), "--threads", "1"]
+    with pytest.raises(UsageError, match="/dev/full: cannot be written"):
+        CliRunner().invoke(app, [*arguments, "--record", "/dev/full"], catch_exceptions=False)
+    assert CliRunner().invoke(app, [*arguments, "--dry-run", "--record", str(folder / "dry.jsonl")]).exit_code == 0
+    assert not (folder / "dry.jsonl").exists()

@@ -148,3 +148,9 @@ def test_self_ensemble_makes_the_upscaling_commute_with_turns(tiny_model):
 def test_tiles_and_overlaps_that_make_no_sense_are_refused(tile, overlap):
     with pytest.raises(UsageError):
         UpscaleOptions(tile, overlap)
+
+
+@pytest.mark.parametrize("options", [UpscaleOptions(regions=3), UpscaleOptions(regions=3, tile=16)])
+def test_regions_that_a_backend_without_stages_has_not_are_refused_not_ignored(options):
+    with pytest.raises(UsageError, match=r"3 x 3 regions.*leave --regions out"):
+        upscale(Nearest(), noise(24, 24), options)
