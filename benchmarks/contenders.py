@@ -120,7 +120,7 @@ def open_torch(variant: str, model: Path, threads: int | None) -> Running:
         function = torch.compile(net, dynamic=False)
     else:
         for group in net.groups:
-            group.soca.forward = partial(centred_by_matrix, group.soca)
+            setattr(group.soca, "forward", partial(centred_by_matrix, group.soca))  # noqa: B010
     return Running(lambda x: call(lambda x: [function(x)], x)[0], precision, "torch on CPU")
 
 

@@ -147,6 +147,7 @@ def latency(
         raise UsageError(f"--scale {scale}: expected {', '.join(map(str, SCALES))}")
     if paper and model:
         raise UsageError("--paper and --model: expected one of them")
+    require_writable(json_, plot)
     sizes = sorted({Size.parse(text) for text in size or SIZES}, key=lambda each: each.pixels)
     contenders = chosen(backend or [], precision or [])
     old = read_report(compare) if compare else None
@@ -164,6 +165,19 @@ def latency(
     if plot:
         draw(rows, subject, plot)
     raise typer.Exit(int(any(row.failed for row in rows)))
+
+
+def require_writable(report: Path | None, plot: Path | None) -> None:
+    """Raise before anything is measured where the results could not be written afterwards."""
+    for path in filter(None, (report, plot)):
+        if not path.parent.is_dir():
+            raise UsageError(f"{path}: its folder does not exist; expected one that does")
+    if plot:
+        with extra("training", "drawing --plot"):
+            from matplotlib.figure import Figure
+        known = Figure().canvas.get_supported_filetypes()
+        if plot.suffix[1:] not in known:
+            raise UsageError(f"--plot {plot}: unknown kind of picture; expected an ending of {', '.join(sorted(known))}")
 
 
 def race(
@@ -310,13 +324,10 @@ def comparison(subject: str, rows: list[Row], old: dict[str, Any]) -> Table:
 
 def draw(rows: list[Row], subject: str, path: Path) -> None:
     """Latency over size, a line per contender, both axes logarithmic."""
-    with extra("training", "drawing --plot"):
-        import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 6))
+    figure = Figure(figsize=(9, 6))
+    axes = figure.subplots()
     for name in dict.fromkeys(row.name for row in rows):
         points = [(row.size.pixels, row.measured.p50.value) for row in rows if row.name == name and row.measured]
         if points:
@@ -324,10 +335,7 @@ def draw(rows: list[Row], subject: str, path: Path) -> None:
     axes.set(xlabel="input pixels", ylabel="seconds, median", title=subject)
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path, bbox_inches="tight")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--plot {path}: cannot be written ({error}); expected a name such as latency.png") from error
+    figure.savefig(path, bbox_inches="tight")
 
 
 if __name__ == "__main__":

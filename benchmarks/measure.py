@@ -148,8 +148,8 @@ def operations(arch: Architecture, size: Size, regions: int = 2) -> float:
     keys = size.pixels / (2 * regions) ** 2
     attention = 4 * c * inner + 2 * inner * keys
     group = (2 * arch.blocks + 1) * 9 * c * c + c * c
-    factors = [3] if s == 3 else [2] * (s.bit_length() - 1)
-    upsampling = sum(9 * c * c * factor**2 * factor ** (2 * i) for i, factor in enumerate(factors))
+    enlarged = [3] if s == 3 else [2**i for i in range(1, s.bit_length())]
+    upsampling = sum(9 * c * c * side * side for side in enlarged)
     ends = 9 + 27 * c + s * s * (27 * c + 9)
     return 2.0 * size.pixels * (ends + 2 * attention + arch.groups * group + upsampling)
 

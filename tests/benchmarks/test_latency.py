@@ -1,7 +1,6 @@
 """The latency benchmark: what a row holds, what it says of bad arguments, and that a failure stops nobody else."""
 
 import json
-import os
 import sys
 from functools import partial
 
@@ -14,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmarks.measure
 from benchmarks import latency
 from benchmarks.contenders import Contender, Session, centred_by_matrix, open_backend, steady
-from benchmarks.latency import Entrant, Interval, Measured, Row, comparison, race, read_report, with_share
+from benchmarks.latency import Entrant, Interval, Measured, Row, comparison, read_report, with_share
 from benchmarks.measure import Limits, Size, Worker, intervals, operations, picture, run_command
 from sanrt.errors import BackendError, UsageError
-from sanrt.model.spec import Architecture
+from sanrt.model.spec import Architecture, Precision
+from tests.benchmarks.broken import dying, failing
 
 ARCH = Architecture(scale=2, groups=1, blocks=1, channels=16, reduction=4)
 SMALL = Size(20, 16)
@@ -44,16 +44,8 @@ def measure(monkeypatch, tmp_path, capsys):
     return run
 
 
-def failing(model, threads):
-    raise RuntimeError("no such instruction\nsecond line")
-
-
-def dying(model, threads):
-    os._exit(9)
-
-
 def test_a_report_holds_a_row_with_its_accuracy_memory_and_share(measure, tiny_model, tmp_path):
-    status, report, shown = measure("--model", tiny_model(), "--backend", "onnxruntime", "--plot", tmp_path / "p.png")
+    status, report, shown = measure("--model", tiny_model(), "--backend", "onnxruntime", "--plot", tmp_path / "plot.png")
     assert status == 0
     (row,) = report["rows"]
     found = row["measured"]
@@ -64,33 +56,29 @@ def test_a_report_holds_a_row_with_its_accuracy_memory_and_share(measure, tiny_m
     assert found["share"] == pytest.approx(found["rate"] / report["limits"]["fp32"])
     assert found["rate"] == pytest.approx(operations(ARCH, SMALL) / found["p50"]["value"])
     assert {"cpu", "cores", "versions", "load"} <= report["environment"].keys()
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "onnxruntime, fp32" in shown.out
 
 
-def test_a_failing_backend_is_a_row_that_says_why_and_the_rest_go_on(tiny_model):
+def test_a_failing_backend_is_a_row_that_says_why_and_the_rest_go_on(measure, monkeypatch, tiny_model):
     contenders = [
         Contender("broken", failing),
         Contender("killed", dying),
         Contender("hungry", failing, needed=lambda size: 2**60),
+        Contender("onnxruntime bf16", partial(open_backend, "onnxruntime", Precision.BF16)),
         Contender("onnxruntime", partial(open_backend, "onnxruntime", None)),
     ]
-    rows, _ = race(contenders, tiny_model(), ARCH, [SMALL], 0, 1)
-    reasons = {row.name: (row.reason, row.failed) for row in rows}
-    assert reasons["broken"] == ("no such instruction", True)
-    assert reasons["killed"][1]
-    assert "exit 9" in reasons["killed"][0]
-    assert not reasons["hungry"][1]
-    assert "needs" in reasons["hungry"][0]
-    assert rows[3].measured
-
-
-def test_a_backend_that_cannot_run_makes_exit_1(measure, tiny_model):
-    status, report, shown = measure("--model", tiny_model(), "--backend", "onnxruntime", "--precision", "bf16")
+    monkeypatch.setattr(latency, "chosen", lambda *_: contenders)
+    status, report, shown = measure("--model", tiny_model())
     assert status == 1
-    assert report["rows"][0]["measured"] is None
-    assert "fp32" in report["rows"][0]["reason"]
-    assert "bf16" in shown.out
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows["broken"]["reason"] == "no such instruction"
+    assert "exit 9" in rows["killed"]["reason"]
+    assert "runs in fp32" in rows["onnxruntime bf16"]["reason"]
+    assert "needs" in rows["hungry"]["reason"]
+    assert [row["failed"] for row in report["rows"]] == [True, True, False, True, False]
+    assert rows["onnxruntime"]["measured"]
+    assert "no such instruction" in shown.out
 
 
 @pytest.mark.parametrize(
@@ -102,6 +90,8 @@ def test_a_backend_that_cannot_run_makes_exit_1(measure, tiny_model):
         (["--size", "64"], "size '64'"),
         (["--scale", "5"], "--scale 5"),
         (["--compare", "nowhere.json"], "--compare nowhere.json"),
+        (["--plot", "nowhere/plot.png"], "nowhere/plot.png"),
+        (["--plot", "plot.doc"], "--plot plot.doc"),
         (["--paper", "--model", "some.onnx"], "expected one of them"),
     ],
 )
@@ -112,11 +102,12 @@ def test_bad_arguments_are_told_in_one_line(measure, arguments, told):
     assert told in shown.err
 
 
-def test_operations_are_those_that_pytorch_counts(live_network):
-    net = live_network(scale=4, groups=2, blocks=2, channels=32, reduction=4)
+@pytest.mark.parametrize("scale", [2, 3, 8])
+def test_operations_are_those_that_pytorch_counts(live_network, scale):
+    net = live_network(scale=scale, groups=2, blocks=2, channels=32, reduction=4)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it does not count the fused kernel
-        net(torch.rand(1, 3, 64, 96) * 255)
-    assert operations(net.arch, Size(96, 64)) == pytest.approx(counter.get_total_flops(), rel=0.01)
+        net(torch.rand(1, 3, 32, 64) * 255)
+    assert operations(net.arch, Size(64, 32)) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_the_official_formula_is_the_same_network(live_network):
