@@ -64,6 +64,16 @@ class ModelChoice:
         """Whether the bundled weights must be exported first."""
         return not self.named and not self.path.exists()
 
+    def preferred(self) -> ModelChoice:
+        """What runs: for `auto` on an exported model, the variant that was measured fastest here, where there is one."""
+        from sanrt.runtime.preference import preferred
+
+        found = preferred(self.path) if self.backend == "auto" and not self.named else None
+        if found is None:
+            return self
+        options = replace(self.options, precision=self.options.precision or found.precision)
+        return replace(self, named=self.path.parent / found.model, backend=found.backend, options=options)
+
 
 class RunCommand(TyperCommand):
     """`sanrt run`, whose `--ray` may stand without an address."""
@@ -147,8 +157,9 @@ def run(
             reporter.say(f"{choice.path}: not there yet; would export the bundled x{choice.expected} weights first")
             reporter.follow(pipeline.plan(jobs, PipelineOptions(choice.expected, encoding, overwrite)))
             raise typer.Exit(reporter.status)
+        make_missing(choice, reporter)
+        choice = choice.preferred()
         if ray and not (dry_run or explain_tiles):
-            make_missing(choice, reporter)
             task = Task(choice.path, choice.backend, choice.options, upscaling, encoding, overwrite, record)
             run_on_ray(ray, workers, choice, task, jobs, reporter)
             raise typer.Exit(reporter.status)
@@ -183,11 +194,7 @@ def run_on_ray(
 ) -> None:
     """The same as on one machine, by workers of a Ray cluster."""
     from sanrt.runtime.cluster import LOCAL, Pool, connected, witness
-    from sanrt.runtime.preference import preferred
 
-    if choice.backend == "auto" and not choice.named and (found := preferred(choice.path)):
-        running = replace(task.running, precision=found.precision)
-        task = replace(task, model=choice.path.parent / found.model, backend=found.backend, running=running)
     shared = nullcontext() if address == LOCAL else witness(jobs[0].destination.parent)
     with shared as seen, connected(address, workers, task.running.threads) as share, Pool(task, share, seen) as pool:
         tell_model(choice, pool.loaded[0], reporter)
@@ -215,16 +222,11 @@ def colour(text: str) -> tuple[int, int, int]:
 
 
 def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
-    """The chosen model on the chosen backend; the bundled one is exported first where none was made yet."""
+    """The chosen model on the chosen backend."""
     from sanrt.runtime.backends import load_backend
-    from sanrt.runtime.preference import load_default
     from sanrt.runtime.sentinel import watched
 
-    make_missing(choice, reporter)
-    if choice.backend == "auto" and not choice.named:
-        network = load_default(choice.path, choice.options)
-    else:
-        network = load_backend(choice.backend, choice.path, choice.options)
+    network = load_backend(choice.backend, choice.path, choice.options)
     try:
         tell_model(choice, network, reporter)
     except UsageError:

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from sanrt.cli import app
 from sanrt.errors import UsageError
+from sanrt.runtime.preference import prefer
 
 
 @pytest.fixture
@@ -42,6 +43,20 @@ def test_a_record_tells_what_each_result_depends_on(recorded):
     assert {entry["backend"] for entry in entries} <= {"onnxruntime", "openvino"}
     assert all(len(entry[name]) == 64 for entry in entries for name in ("source_digest", "output_digest", "model_digest"))
     assert all(set(entry["seconds"]) == {"read", "upscale", "write"} for entry in entries)
+
+
+def test_a_record_names_the_preferred_variant_that_ran(tmp_path, tiny_model):
+    exported, variant = tmp_path / "san_x2.onnx", tmp_path / "san_x2.variant.onnx"
+    for path in exported, variant:
+        path.write_bytes(tiny_model(2).read_bytes())
+    prefer(exported, variant, "torch", None)
+    pyvips.Image.black(20, 20, bands=3).write_to_file(str(tmp_path / "a.png"))
+    arguments = [str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--models", str(tmp_path), "--scale", "2"]
+    done = CliRunner().invoke(app, ["run", *arguments, "--threads", "1", "--record", str(tmp_path / "run.jsonl")])
+    assert done.exit_code == 0, done.output
+    entry = json.loads((tmp_path / "run.jsonl").read_text())
+    assert (entry["model"], entry["backend"]) == (str(variant), "torch")
+    assert "1 reproduced bit for bit" in verify(tmp_path / "run.jsonl").output
 
 
 def test_unchanged_results_are_reproduced_bit_for_bit(recorded):
