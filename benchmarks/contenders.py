@@ -207,4 +207,4 @@ def require_memory(contender: Contender, size: Size) -> None:
     """Raise LeftOut where a contender's own matrices exceed the free memory."""
     needed, free = contender.needed(size) if contender.needed else 0, free_host_memory()
     if needed > free:
-        raise LeftOut(f"left out: needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
+        raise LeftOut(f"needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free")

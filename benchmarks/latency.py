@@ -136,7 +136,7 @@ def latency(
     ] = None,
     precision: Annotated[list[Precision] | None, typer.Option(help="Of sanrt's backends; repeated.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT, repeated; 160x90 and 320x180 if left out.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="Of measured runs in all.")] = 40,
+    seconds: Annotated[float, typer.Option(min=0, help="Of measured runs in all.")] = 30,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if left out.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw latency over size into this picture.")] = None,
@@ -253,13 +253,16 @@ def show(subject: str, stamp: dict[str, str], limits: dict[str, float], rows: li
     products = ", ".join(f"{value / 1e9:.0f} GFLOP/s {name}" for name, value in limits.items() if name != "copy")
     out.print(Text(f"{'limits':<10}{products} (matrix product), {limits['copy'] / 1e9:.1f} GB/s (copy, read and written)\n"))
     out.print(table(subject, rows))
+    for each in rows:
+        if each.reason:
+            out.print(Text(f"{each.size} {each.name}: {each.reason}"))
 
 
 def table(subject: str, rows: list[Row]) -> Table:
     """Rows for a terminal; times in milliseconds, pixels are the input's."""
     shown = Table(title=Text(subject))
     for heading in ("size", "backend", "runs"):
-        shown.add_column(heading, overflow="fold")
+        shown.add_column(heading, no_wrap=True)
     for heading in ("p50, ms", "p90", "p99", "pictures/s", "Mpx/s", "GFLOP/s", "of limit", "MiB", "PSNR, dB", "x auto"):
         shown.add_column(heading, justify="right", no_wrap=True)
     base = {row.size: row.measured.p50.value for row in rows if row.name == AUTO and row.measured}
@@ -273,7 +276,7 @@ def cells(row: Row, auto: float | None) -> list[str]:
     """A row's texts."""
     found = row.measured
     if found is None:
-        return [str(row.size), row.name, row.reason]
+        return [str(row.size), row.name, "failed" if row.failed else "left out"]
     return [
         str(row.size),
         row.name,

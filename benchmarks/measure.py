@@ -263,7 +263,7 @@ def random_model(arch: Architecture, path: Path) -> Path:
 
 def console() -> Console:
     """Standard output; wide enough for the tables where it is no terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    return Console() if sys.stdout.isatty() else Console(width=180)
 
 
 def run_command(name: str, function: Callable[..., None]) -> None:
