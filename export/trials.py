@@ -73,7 +73,7 @@ def trials(models: Sequence[Path], held_out: Sequence[Sample], track: Track = un
 
 def ways(model: Path) -> list[tuple[str, Precision | None]]:
     """Backends that are usable here, each with the precisions to try; PyTorch is the reference, not a competitor."""
-    names = [name for name in candidates(model) if name != "torch" and status(name).usable]
+    names = [name for name in candidates(model, RunOptions()) if name != "torch" and status(name).usable]
     return [(name, p) for name in names for p in ([None] if name == "tensorrt" else Precision)]
 
 

@@ -337,7 +337,7 @@ def capability_number(capability: str) -> int:
 def engines_of(model: Path) -> list[EngineInfo]:
     """Engines beside a model that were built from a file of its name, the newest first; unreadable ones are left out."""
     found = []
-    for path in sorted(model.parent.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime, reverse=True):
+    for path in sorted(model.parent.glob(f"*{SUFFIX}"), key=changed, reverse=True):
         try:
             info = read_engine(path)
         except ModelError:
@@ -345,6 +345,14 @@ def engines_of(model: Path) -> list[EngineInfo]:
         if info.model_path.resolve() == model.resolve():
             found.append(info)
     return found
+
+
+def changed(path: Path) -> float:
+    """When a file was last written; 0 for one that is gone meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def choose_engine(model: Path, gpu: str, capability: str) -> EngineInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import numpy.typing as npt
 from sanrt.errors import BackendError
 from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.engines import SUFFIX, engines_of
+
+log = logging.getLogger(__name__)
 
 Array = npt.NDArray[np.float32]
 
@@ -117,9 +120,10 @@ def status(name: str) -> BackendStatus:
 
 def load_backend(name: str, model: Path, options: RunOptions) -> Backend:
     """Load a model with the named backend, or with the first usable one for `auto`; never another than asked for."""
-    chosen = automatic_choice(candidates(model)) if name == "auto" else status(name)
+    names = candidates(model, options) if name == "auto" else (name,)
+    chosen = automatic_choice(names) if name == "auto" else status(name)
     if chosen is None:
-        reasons = "; ".join(f"{s.name}: {s.reason}, {s.remedy}".rstrip(", ") for s in map(status, candidates(model)))
+        reasons = "; ".join(f"{s.name}: {s.reason}, {s.remedy}".rstrip(", ") for s in map(status, names))
         raise BackendError(f"no backend can run {model} here ({reasons})")
     if not chosen.usable:
         remedy = f"; to fix it: {chosen.remedy}" if chosen.remedy else ""
@@ -129,13 +133,23 @@ def load_backend(name: str, model: Path, options: RunOptions) -> Backend:
     return load(model, options)
 
 
-def candidates(model: Path) -> tuple[str, ...]:
-    """What `auto` may choose for a model: only TensorRT runs engines, and it runs a model only once an engine was built."""
+def candidates(model: Path, options: RunOptions) -> tuple[str, ...]:
+    """What `auto` may choose for a model: only TensorRT runs engines, and it runs a model only by an engine that fits."""
     if model.suffix == SUFFIX:
         return ("tensorrt",)
     if model.suffix != ".onnx":
         return CHECKPOINT_BACKENDS
-    return tuple(name for name in AUTO_ORDER if name != "tensorrt" or engines_of(model))
+    return tuple(name for name in AUTO_ORDER if name != "tensorrt" or engine_fits(model, options))
+
+
+def engine_fits(model: Path, options: RunOptions) -> bool:
+    """Whether a model has engines, and one of them runs here (unknown without TensorRT and a GPU); why not is logged."""
+    if not engines_of(model):
+        return False
+    refusal = backend_module("tensorrt").refusal(model, options) if status("tensorrt").usable else None
+    if refusal:
+        log.warning("tensorrt passed over: %s", refusal)
+    return refusal is None
 
 
 def automatic_choice(names: Iterable[str]) -> BackendStatus | None:

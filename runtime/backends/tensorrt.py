@@ -55,6 +55,21 @@ def status() -> BackendStatus:
 def load(model: Path, options: RunOptions) -> TensorRTBackend:
     """Load an engine, or the newest one that was built from an exported ONNX and fits this GPU."""
     device = open_device(options.device)
+    return TensorRTBackend(fitting_engine(model, options, device), device)
+
+
+def refusal(model: Path, options: RunOptions) -> str | None:
+    """Why `load` would refuse every engine of a model here; None if it would not."""
+    with open_device(options.device) as device:
+        try:
+            fitting_engine(model, options, device)
+        except (BackendError, ModelError) as error:
+            return str(error)
+    return None
+
+
+def fitting_engine(model: Path, options: RunOptions, device: Device) -> EngineInfo:
+    """The engine that runs a model; raises ModelError where none fits the GPU, BackendError where none fits the options."""
     if model.suffix == SUFFIX:
         info = read_engine(model)
         check_fresh(info)
@@ -71,7 +86,7 @@ def load(model: Path, options: RunOptions) -> TensorRTBackend:
             f"{info.path}: built in {info.spec.precision}, {options.precision} was asked for; "
             f"build it with `sanrt build --{options.precision}`, or leave --precision out"
         )
-    return TensorRTBackend(info, device)
+    return info
 
 
 @dataclass

@@ -160,7 +160,7 @@ def test_auto_knows_every_backend():
 
 def test_auto_says_what_it_chose(tiny_model):
     with load_backend("auto", tiny_model(), ONE_THREAD) as backend:
-        assert backend.name == backends.automatic_choice(backends.candidates(tiny_model())).name
+        assert backend.name == backends.automatic_choice(backends.candidates(tiny_model(), ONE_THREAD)).name
 
 
 @pytest.mark.parametrize(

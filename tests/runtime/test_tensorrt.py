@@ -480,12 +480,35 @@ def test_loading_refuses_other_regions_and_gpus(rig: Rig):
 
 
 def test_auto_only_considers_tensorrt_for_models_with_engines(rig: Rig, tmp_path: Path):
-    model = tmp_path / "x.onnx"
-    assert "tensorrt" not in candidates(model)
+    model, options = tmp_path / "x.onnx", RunOptions()
+    assert "tensorrt" not in candidates(model, options)
     info = rig.info()
-    assert candidates(model)[0] == "tensorrt"
-    assert candidates(info.path) == ("tensorrt",)
-    assert "tensorrt" not in candidates(tmp_path / "y.onnx")
+    assert candidates(model, options)[0] == "tensorrt"
+    assert candidates(info.path, options) == ("tensorrt",)
+    assert "tensorrt" not in candidates(tmp_path / "y.onnx", options)
+
+
+def test_auto_passes_over_engines_that_do_not_run_here_and_says_why(rig: Rig, caplog: pytest.LogCaptureFixture):
+    info = rig.info()
+    rig.open(info).close()
+    rig.monkeypatch.setattr(tensorrt, "installed_version", lambda flavor: "9.9")
+    rig.monkeypatch.setattr(tensorrt, "open_device", lambda index: rig.gpu)
+    model = info.model_path
+    assert candidates(model, RunOptions())[0] == "tensorrt"
+    assert "tensorrt" not in candidates(model, RunOptions(precision=Precision.FP32))
+    rig.gpu.name = "NVIDIA Other"
+    assert "tensorrt" not in candidates(model, RunOptions())
+    rig.gpu.name = FakeDevice.name
+    model.write_bytes(b"exported again")
+    assert "tensorrt" not in candidates(model, RunOptions())
+    reasons = ("built in fp16, fp32 was asked for", "this GPU is NVIDIA Other", "x.onnx has changed since")
+    assert all(reason in record.getMessage() for reason, record in zip(reasons, caplog.records, strict=True))
+
+
+def test_engines_that_vanish_while_they_are_listed_are_left_out(rig: Rig, tmp_path: Path):
+    info = rig.info()
+    (tmp_path / "gone.engine").symlink_to(tmp_path / "nowhere")
+    assert [found.path for found in engines.engines_of(info.model_path)] == [info.path]
 
 
 def test_without_a_gpu_asking_for_tensorrt_is_one_line(rig: Rig, monkeypatch: pytest.MonkeyPatch):
