@@ -74,6 +74,7 @@ def test_facts_are_read_back_as_they_were_written(model: Path):
         {"timing_cache": Path("x")},
         {"allow_precision": True},
         {"allow_unfused_attention": True},
+        {"kernels": True},
     ],
 )
 def test_every_option_is_part_of_the_identity(changed: dict[str, object]):
@@ -83,7 +84,7 @@ def test_every_option_is_part_of_the_identity(changed: dict[str, object]):
 
 def test_the_options_above_are_all_there_are():
     tried = {"precision", "flavor", "profiles", "gpus", "workspace", "level", "timing_cache", "allow_precision"}
-    assert {f.name for f in fields(BuildOptions)} == tried | {"allow_unfused_attention"}
+    assert {f.name for f in fields(BuildOptions)} == tried | {"allow_unfused_attention", "kernels"}
 
 
 @pytest.mark.parametrize("name", ["onnx", "version", "gpu", "sanrt"])
