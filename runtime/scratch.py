@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import tempfile
@@ -45,6 +46,8 @@ class ScratchPicture:
                     "free some space or choose another folder"
                 )
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            # Taken now, so that a full disk is told before hours of work and not in the middle of them.
+            os.posix_fallocate(self._file.fileno(), 0, size)
             self._file.write(header)
 
     @contextmanager

@@ -469,6 +469,13 @@ def test_a_scratch_picture_that_the_disk_cannot_hold_is_refused_at_once(tmp_path
         ScratchPicture(1_000_000_000, 1_000, 3, np.uint16, tmp_path)
 
 
+def test_a_scratch_picture_takes_its_space_before_the_first_tile(tmp_path):
+    with ScratchPicture(8_000, 1_000, 3, np.uint8, tmp_path) as scratch:
+        facts = os.fstat(scratch._file.fileno())
+        assert facts.st_size > 24_000_000
+        assert facts.st_blocks * 512 >= 24_000_000
+
+
 def test_a_scratch_folder_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(PictureError, match="No such file"):
         ScratchPicture(8, 8, 3, np.uint8, tmp_path / "nowhere")
