@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from typer.testing import CliRunner
 
 from sanrt.cli import app
-from sanrt.errors import CheckpointError, ModelError, ParityError, PictureError, SanrtError, UsageError
+from sanrt.errors import ModelError, ParityError, PictureError, SanrtError, UsageError
 from sanrt.export.locate import locate
 from sanrt.export.samples import samples
 from sanrt.export.scene import natural_scene
@@ -97,7 +97,7 @@ def test_a_planted_error_fails_and_is_located(plant, exported, folder, tmp_path)
 
 
 def test_other_weights_are_refused_by_digest(exported, folder):
-    with pytest.raises(CheckpointError, match="no bundled weights for x2"):
+    with pytest.raises(UsageError, match=r"digest .* \(bundled\)"):
         validate(exported.onnx, partial(samples, None, folder), ValidateOptions())
     other = exported.checkpoint.with_name("other.safetensors")
     other.write_bytes(exported.checkpoint.read_bytes().replace(b"seeded random", b"others random"))
