@@ -6,10 +6,10 @@ import json
 import platform
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -167,11 +167,18 @@ def read_record(path: Path) -> list[Entry]:
     """All entries; raises UsageError when the file cannot be read or is no record."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        return [Entry(**json.loads(line)) for line in lines if line.strip()]
+        return [read_entry(line) for line in lines if line.strip()]
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); expected what `sanrt run --record` wrote") from None
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path}: not a record of this sanrt ({error}); expected what `sanrt run --record` wrote") from None
+
+
+def read_entry(line: str) -> Entry:
+    """An entry whose settings sanrt has; raises ValueError or TypeError for any other line."""
+    entry = Entry(**json.loads(line))
+    entry.loading(), entry.upscaling()
+    return entry
 
 
 def sample(entries: list[Entry], count: int | None) -> list[Entry]:
@@ -206,13 +213,20 @@ class Replay:
 
 def verify(entries: Iterable[Entry]) -> Iterator[Replay]:
     """Make each entry's output again in a temporary folder and compare."""
-    for entry in entries:
-        try:
-            check_unchanged(entry)
-            with tempfile.TemporaryDirectory(prefix="sanrt-") as folder:
-                yield compared(entry, again(entry, Path(folder)))
-        except SanrtError as error:
-            yield Replay(entry, Verdict.IMPOSSIBLE, str(error))
+    with ExitStack() as opened:
+
+        @cache
+        def loaded(backend: str, model: Path, loading: RunOptions) -> Backend:
+            return opened.enter_context(watched(load_backend(backend, model, loading), model, loading))
+
+        for entry in entries:
+            try:
+                check_unchanged(entry)
+                backend = loaded(entry.backend, Path(entry.model), entry.loading())
+                with tempfile.TemporaryDirectory(prefix="sanrt-") as folder:
+                    yield compared(entry, again(entry, backend, Path(folder)))
+            except SanrtError as error:
+                yield Replay(entry, Verdict.IMPOSSIBLE, str(error))
 
 
 def check_unchanged(entry: Entry) -> None:
@@ -223,14 +237,13 @@ def check_unchanged(entry: Entry) -> None:
     file_digest(located(entry.output), RESTORE)
 
 
-def again(entry: Entry, folder: Path) -> Path:
+def again(entry: Entry, backend: Backend, folder: Path) -> Path:
     """The output, made again in `folder`."""
     output = folder / Path(entry.output).name
     settings = {**entry.encoding, "background": tuple(entry.encoding["background"] or ()) or None}
-    loading, upscaling, model = entry.loading(), entry.upscaling(), Path(entry.model)
-    with watched(load_backend(entry.backend, model, loading), model, loading) as backend:
-        options = PipelineOptions(entry.scale, Encoding(**settings), streamer=Streamer(backend, upscaling))
-        (outcome,) = run([Job(located(entry.source), output)], partial(upscale, backend, options=upscaling), options)
+    upscaling = entry.upscaling()
+    options = PipelineOptions(entry.scale, Encoding(**settings), streamer=Streamer(backend, upscaling))
+    (outcome,) = run([Job(located(entry.source), output)], partial(upscale, backend, options=upscaling), options)
     if isinstance(outcome, Failed):
         raise SanrtError(outcome.reason)
     return output

@@ -7,6 +7,8 @@ from typer.testing import CliRunner
 
 from sanrt.cli import app
 from sanrt.errors import UsageError
+from sanrt.runtime import record as records
+from sanrt.runtime.backends import load_backend
 from sanrt.runtime.preference import prefer
 
 
@@ -85,6 +87,22 @@ def test_a_changed_source_cannot_be_replayed(recorded):
     assert done.exit_code == 1
     assert "a.png: cannot be replayed" in done.output
     assert "changed since the run" in done.output
+
+
+@pytest.mark.parametrize("made_up", [{"precision": "fp12"}, {"tiling": "diagonal"}])
+def test_settings_that_sanrt_has_not_are_one_clear_line(recorded, made_up):
+    entry = json.loads(recorded[0].read_text().splitlines()[0])
+    recorded[0].write_text(json.dumps({**entry, **made_up}) + "\n")
+    done = verify(recorded[0])
+    assert isinstance(done.exception, UsageError)
+    assert f"not a record of this sanrt ('{next(iter(made_up.values()))}' is not a valid" in str(done.exception)
+
+
+def test_a_model_is_loaded_once_for_all_its_results(recorded, monkeypatch):
+    loads = []
+    monkeypatch.setattr(records, "load_backend", lambda *key: loads.append(key) or load_backend(*key))
+    assert "2 reproduced bit for bit" in verify(recorded[0]).output
+    assert len(loads) == 1
 
 
 def test_a_file_that_is_no_record_is_one_clear_line(tmp_path):
