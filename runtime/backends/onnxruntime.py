@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -52,7 +53,7 @@ class OnnxRuntimeBackend:
         return output
 
     def stages(self) -> Stages:
-        return OnnxRuntimeStages(self.model, self.options)
+        return OnnxRuntimeStages(self.model, self.options, open_session)
 
     def close(self) -> None:
         self.session = None
@@ -67,9 +68,11 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeStages:
     """A session per stage, opened when it is first run; only the last few stay open, as every session keeps its memory."""
 
-    def __init__(self, model: Path, options: RunOptions) -> None:
+    def __init__(self, model: Path, options: RunOptions, opener: Callable[[Path, RunOptions], Any]) -> None:
+        """`opener` makes the InferenceSession of a graph."""
+
         def open_stage(stage: str) -> Any:
-            return open_session(derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, stage=stage)), options)
+            return opener(derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, stage=stage)), options)
 
         self.session = lru_cache(maxsize=OPEN_STAGES)(open_stage)
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from sanrt.errors import BackendError
 from sanrt.model.spec import Attention, GraphOptions, Precision
 from sanrt.runtime import machine
-from sanrt.runtime.backends import OPEN_STAGES, Array, BackendStatus, RunOptions, Stages, library_version
-from sanrt.runtime.backends.onnxruntime import run_error, session_on
+from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version
+from sanrt.runtime.backends.onnxruntime import OnnxRuntimeStages, run_error, session_on
 from sanrt.runtime.derived import derived_model
 from sanrt.runtime.models import read_spec
 
@@ -86,7 +85,10 @@ class OnnxRuntimeCudaBackend:
         return output
 
     def stages(self) -> Stages:
-        return OnnxRuntimeCudaStages(self.model, self.options)
+        """As every backend's; feature maps live on the host, so every stage copies its tile to the GPU and back."""
+        if self.options.precision not in (None, Precision.FP32):
+            raise BackendError(f"{NAME} streams in fp32 only, {self.options.precision} was asked for; use --precision fp32")
+        return OnnxRuntimeStages(self.model, self.options, open_cuda_session)
 
     def close(self) -> None:
         self.binding.cache_clear()
@@ -97,30 +99,6 @@ class OnnxRuntimeCudaBackend:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class OnnxRuntimeCudaStages:
-    """A session per stage; feature maps live on the host, so every stage copies its tile there and back."""
-
-    def __init__(self, model: Path, options: RunOptions) -> None:
-        if options.precision not in (None, Precision.FP32):
-            raise BackendError(f"{NAME} streams in fp32 only, {options.precision} was asked for; use --precision fp32")
-
-        def open_stage(stage: str) -> Any:
-            return open_cuda_session(
-                derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, stage=stage)), options
-            )
-
-        self.session = lru_cache(maxsize=OPEN_STAGES)(open_stage)
-
-    def run(self, stage: str, *inputs: npt.NDArray[Any]) -> list[Array]:
-        session = self.session(stage)
-        feed = {node.name: array for node, array in zip(session.get_inputs(), inputs, strict=True)}
-        try:
-            outputs: list[Array] = session.run(None, feed)
-        except Exception as error:
-            raise run_error(error) from error
-        return outputs
 
 
 def device_name(index: int) -> str:

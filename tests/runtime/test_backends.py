@@ -311,6 +311,9 @@ def test_cuda_binds_buffers_once_per_shape(tiny_model, monkeypatch):
         for shape in ((1, 3, 9, 12), (1, 3, 9, 12), (2, 3, 8, 8)):
             pixels = picture(*shape)
             assert np.array_equal(backend.infer(pixels), expected.infer(pixels))
+        pixels, crop = picture(1, 3, 9, 12), np.array([0, 0, 9, 12])
+        heads = [each.stages().run("head", pixels, crop)[0] for each in (backend, expected)]
+        assert np.array_equal(*heads)
         assert backend.device == "NVIDIA H100"
     assert [m[0] for m in made] == [(1, 3, 9, 12), (1, 3, 18, 24), (2, 3, 8, 8), (2, 3, 16, 16)]
     assert {m[1:] for m in made} == {("cuda", 0)}
