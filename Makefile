@@ -22,7 +22,7 @@ check: $(STAMP)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[export,cpu,openvino,rtx,kernels,demo,dev]'
+	$(BIN)/pip install --quiet --editable '.[export,cpu,openvino,rtx,kernels,training,demo,dev]'
 	touch $@
 
 clean:

@@ -138,9 +138,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is none of its own
+    except Exception as error:  # torch raises many kinds, with pages of text, for a file that is none of its own
         raise CheckpointError(
-            f"{path}: not a torch weights file ({first_line(error)}); expected an official SAN .pt or a sanrt .safetensors"
+            f"{path}: not a torch weights file, or one that holds more than tensors; "
+            "expected an official SAN .pt or a sanrt .safetensors"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise CheckpointError(f"{path}: holds {type(state).__name__}, expected a dictionary of tensors (a state_dict)")
