@@ -45,9 +45,7 @@ class TorchBackend:
         fp32_only(NAME, options)
         if options.threads:
             torch.set_num_threads(options.threads)
-        self.net, spec = network(model)
-        self.net.attention.regions = options.regions
-        self.spec = replace(spec, regions=options.regions, min_side=options.regions * MIN_SIDE // 2)
+        self.net, self.spec = network(model, options.regions)
 
     def infer(self, pictures: Array) -> Array:
         return call(lambda x: [self.net(x)], pictures)[0]
@@ -71,18 +69,28 @@ class TorchBackend:
         self.close()
 
 
-def network(model: Path) -> tuple[SAN, ModelSpec]:
-    """The network of an exported fp32 ONNX or of a checkpoint, in evaluation mode on the CPU, and what it is."""
+def network(model: Path, regions: int) -> tuple[SAN, ModelSpec]:
+    """The network of an exported fp32 ONNX or of a checkpoint, for k x k regions, in evaluation mode on the CPU."""
+    net, spec = exported_network(model) if model.suffix == ".onnx" else checkpoint_network(model)
+    net.attention.regions = regions
+    return net, replace(spec, regions=regions, min_side=regions * MIN_SIDE // 2)
+
+
+def checkpoint_network(path: Path) -> tuple[SAN, ModelSpec]:
+    """The network of a checkpoint, and what it is."""
+    from sanrt.model.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    arch = checkpoint.architecture
+    return checkpoint.network(), ModelSpec(arch, checkpoint.digest, checkpoint.origin, arch.sqrt_iterations or 0)
+
+
+def exported_network(model: Path) -> tuple[SAN, ModelSpec]:
+    """The network with an exported ONNX's weights, and what it is."""
     import torch
 
-    from sanrt.model.checkpoint import load_checkpoint
-    from sanrt.model.san import SAN
-
-    if model.suffix != ".onnx":
-        checkpoint = load_checkpoint(model)
-        arch = checkpoint.architecture
-        return checkpoint.network(), ModelSpec(arch, checkpoint.digest, checkpoint.origin, arch.sqrt_iterations or 0)
     from sanrt.model.graph import read_model
+    from sanrt.model.san import SAN
 
     spec, weights = read_model(model)
     if spec.quantisation:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from sanrt.errors import BackendError, OutOfMemoryError
-from sanrt.model.spec import MIN_SIDE, Precision
+from sanrt.model.spec import Precision
 from sanrt.runtime import machine
 from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version
 from sanrt.runtime.backends.torch import network
@@ -49,15 +49,12 @@ class TorchCudaBackend:
     def __init__(self, model: Path, options: RunOptions) -> None:
         import torch
 
-        net, spec = network(model)
-        net.attention.regions = options.regions
+        net, spec = network(model, options.regions)
         precision = options.precision or Precision.FP16
         dtype = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}[precision]
-        exact = spec.architecture.sqrt_iterations is None
-        self.net = CudaNetwork(net, options.device, dtype, exact_as=spec.iterations or None if exact else None)
+        self.net = CudaNetwork(net, options.device, dtype)
         self.device = torch.cuda.get_device_name(options.device)
-        side = options.regions * MIN_SIDE // 2
-        self.spec = replace(spec, precision=precision, regions=options.regions, min_side=side)
+        self.spec = replace(spec, precision=precision)
 
     def infer(self, pictures: Array) -> Array:
         import torch
