@@ -18,7 +18,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/types && mkdir -p build/types/sanrt && ln -s $(CURDIR)/sanrt/* $(addprefix $(CURDIR)/,$(PARTS)) build/types/sanrt
-	MYPYPATH=build/types $(BIN)/mypy --package sanrt
+	MYPYPATH=build/types:. $(BIN)/mypy --package sanrt --package benchmarks --package training
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

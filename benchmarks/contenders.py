@@ -18,6 +18,7 @@ from sanrt.model.spec import Precision
 from sanrt.runtime import machine
 from sanrt.runtime.backends import BACKENDS, RunOptions, load_backend, status
 from sanrt.runtime.memory import free_host_memory
+from sanrt.runtime.ways import PAPER_REGIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +106,7 @@ def open_torch(variant: str, model: Path, threads: int | None) -> Running:
     from sanrt.runtime.backends.torch import call, network
 
     torch.set_num_threads(threads or machine.cores())
-    net, _ = network(model)
+    net, _ = network(model, PAPER_REGIONS)
     function: Callable[[Tensor], Tensor] = net
     precision = Precision.FP32
     if variant == "bf16":

@@ -151,7 +151,7 @@ def timed(calls: list[Callable[[], Any]]) -> float:
 def elapsed(call: Callable[[], Any]) -> float:
     """Microseconds on the GPU, the fastest of several after three to warm up."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    times = []
+    times: list[float] = []
     for _ in range(3 + REPEATS):
         start.record()
         call()

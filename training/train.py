@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
-from sanrt.model.san import RGB_MEAN, SAN
+from sanrt.model.san import RGB_MEAN, SAN, ResidualBlock, ResidualGroup
 from sanrt.model.spec import Architecture
 from training.data import Patches, picture_files, read_rgb, to_tensor
 
@@ -32,21 +33,27 @@ def initialise(net: SAN) -> None:
     with torch.no_grad():
         ratio = INNER_RANGE / net.arch.value_range
         net.mean_in.weight.mul_(ratio)
-        net.mean_in.bias.copy_(-INNER_RANGE * torch.tensor(RGB_MEAN))
+        biases(net.mean_in).copy_(-INNER_RANGE * torch.tensor(RGB_MEAN))
         net.mean_out.weight.div_(ratio)
-        for group in net.groups:
+        for group in cast(Iterable[ResidualGroup], net.groups):
             group.conv.weight.mul_(0.1)
             group.soca.down.weight.abs_().mul_(SOCA_GAIN)
-            for block in group.blocks:
+            for block in cast(Iterable[ResidualBlock], group.blocks):
                 block.conv2.weight.mul_(0.1)
         nn.init.zeros_(net.attention.out.weight)
-        nn.init.zeros_(net.attention.out.bias)
+        nn.init.zeros_(biases(net.attention.out))
         pass_colours(net.head, identity_kernel())
         for conv in (layer for layer in net.upsampler if isinstance(layer, nn.Conv2d)):
             pass_colours(conv, bilinear_kernels(round((conv.out_channels / conv.in_channels) ** 0.5)))
-        nn.init.zeros_(net.tail.bias)
+        nn.init.zeros_(biases(net.tail))
         net.tail.weight.mul_(0.1)
         pass_colours(net.tail, identity_kernel())
+
+
+def biases(conv: nn.Conv2d) -> Tensor:
+    """A convolution's biases, which all of SAN's have."""
+    assert conv.bias is not None
+    return conv.bias
 
 
 def identity_kernel() -> Tensor:
@@ -67,8 +74,7 @@ def pass_colours(conv: nn.Conv2d, kernels: Tensor) -> None:
     """Let each of the first three input channels come out as `kernels` (n, 3, 3) of itself and of nothing else."""
     n = len(kernels)
     conv.weight[: 3 * n] = 0
-    assert conv.bias is not None
-    conv.bias[: 3 * n] = 0
+    biases(conv)[: 3 * n] = 0
     for colour in range(3):
         conv.weight[colour * n : (colour + 1) * n, colour] = kernels
 
