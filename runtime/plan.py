@@ -19,7 +19,8 @@ from sanrt.runtime import machine
 from sanrt.runtime.backends import BACKENDS, Backend, RunOptions, load_backend, status
 from sanrt.runtime.derived import FOLDER, file_digest
 from sanrt.runtime.engines import SUFFIX
-from sanrt.runtime.pictures import Encoding, open_picture, plan_output
+from sanrt.runtime.jobs import Job
+from sanrt.runtime.pictures import open_picture, plan_output
 from sanrt.runtime.upscale import UpscaleOptions, choose_way
 from sanrt.runtime.ways import Tiling, Way, network_bytes, result_bytes
 
@@ -83,25 +84,25 @@ def usable_backends(model: Path, options: RunOptions) -> Iterator[Backend]:
                 yield load_backend(name, model, options)
 
 
-def plan(paths: Iterable[Path], model: Path, loading: RunOptions, upscaling: UpscaleOptions) -> Iterator[PicturePlan]:
+def plan(jobs: Iterable[Job], model: Path, loading: RunOptions, upscaling: UpscaleOptions) -> Iterator[PicturePlan]:
     """A plan for every picture; its header alone is read. Raises SanrtError when no backend can load the model."""
     loaded = list(usable_backends(model, loading)) or [load_backend("auto", model, loading)]  # which says why none can
     speeds = {backend.name: speed_of(backend, model, loading) for backend in loaded}
-    for path in paths:
-        yield picture_plan(path, loaded, speeds, upscaling)
+    for job in jobs:
+        yield picture_plan(job, loaded, speeds, upscaling)
 
 
-def picture_plan(path: Path, loaded: list[Backend], speeds: Mapping[str, Speed], options: UpscaleOptions) -> PicturePlan:
+def picture_plan(job: Job, loaded: list[Backend], speeds: Mapping[str, Speed], options: UpscaleOptions) -> PicturePlan:
     """One picture on each of the loaded backends."""
     try:
-        with open_picture(path) as source:
+        with open_picture(job.source) as source:
             info = source.info
             for scale in {backend.spec.architecture.scale for backend in loaded}:
-                plan_output(info, path if path.suffix.lower() != ".gif" else path.with_suffix(".png"), scale, Encoding())
+                plan_output(info, job.destination, scale)
     except SanrtError as error:
-        return PicturePlan(path, skipped=str(error))
+        return PicturePlan(job.source, skipped=str(error))
     estimates = tuple(estimate(backend, speeds[backend.name], info.height, info.width, options) for backend in loaded)
-    return PicturePlan(path, info.width, info.height, estimates=estimates)
+    return PicturePlan(job.source, info.width, info.height, estimates=estimates)
 
 
 def estimate(backend: Backend, speed: Speed, height: int, width: int, options: UpscaleOptions) -> Estimate:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sanrt.model.spec import SCALES
+from sanrt.runtime.formats import Format
 from sanrt.runtime.models import MODELS, exported_path
 from sanrt.runtime.ways import Tiling
 
@@ -17,33 +18,44 @@ if TYPE_CHECKING:
 
 def plan(
     inputs: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(help="Where `sanrt run` would write; what is there already is counted, not planned.")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="The model, instead of the one that `sanrt export` wrote.")] = None,
     models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
     scale: Annotated[int, typer.Option(help="2, 3, 4 or 8, where no --model is given.")] = 4,
     tiling: Annotated[Tiling, typer.Option(help="As for `sanrt run`.")] = Tiling.AUTO,
     tile: Annotated[int | None, typer.Option(min=16, help="As for `sanrt run`.")] = None,
     memory: Annotated[str | None, typer.Option(help="As for `sanrt run`, such as 4G.")] = None,
+    format: Annotated[Format | None, typer.Option(help="As for `sanrt run`.")] = None,
+    suffix: Annotated[str, typer.Option(help="As for `sanrt run`.")] = "",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the network; all if left out.")] = None,
 ) -> None:
     """Say how pictures would be upscaled, and what memory and time that takes on each backend; none is upscaled."""
     from sanrt.runtime import plan as plans
     from sanrt.runtime.backends import RunOptions
-    from sanrt.runtime.jobs import find_pictures
+    from sanrt.runtime.jobs import Naming, find_pictures
     from sanrt.runtime.upscale import UpscaleOptions
     from sanrt.runtime.ways import parse_memory
 
     if scale not in SCALES:
         raise typer.BadParameter(f"--scale {scale}: expected {', '.join(map(str, SCALES))}")
-    jobs = find_pictures(inputs, Path("results.sanrt-plan"))
+    jobs = find_pictures(inputs, output or Path("results.sanrt-plan"), Naming(suffix, format))
+    remaining = [job for job in jobs if not job.done]
+    if output:
+        done = len(jobs) - len(remaining)
+        print(f"{output}: {done} of {len(jobs)} results are there already and would be skipped; {len(remaining)} remain")
+    if not remaining:
+        return
     options = UpscaleOptions(tile, tiling=tiling, memory=parse_memory(memory) if memory else None)
     path = model or exported_path(models, scale)
     totals: dict[str, float] = {}
-    for each in plans.plan((job.source for job in jobs), path, RunOptions(threads=threads), options):
+    for each in plans.plan(remaining, path, RunOptions(threads=threads), options):
         print("\n".join(lines(each)), flush=True)
         for estimate in each.estimates:
             totals[estimate.backend] = totals.get(estimate.backend, 0) + estimate.seconds
     for backend, seconds in totals.items():
-        print(f"all on {backend}: about {duration(seconds)}")
+        print(f"all {'that remain ' if output else ''}on {backend}: about {duration(seconds)}")
 
 
 def lines(plan: PicturePlan) -> list[str]:

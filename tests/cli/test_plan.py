@@ -38,6 +38,28 @@ def test_plan_tells_sizes_ways_and_what_is_skipped_and_keeps_its_measurement(fol
     assert not (folder / "results.sanrt-plan").exists()
 
 
+def test_plan_leaves_out_what_a_run_would_skip_and_counts_only_the_rest(folder, tiny_model):
+    (folder / "broken.png").unlink()
+    named = ["--model", str(tiny_model(2)), "--threads", "1"]
+    output = folder / "out"
+    run = CliRunner().invoke(app, ["run", str(folder / "small.png"), str(output), "--suffix", "_x2", *named])
+    assert run.exit_code == 0, run.output
+    arguments = ["plan", str(folder), "--output", str(output), "--tiling", "exact", "--tile", "256", *named]
+    lines = CliRunner().invoke(app, [*arguments, "--suffix", "_x2"]).output.splitlines()
+    assert lines[0] == f"{output}: 1 of 2 results are there already and would be skipped; 1 remain"
+    assert "small.png" not in "\n".join(lines[1:])
+    (total,) = (line for line in lines if line.startswith("all that remain on onnxruntime: "))
+    (alone,) = (line for line in lines if line.startswith("  onnxruntime: "))
+    assert total.rpartition("about ")[2] == alone.rpartition("about ")[2]
+    assert CliRunner().invoke(app, arguments).output.startswith(f"{output}: 0 of 2 results")
+    (output / "large_x2.png").write_bytes(b"as good as done")
+    done = CliRunner().invoke(app, [*arguments, "--suffix", "_x2"])
+    assert done.exit_code == 0
+    assert done.output == f"{output}: 2 of 2 results are there already and would be skipped; 0 remain\n"
+    (output / "large_x2.png").write_bytes(b"")
+    assert "1 of 2 results" in CliRunner().invoke(app, [*arguments, "--suffix", "_x2"]).output
+
+
 @pytest.mark.parametrize("named", [["--model", "missing.onnx"], ["--models", "missing", "--scale", "3"]])
 def test_a_model_that_is_not_there_is_an_error_not_an_empty_plan(folder, named):
     with pytest.raises(ModelError, match=r"missing.*sanrt export"):
