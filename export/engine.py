@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from threading import Event
@@ -17,23 +18,27 @@ import onnx
 from sanrt import __version__
 from sanrt.errors import BackendError, BuildError, ModelError, UsageError
 from sanrt.export import proof as proofs
-from sanrt.model.graph import read_model, san_model
+from sanrt.export.stages import stage_ranges
+from sanrt.model.graph import read_model, san_model, stage_model
 from sanrt.model.spec import GraphOptions, ModelSpec, Precision
 from sanrt.runtime.derived import FOLDER, file_digest
 from sanrt.runtime.engines import (
     BuildOptions,
     EngineInfo,
     Identity,
+    Proof,
     check_fresh,
     default_path,
     read_engine,
     read_plan,
     save_engine,
+    stage_archive,
 )
 from sanrt.runtime.flavors import TITLES, Flavor, Watch, import_flavor, installed_version
 
 FUSED_WIDTH = 16
 """Inner attention channels from which TensorRT has one kernel for the whole attention."""
+WHOLE = "network"
 RTX_TARGETS = re.compile(r"SM\d+")
 
 
@@ -90,13 +95,15 @@ def build_engine(
 ) -> tuple[EngineInfo, bool]:
     """Build an exported fp32 ONNX into an engine beside it (or at `output`); False when an equal one was already there.
 
+    With `options.stages` it is a set of engines, one per stage, each proved as a whole one is.
+
     Raises BuildError, ModelError, BackendError or UsageError, and KeyboardInterrupt after a clean stop. Whatever is
     raised, no file is left behind.
     """
     trt = import_flavor(options.flavor)
     if options.kernels:
         register_kernels(trt, options.flavor)
-    spec, graph = typed_graph(model, options.precision, options.kernels)
+    spec, graphs = typed_graphs(model, options)
     identity = Identity(
         file_digest(model), options, installed_version(options.flavor) or "", target(trt, options), __version__
     )
@@ -104,26 +111,56 @@ def build_engine(
     if (existing := reusable(path, identity)) is not None:
         return existing, False
     check_writable(path)
-    watch, cancel = Watch(trt, keep=True), Event()
+    cancel, timings = Event(), timing_cache_path(model, options, identity)
     monitor = monitor_class(trt)(progress or Silent(), cancel)
-    timings = timing_cache_path(model, options, identity)
+    built = [compile_proved(trt, graph, options, monitor, cancel, timings) for graph in graphs.values()]
+    plans = dict(zip(graphs, (plan for plan, _ in built), strict=True))
+    findings = proofs.check(
+        proofs.merged([found for _, found in built]),
+        options.precision,
+        options.allow_precision,
+        options.allow_unfused_attention,
+    )
+    content = stage_archive(plans) if options.stages else plans[WHOLE]
+    digest = hashlib.sha256(content).hexdigest()
+    beside = os.path.relpath(model.resolve(), path.parent.resolve())
+    info = EngineInfo(path, spec, beside, identity, len(content), digest, findings)
+    save_engine(info, content)
+    return info, True
+
+
+def compile_proved(
+    trt: Any, graph: onnx.ModelProto, options: BuildOptions, monitor: Any, cancel: Event, timings: Path | None
+) -> tuple[bytes, Proof]:
+    """One engine, and what its layer list shows."""
+    watch = Watch(trt, keep=True)
     plan = interruptible(lambda: compile_plan(trt, graph, options, watch, monitor, timings), cancel)
     layers, source = layer_list(trt, options.flavor, plan, watch)
-    findings = proofs.prove(graph, layers, source, activation_memory(watch))
-    findings = proofs.check(findings, options.precision, options.allow_precision, options.allow_unfused_attention)
-    digest = hashlib.sha256(plan).hexdigest()
-    beside = os.path.relpath(model.resolve(), path.parent.resolve())
-    info = EngineInfo(path, spec, beside, identity, len(plan), digest, findings)
-    save_engine(info, plan)
-    return info, True
+    return plan, proofs.prove(graph, layers, source, activation_memory(watch))
+
+
+def typed_graphs(model: Path, options: BuildOptions) -> tuple[ModelSpec, dict[str, onnx.ModelProto]]:
+    """What TensorRT builds, by name: the whole network, or each of its stages."""
+    if not options.stages:
+        spec, graph = typed_graph(model, options.precision, options.kernels)
+        return spec, {WHOLE: graph}
+    spec, weights = read_model(model)
+    variant = GraphOptions(options.precision, attention_width=attention_width(options.precision))
+    graphs = {stage: stage_model(spec, weights, replace(variant, stage=stage)) for stage in spec.architecture.stages}
+    return replace(spec, precision=options.precision), graphs
 
 
 def typed_graph(model: Path, precision: Precision, kernels: bool = False) -> tuple[ModelSpec, onnx.ModelProto]:
     """The graph that TensorRT builds, from the exported fp32 one: precision in the graph, attention in its fused form."""
     spec, weights = read_model(model)
-    width = 0 if precision == Precision.FP32 else FUSED_WIDTH
+    width = attention_width(precision)
     graph = san_model(spec, weights, GraphOptions(precision=precision, attention_width=width, kernels=kernels))
     return ModelSpec.from_metadata({p.key: p.value for p in graph.metadata_props}, str(model)), graph
+
+
+def attention_width(precision: Precision) -> int:
+    """Inner attention channels to pad to; TensorRT fuses nothing in fp32."""
+    return 0 if precision == Precision.FP32 else FUSED_WIDTH
 
 
 def register_kernels(trt: Any, flavor: Flavor) -> None:
@@ -198,6 +235,7 @@ def compile_plan(
         raise BuildError(f"{TITLES[options.flavor]} cannot parse the graph ({parser.get_error(0).desc()})")
     config = builder.create_builder_config()
     configure(trt, builder, config, options)
+    add_profiles(builder, config, graph, options)
     config.progress_monitor = monitor
     if timings:
         config.set_timing_cache(config.create_timing_cache(timings.read_bytes() if timings.exists() else b""), False)
@@ -221,9 +259,18 @@ def configure(trt: Any, builder: Any, config: Any, options: BuildOptions) -> Non
         config.num_compute_capabilities = len(options.gpus)
         for index, gpu in enumerate(options.gpus):
             config.set_compute_capability(getattr(trt.ComputeCapability, gpu.upper()), index)
+
+
+def add_profiles(builder: Any, config: Any, graph: onnx.ModelProto, options: BuildOptions) -> None:
+    """The sizes that the engine takes."""
     for sizes in options.profiles:
         profile = builder.create_optimization_profile()
-        profile.set_shape("input", sizes.min.input_shape, sizes.opt.input_shape, sizes.max.input_shape)
+        if options.stages:
+            for name, values in stage_ranges(graph, sizes).items():
+                # A crop is read on the host, to know the output's size: its range is one of values.
+                (profile.set_shape_input if name == "crop" else profile.set_shape)(name, *values)
+        else:
+            profile.set_shape("input", sizes.min.input_shape, sizes.opt.input_shape, sizes.max.input_shape)
         config.add_optimization_profile(profile)
 
 

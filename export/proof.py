@@ -146,6 +146,28 @@ def prove(model: onnx.ModelProto, layers: Sequence[Layer], source: str, memory: 
     )
 
 
+def merged(proofs: Sequence[Proof]) -> Proof:
+    """The findings of all stages as one; the stages run one after another, so the largest one's memory counts."""
+    if len(proofs) == 1:
+        return proofs[0]
+
+    def joined(name: str) -> list[str]:
+        return [layer for each in proofs for layer in getattr(each, name)]
+
+    return Proof(
+        source=proofs[0].source,
+        layers=sum(each.layers for each in proofs),
+        convolutions=dict(sum((Counter(each.convolutions) for each in proofs), Counter())),
+        wrong_convolutions=joined("wrong_convolutions"),
+        soca_layers=sum(each.soca_layers for each in proofs),
+        wrong_soca=joined("wrong_soca"),
+        attention=sum(each.attention for each in proofs),
+        unfused_attention=joined("unfused_attention"),
+        kernels=sorted(set(joined("kernels"))),
+        memory=max((each.memory for each in proofs if each.memory is not None), default=None),
+    )
+
+
 def convolves(kind: str, layers: Sequence[Layer]) -> bool:
     """Whether a convolution runs in its type: in every layer that has it, or in 8 bits in one, whose sums others scale."""
     ran = [kind in layer.convolves_in for layer in layers]
@@ -173,9 +195,10 @@ def fused_kernel(region: str, by_node: Mapping[str, Sequence[Layer]]) -> str | N
 def computes_fp32(layer: Layer) -> bool:
     """Whether everything a layer of SOCA's root puts out is fp32 (the first one reads the features' type).
 
-    A layer that ends a residual block too, as those after 8-bit convolutions do, also puts out the features themselves.
+    A layer that ends a residual block too, as those after 8-bit convolutions do, or that cuts off a tile's halo, also puts
+    out the features themselves.
     """
-    ends_block = any(re.search(r"\.(features|out)$", node) for node in layer.nodes)
+    ends_block = any(re.search(r"\.(features|out|cropped)$", node) for node in layer.nodes)
     return "fp32" in layer.outputs if ends_block else all(kind == "fp32" for kind in layer.outputs)
 
 

@@ -29,7 +29,7 @@ from sanrt.model.spec import ModelSpec
 from sanrt.runtime import pipeline
 from sanrt.runtime.backends import RunOptions, load_backend
 from sanrt.runtime.derived import file_digest
-from sanrt.runtime.engines import engines_of, json_path
+from sanrt.runtime.engines import STAGES_SUFFIX, SUFFIX, engines_of, json_path
 from sanrt.runtime.jobs import Job
 from sanrt.runtime.pictures import Encoding, remove_leftovers
 from sanrt.runtime.pipeline import Failed, Outcome, PipelineOptions, Written
@@ -309,7 +309,7 @@ def size_of(job: Job) -> int:
 
 def model_files(model: Path) -> Files:
     """What loading the model takes: its file, and the engines built from it."""
-    engines = [info.path for info in engines_of(model)]
+    engines = [info.path for suffix in (SUFFIX, STAGES_SUFFIX) for info in engines_of(model, suffix)]
     paths = [model, json_path(model), *engines, *map(json_path, engines)]
     return {path.name: path.read_bytes() for path in dict.fromkeys(paths) if path.exists()}
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 
 from sanrt.errors import BackendError, ModelError
-from sanrt.model.spec import GraphOptions
+from sanrt.model.spec import STAGE_INPUTS, GraphOptions
 
 FOLDER = ".derived"
 """Beside the exported model; safe to delete at any time."""
@@ -30,7 +31,8 @@ def derived_model(model: Path, options: GraphOptions) -> Path:
     """
     from sanrt import __version__
 
-    identity = "\n".join([file_digest(model), __version__, *map(str, astuple(options))])
+    contract = str(STAGE_INPUTS) if options.stage else ""
+    identity = "\n".join([file_digest(model), __version__, contract, *map(str, astuple(options))])
     tag = hashlib.sha256(identity.encode()).hexdigest()[:16]
     part = options.stage or f"k{options.regions}"
     path = model.parent / FOLDER / f"{model.stem}-{options.precision}-{options.attention}-{part}-{tag}.onnx"
@@ -56,3 +58,11 @@ def write_variant(model: Path, options: GraphOptions, path: Path) -> None:
         raise ModelError(f"{path.parent}: cannot be written ({error.strerror}); use a writable --models folder") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Keep something that only spares work, whole or not at all: a folder that cannot be written costs that."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    with suppress(OSError):
+        partial.write_bytes(content)
+        partial.replace(path)

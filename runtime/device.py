@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from threading import local
 from typing import Any, Protocol, Self
@@ -77,6 +78,27 @@ class Device(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+@dataclass
+class Buffer:
+    """Memory that only grows, so that pictures of one size never allocate twice."""
+
+    allocate: Callable[[int], Any]
+    release: Callable[[Any], None]
+    memory: Any = None
+    size: int = 0
+
+    def grow(self, size: int) -> None:
+        """Hold at least `size` bytes."""
+        if size > self.size:
+            self.close()
+            self.memory, self.size = self.allocate(size), size
+
+    def close(self) -> None:
+        if self.memory is not None:
+            self.release(self.memory)
+        self.memory, self.size = None, 0
 
 
 def open_device(index: int) -> Device:

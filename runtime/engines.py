@@ -8,8 +8,10 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import ZipFile, ZipInfo
 
 from sanrt.errors import BuildError, ModelError, UsageError
 from sanrt.model.spec import PREFIX, ModelSpec, Precision
@@ -17,6 +19,8 @@ from sanrt.runtime.derived import file_digest
 from sanrt.runtime.flavors import TITLES, Flavor, installed_version
 
 SUFFIX = ".engine"
+STAGES_SUFFIX = ".stages"
+"""Of a set of stage engines, for exact streaming: an uncompressed ZIP archive with one engine per stage, under its name."""
 
 
 class Size(NamedTuple):
@@ -72,9 +76,15 @@ class Profile:
         return max(ratio, 1 / ratio)
 
 
+TILES = Profile(Size(1, 1, 1), Size(1, 256, 256), Size(1, 512, 512))
+"""The default tiles of stage engines, without their halo."""
+MAX_KEYS = 2**18
+"""Of a region that stage engines take: a quarter of its pixels."""
+
+
 @dataclass(frozen=True)
 class BuildOptions:
-    """How an engine is built; every field is part of the engine's identity."""
+    """How an engine, or a set of stage engines, is built; every field is part of its identity."""
 
     flavor: Flavor
     precision: Precision = Precision.FP16
@@ -93,11 +103,21 @@ class BuildOptions:
     """Accept attention that is not one kernel, and so holds its scores in memory."""
     kernels: bool = False
     """TensorRT: SOCA by sanrt's own CUDA kernels, as plugins whose PTX is inside the engine."""
+    stages: bool = False
+    """One engine per stage of the network, for exact streaming; the only profile is of tiles, without their halo."""
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            return
+        if len(self.profiles) != 1 or self.profiles[0].max.batch != 1 or self.profiles[0].min != TILES.min:
+            raise UsageError("--stages: expected tiles as --opt 1xHxW and --max 1xHxW, each once; the smallest is one pixel")
+        if self.kernels:
+            raise UsageError("--stages with --kernels fused: stages merge SOCA's statistics; leave one of the two out")
 
     def arguments(self) -> list[str]:
         """The command line's spelling of these options."""
-        words = [f"--{self.precision}", "--flavor", str(self.flavor)]
-        if self.profiles != (Profile(),):
+        words = [f"--{self.precision}", "--flavor", str(self.flavor), *["--stages"] * self.stages]
+        if self.profiles != (TILES if self.stages else Profile(),):
             for p in self.profiles:
                 words += ["--min", str(p.min), "--opt", str(p.opt), "--max", str(p.max)]
         for name, value in (
@@ -201,11 +221,11 @@ class EngineInfo:
         """Names and facts, for people."""
         options = self.identity.options
         return {
-            "engine": f"{self.path}, {self.size / 2**20:.1f} MiB",
+            "stage engines" if options.stages else "engine": f"{self.path}, {self.size / 2**20:.1f} MiB",
             "network": f"{self.spec.architecture.name}, {self.spec.weights_origin}",
             "built by": f"{TITLES[options.flavor]} {self.identity.version} for {self.identity.gpu}",
             "precision": str(options.precision),
-            "sizes": "; ".join(map(str, options.profiles)),
+            "tiles" if options.stages else "sizes": "; ".join(map(str, options.profiles)),
             **self.proof.table(),
         }
 
@@ -214,7 +234,8 @@ def default_path(model: Path, identity: Identity) -> Path:
     """Beside the model: a prefix for people, and enough of the identity's digest to tell engines apart."""
     target = identity.gpu.split()[-1].replace(",", "-")
     options = identity.options
-    return model.with_name(f"{model.stem}-{options.precision}-{options.flavor}-{target}-{identity.digest[:8]}{SUFFIX}")
+    suffix = STAGES_SUFFIX if options.stages else SUFFIX
+    return model.with_name(f"{model.stem}-{options.precision}-{options.flavor}-{target}-{identity.digest[:8]}{suffix}")
 
 
 def save_engine(info: EngineInfo, plan: bytes | memoryview) -> None:
@@ -334,10 +355,10 @@ def capability_number(capability: str) -> int:
     return int(capability.removeprefix("sm"))
 
 
-def engines_of(model: Path) -> list[EngineInfo]:
+def engines_of(model: Path, suffix: str = SUFFIX) -> list[EngineInfo]:
     """Engines beside a model that were built from a file of its name, the newest first; unreadable ones are left out."""
     found = []
-    for path in sorted(model.parent.glob(f"*{SUFFIX}"), key=changed, reverse=True):
+    for path in sorted(model.parent.glob(f"*{suffix}"), key=changed, reverse=True):
         try:
             info = read_engine(path)
         except ModelError:
@@ -369,3 +390,33 @@ def choose_engine(model: Path, gpu: str, capability: str) -> EngineInfo:
     raise refusal or ModelError(
         f"{model}: no engine was built from it; build one with `sanrt build {shlex.quote(str(model))} --fp16`"
     )
+
+
+def choose_stages(whole: EngineInfo, gpu: str, capability: str) -> EngineInfo:
+    """The newest stage engines of the same ONNX, flavour and precision; ModelError with the command that builds them."""
+    same = replace(whole.identity.options, profiles=(TILES,), stages=True, kernels=False)
+    refusal = ""
+    for info in engines_of(whole.model_path, STAGES_SUFFIX):
+        options = info.identity.options
+        if (info.identity.onnx, options.flavor, options.precision) != (whole.identity.onnx, same.flavor, same.precision):
+            continue
+        try:
+            check_host(info, gpu, capability)
+        except ModelError as error:
+            refusal = refusal or str(error)
+        else:
+            return info
+    command = shlex.join(["sanrt", "build", str(whole.model_path), *same.arguments()])
+    raise ModelError(
+        refusal
+        or f"{whole.path}: holds the whole network, and exact streaming needs its stages; build them with `{command}`"
+    )
+
+
+def stage_archive(plans: Mapping[str, bytes]) -> bytes:
+    """The content of a set's file."""
+    content = BytesIO()
+    with ZipFile(content, "w") as archive:
+        for name, plan in plans.items():
+            archive.writestr(ZipInfo(name), plan)
+    return content.getvalue()

@@ -8,9 +8,10 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from sanrt.errors import BackendError
+from sanrt.errors import BackendError, OutOfMemoryError
 
 
 class Flavor(StrEnum):
@@ -61,7 +62,7 @@ class Watch:
         """TensorRT's error code (0 from the log) and the message, oldest first."""
         self.messages: list[str] = []
         """Everything else that was logged, when `keep` asks for it."""
-        self.keep = keep
+        self.keep, self.no_memory = keep, int(trt.ErrorCodeTRT.FAILED_ALLOCATION)
         self.logger = logger_class(trt)(self)
         self.recorder = recorder_class(trt)(self)
 
@@ -69,6 +70,19 @@ class Watch:
     def first(self) -> str:
         """The first error, which the later ones follow from, as one line."""
         return " ".join(self.errors[0][1].split()) if self.errors else "no reason given"
+
+    def failure(self, subject: Path, what: str) -> BackendError:
+        """OutOfMemoryError or BackendError, in TensorRT's words."""
+        memory = self.no_memory in {code for code, _ in self.errors} or "out of memory" in self.first.lower()
+        kind = OutOfMemoryError if memory else BackendError
+        return kind(f"{subject}: {what} failed ({self.first})")
+
+
+def engine_from_plan(trt: Any, watch: Watch, plan: bytes) -> Any:
+    """The engine, ready to run; None where TensorRT refuses it, which `watch` is told."""
+    runtime = trt.Runtime(watch.logger)
+    runtime.error_recorder = watch.recorder
+    return runtime.deserialize_cuda_engine(plan)
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isqrt
 from typing import Protocol
 
 import numpy as np
@@ -104,7 +105,7 @@ class Streaming:
                 before = x if g else shared
                 gate = self.body(g, before, features)
                 self.join(g, features, gate, before, shared, x)
-            self.attention(x.read, x, skip=self.first)
+            self.attention(x.read, x)
             self.tail(x, sink)
 
     def done(self, box: Box) -> None:
@@ -116,17 +117,16 @@ class Streaming:
         halo = box.grown(HEAD_HALO, self.picture)
         return self.stages.run("head", self.source.read(halo), box.inside(halo).array())[0]
 
-    def attention(self, x: Callable[[Box], Array], out: FeatureMap, skip: Callable[[Box], Array] | None = None) -> None:
-        """Region attention of x, plus a skip connection; `out` may be what x reads."""
+    def attention(self, x: Callable[[Box], Array], out: FeatureMap) -> None:
+        """Region attention of x; `out` may be what x reads."""
         for region in self.picture.grid(self.regions, self.regions):
             key, value = self.keys_values(x, region)
-            for box in region.tiles(self.tile):
-                y = self.attend(x(box), key, value)
-                out.write(box, y + skip(box) if skip else y)
+            for box in region.tiles(min(self.tile, max(1, isqrt(MAX_PAIRS // key[0, 0].size)))):
+                out.write(box, self.stages.run("attend", x(box), key, value)[0])
                 self.done(box)
 
     def keys_values(self, x: Callable[[Box], Array], region: Box) -> tuple[Array, Array]:
-        """Pooled keys and values of a whole region; pooling leaves out an odd last row and column."""
+        """Pooled keys and values (1, C/8, 1, L) of a whole region; pooling leaves out an odd last row and column."""
         height, width = region.height // 2, region.width // 2
         shape = (1, self.arch.attention_channels, height, width)
         key, value = np.empty(shape, np.float32), np.empty(shape, np.float32)
@@ -135,16 +135,7 @@ class Streaming:
             where = np.s_[:, :, pooled.top : pooled.bottom, pooled.left : pooled.right]
             box = Box(region.top + box.top, region.left + box.left, region.top + box.bottom, region.left + box.right)
             key[where], value[where] = self.stages.run("keys-values", x(box))
-        return key, value
-
-    def attend(self, x: Array, key: Array, value: Array) -> Array:
-        """Attention of a region's pixels x, as many at a time as MAX_PAIRS allows."""
-        pixels = x.reshape(1, x.shape[1], 1, -1)
-        parts = -(-pixels.shape[3] * key[0, 0].size // MAX_PAIRS)
-        attended = [
-            self.stages.run("attend", np.ascontiguousarray(p), key, value)[0] for p in np.array_split(pixels, parts, 3)
-        ]
-        return np.concatenate(attended, 3).reshape(x.shape)
+        return key.reshape(1, shape[1], 1, -1), value.reshape(1, shape[1], 1, -1)
 
     def body(self, group: int, x: FeatureMap, features: FeatureMap) -> Array:
         """A group's residual blocks over all tiles; returns the gate of the whole picture's covariance."""
@@ -167,13 +158,13 @@ class Streaming:
             out.write(box, self.stages.run(f"join.{group}", *inputs)[0])
             self.done(box)
 
-    def tail(self, trunk: FeatureMap, sink: PixelSink) -> None:
-        """Upscale the trunk, tile by tile."""
+    def tail(self, attended: FeatureMap, sink: PixelSink) -> None:
+        """Upscale what attended and the first feature map, tile by tile."""
         scale = self.arch.scale
         for box in self.picture.tiles(self.tile):
             halo = box.grown(TAIL_HALO, self.picture)
             crop = box.inside(halo).scaled(scale).array()
-            part = self.stages.run("tail", trunk.read(halo), crop)[0]
+            part = self.stages.run("tail", attended.read(halo), self.first(halo), crop)[0]
             if not np.isfinite(part).all():
                 raise BackendError(f"streaming gave values that are not finite ({self.spec.precision}); try fp32")
             sink(box.scaled(scale), part)

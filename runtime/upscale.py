@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,8 +117,27 @@ def choose_way(backend: Backend, height: int, width: int, options: UpscaleOption
 
 def cut_tiling(backend: Backend, options: UpscaleOptions) -> Tiling:
     """What `auto` does with a picture that cannot go whole: exact streaming, where it is possible and not ruled out."""
-    separate = options.overlap is not None or options.self_ensemble or not backend.streams
-    return Tiling.OVERLAP if separate else Tiling.EXACT
+    if options.overlap is not None or options.self_ensemble:
+        return Tiling.OVERLAP
+    if not backend.streams:
+        tell_once(f"large pictures go in overlapped tiles, which changes every pixel: {unstreamed(backend)}")
+        return Tiling.OVERLAP
+    return Tiling.EXACT
+
+
+def unstreamed(backend: Backend) -> str:
+    """Why a backend cannot stream, in its own words."""
+    try:
+        backend.stages()
+    except BackendError as error:
+        return str(error)
+    return ""
+
+
+@cache
+def tell_once(text: str) -> None:
+    """Warn of something that many pictures of a run have in common."""
+    log.warning("%s", text)
 
 
 def upscale(backend: Backend, picture: Picture, options: UpscaleOptions | None = None) -> Picture:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from queue import LifoQueue
@@ -14,9 +14,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from sanrt.errors import BackendError, ModelError, OutOfMemoryError, UsageError
+from sanrt.errors import BackendError, ModelError, UsageError
 from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages
-from sanrt.runtime.device import Device, HostBuffer, open_device
+from sanrt.runtime.backends.tensorrt_stages import TensorRTStages
+from sanrt.runtime.derived import replace_file
+from sanrt.runtime.device import Buffer, Device, HostBuffer, open_device
 from sanrt.runtime.engines import (
     SUFFIX,
     EngineInfo,
@@ -24,10 +26,11 @@ from sanrt.runtime.engines import (
     check_fresh,
     check_host,
     choose_engine,
+    choose_stages,
     read_engine,
     read_plan,
 )
-from sanrt.runtime.flavors import REMEDIES, TITLES, Flavor, Watch, import_flavor, installed_version
+from sanrt.runtime.flavors import REMEDIES, TITLES, Flavor, Watch, engine_from_plan, import_flavor, installed_version
 
 NAME = "tensorrt"
 CONTEXTS = 2
@@ -87,27 +90,6 @@ def fitting_engine(model: Path, options: RunOptions, device: Device) -> EngineIn
             f"build it with `sanrt build --{options.precision}`, or leave --precision out"
         )
     return info
-
-
-@dataclass
-class Buffer:
-    """Memory that only grows, so that pictures of one size never allocate twice."""
-
-    allocate: Callable[[int], Any]
-    release: Callable[[Any], None]
-    memory: Any = None
-    size: int = 0
-
-    def grow(self, size: int) -> None:
-        """Hold at least `size` bytes."""
-        if size > self.size:
-            self.close()
-            self.memory, self.size = self.allocate(size), size
-
-    def close(self) -> None:
-        if self.memory is not None:
-            self.release(self.memory)
-        self.memory, self.size = None, 0
 
 
 class DeviceArray:
@@ -175,7 +157,6 @@ class TensorRTBackend:
     """An engine with a few lanes: that many `infer` calls from different threads run at once."""
 
     name = NAME
-    streams = False
 
     def __init__(self, info: EngineInfo, gpu: Device, contexts: int = CONTEXTS) -> None:
         flavor = info.identity.options.flavor
@@ -189,15 +170,14 @@ class TensorRTBackend:
         self.watch = Watch(self.trt)
         self.engine = self.deserialize(read_plan(info))
         self.settings = self.runtime_settings()
+        self.opened_stages: TensorRTStages | None = None
         self.lanes: LifoQueue[Lane] = LifoQueue()
         for _ in range(contexts):
             self.lanes.put(Lane(gpu, Watch(self.trt)))
 
     def deserialize(self, plan: bytes) -> Any:
         """The engine, ready to run; raises ModelError with TensorRT's reason."""
-        runtime = self.trt.Runtime(self.watch.logger)
-        runtime.error_recorder = self.watch.recorder
-        engine = runtime.deserialize_cuda_engine(plan)
+        engine = engine_from_plan(self.trt, self.watch, plan)
         if engine is None:
             raise ModelError(f"{self.info.path}: {self.watch.first}; rebuild with `{self.info.command}`")
         return engine
@@ -346,35 +326,41 @@ class TensorRTBackend:
 
     def failure(self, lane: Lane, what: str) -> BackendError:
         """OutOfMemoryError or BackendError, in TensorRT's words."""
-        codes = {code for code, _ in lane.watch.errors}
-        memory = int(self.trt.ErrorCodeTRT.FAILED_ALLOCATION) in codes or "out of memory" in lane.watch.first.lower()
-        kind = OutOfMemoryError if memory else BackendError
-        return kind(f"{self.info.path}: {what} failed ({lane.watch.first})")
+        return lane.watch.failure(self.info.path, what)
+
+    @cached_property
+    def stage_info(self) -> EngineInfo | str:
+        """The stage engines of this network that run here, or why there are none."""
+        try:
+            return choose_stages(self.info, self.gpu.name, self.gpu.capability)
+        except ModelError as error:
+            return str(error)
+
+    @property
+    def streams(self) -> bool:
+        return isinstance(self.stage_info, EngineInfo)
 
     def stages(self) -> Stages:
-        raise BackendError(
-            f"backend {NAME}: engines hold the whole network, exact streaming needs its stages; "
-            "use --backend torch or onnxruntime, or --tiling overlap"
-        )
+        """The stage engines, opened once; BackendError with the command that builds them where there are none."""
+        if isinstance(self.stage_info, str):
+            raise BackendError(self.stage_info)
+        if self.opened_stages is None:
+            self.opened_stages = TensorRTStages(self.stage_info, self.gpu, self.trt)
+        return self.opened_stages
 
     def close(self) -> None:
         """Free everything, once the pictures under way are done."""
         if self.engine is None:
             return
         self.gpu.activate()
+        if self.opened_stages:
+            self.opened_stages.close()
         for _ in range(self.contexts):
             self.lanes.get().close()
         if self.rtx:
-            self.save_kernels(bytes(self.settings.get_runtime_cache().serialize()))
+            replace_file(self.kernel_cache, bytes(self.settings.get_runtime_cache().serialize()))
         self.settings = self.engine = None
         self.gpu.close()
-
-    def save_kernels(self, kernels: bytes) -> None:
-        """Spare the next start the compilation; a read-only folder only costs that."""
-        partial = self.kernel_cache.with_suffix(f".{os.getpid()}.partial")
-        with suppress(OSError):
-            partial.write_bytes(kernels)
-            partial.replace(self.kernel_cache)
 
     def __enter__(self) -> Self:
         return self

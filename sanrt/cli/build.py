@@ -43,6 +43,9 @@ def build(
     level: Annotated[int, typer.Option(min=0, max=5, help="How long TensorRT searches.")] = 3,
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT: where to keep timings.")] = None,
     kernels: Annotated[str, typer.Option(help="TensorRT: none, or fused for SOCA by sanrt's own CUDA kernels.")] = "none",
+    stages: Annotated[
+        bool, typer.Option("--stages", help="One engine per stage, for exact streaming; sizes are of tiles.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The engine; beside the model if left out.")] = None,
     allow_precision: Annotated[bool, typer.Option("--allow-precision", help="Accept layers in another precision.")] = False,
     allow_unfused_attention: Annotated[
@@ -53,7 +56,7 @@ def build(
     with extra("rtx", "sanrt build"):
         from sanrt.export.engine import build_engine, choose_flavor
     from sanrt.model.spec import Precision
-    from sanrt.runtime.engines import BuildOptions
+    from sanrt.runtime.engines import TILES, BuildOptions, Profile
     from sanrt.runtime.flavors import Flavor, installed_version
 
     asked = [p for p, wanted in zip(Precision, (fp32, fp16, bf16), strict=True) if wanted]
@@ -78,7 +81,7 @@ def build(
     options = BuildOptions(
         flavor=choose_flavor() if flavor == "auto" else Flavor(flavor),
         precision=asked[0] if asked else Precision.FP16,
-        profiles=profiles(smallest or [], best or [], largest or []),
+        profiles=profiles(smallest or [], best or [], largest or [], TILES if stages else Profile()),
         gpus=tuple(filter(None, gpu.split(","))),
         workspace=workspace,
         level=level,
@@ -86,6 +89,7 @@ def build(
         allow_precision=allow_precision,
         allow_unfused_attention=allow_unfused_attention,
         kernels=kernels == "fused",
+        stages=stages,
     )
     with BuildProgress() as progress:
         info, built = build_engine(model, options, output, progress)
@@ -103,8 +107,8 @@ def newest_model(models: Path) -> Path:
     return found[-1]
 
 
-def profiles(smallest: list[str], best: list[str], largest: list[str]) -> tuple[Profile, ...]:
-    """The n-th --min, --opt and --max make the n-th profile; the defaults stand in where none is given."""
+def profiles(smallest: list[str], best: list[str], largest: list[str], default: Profile) -> tuple[Profile, ...]:
+    """The n-th --min, --opt and --max make the n-th profile; the default's stand in where none is given."""
     from sanrt.runtime.engines import Profile, Size
 
     count = max(1, len(smallest), len(best), len(largest))
@@ -112,7 +116,6 @@ def profiles(smallest: list[str], best: list[str], largest: list[str]) -> tuple[
         raise UsageError(
             f"{len(smallest)} --min, {len(best)} --opt and {len(largest)} --max: expected one of each for every profile"
         )
-    default = Profile()
     columns = (
         [Size.parse(text) for text in sizes] or [standard] * count
         for sizes, standard in ((smallest, default.min), (best, default.opt), (largest, default.max))
@@ -129,7 +132,8 @@ def report(info: EngineInfo, built: bool) -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print("built" if built else "unchanged: the engine that is there is what would be built")
     console.print(facts_table(info.table()))
-    console.print(f"next: `sanrt run INPUT OUTPUT --backend tensorrt` on a machine with {info.identity.gpu}")
+    exact = " --tiling exact" if info.identity.options.stages else ""
+    console.print(f"next: `sanrt run INPUT OUTPUT --backend tensorrt{exact}` on a machine with {info.identity.gpu}")
 
 
 class BuildProgress:

@@ -108,6 +108,7 @@ def describe_engine(path: Path) -> Iterator[RenderableType]:
 DESCRIBERS: dict[str, Callable[[Path], Iterator[RenderableType]]] = {
     ".onnx": describe_onnx,
     ".engine": describe_engine,
+    ".stages": describe_engine,
     ".pt": describe_checkpoint,
     ".pth": describe_checkpoint,
     ".safetensors": describe_checkpoint,

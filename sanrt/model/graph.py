@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sanrt.errors import ModelError
-from sanrt.model.spec import MIN_SIDE, Attention, GraphOptions, ModelSpec, Precision, QuantisedType
+from sanrt.model.spec import MIN_SIDE, STAGE_INPUTS, STAGE_MAPS, Attention, GraphOptions, ModelSpec, Precision, QuantisedType
 
 OPSET = 22
 """The first opset whose convolutions take bfloat16."""
@@ -207,6 +207,24 @@ class GraphWriter:
         )
         return self.op("Add", [y, x], out)
 
+    def common(self, x: str, divisor: float) -> str:
+        """Keys or values as every variant's stages exchange them: fp32, C/8 channels, divided by nothing."""
+        wide = self.cast(x, Precision.FP32, f"{x}.fp32")
+        return self.resized(wide, self.width, self.arch.attention_channels, divisor)
+
+    def inner(self, x: str, divisor: float) -> str:
+        """The opposite: as `keys_values` gives them."""
+        return self.cast(
+            self.resized(x, self.arch.attention_channels, self.width, 1 / divisor), self.options.precision, f"{x}.typed"
+        )
+
+    def resized(self, x: str, before: int, after: int, factor: float) -> str:
+        """Channels of x times factor, cut or padded with zeros; no node where that changes nothing."""
+        if before == after and factor == 1:
+            return x
+        weight = (factor * np.eye(after, before)).astype(np.float32)[..., None, None]
+        return self.op("Conv", [x, self.add(weight, f"{x}.resized.weight")], f"{x}.resized")
+
     def full_scores(self, scores: str) -> str:
         """Typed scores in fp32, times what `inner_conv` divided queries and keys by; fp32 scores as they are."""
         if self.inner_divisor == 1:
@@ -388,18 +406,6 @@ def san_model(spec: ModelSpec, weights: Weights, options: GraphOptions | None = 
     return model
 
 
-STAGE_INPUTS = {
-    "head": ("pixels", "crop"),
-    "keys-values": ("x",),
-    "attend": ("x", "key", "value"),
-    "body": ("x", "crop"),
-    "gate": ("sigma",),
-    "join": ("features", "gate", "x", "shared", "crop"),
-    "tail": ("trunk", "crop"),
-}
-"""Inputs of every stage that `stage_model` writes; a group's stages carry its number, as in `body.3`."""
-
-
 def stage_model(spec: ModelSpec, weights: Weights, options: GraphOptions) -> onnx.ModelProto:
     """The stage `options.stage` of the network as a model; the stages in their order are the network.
 
@@ -407,22 +413,25 @@ def stage_model(spec: ModelSpec, weights: Weights, options: GraphOptions) -> onn
     `crop` is int64 (top, left, bottom, right) in the output's pixels: the part that is returned, the halo left out.
 
     head         pixels -> first feature map
-    keys-values  part of a region, cut at even rows and columns -> its pooled keys and values
-    attend       any part of a region (any shape), all of that region's keys and values -> its attention + itself
+    keys-values  part of a region, cut at even rows and columns -> its pooled keys and values, C/8 channels each
+    attend       any part of a region, all of that region's keys and values (of any shape) -> its attention + itself
     body.g       x -> features, their mean (B, C, 1) and centred scatter (B, C, C)
     gate.g       covariance (B, C, C) -> gate (B, C, 1, 1)
     join.g       features; gate; x and shared without the halo -> the group's output
-    tail         trunk -> pixels
+    tail         what attended, the first feature map -> pixels
+
+    In half precision head, attend and join also give `sum`, of all of `output0`: it is finite where all of that is.
     """
     kind, _, number = options.stage.partition(".")
     w = GraphWriter(spec, weights, options)
     made = write_stage(w, kind, int(number or 0))
     outputs = [w.op("Cast", [name], f"output{i}", to=TensorProto.FLOAT) for i, name in enumerate(made)]
     ranks = (4, 3, 3) if kind == "body" else (4,) * len(made)
+    shapes = {name: (TensorProto.FLOAT, axes(name, rank)) for name, rank in zip(outputs, ranks, strict=True)}
+    if options.precision != Precision.FP32 and kind in STAGE_MAPS and kind != "body":
+        shapes[w.op("ReduceSum", ["output0"], "sum", keepdims=0)] = (TensorProto.FLOAT, [])
     model = w.model(
-        f"{spec.architecture.name} {options.stage}",
-        {name: stage_input(name) for name in STAGE_INPUTS[kind]},
-        {name: (TensorProto.FLOAT, axes(name, rank)) for name, rank in zip(outputs, ranks, strict=True)},
+        f"{spec.architecture.name} {options.stage}", {name: stage_input(name) for name in STAGE_INPUTS[kind]}, shapes
     )
     helper.set_model_props(model, {**spec.to_metadata(), "sanrt.stage": json.dumps(options.stage)})
     return model
@@ -438,19 +447,22 @@ def write_stage(w: GraphWriter, kind: str, group: int) -> list[str]:
         case "head":
             return [w.crop(w.head("pixels", "first"), "crop")]
         case "keys-values":
-            return list(w.keys_values(typed("x"), ""))
+            key, value = w.keys_values(typed("x"), "")
+            return [w.common(key, w.inner_divisor), w.common(value, 1.0)]
         case "attend":
-            return [w.attend(typed("x"), typed("key"), typed("value"), "", "out")]
+            key, value = w.inner("key", w.inner_divisor), w.inner("value", 1.0)
+            return [w.attend(typed("x"), key, value, "attention.", "out")]
         case "body":
             features = w.crop(w.blocks(typed("x"), group, "features"), "crop")
-            return [features, *w.moments(features, "features")[1:]]
+            return [features, *w.moments(features, f"groups.{group}.soca")[1:]]
         case "gate":
             return [w.gate("sigma", group, "gate")]
         case "join":
             features, gate, x, shared = map(typed, ("features", "gate", "x", "shared"))
             return [w.join(features, gate, x, shared, group, "joined", "crop")]
         case _:
-            return [w.crop(w.tail(typed("trunk"), "pixels"), "crop")]
+            trunk = w.op("Add", [typed("attended"), typed("first")], "trunk")
+            return [w.crop(w.tail(trunk, "pixels"), "crop")]
 
 
 def stage_input(name: str) -> tuple[int, list[Any]]:

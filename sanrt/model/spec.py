@@ -69,6 +69,21 @@ class GraphOptions:
     """One stage of the network, for exact streaming (`stage_model` in `sanrt.model.graph`); empty is the whole network."""
 
 
+STAGE_INPUTS = {
+    "head": ("pixels", "crop"),
+    "keys-values": ("x",),
+    "attend": ("x", "key", "value"),
+    "body": ("x", "crop"),
+    "gate": ("sigma",),
+    "join": ("features", "gate", "x", "shared", "crop"),
+    "tail": ("attended", "first", "crop"),
+}
+"""Inputs of every stage (`stage_model` in `sanrt.model.graph`); a group's stages carry its number, as in `body.3`."""
+
+STAGE_MAPS = ("head", "attend", "body", "join")
+"""Stages whose first output is a feature map; everything else that stages give is small, or the result."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """SAN's hyper-parameters (section 4 of the paper; its network is G=20, m=10, C=64, r=16)."""
@@ -92,6 +107,12 @@ class Architecture:
     def attention_channels(self) -> int:
         """Inner channels of the region-level non-local module (C/8)."""
         return self.channels // 8
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Every stage of the network, as exact streaming runs it."""
+        grouped = [f"{kind}.{g}" for g in range(self.groups) for kind in ("body", "gate", "join")]
+        return "head", "keys-values", "attend", *grouped, "tail"
 
     @property
     def name(self) -> str:

@@ -27,8 +27,8 @@ def run_stage(net: SAN, stage: str, *inputs: Tensor) -> list[Tensor]:
             return [group.soca.gate(sigma)]
         case "join", (features, gate, x, shared, box):
             return [crop(group.conv(features * gate), box) + x + net.gamma * shared]
-        case "tail", (trunk, box):
-            return [crop(net.mean_out(net.tail(net.upsampler(trunk))), box)]
+        case "tail", (attended, first, box):
+            return [crop(net.mean_out(net.tail(net.upsampler(attended + first))), box)]
     raise ValueError(f"no stage {stage} of {len(inputs)} inputs")
 
 

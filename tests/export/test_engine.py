@@ -9,9 +9,11 @@ import sys
 import time
 from dataclasses import replace
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
+from zipfile import ZipFile
 
 import numpy as np
 import onnx
@@ -26,7 +28,7 @@ from sanrt.model.graph import san_model
 from sanrt.model.spec import Architecture, ModelSpec, Precision
 from sanrt.runtime.backends import RunOptions, load_backend, tensorrt
 from sanrt.runtime.device import open_device
-from sanrt.runtime.engines import BuildOptions, EngineInfo, Profile, Size, choose_engine, read_engine, read_plan
+from sanrt.runtime.engines import TILES, BuildOptions, EngineInfo, Profile, Size, choose_engine, read_engine, read_plan
 from sanrt.runtime.flavors import Flavor, import_flavor
 
 needs_rtx = pytest.mark.skipif(
@@ -91,6 +93,42 @@ def test_engines_are_what_was_asked_for(exported: Path, tmp_path: Path, precisio
     assert None in progress.phases.values()
     assert not progress.open
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.engine", "x.engine.json"]
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", Precision)
+def test_stage_engines_are_proved_as_a_whole_one_is(exported: Path, tmp_path: Path, precision: Precision):
+    options = replace(OPTIONS, precision=precision, profiles=(TILES,), stages=True)
+    info, built = build_engine(exported, options, tmp_path / "x.stages")
+    assert built
+    assert build_engine(exported, options, tmp_path / "x.stages") == (info, False)
+    with ZipFile(BytesIO(read_plan(read_engine(info.path)))) as archive:
+        assert archive.namelist() == ["head", "keys-values", "attend", "body.0", "gate.0", "join.0", "tail"]
+        assert min(len(archive.read(name)) for name in archive.namelist()) > 100_000
+    assert info.spec.precision == precision
+    assert info.proof.convolutions[str(precision)] >= 10
+    assert (info.proof.wrong_convolutions, info.proof.wrong_soca) == ([], [])
+    assert info.proof.soca_layers > 10
+    assert len(info.proof.unfused_attention) == (precision == Precision.FP32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.stages", "x.stages.json"]
+
+
+@needs_rtx
+def test_stage_engines_that_fail_their_proof_leave_nothing(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine, "FUSED_WIDTH", 0)
+    with pytest.raises(BuildError, match="1 of 1 attention regions are not one fused kernel"):
+        build_engine(exported, replace(OPTIONS, profiles=(TILES,), stages=True), tmp_path / "x.stages")
+    assert not list(tmp_path.iterdir())
+
+
+@needs_rtx
+def test_the_command_builds_stage_engines_and_says_how_to_use_them(exported: Path, tmp_path: Path):
+    words = ["build", str(exported), "--stages", "--flavor", "rtx", "--gpu", "sm89", "--max", "1x256x256"]
+    done = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "x.stages")])
+    assert done.exit_code == 0, done.output
+    assert "1x1x1 .. 1x256x256 .. 1x256x256" in done.output
+    assert "--tiling exact" in done.output
+    assert "stage engines" in CliRunner().invoke(app, ["info", str(tmp_path / "x.stages")]).output
 
 
 @needs_rtx

@@ -14,7 +14,7 @@ import pytest
 
 from sanrt.export import engine
 from sanrt.runtime import flavors
-from sanrt.runtime.backends import tensorrt
+from sanrt.runtime.backends import tensorrt, tensorrt_stages
 
 API = json.loads(Path(__file__).with_name("tensorrt_api.json").read_text())
 OBJECTS = {
@@ -30,9 +30,8 @@ OBJECTS = {
         "engine.create_engine_inspector()": "EngineInspector",
         "trt.Runtime()": "Runtime",
     },
-    flavors: {},
+    flavors: {"runtime": "Runtime"},
     tensorrt: {
-        "runtime": "Runtime",
         "self.engine": "ICudaEngine",
         "settings": "IRuntimeConfig",
         "self.settings": "IRuntimeConfig",
@@ -40,6 +39,14 @@ OBJECTS = {
         "self.settings.get_runtime_cache()": "IRuntimeCache",
         "context": "IExecutionContext",
         "lane.context": "IExecutionContext",
+    },
+    tensorrt_stages: {
+        "engine": "ICudaEngine",
+        "settings": "IRuntimeConfig",
+        "stage.settings": "IRuntimeConfig",
+        "cache": "IRuntimeCache",
+        "context": "IExecutionContext",
+        "opened.context": "IExecutionContext",
     },
 }
 """What the expressions in each module that hold TensorRT objects are."""

@@ -14,6 +14,7 @@ from sanrt.errors import BuildError, ModelError, UsageError
 from sanrt.model.spec import Architecture, ModelSpec, Precision
 from sanrt.runtime import engines
 from sanrt.runtime.engines import (
+    TILES,
     BuildOptions,
     EngineInfo,
     Identity,
@@ -23,6 +24,7 @@ from sanrt.runtime.engines import (
     check_fresh,
     check_host,
     choose_engine,
+    choose_stages,
     default_path,
     json_path,
     read_engine,
@@ -82,9 +84,29 @@ def test_every_option_is_part_of_the_identity(changed: dict[str, object]):
     assert replace(identity, options=replace(RTX, **changed)).digest != identity.digest
 
 
+def test_stage_engines_are_another_thing_than_a_whole_one_of_the_same_sizes(model: Path):
+    whole = saved(model, replace(RTX, profiles=(TILES,)))
+    stages = saved(model, replace(RTX, profiles=(TILES,), stages=True))
+    assert whole.identity.digest != stages.identity.digest
+    assert (whole.path.suffix, stages.path.suffix) == (".engine", ".stages")
+    assert read_engine(stages.path) == stages
+    assert "--stages" in stages.command
+    assert "--max" not in stages.command
+    assert choose_engine(model, "any", "sm89") == whole
+    assert choose_stages(whole, "any", "sm89") == stages
+
+
+@pytest.mark.parametrize("sizes", [{"max": Size(2, 512, 512)}, {"min": Size(1, 8, 8)}])
+def test_stage_engines_take_one_tile_at_a_time_however_small(sizes: dict[str, Size]):
+    with pytest.raises(UsageError, match="--stages: expected tiles"):
+        replace(RTX, profiles=(replace(TILES, **sizes),), stages=True)
+    with pytest.raises(UsageError, match="--stages: expected tiles"):
+        replace(RTX, profiles=(TILES, TILES), stages=True)
+
+
 def test_the_options_above_are_all_there_are():
     tried = {"precision", "flavor", "profiles", "gpus", "workspace", "level", "timing_cache", "allow_precision"}
-    assert {f.name for f in fields(BuildOptions)} == tried | {"allow_unfused_attention", "kernels"}
+    assert {f.name for f in fields(BuildOptions)} == tried | {"allow_unfused_attention", "kernels", "stages"}
 
 
 @pytest.mark.parametrize("name", ["onnx", "version", "gpu", "sanrt"])

@@ -33,6 +33,9 @@ class Nearest:
             raise OutOfMemoryError("nearest ran out of memory")
         return x.repeat(2, axis=2).repeat(2, axis=3)
 
+    def stages(self):
+        raise BackendError("nearest has no stages")
+
 
 def noise(height, width, dtype=np.uint8, seed=0):
     full = np.iinfo(dtype).max if np.dtype(dtype).kind == "u" else 1

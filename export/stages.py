@@ -1,0 +1,45 @@
+"""The shapes that stage engines take: tiles with their halo, regions' keys, and the values of crops."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+
+from sanrt.model.spec import STAGE_INPUTS, Architecture, ModelSpec
+from sanrt.runtime.engines import MAX_KEYS, Profile, Size
+from sanrt.runtime.streaming import HEAD_HALO, JOIN_HALO, TAIL_HALO
+
+KEYS = 1, 2**14, MAX_KEYS
+"""Smallest, usual and largest number of a region's keys."""
+
+Values = tuple[int, ...]
+
+
+def stage_ranges(graph: onnx.ModelProto, tiles: Profile) -> dict[str, tuple[Values, Values, Values]]:
+    """The smallest, usual and largest shape of each input of a stage; of `crop`, values. The smallest tiles have no halo."""
+    metadata = {p.key: p.value for p in graph.metadata_props}
+    arch = ModelSpec.from_metadata(metadata, graph.graph.name).architecture
+    kind = json.loads(metadata["sanrt.stage"]).partition(".")[0]
+    halo = {"head": HEAD_HALO, "body": 2 * arch.blocks, "join": JOIN_HALO, "tail": TAIL_HALO}.get(kind, 0)
+    ranges = zip((tiles.min, tiles.opt, tiles.max), (0, halo, halo), KEYS, strict=True)
+    low, usual, high = (stage_inputs(arch, kind, *each) for each in ranges)
+    return {name: (low[name], usual[name], high[name]) for name in STAGE_INPUTS[kind]}
+
+
+def stage_inputs(arch: Architecture, kind: str, tile: Size, halo: int, keys: int) -> dict[str, Values]:
+    """Shapes of a stage's inputs, whichever it has, for a tile in the middle of a picture, and the values of its crop."""
+    least = 2 if kind == "keys-values" else 1  # what is pooled has at least one window
+    inner = 1, arch.channels, max(tile.height, least), max(tile.width, least)
+    outer = 1, arch.channels, tile.height + 2 * halo, tile.width + 2 * halo
+    scale = arch.scale if kind == "tail" else 1
+    return {
+        "pixels": (1, 3, *outer[2:]),
+        "x": outer if kind == "body" else inner,
+        **dict.fromkeys(("features", "attended", "first"), outer),
+        "shared": inner,
+        **dict.fromkeys(("key", "value"), (1, arch.attention_channels, 1, keys)),
+        "sigma": (1, arch.channels, arch.channels),
+        "gate": (1, arch.channels, 1, 1),
+        "crop": tuple(scale * edge for edge in (halo, halo, halo + tile.height, halo + tile.width)),
+    }
