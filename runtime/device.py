@@ -18,6 +18,9 @@ from sanrt.errors import BackendError, OutOfMemoryError
 HostBuffer = npt.NDArray[np.uint8]
 """Page-locked host memory; only copies from and to it overlap with kernels."""
 
+FLOAT_BYTES = 4
+Corner = tuple[int, int]
+"""Row and column."""
 PROVIDER = "SANRT_CUDA"
 """Environment variable: `cuda-python` or `pycuda`, where both are installed."""
 
@@ -39,6 +42,10 @@ class Device(Protocol):
 
     def free(self, address: int) -> None: ...
 
+    def free_memory(self) -> int:
+        """Bytes of device memory that nobody has."""
+        ...
+
     def allocate_host(self, size: int) -> HostBuffer: ...
 
     def free_host(self, buffer: HostBuffer) -> None: ...
@@ -57,6 +64,12 @@ class Device(Protocol):
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
         """Queue a copy within device memory."""
+        ...
+
+    def copy_box(
+        self, target: Grid, target_at: Corner, source: Grid, source_at: Corner, height: int, width: int, stream: int
+    ) -> None:
+        """Queue a copy of rows and columns of all channels within device memory."""
         ...
 
     def follow(self, stream: int, other: int) -> None:
@@ -78,6 +91,21 @@ class Device(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Grid:
+    """(C, H, W) float32 values in device memory, without gaps."""
+
+    address: int
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row."""
+        return FLOAT_BYTES * self.width
 
 
 @dataclass
@@ -163,6 +191,9 @@ class CudaPython:
     def free(self, address: int) -> None:
         self.call("cudaFree", address)
 
+    def free_memory(self) -> int:
+        return int(self.call("cudaMemGetInfo"))
+
     def allocate_host(self, size: int) -> HostBuffer:
         address = int(self.call("cudaHostAlloc", size, self.cuda.cudaHostAllocDefault))
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
@@ -187,6 +218,23 @@ class CudaPython:
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self.call("cudaMemcpyAsync", target, source, size, kind, stream)
+
+    def copy_box(
+        self, target: Grid, target_at: Corner, source: Grid, source_at: Corner, height: int, width: int, stream: int
+    ) -> None:
+        request, extent = self.cuda.cudaMemcpy3DParms(), self.cuda.cudaExtent()
+        request.srcPtr, request.srcPos = self.placed(source, source_at)
+        request.dstPtr, request.dstPos = self.placed(target, target_at)
+        extent.width, extent.height, extent.depth = FLOAT_BYTES * width, height, source.channels
+        request.extent, request.kind = extent, self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpy3DAsync", request, stream)
+
+    def placed(self, grid: Grid, at: Corner) -> tuple[Any, Any]:
+        """A place in a grid as CUDA wants it: rows in bytes."""
+        pointer, position = self.cuda.cudaPitchedPtr(), self.cuda.cudaPos()
+        pointer.ptr, pointer.pitch, pointer.xsize, pointer.ysize = grid.address, grid.row, grid.row, grid.height
+        position.y, position.x = at[0], FLOAT_BYTES * at[1]
+        return pointer, position
 
     def follow(self, stream: int, other: int) -> None:
         event = self.call("cudaEventCreateWithFlags", self.cuda.cudaEventDisableTiming)
@@ -273,6 +321,10 @@ class PyCuda:
     def free(self, address: int) -> None:
         self.call(self.owned.pop(address).free)
 
+    def free_memory(self) -> int:
+        free, _ = self.call(self.cuda.mem_get_info)
+        return int(free)
+
     def allocate_host(self, size: int) -> HostBuffer:
         buffer: HostBuffer = self.call(self.cuda.pagelocked_empty, size, np.uint8)
         return buffer
@@ -295,6 +347,19 @@ class PyCuda:
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
         self.call(self.cuda.memcpy_dtod_async, target, source, size, self.owned[stream])
+
+    def copy_box(
+        self, target: Grid, target_at: Corner, source: Grid, source_at: Corner, height: int, width: int, stream: int
+    ) -> None:
+        request = self.cuda.Memcpy3D()
+        request.set_src_device(source.address)
+        request.src_pitch, request.src_height = source.row, source.height
+        request.src_y, request.src_x_in_bytes = source_at[0], FLOAT_BYTES * source_at[1]
+        request.set_dst_device(target.address)
+        request.dst_pitch, request.dst_height = target.row, target.height
+        request.dst_y, request.dst_x_in_bytes = target_at[0], FLOAT_BYTES * target_at[1]
+        request.width_in_bytes, request.height, request.depth = FLOAT_BYTES * width, height, source.channels
+        self.call(request, self.owned[stream])
 
     def follow(self, stream: int, other: int) -> None:
         event = self.call(self.cuda.Event, self.cuda.event_flags.DISABLE_TIMING)

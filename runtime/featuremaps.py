@@ -1,4 +1,4 @@
-"""Maps of any size (features, decoded pixels): in memory while the budget lasts, then in nameless scratch files."""
+"""Maps of any size (features, decoded pixels): on the GPU or in memory while that lasts, then in nameless scratch files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from sanrt.errors import ScratchError
+from sanrt.errors import OutOfMemoryError, ScratchError
 
 Array = npt.NDArray[Any]
 
@@ -76,18 +76,41 @@ class Box:
 
 
 class FeatureMap(Protocol):
-    """One (C, H, W) map of any element type."""
+    """One (C, H, W) map of any element type.
 
-    def read(self, box: Box) -> Array:
-        """A part as a contiguous (1, C, h, w) copy."""
+    Parts of maps in the host's memory are arrays. Those of maps on a GPU are what its backend's stages take and give, and
+    good only until the next stage has run.
+    """
+
+    def read(self, box: Box) -> Any:
+        """A part (1, C, h, w), contiguous; on the host a copy."""
         ...
 
-    def write(self, box: Box, part: Array) -> None:
+    def write(self, box: Box, part: Any) -> None:
         """Replace a part; (1, C, h, w)."""
         ...
 
     def close(self) -> None:
         """Free its memory or its file."""
+        ...
+
+
+class DeviceMaps(Protocol):
+    """Feature maps in the memory of the GPU that a backend's stages run on."""
+
+    value_bytes: int
+    """Of each value in a map."""
+
+    def new(self, channels: int, height: int, width: int) -> FeatureMap:
+        """A map with undefined content; raises OutOfMemoryError."""
+        ...
+
+    def fetch(self, part: Any) -> Array:
+        """Part of a map, or a map that a stage gave, as a float32 array on the host."""
+        ...
+
+    def finite(self, part: Any) -> bool:
+        """Whether a map that a stage gave is finite everywhere."""
         ...
 
 
@@ -171,6 +194,24 @@ class ScratchMap:
         self.file.close()
 
 
+@dataclass
+class Fetched:
+    """A map on the host that a GPU's stages write to."""
+
+    map: FeatureMap
+    device: DeviceMaps
+
+    def read(self, box: Box) -> Array:
+        part: Array = self.map.read(box)
+        return part
+
+    def write(self, box: Box, part: Any) -> None:
+        self.map.write(box, part if isinstance(part, np.ndarray) else self.device.fetch(part))
+
+    def close(self) -> None:
+        self.map.close()
+
+
 def scratch_error(folder: Path, size: int, error: OSError) -> ScratchError:
     """A scratch file that cannot be made or written."""
     return ScratchError(
@@ -180,24 +221,48 @@ def scratch_error(folder: Path, size: int, error: OSError) -> ScratchError:
 
 
 class FeatureStore:
-    """Makes maps within `memory` bytes, the rest in scratch files under `folder`; a context manager."""
+    """Makes feature maps within `device_memory` bytes of a GPU, and what does not fit there, or is no float32, on the host.
 
-    def __init__(self, memory: int, folder: Path | None = None) -> None:
-        self.memory = memory
+    There the first `memory` bytes are memory, and the rest scratch files under `folder`. A context manager.
+    """
+
+    def __init__(
+        self, memory: int, folder: Path | None = None, device: DeviceMaps | None = None, device_memory: int = 0
+    ) -> None:
+        self.memory, self.device, self.device_memory = memory, device, device_memory
         self.folder = folder or Path(tempfile.gettempdir())
         self.maps: list[FeatureMap] = []
 
     def new(self, channels: int, height: int, width: int, dtype: npt.DTypeLike = np.float32) -> FeatureMap:
         """A map with undefined content; raises ScratchError when there is no room for it."""
-        size = channels * height * width * np.dtype(dtype).itemsize
-        made: FeatureMap
-        if size <= self.memory:
-            made = MemoryMap(channels, height, width, dtype)
-            self.memory -= size
-        else:
-            made = ScratchMap(channels, height, width, dtype, self.folder)
+        made = self.on_device(channels, height, width) if np.dtype(dtype) == np.float32 else None
+        if made is None:
+            made = self.on_host(channels, height, width, dtype)
+            made = Fetched(made, self.device) if self.device else made
         self.maps.append(made)
         return made
+
+    def on_device(self, channels: int, height: int, width: int) -> FeatureMap | None:
+        """A map on the GPU, if it fits there."""
+        size = channels * height * width * self.device.value_bytes if self.device else 0
+        if not self.device or size > self.device_memory:
+            return None
+        try:
+            made = self.device.new(channels, height, width)
+        except OutOfMemoryError:
+            # Others took the GPU's memory meanwhile, or it is in pieces.
+            self.device_memory = 0
+            return None
+        self.device_memory -= size
+        return made
+
+    def on_host(self, channels: int, height: int, width: int, dtype: npt.DTypeLike) -> FeatureMap:
+        """A map in memory, if it fits there, else in a scratch file."""
+        size = channels * height * width * np.dtype(dtype).itemsize
+        if size > self.memory:
+            return ScratchMap(channels, height, width, dtype, self.folder)
+        self.memory -= size
+        return MemoryMap(channels, height, width, dtype)
 
     def __enter__(self) -> Self:
         return self

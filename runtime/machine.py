@@ -113,6 +113,18 @@ def gpus() -> Gpus:
     return Gpus(devices, driver, version, "" if devices else "the NVIDIA driver shows no GPU")
 
 
+def free_gpu_memory(index: int) -> int:
+    """Bytes of a GPU's memory that nobody has; 0 if the driver does not tell."""
+    cuda, context, free, total = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+    if cuda.cuInit(0) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), index):
+        return 0
+    cuda.cuCtxPushCurrent_v2(context)
+    cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    cuda.cuCtxPopCurrent_v2(ctypes.byref(context))
+    cuda.cuDevicePrimaryCtxRelease_v2(index)
+    return free.value
+
+
 def gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
     """Name, compute capability and memory of one device."""
     device, number, name, memory = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()

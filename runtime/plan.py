@@ -21,7 +21,7 @@ from sanrt.runtime.derived import FOLDER, file_digest
 from sanrt.runtime.engines import SUFFIX
 from sanrt.runtime.jobs import Job
 from sanrt.runtime.pictures import open_picture, plan_output
-from sanrt.runtime.upscale import UpscaleOptions, choose_way
+from sanrt.runtime.upscale import UpscaleOptions, choose_way, room_of
 from sanrt.runtime.ways import Tiling, Way, network_bytes, result_bytes
 
 SIDES = (64, 192)
@@ -53,7 +53,7 @@ class Estimate:
     backend: str
     way: Way
     memory: int
-    """Bytes beside the process itself."""
+    """Bytes beside the process itself, a GPU's included."""
     scratch: int
     """Bytes of scratch files."""
     seconds: float
@@ -111,7 +111,7 @@ def estimate(backend: Backend, speed: Speed, height: int, width: int, options: U
     maps = 3 * 4 * arch.channels * height * width if way.tiling is Tiling.EXACT else 0
     tile = min(height, way.tile) * min(width, way.tile) * network_bytes(arch)
     held = 0 if way.tiling is Tiling.EXACT else height * width * result_bytes(arch)
-    scratch = max(0, maps - max(0, options.budget - tile))
+    scratch = max(0, maps - sum(room_of(backend, options).maps(arch, way.tile)))
     return Estimate(backend.name, way, tile + held + maps - scratch, scratch, speed.seconds(height, width, way, arch))
 
 

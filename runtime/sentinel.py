@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from sanrt.errors import BackendError
 from sanrt.model.spec import Precision
 from sanrt.runtime.backends import Array, Backend, RunOptions, Stages, load_backend, status
 from sanrt.runtime.engines import SUFFIX, read_engine
+from sanrt.runtime.featuremaps import DeviceMaps
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ class Sentinel:
         """`exact` loads the fp32 backend, when it is first needed."""
         self.backend, self.load_exact = backend, exact
         self.name, self.device, self.spec, self.streams = backend.name, backend.device, backend.spec, backend.streams
+        self.memory = backend.memory
 
     @cached_property
     def exact(self) -> Backend:
@@ -73,18 +74,30 @@ class SentinelStages:
 
     def __init__(self, owner: Sentinel) -> None:
         self.owner, self.stages = owner, owner.backend.stages()
+        self.maps = self.stages.maps
 
     @cached_property
     def exact(self) -> Stages:
         """The fp32 backend's stages."""
         return self.owner.exact.stages()
 
-    def run(self, stage: str, *inputs: npt.NDArray[Any]) -> list[Array]:
+    def run(self, stage: str, *inputs: Any) -> list[Any]:
         outputs = self.stages.run(stage, *inputs)
-        if all(np.isfinite(output).all() for output in outputs):
+        if all(map(self.finite, outputs)):
             return outputs
-        self.owner.tell(inputs[0])
-        return [self.owner.checked(output) for output in self.exact.run(stage, *inputs)]
+        given = [array if isinstance(array, np.ndarray) else self.on_device.fetch(array) for array in inputs]
+        self.owner.tell(given[0])
+        return [self.owner.checked(output) for output in self.exact.run(stage, *given)]
+
+    def finite(self, output: Any) -> bool:
+        """Whether an array, or a map on a GPU, is finite everywhere."""
+        return bool(np.isfinite(output).all()) if isinstance(output, np.ndarray) else self.on_device.finite(output)
+
+    @property
+    def on_device(self) -> DeviceMaps:
+        """What knows about parts that are no arrays."""
+        assert self.maps
+        return self.maps
 
 
 def watched(backend: Backend, model: Path, options: RunOptions) -> Sentinel:

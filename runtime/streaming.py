@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -112,12 +112,12 @@ class Streaming:
         """Count one tile of one of the passes as done: a body and a join per group, two attentions, the tail."""
         self.progress(box.area / self.picture.area / (2 * self.arch.groups + 3))
 
-    def first(self, box: Box) -> Array:
+    def first(self, box: Box) -> Any:
         """The first feature map, made again wherever it is needed: that is cheaper than keeping it."""
         halo = box.grown(HEAD_HALO, self.picture)
         return self.stages.run("head", self.source.read(halo), box.inside(halo).array())[0]
 
-    def attention(self, x: Callable[[Box], Array], out: FeatureMap) -> None:
+    def attention(self, x: Callable[[Box], Any], out: FeatureMap) -> None:
         """Region attention of x; `out` may be what x reads."""
         for region in self.picture.grid(self.regions, self.regions):
             key, value = self.keys_values(x, region)
@@ -125,7 +125,7 @@ class Streaming:
                 out.write(box, self.stages.run("attend", x(box), key, value)[0])
                 self.done(box)
 
-    def keys_values(self, x: Callable[[Box], Array], region: Box) -> tuple[Array, Array]:
+    def keys_values(self, x: Callable[[Box], Any], region: Box) -> tuple[Array, Array]:
         """Pooled keys and values (1, C/8, 1, L) of a whole region; pooling leaves out an odd last row and column."""
         height, width = region.height // 2, region.width // 2
         shape = (1, self.arch.attention_channels, height, width)
@@ -146,7 +146,8 @@ class Streaming:
             features.write(box, part)
             moments.add(mean[0, :, 0], scatter[0], box.area)
             self.done(box)
-        return self.stages.run(f"gate.{group}", moments.covariance)[0]
+        gate: Array = self.stages.run(f"gate.{group}", moments.covariance)[0]
+        return gate
 
     def join(
         self, group: int, features: FeatureMap, gate: Array, x: FeatureMap, shared: FeatureMap, out: FeatureMap

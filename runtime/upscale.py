@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sanrt.errors import BackendError, OutOfMemoryError, PictureError, UsageError
-from sanrt.runtime.backends import Array, Backend
+from sanrt.runtime.backends import Array, Backend, Stages
 from sanrt.runtime.featuremaps import Box, FeatureStore
 from sanrt.runtime.memory import free_host_memory
 from sanrt.runtime.pictures import SourcePicture
@@ -21,13 +21,13 @@ from sanrt.runtime.scratch import ScratchPicture
 from sanrt.runtime.streaming import ArraySource, Streaming, decoded
 from sanrt.runtime.tiling import TileAxis, pad
 from sanrt.runtime.ways import (
+    Room,
     Tiling,
     Way,
     choose_overlapped_tile,
     choose_regions,
     choose_tile,
     fits_whole,
-    map_memory,
     result_bytes,
 )
 
@@ -60,7 +60,7 @@ class UpscaleOptions:
     regions: int | None = None
     """k of the k x k attention regions; None is by the picture's size (`choose_regions`)."""
     memory: int | None = None
-    """Bytes that the whole process should stay below; None leaves it a share of what is free."""
+    """Bytes of the host's memory that the process should stay below; None leaves it a share of what is free."""
     scratch: Path | None = None
     """Folder of the scratch files; None is the system's (TMPDIR)."""
 
@@ -76,7 +76,7 @@ class UpscaleOptions:
 
     @cached_property
     def budget(self) -> int:
-        """Bytes for maps, tiles and results; looked up once, so that every picture of a run is treated alike."""
+        """Bytes of the host's memory for maps, tiles and results; looked up once: a run treats all pictures alike."""
         if self.memory is None:
             return int(free_host_memory() * MEMORY_SHARE)
         return max(self.memory - PROCESS_MEMORY, self.memory // 4)
@@ -90,7 +90,7 @@ class UpscaleOptions:
 
 def choose_way(backend: Backend, height: int, width: int, options: UpscaleOptions) -> Way:
     """How a picture of this size goes through the network: by the options, its size and the budget, nothing else."""
-    spec, longest, memory = backend.spec, max(height, width), options.budget
+    spec, longest, room = backend.spec, max(height, width), room_of(backend, options)
     arch = spec.architecture
     regions = options.regions or (choose_regions(height, width) if backend.streams else spec.regions)
     wanted = options.regions not in (None, spec.regions)
@@ -98,7 +98,7 @@ def choose_way(backend: Backend, height: int, width: int, options: UpscaleOption
         regions = spec.regions
     tiling = options.tiling
     if tiling is Tiling.AUTO:
-        cut = longest > options.tile if options.tile else not fits_whole(arch, height, width, memory)
+        cut = longest > options.tile if options.tile else not fits_whole(arch, height, width, room)
         tiling = cut_tiling(backend, options) if cut else Tiling.WHOLE
     if wanted and (tiling is Tiling.OVERLAP or not backend.streams):
         raise UsageError(
@@ -111,8 +111,19 @@ def choose_way(backend: Backend, height: int, width: int, options: UpscaleOption
         case Tiling.WHOLE:
             return Way(tiling, longest, regions)
         case Tiling.OVERLAP:
-            return Way(tiling, options.tile or choose_overlapped_tile(arch, height, width, memory), spec.regions)
-    return Way(tiling, options.tile or choose_tile(arch, memory), regions)
+            return Way(tiling, options.tile or choose_overlapped_tile(arch, height, width, room), spec.regions)
+    return Way(tiling, options.tile or choose_tile(arch, room.network), regions)
+
+
+def room_of(backend: Backend, options: UpscaleOptions) -> Room:
+    """What a run may take of the host's memory, and of a GPU's: there the same share of what is free."""
+    return Room(options.budget, None if backend.memory is None else int(backend.memory * MEMORY_SHARE))
+
+
+def feature_store(stages: Stages, backend: Backend, tile: int, options: UpscaleOptions) -> FeatureStore:
+    """Where a streamed picture's maps go."""
+    host, device = room_of(backend, options).maps(backend.spec.architecture, tile)
+    return FeatureStore(host, options.scratch, stages.maps, device)
 
 
 def cut_tiling(backend: Backend, options: UpscaleOptions) -> Tiling:
@@ -196,8 +207,9 @@ def stream_array(backend: Backend, way: Way, options: UpscaleOptions, x: Array) 
     def sink(box: Box, part: Array) -> None:
         y[:, :, box.top : box.bottom, box.left : box.right] = part
 
-    with FeatureStore(map_memory(arch, way.tile, options.budget), options.scratch) as store:
-        Streaming(backend.stages(), backend.spec, ArraySource(x), store, way.tile, way.regions).run(sink)
+    stages = backend.stages()
+    with feature_store(stages, backend, way.tile, options) as store:
+        Streaming(stages, backend.spec, ArraySource(x), store, way.tile, way.regions).run(sink)
     return y
 
 
@@ -221,10 +233,10 @@ class Streamer:
         def sink(box: Box, part: Array) -> None:
             result.put(box.top, box.left, network_output(part, like, spec.architecture.value_range))
 
-        memory = map_memory(spec.architecture, way.tile, self.options.budget)
-        with FeatureStore(memory, self.options.scratch) as store:
+        stages = self.backend.stages()
+        with feature_store(stages, self.backend, way.tile, self.options) as store:
             pixels = decoded(source, store, spec.architecture.value_range)
-            Streaming(self.backend.stages(), spec, pixels, store, way.tile, way.regions).run(sink)
+            Streaming(stages, spec, pixels, store, way.tile, way.regions).run(sink)
 
 
 def full_scale(dtype: np.dtype[Any]) -> float:

@@ -53,6 +53,27 @@ class Way:
         return f"{self.tiling}{tiles}, {self.regions} x {self.regions} regions"
 
 
+@dataclass(frozen=True)
+class Room:
+    """Bytes that a run may take."""
+
+    host: int
+    """Of the machine's memory."""
+    device: int | None = None
+    """Of a GPU's own, which the network then runs in; None where it runs in the machine's."""
+
+    @property
+    def network(self) -> int:
+        """Where the network runs."""
+        return self.host if self.device is None else self.device
+
+    def maps(self, arch: Architecture, tile: int) -> tuple[int, int]:
+        """What feature maps may take on the host and on the GPU when a tile of this side is in the network."""
+        if self.device is None:
+            return map_memory(arch, tile, self.host), 0
+        return self.host, map_memory(arch, tile, self.device)
+
+
 def choose_regions(height: int, width: int) -> int:
     """`--regions auto`: 2 up to AFFORDABLE pixels, above it the smallest k whose regions have at most MAX_REGION."""
     k = PAPER_REGIONS
@@ -67,10 +88,10 @@ def choose_tile(arch: Architecture, memory: int) -> int:
     return min(MAX_TILE, max(MIN_TILE, isqrt(memory // 4 // network_bytes(arch)) // 16 * 16))
 
 
-def choose_overlapped_tile(arch: Architecture, height: int, width: int, memory: int) -> int:
+def choose_overlapped_tile(arch: Architecture, height: int, width: int, room: Room) -> int:
     """The largest side with which a tile in the network fits beside the result: the fewer tiles, the smaller their error."""
-    room = memory - height * width * result_bytes(arch)
-    return max(MIN_TILE, isqrt(max(0, room) // network_bytes(arch)) // 16 * 16)
+    free = room.host - height * width * result_bytes(arch) if room.device is None else room.device
+    return max(MIN_TILE, isqrt(max(0, free) // network_bytes(arch)) // 16 * 16)
 
 
 def map_memory(arch: Architecture, tile: int, memory: int) -> int:
@@ -78,9 +99,12 @@ def map_memory(arch: Architecture, tile: int, memory: int) -> int:
     return max(0, memory - tile**2 * network_bytes(arch))
 
 
-def fits_whole(arch: Architecture, height: int, width: int, memory: int) -> bool:
-    """Whether the network can hold the whole picture and its result."""
-    return height * width * (network_bytes(arch) + result_bytes(arch)) <= memory
+def fits_whole(arch: Architecture, height: int, width: int, room: Room) -> bool:
+    """Whether the network can hold the whole picture, and the host its result."""
+    network, result = height * width * network_bytes(arch), height * width * result_bytes(arch)
+    if room.device is None:
+        return network + result <= room.host
+    return network <= room.device and result <= room.host
 
 
 def result_bytes(arch: Architecture) -> int:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from sanrt.errors import BackendError
 from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.engines import SUFFIX, engines_of
+from sanrt.runtime.featuremaps import DeviceMaps
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,13 @@ Array = npt.NDArray[np.float32]
 class Stages(Protocol):
     """A network in the stages of `sanrt.model.graph.stage_model`, each run as often as there are tiles."""
 
-    def run(self, stage: str, *inputs: npt.NDArray[Any]) -> list[Array]:
-        """Outputs of a stage; raises as `Backend.infer` does."""
+    @property
+    def maps(self) -> DeviceMaps | None:
+        """Where the stages run on a GPU and their feature maps can stay there."""
+        ...
+
+    def run(self, stage: str, *inputs: Any) -> list[Any]:
+        """Outputs of a stage, arrays (the first one of STAGE_MAPS is a part of `maps`); raises as `Backend.infer` does."""
         ...
 
 
@@ -40,8 +46,16 @@ class Backend(Protocol):
     """What it runs on, for people: `CPU`, `NVIDIA H100`."""
     spec: ModelSpec
     """Of the loaded model, its precision as it runs here."""
-    streams: bool
-    """Whether it has stages, for exact streaming."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether it has stages, for exact streaming."""
+        ...
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of a GPU's own memory that were free when the model was loaded; None where it runs in the host's."""
+        ...
 
     def infer(self, pictures: Array) -> Array:
         """float32 (B, 3, H, W), 0..value_range -> float32 (B, 3, sH, sW), not clipped; sides at least spec.min_side.

@@ -36,6 +36,7 @@ class OnnxRuntimeBackend:
 
     name = NAME
     streams = True
+    memory = None
     device = "CPU"
 
     def __init__(self, model: Path, options: RunOptions) -> None:
@@ -67,6 +68,8 @@ class OnnxRuntimeBackend:
 
 class OnnxRuntimeStages:
     """A session per stage, opened when it is first run; only the last few stay open, as every session keeps its memory."""
+
+    maps = None
 
     def __init__(self, model: Path, options: RunOptions, opener: Callable[[Path, RunOptions], Any]) -> None:
         """`opener` makes the InferenceSession of a graph."""

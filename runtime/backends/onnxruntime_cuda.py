@@ -55,6 +55,7 @@ class OnnxRuntimeCudaBackend:
         graph = derived_model(model, variant)
         self.model, self.options = model, options
         self.device = device_name(options.device)
+        self.memory = machine.free_gpu_memory(options.device)
         self.session = open_cuda_session(graph, options)
         self.spec = replace(read_spec(graph), precision=precision)
         self.binding = lru_cache(maxsize=1)(self.bind)

@@ -58,6 +58,7 @@ class OpenVinoBackend:
 
     name = NAME
     streams = True
+    memory = None
     device = "CPU"
 
     def __init__(self, model: Path, options: RunOptions) -> None:
@@ -87,6 +88,8 @@ class OpenVinoBackend:
 
 class OpenVinoStages:
     """A request per stage, compiled when it is first run; only the last few stay, as each keeps its memory."""
+
+    maps = None
 
     def __init__(self, model: Path, options: RunOptions) -> None:
         def request(stage: str) -> Any:

@@ -18,7 +18,7 @@ from sanrt.errors import BackendError, ModelError, UsageError
 from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages
 from sanrt.runtime.backends.tensorrt_stages import TensorRTStages
 from sanrt.runtime.derived import replace_file
-from sanrt.runtime.device import Buffer, Device, HostBuffer, open_device
+from sanrt.runtime.device import FLOAT_BYTES, Buffer, Device, HostBuffer, open_device
 from sanrt.runtime.engines import (
     SUFFIX,
     EngineInfo,
@@ -37,7 +37,6 @@ CONTEXTS = 2
 """Pictures under way at once: while one computes, the next is copied in and the one before is copied out."""
 GRAPHS = 4
 """CUDA graphs kept per context, one per input size."""
-FLOAT_BYTES = 4
 DEFAULT_STREAM = 1
 """CUDA's handle of the legacy default stream."""
 
@@ -162,6 +161,7 @@ class TensorRTBackend:
         flavor = info.identity.options.flavor
         self.info, self.gpu, self.contexts = info, gpu, contexts
         self.device = f"{gpu.name}, {TITLES[flavor]}"
+        self.memory: int | None = gpu.free_memory()
         self.rtx = flavor == Flavor.RTX
         self.trt = import_flavor(flavor)
         self.profiles = info.identity.options.profiles

@@ -37,6 +37,8 @@ class TorchBackend:
 
     name = NAME
     streams = True
+    memory = None
+    maps = None
     device = "CPU"
 
     def __init__(self, model: Path, options: RunOptions) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from sanrt.errors import BackendError, OutOfMemoryError
-from sanrt.model.spec import Precision
+from sanrt.model.spec import STAGE_INPUTS, STAGE_MAPS, Precision
 from sanrt.runtime import machine
 from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version
 from sanrt.runtime.backends.torch import network
+from sanrt.runtime.featuremaps import Box, FeatureMap
 
 if TYPE_CHECKING:
     import torch
@@ -44,40 +47,126 @@ class TorchCudaBackend:
     """The network on a GPU, fp16 unless another precision is asked for. Never run on hardware yet."""
 
     name = NAME
-    streams = False
+    streams = True
 
     def __init__(self, model: Path, options: RunOptions) -> None:
         import torch
 
-        net, spec = network(model, options.regions)
+        self.reference, spec = network(model, options.regions)
         precision = options.precision or Precision.FP16
-        dtype = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}[precision]
-        self.net = CudaNetwork(net, options.device, dtype)
+        dtypes = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+        self.dtype = dtypes[precision]
+        self.net = CudaNetwork(self.reference, options.device, self.dtype)
         self.device = torch.cuda.get_device_name(options.device)
+        self.memory: int | None = torch.cuda.mem_get_info(options.device)[0]
         self.spec = replace(spec, precision=precision)
 
     def infer(self, pictures: Array) -> Array:
         import torch
 
-        try:
+        with told(self.device):
             output: Array = self.net(torch.from_numpy(pictures)).cpu().numpy()
-        except torch.cuda.OutOfMemoryError as error:
-            raise OutOfMemoryError("torch ran out of GPU memory") from error
-        except RuntimeError as error:
-            raise BackendError(f"torch failed on {self.device} ({str(error).splitlines()[0]})") from error
         return output
 
     def stages(self) -> Stages:
-        raise BackendError(f"{NAME} has no stages for exact streaming; use --tiling overlap or --backend torch")
+        """In plain PyTorch, without sanrt's kernels, which take whole pictures."""
+        return self.own_stages
+
+    @cached_property
+    def own_stages(self) -> TorchStages:
+        return TorchStages(self.reference, self.net.device, self.dtype)
 
     def close(self) -> None:
-        del self.net
+        del self.net, self.reference
+        self.__dict__.pop("own_stages", None)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def told(device: str) -> Iterator[None]:
+    """torch's errors as ours."""
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise OutOfMemoryError("torch ran out of GPU memory") from error
+    except RuntimeError as error:
+        raise BackendError(f"torch failed on {device} ({str(error).splitlines()[0]})") from error
+
+
+class TorchStages:
+    """The network's stages on one device; maps stay there, in the type that the network computes in."""
+
+    def __init__(self, net: SAN, device: torch.device, dtype: torch.dtype) -> None:
+        import copy
+
+        self.net = typed(copy.deepcopy(net), dtype).to(device)
+        self.device, self.dtype = device, dtype
+        self.value_bytes = dtype.itemsize
+
+    @property
+    def maps(self) -> TorchStages:
+        """They make their own maps."""
+        return self
+
+    def run(self, stage: str, *inputs: Any) -> list[Any]:
+        import torch
+
+        from sanrt.model.stages import run_stage
+
+        kind = stage.partition(".")[0]
+        with told(str(self.device)), torch.inference_mode():
+            given = map(self.placed, STAGE_INPUTS[kind], inputs)
+            outputs = run_stage(self.net, stage, *given)
+            kept = outputs[:1] if kind in STAGE_MAPS else []
+            return [*kept, *map(self.fetch, outputs[len(kept) :])]
+
+    def placed(self, name: str, given: Any) -> Tensor:
+        """An input on the device: maps in the network's type, pixels and statistics in float32, boxes on the host."""
+        import torch
+
+        tensor = torch.as_tensor(given)
+        if name == "crop":
+            return tensor
+        return tensor.to(self.device, torch.float32 if name in ("pixels", "sigma") else self.dtype)
+
+    def new(self, channels: int, height: int, width: int) -> FeatureMap:
+        import torch
+
+        with told(str(self.device)):
+            return TorchMap(torch.empty((1, channels, height, width), dtype=self.dtype, device=self.device))
+
+    def fetch(self, part: Tensor) -> Array:
+        array: Array = part.float().cpu().numpy()
+        return array
+
+    def finite(self, part: Tensor) -> bool:
+        return bool(part.isfinite().all())
+
+
+@dataclass
+class TorchMap:
+    """A feature map as one tensor."""
+
+    tensor: Tensor | None
+
+    def read(self, box: Box) -> Tensor:
+        assert self.tensor is not None
+        return self.tensor[:, :, box.top : box.bottom, box.left : box.right]
+
+    def write(self, box: Box, part: Tensor | Array) -> None:
+        import torch
+
+        self.read(box).copy_(torch.as_tensor(part))
+
+    def close(self) -> None:
+        self.tensor = None
 
 
 class CudaNetwork:
@@ -159,12 +248,17 @@ class Graphs:
 
 def prepared(net: SAN, dtype: torch.dtype, exact_as: int | None = None) -> SAN:
     """A copy of `net` with the kernels' operators, channels-last, in `dtype` but for its two mean shifts (float32)."""
+    from sanrt.kernels.operators import use_kernels
+
+    return typed(use_kernels(net, exact_as), dtype)
+
+
+def typed(net: SAN, dtype: torch.dtype) -> SAN:
+    """`net` itself, changed to channels-last and `dtype` but for its two mean shifts (float32)."""
     import copy
 
     import torch
     from torch import nn
-
-    from sanrt.kernels.operators import use_kernels
 
     class Cast(nn.Module):
         def __init__(self, dtype: torch.dtype) -> None:
@@ -175,7 +269,7 @@ def prepared(net: SAN, dtype: torch.dtype, exact_as: int | None = None) -> SAN:
             return x.to(self.dtype, memory_format=torch.channels_last)
 
     shift_in, shift_out = copy.deepcopy(net.mean_in), copy.deepcopy(net.mean_out)
-    fast: SAN = use_kernels(net, exact_as).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    fast.mean_in = nn.Sequential(shift_in, Cast(dtype))  # type: ignore[assignment]
-    fast.mean_out = nn.Sequential(Cast(torch.float32), shift_out)  # type: ignore[assignment]
-    return fast
+    net = net.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net.mean_in = nn.Sequential(shift_in, Cast(dtype))  # type: ignore[assignment]
+    net.mean_out = nn.Sequential(Cast(torch.float32), shift_out)  # type: ignore[assignment]
+    return net

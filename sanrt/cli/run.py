@@ -104,7 +104,7 @@ def run(
     tile: Annotated[int | None, typer.Option(min=16, help="Cut larger pictures into tiles of this many pixels.")] = None,
     overlap: Annotated[int | None, typer.Option(min=0, help="Pixels that overlapped tiles share.")] = None,
     memory: Annotated[
-        str | None, typer.Option(help="To stay below, such as 4G; a share of what is free if left out.")
+        str | None, typer.Option(help="Of the host, to stay below, such as 4G; a share of what is free if left out.")
     ] = None,
     regions: Annotated[str, typer.Option(help="k of the k x k attention regions; auto is by the picture's size.")] = "auto",
     self_ensemble: Annotated[bool, typer.Option("--self-ensemble", help="Average over 8 flips and rotations.")] = False,

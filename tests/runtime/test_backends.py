@@ -278,12 +278,40 @@ def test_cuda_status_tells_what_is_missing(monkeypatch):
     assert status("onnxruntime-cuda") == BackendStatus("onnxruntime-cuda", "1", True, "runs on NVIDIA H100")
 
 
+def test_free_gpu_memory_is_the_driver_s_answer_in_the_shared_context(monkeypatch):
+    calls = []
+
+    class Driver:
+        def __getattr__(self, name):
+            def function(*arguments):
+                calls.append(name)
+                if name == "cuMemGetInfo_v2":
+                    arguments[0]._obj.value, arguments[1]._obj.value = 3 << 30, 80 << 30
+                return self.refused if name == "cuDevicePrimaryCtxRetain" else 0
+
+            return function
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver())
+    Driver.refused = 0
+    assert machine.free_gpu_memory(0) == 3 << 30
+    assert calls[1:] == [
+        "cuDevicePrimaryCtxRetain",
+        "cuCtxPushCurrent_v2",
+        "cuMemGetInfo_v2",
+        "cuCtxPopCurrent_v2",
+        "cuDevicePrimaryCtxRelease_v2",
+    ]
+    Driver.refused = 2
+    assert machine.free_gpu_memory(0) == 0
+
+
 @pytest.mark.filterwarnings("ignore:Specified provider")
 def test_cuda_is_not_silently_the_cpu(tiny_model, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     monkeypatch.setattr(machine, "gpus", lambda: H100)
+    monkeypatch.setattr(machine, "free_gpu_memory", lambda index: 80 << 30)
     versions(monkeypatch, onnxruntime_gpu="1")
     with pytest.raises(BackendError, match="CUDA provider does not start"):
         load_backend("onnxruntime-cuda", tiny_model(), ONE_THREAD)
@@ -305,6 +333,7 @@ def test_cuda_binds_buffers_once_per_shape(tiny_model, monkeypatch):
         return allocate(shape, dtype)
 
     monkeypatch.setattr(machine, "gpus", lambda: H100)
+    monkeypatch.setattr(machine, "free_gpu_memory", lambda index: 80 << 30)
     monkeypatch.setattr(cuda, "open_cuda_session", cpu.open_session)
     monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", on_host)
     with cuda.load(tiny_model(), ONE_THREAD) as backend, load_backend("onnxruntime", tiny_model(), ONE_THREAD) as expected:
@@ -314,7 +343,7 @@ def test_cuda_binds_buffers_once_per_shape(tiny_model, monkeypatch):
         pixels, crop = picture(1, 3, 9, 12), np.array([0, 0, 9, 12])
         heads = [each.stages().run("head", pixels, crop)[0] for each in (backend, expected)]
         assert np.array_equal(*heads)
-        assert backend.device == "NVIDIA H100"
+        assert (backend.device, backend.memory) == ("NVIDIA H100", 80 << 30)
     assert [m[0] for m in made] == [(1, 3, 9, 12), (1, 3, 18, 24), (2, 3, 8, 8), (2, 3, 16, 16)]
     assert {m[1:] for m in made} == {("cuda", 0)}
 

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.runtime import device
-from sanrt.runtime.device import PROVIDER, CudaPython, Device, PyCuda, open_device
+from sanrt.runtime.device import PROVIDER, CudaPython, Device, Grid, PyCuda, open_device
 
 
 class FakeRuntime(ModuleType):
@@ -33,10 +34,15 @@ class FakeRuntime(ModuleType):
             "cudaEventCreateWithFlags": "event",
             "cudaStreamEndCapture": "recorded",
             "cudaGraphInstantiate": 11,
+            "cudaMemGetInfo": 5 << 30,
         }
         self.calls: list[tuple[object, ...]] = []
         self.cudaError_t = SimpleNamespace(cudaSuccess=self.OK, cudaErrorMemoryAllocation=self.NO_MEMORY)
-        self.cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down")
+        self.cudaMemcpyKind = SimpleNamespace(
+            cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down", cudaMemcpyDeviceToDevice="within"
+        )
+        for structure in ("cudaMemcpy3DParms", "cudaExtent", "cudaPitchedPtr", "cudaPos"):
+            setattr(self, structure, SimpleNamespace)
         self.cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal="local")
         self.cudaStreamNonBlocking, self.cudaEventDisableTiming = "independent", "untimed"
 
@@ -99,6 +105,34 @@ def test_copies_go_the_right_way_and_are_queued(cuda: FakeRuntime):
     ]
 
 
+BOX = Grid(4096, 8, 30, 20), (5, 6), Grid(8192, 8, 100, 50), (70, 40), 3, 4, 7
+"""Rows 70 to 73, columns 40 to 44 of a map of 100 x 50, to row 5, column 6 of one of 30 x 20; on stream 7."""
+
+
+def test_a_box_is_one_copy_with_rows_in_bytes(cuda: FakeRuntime):
+    gpu = CudaPython(0)
+    gpu.copy_box(*BOX)
+    name, request, stream = cuda.calls[-1]
+    assert (name, stream, request.kind) == ("cudaMemcpy3DAsync", 7, "within")
+    assert vars(request.dstPtr) == {"ptr": 4096, "pitch": 80, "xsize": 80, "ysize": 30}
+    assert vars(request.srcPtr) == {"ptr": 8192, "pitch": 200, "xsize": 200, "ysize": 100}
+    assert (vars(request.dstPos), vars(request.srcPos)) == ({"x": 24, "y": 5}, {"x": 160, "y": 70})
+    assert vars(request.extent) == {"width": 16, "height": 3, "depth": 8}
+    assert gpu.free_memory() == 5 << 30
+
+
+@pytest.mark.skipif(not find_spec("cuda"), reason="cuda-python is not installed (pip install 'sanrt[rtx]')")
+def test_cuda_python_takes_the_request_of_a_box():
+    from cuda.bindings import runtime
+
+    gpu = object.__new__(CudaPython)
+    gpu.cuda, taken = runtime, []
+    gpu.call = lambda *arguments: taken.append(arguments)
+    gpu.copy_box(*BOX)
+    request = taken[0][1]
+    assert (request.srcPtr.pitch, request.dstPos.x, request.extent.depth) == (200, 24, 8)
+
+
 def test_a_stream_follows_another_through_an_event(cuda: FakeRuntime):
     CudaPython(0).follow(7, 1)
     assert cuda.calls[-3:-1] == [("cudaEventRecord", "event", 1), ("cudaStreamWaitEvent", 7, "event", 0)]
@@ -157,10 +191,27 @@ class FakePyCuda:
 
     def init(self) -> None: ...
 
+    def mem_get_info(self) -> tuple[int, int]:
+        return 5 << 30, 8 << 30
+
+    def Memcpy3D(self) -> FakeCopy:
+        return FakeCopy(self.log)
+
     def mem_alloc(self, size: int) -> FakeAllocation:
         if size > 1 << 40:
             raise self.MemoryError("cuMemAlloc failed: out of memory")
         return FakeAllocation(self.log)
+
+
+class FakeCopy:
+    def __init__(self, log: list[object]) -> None:
+        self.log, self.set_src_device, self.set_dst_device = log, self.src.append, self.dst.append
+
+    src: ClassVar[list[int]] = []
+    dst: ClassVar[list[int]] = []
+
+    def __call__(self, stream: object) -> None:
+        self.log.append(self)
 
 
 class FakeAllocation:
@@ -202,6 +253,18 @@ def test_pycuda_keeps_what_it_allocated_until_it_is_freed(pycuda: FakePyCuda):
         gpu.allocate(1 << 50)
     gpu.close()
     assert pycuda.log[-1] == "pop"
+
+
+def test_pycuda_copies_a_box_at_once(pycuda: FakePyCuda):
+    gpu = PyCuda(0)
+    assert gpu.create_stream() == 7
+    gpu.copy_box(*BOX)
+    copy = pycuda.log[-1]
+    assert (copy.src[-1], copy.dst[-1]) == (8192, 4096)
+    assert (copy.src_pitch, copy.src_height, copy.src_y, copy.src_x_in_bytes) == (200, 100, 70, 160)
+    assert (copy.dst_pitch, copy.dst_height, copy.dst_y, copy.dst_x_in_bytes) == (80, 30, 5, 24)
+    assert (copy.width_in_bytes, copy.height, copy.depth) == (16, 3, 8)
+    assert gpu.free_memory() == 5 << 30
 
 
 def test_the_context_is_made_current_once_per_thread(pycuda: FakePyCuda):

@@ -7,8 +7,8 @@ import textwrap
 import numpy as np
 import pytest
 
-from sanrt.errors import ScratchError
-from sanrt.runtime.featuremaps import BAND, Box, FeatureStore, MemoryMap, ScratchMap
+from sanrt.errors import OutOfMemoryError, ScratchError
+from sanrt.runtime.featuremaps import BAND, Box, FeatureStore, Fetched, MemoryMap, ScratchMap
 
 
 def test_tiles_cover_every_pixel_once_and_none_is_larger_than_asked():
@@ -47,6 +47,51 @@ def test_memory_goes_to_the_first_maps_and_no_file_shows(tmp_path):
         first, second = (store.new(4, 10, 10) for _ in range(2))
         assert (type(first), type(second)) == (MemoryMap, ScratchMap)
         assert list(tmp_path.iterdir()) == []
+
+
+class StandInDevice:
+    """A GPU that is the host: its parts are lists of an array, which nothing else could read."""
+
+    value_bytes = 2
+
+    def __init__(self, room):
+        self.room = room
+
+    def new(self, *shape):
+        if not self.room:
+            raise OutOfMemoryError("none left")
+        self.room -= 1
+        return MemoryMap(*shape, np.float32)
+
+    def fetch(self, part):
+        return part[0]
+
+
+def test_the_gpu_comes_first_then_memory_then_scratch_files(tmp_path):
+    size = 4 * 10 * 10
+    with FeatureStore(4 * size, tmp_path, StandInDevice(9), 2 * 2 * size) as store:
+        made = [store.new(4, 10, 10) for _ in range(4)]
+        assert [type(getattr(m, "map", m)) for m in made] == [MemoryMap, MemoryMap, MemoryMap, ScratchMap]
+        assert [type(m) for m in made] == [MemoryMap, MemoryMap, Fetched, Fetched]
+        box, part = Box(2, 3, 8, 9), np.ones((1, 4, 6, 6), np.float32)
+        for m in made[2:]:
+            m.write(box, [part])
+            np.testing.assert_array_equal(m.read(box), part)
+            m.write(box, 2 * part)
+            np.testing.assert_array_equal(m.read(box), 2 * part)
+
+
+def test_a_gpu_with_less_memory_than_it_said_is_not_asked_again(tmp_path):
+    device = StandInDevice(1)
+    with FeatureStore(2**20, tmp_path, device, 2**20) as store:
+        assert [type(store.new(4, 10, 10)) for _ in range(2)] == [MemoryMap, Fetched]
+        device.room = 1
+        assert type(store.new(4, 10, 10)) is Fetched
+
+
+def test_pixels_of_pictures_stay_on_the_host(tmp_path):
+    with FeatureStore(2**20, tmp_path, StandInDevice(9), 2**20) as store:
+        assert type(store.new(3, 10, 10, np.uint8)) is Fetched
 
 
 def test_a_full_disk_is_told_at_once(tmp_path, monkeypatch):

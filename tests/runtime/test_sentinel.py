@@ -15,7 +15,7 @@ from sanrt.runtime.ways import Tiling
 class Overflowing:
     """A backend that says fp16 and gives one infinity wherever the picture is bright, as an overflow would."""
 
-    name, device, streams = "overflowing", "CPU", True
+    name, device, streams, memory = "overflowing", "CPU", True, None
 
     def __init__(self, inner, precision=Precision.FP16):
         self.inner, self.spec = inner, replace(inner.spec, precision=precision)
@@ -32,6 +32,8 @@ class Overflowing:
         stages = self.inner.stages()
 
         class Spoilt:
+            maps = None
+
             def run(_, stage, *inputs):
                 outputs = stages.run(stage, *inputs)
                 return self.spoilt(outputs, inputs[0]) if stage == "head" else outputs

@@ -23,6 +23,7 @@ from sanrt.errors import BackendError, ModelError, OutOfMemoryError, UsageError
 from sanrt.model.spec import Architecture, ModelSpec, Precision
 from sanrt.runtime import engines
 from sanrt.runtime.backends import RunOptions, candidates, load_backend, tensorrt
+from sanrt.runtime.device import Corner, Grid
 from sanrt.runtime.engines import BuildOptions, EngineInfo, Identity, Profile, Proof, Size, save_engine
 from sanrt.runtime.flavors import Flavor
 from sanrt.runtime.upscale import UpscaleOptions
@@ -38,8 +39,8 @@ class FakeDevice:
 
     name, capability = "NVIDIA Fake", "sm89"
 
-    def __init__(self, graphs: bool = True) -> None:
-        self.graphs = graphs
+    def __init__(self, graphs: bool = True, free_bytes: int = 2**30) -> None:
+        self.graphs, self.free_bytes = graphs, free_bytes
         self.calls: list[str] = []
         self.memory: dict[int, object] = {}
         self.recorded: dict[int, list[Callable[[], None]]] = {}
@@ -58,6 +59,20 @@ class FakeDevice:
 
     def free(self, address: int) -> None:
         del self.memory[address]
+
+    def free_memory(self) -> int:
+        return self.free_bytes - sum(map(ctypes.sizeof, self.memory.values()))
+
+    def copy_box(
+        self, target: Grid, target_at: Corner, source: Grid, source_at: Corner, height: int, width: int, stream: int
+    ) -> None:
+        def part(grid: Grid, at: Corner) -> np.ndarray:
+            assert at[0] + height <= grid.height
+            assert at[1] + width <= grid.width
+            values = floats(grid.address, (grid.channels, grid.height, grid.width))
+            return values[:, at[0] : at[0] + height, at[1] : at[1] + width]
+
+        part(target, target_at)[...] = part(source, source_at)
 
     def allocate_host(self, size: int) -> np.ndarray:
         self.calls.append("allocate_host")

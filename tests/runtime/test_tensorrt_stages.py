@@ -21,11 +21,14 @@ from sanrt.errors import BackendError, ModelError, OutOfMemoryError
 from sanrt.export.engine import typed_graphs
 from sanrt.export.stages import stage_ranges
 from sanrt.model.spec import Precision
+from sanrt.runtime.backends import RunOptions, load_backend
 from sanrt.runtime.backends.tensorrt import TensorRTBackend
-from sanrt.runtime.engines import STAGES_SUFFIX, TILES, EngineInfo, Profile, Size, save_engine, stage_archive
+from sanrt.runtime.backends.tensorrt_stages import TensorRTStages
+from sanrt.runtime.engines import STAGES_SUFFIX, TILES, BuildOptions, EngineInfo, Profile, Size, save_engine, stage_archive
 from sanrt.runtime.flavors import Flavor
-from sanrt.runtime.upscale import UpscaleOptions, tell_once, upscale
-from sanrt.runtime.ways import Tiling
+from sanrt.runtime.sentinel import Sentinel
+from sanrt.runtime.upscale import MEMORY_SHARE, UpscaleOptions, tell_once, upscale
+from sanrt.runtime.ways import Tiling, network_bytes, result_bytes
 from tests.runtime.test_tensorrt import ErrorCode, FakeContext, FakeDevice, FakeEngine, Rig, floats
 
 SMALL = Profile(Size(1, 1, 1), Size(1, 16, 16), Size(1, 32, 32))
@@ -184,6 +187,69 @@ def whole_run(info: EngineInfo, model: Path, pixels: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(graphs["network"].SerializeToString())
     (y,) = session.run(None, {"input": np.ascontiguousarray(pixels.transpose(2, 0, 1)[None] * np.float32(255))})
     return (y[0].transpose(1, 2, 0) / 255).clip(0, 1)
+
+
+@pytest.mark.parametrize(("fitting", "on_gpu"), [(0, 0), (1.5, 1), (3.5, 3)])
+def test_maps_live_on_the_gpu_as_far_as_its_free_memory_goes(rig: StageRig, tmp_path: Path, fitting: float, on_gpu: int):
+    whole = rig.whole(Precision.FP32)
+    rig.build_stages(whole)
+    expected, arch = whole_run(whole, rig.model, picture()), whole.spec.architecture
+    tile, a_map = 32**2 * network_bytes(arch), 4 * arch.channels * 45 * 38
+    gpu = FakeDevice(free_bytes=int((tile + fitting * a_map) / MEMORY_SHARE) + 1)
+    # And nothing fits the host's memory: what is not on the GPU is in scratch files.
+    options = replace(EXACT, scratch=tmp_path, memory=2**30)
+    rig.monkeypatch.setattr(UpscaleOptions, "budget", 45 * 38 * result_bytes(arch))
+    with rig.open(whole, gpu=gpu) as backend:
+        made = []
+        new = TensorRTStages.new
+        rig.monkeypatch.setattr(TensorRTStages, "new", lambda *shape: made.append(shape) or new(*shape))
+        assert np.abs(upscale(backend, picture(), options) - expected).max() < 1e-5
+        assert len(made) == on_gpu
+        copies = gpu.calls.count("to_host")
+    assert not gpu.memory
+    groups, tiles = arch.groups, 4
+    # Without a map on the GPU every stage's map is copied to the host; with all three, only statistics and pixels are.
+    assert copies >= (3 * groups + 2) * tiles
+    assert (copies < (2 * groups + 2) * tiles + 8 + 2 * groups * tiles) == (on_gpu == 3)
+
+
+def test_a_tile_that_overflows_on_the_gpu_is_computed_in_fp32(rig: StageRig, caplog: pytest.LogCaptureFixture):
+    whole = rig.whole(Precision.FP16)
+    rig.build_stages(whole)
+    with load_backend("onnxruntime", rig.model, RunOptions(threads=1)) as exact, rig.open(whole) as backend:
+        watched = Sentinel(backend, lambda: exact)
+        plain = upscale(watched, picture(), EXACT)
+        assert not caplog.records
+        real = StageContext.execute_async_v3
+
+        def overflowing(self: StageContext, stream: int) -> bool:
+            done = real(self, stream)
+            if "sum" in self.addresses and self.engine.graph.graph.name.endswith(spoilt):
+                # As the overflowed graph would: an infinity in the map, and so in its sum.
+                floats(self.addresses["output0"], (1,))[0] = np.inf
+                floats(self.addresses["sum"], (1,))[0] = np.inf
+            return done
+
+        rig.monkeypatch.setattr(StageContext, "execute_async_v3", overflowing)
+        for spoilt in ("head", "attend", "join.0"):
+            result = upscale(watched, picture(), EXACT)
+            assert "overflowed in fp16; computing it in fp32 on onnxruntime" in caplog.text, spoilt
+            assert np.abs(result - plain).mean() < 1e-3
+            caplog.clear()
+
+
+def test_sums_of_half_precision_maps_tell_whether_they_are_finite(rig: StageRig):
+    options = BuildOptions(Flavor.RTX, profiles=(TILES,), stages=True)
+    _, graphs = typed_graphs(rig.model, options)
+    summed = [name for name, graph in graphs.items() if "sum" in [output.name for output in graph.graph.output]]
+    assert summed == ["head", "attend", "join.0"]
+    session = onnxruntime.InferenceSession(graphs["head"].SerializeToString())
+    crop = np.array([1, 1, 6, 6])
+    for bright in (200.0, 3e38):
+        pixels = np.full((1, 3, 7, 7), 100, np.float32)
+        pixels[..., 3, 3] = bright
+        made, total = session.run(["output0", "sum"], {"pixels": pixels, "crop": crop})
+        assert np.isfinite(total) == np.isfinite(made).all() == (bright == 200)
 
 
 def test_rtx_keeps_the_kernels_of_every_stage(rig: StageRig):

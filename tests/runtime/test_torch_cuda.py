@@ -1,12 +1,15 @@
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sanrt.errors import BackendError
 from sanrt.model.san import SAN
-from sanrt.model.spec import Architecture
+from sanrt.model.spec import Architecture, ModelSpec
 from sanrt.runtime.backends import RunOptions, load_backend
-from sanrt.runtime.backends.torch_cuda import CudaNetwork, Graphs, load, prepared, status
+from sanrt.runtime.backends.torch_cuda import CudaNetwork, Graphs, TorchStages, load, prepared, status
+from sanrt.runtime.featuremaps import FeatureStore
+from sanrt.runtime.streaming import ArraySource, Streaming
 
 
 @pytest.fixture
@@ -29,6 +32,36 @@ def test_half_precision_lies_between_mean_shifts_that_stay_float32(net: SAN) -> 
     assert fast.head.weight.dtype == torch.bfloat16
     assert net.mean_in.weight.dtype == net.head.weight.dtype == torch.float32
     assert 0 < (y - net(x)).square().mean().sqrt() < 2
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-3), (torch.bfloat16, 4)])
+@pytest.mark.parametrize("device_memory", [0, 2**30])
+def test_stages_stream_the_whole_network_wherever_its_maps_are(net: SAN, dtype, most, device_memory) -> None:
+    x = 255 * torch.rand(1, 3, 37, 29)
+    stages = TorchStages(net, torch.device("cpu"), dtype)
+    spec = ModelSpec(net.arch, "0" * 64, "seeded", 5)
+    y = torch.full((1, 3, 74, 58), torch.nan)
+
+    def sink(box, part):
+        y[:, :, box.top : box.bottom, box.left : box.right] = torch.from_numpy(part)
+
+    made, new = [], stages.new
+    stages.new = lambda *shape: made.append(new(*shape)) or made[-1]
+    store = FeatureStore(2**30, device=stages.maps, device_memory=device_memory)
+    Streaming(stages, spec, ArraySource(x.numpy()), store, 16, 2).run(sink)
+    assert (y - net(x)).square().mean().sqrt() < most
+    assert [m.tensor for m in made] == [None] * (3 if device_memory else 0)
+    assert net.head.weight.dtype == torch.float32
+
+
+def test_maps_say_whether_they_are_finite(net: SAN) -> None:
+    stages = TorchStages(net, torch.device("cpu"), torch.float32)
+    pixels = 255 * torch.rand(1, 3, 9, 9).numpy()
+    for bright in (1.0, float("inf")):
+        pixels[0, 0, 4, 4] = bright
+        (part,) = stages.run("head", pixels, np.array([0, 0, 9, 9]))
+        assert stages.finite(part) == (bright == 1)
+        assert stages.fetch(part).dtype == np.float32
 
 
 def test_each_shape_is_captured_once_and_the_least_recent_is_dropped() -> None:

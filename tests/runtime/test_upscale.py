@@ -9,7 +9,8 @@ import pytest
 from sanrt.errors import BackendError, OutOfMemoryError, PictureError, UsageError
 from sanrt.model.spec import Architecture, ModelSpec
 from sanrt.runtime.backends import RunOptions, load_backend
-from sanrt.runtime.upscale import UpscaleOptions, upscale
+from sanrt.runtime.upscale import UpscaleOptions, choose_way, upscale
+from sanrt.runtime.ways import Tiling, network_bytes
 
 ARCH = Architecture(scale=2, groups=1, blocks=1, channels=16, reduction=4)
 SPEC = ModelSpec(ARCH, "0" * 64, "a test", 5, min_side=4, multiple=1)
@@ -18,7 +19,7 @@ SPEC = ModelSpec(ARCH, "0" * 64, "a test", 5, min_side=4, multiple=1)
 class Nearest:
     """A backend without stages that repeats every pixel, and remembers what sizes it was given."""
 
-    name, device, streams = "nearest", "CPU", False
+    name, device, streams, memory = "nearest", "CPU", False, None
 
     def __init__(self, most=None, spec=SPEC):
         self.spec, self.most, self.sizes = spec, most, []
@@ -76,6 +77,16 @@ def test_without_a_tile_size_only_pictures_that_exceed_the_memory_are_cut():
         backend = Nearest()
         assert np.array_equal(upscale(backend, picture, UpscaleOptions(memory=memory)), doubled(picture))
         assert (backend.sizes == [(300, 400)]) is whole
+
+
+def test_on_a_gpu_its_own_memory_decides_and_the_host_holds_only_the_result():
+    picture, megapixels = noise(300, 400), 0.12
+    for device, host, whole in ((2**30, 2**28, True), (2**27, 2**34, False), (2**30, int(megapixels * 90e6), False)):
+        backend = Nearest()
+        backend.memory = device
+        way = choose_way(backend, *picture.shape[:2], UpscaleOptions(memory=host))
+        assert (way.tiling is Tiling.WHOLE) is whole
+        assert way.tile**2 * network_bytes(ARCH) <= device
 
 
 def test_a_blended_result_larger_than_the_memory_is_refused_before_anything_runs():
