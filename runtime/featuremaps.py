@@ -96,10 +96,7 @@ class FeatureMap(Protocol):
 
 
 class DeviceMaps(Protocol):
-    """Feature maps in the memory of the GPU that a backend's stages run on."""
-
-    value_bytes: int
-    """Of each value in a map."""
+    """Float32 feature maps in the memory of the GPU that a backend's stages run on."""
 
     def new(self, channels: int, height: int, width: int) -> FeatureMap:
         """A map with undefined content; raises OutOfMemoryError."""
@@ -244,7 +241,7 @@ class FeatureStore:
 
     def on_device(self, channels: int, height: int, width: int) -> FeatureMap | None:
         """A map on the GPU, if it fits there."""
-        size = channels * height * width * self.device.value_bytes if self.device else 0
+        size = channels * height * width * np.dtype(np.float32).itemsize
         if not self.device or size > self.device_memory:
             return None
         try:

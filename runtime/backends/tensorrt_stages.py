@@ -92,8 +92,6 @@ class TensorRTStages:
         """They make their own maps."""
         return self
 
-    value_bytes = FLOAT_BYTES
-
     def new(self, channels: int, height: int, width: int) -> FeatureMap:
         self.gpu.activate()
         address = self.gpu.allocate(channels * height * width * FLOAT_BYTES)
@@ -234,15 +232,8 @@ class TensorRTStages:
             kernels = {name: bytes(cache.serialize()) for name, cache in caches.items()}
             replace_file(self.kernel_cache, stage_archive(self.kernels | kernels))
         self.opened.clear()
-        for buffer in (
-            self.scratch,
-            self.transfer,
-            *self.inputs,
-            *self.outputs,
-            *self.spare_outputs,
-            *self.host_inputs,
-            *self.host_outputs,
-        ):
+        device = self.scratch, self.transfer, *self.inputs, *self.outputs, *self.spare_outputs
+        for buffer in (*device, *self.host_inputs, *self.host_outputs):
             buffer.close()
         self.gpu.destroy_stream(self.stream)
 

@@ -101,14 +101,13 @@ def told(device: str) -> Iterator[None]:
 
 
 class TorchStages:
-    """The network's stages on one device; maps stay there, in the type that the network computes in."""
+    """The network's stages on one device; maps stay there, in float32, which holds what overflowed in half precision."""
 
     def __init__(self, net: SAN, device: torch.device, dtype: torch.dtype) -> None:
         import copy
 
         self.net = typed(copy.deepcopy(net), dtype).to(device)
         self.device, self.dtype = device, dtype
-        self.value_bytes = dtype.itemsize
 
     @property
     def maps(self) -> TorchStages:
@@ -140,7 +139,7 @@ class TorchStages:
         import torch
 
         with told(str(self.device)):
-            return TorchMap(torch.empty((1, channels, height, width), dtype=self.dtype, device=self.device))
+            return TorchMap(torch.empty((1, channels, height, width), device=self.device))
 
     def fetch(self, part: Tensor) -> Array:
         array: Array = part.float().cpu().numpy()

@@ -52,8 +52,6 @@ def test_memory_goes_to_the_first_maps_and_no_file_shows(tmp_path):
 class StandInDevice:
     """A GPU that is the host: its parts are lists of an array, which nothing else could read."""
 
-    value_bytes = 2
-
     def __init__(self, room):
         self.room = room
 
@@ -69,7 +67,7 @@ class StandInDevice:
 
 def test_the_gpu_comes_first_then_memory_then_scratch_files(tmp_path):
     size = 4 * 10 * 10
-    with FeatureStore(4 * size, tmp_path, StandInDevice(9), 2 * 2 * size) as store:
+    with FeatureStore(4 * size, tmp_path, StandInDevice(9), 2 * 4 * size) as store:
         made = [store.new(4, 10, 10) for _ in range(4)]
         assert [type(getattr(m, "map", m)) for m in made] == [MemoryMap, MemoryMap, MemoryMap, ScratchMap]
         assert [type(m) for m in made] == [MemoryMap, MemoryMap, Fetched, Fetched]
