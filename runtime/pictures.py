@@ -369,7 +369,7 @@ def _losses(source: PictureInfo, form: Format, bits: int) -> Iterator[str]:
         yield f"EXIF is not kept: libvips writes none into {form.upper()}"
 
 
-def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | ScratchPicture | None = None) -> None:
+def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | pyvips.Image | None = None) -> None:
     """Encode (H, W, 3) pixels, uint8 or uint16, and (H, W) opacity to `output.path`, whole or not at all.
 
     Grey outputs get the mean of the three channels. `alpha` is needed if the output has alpha, or a background to lay it
@@ -392,7 +392,7 @@ def _raise_if_full(descriptor: int) -> None:
         file.write(bytes(1 << 16))
 
 
-def _encodable(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | ScratchPicture | None) -> pyvips.Image:
+def _encodable(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | pyvips.Image | None) -> pyvips.Image:
     image = _image(rgb)
     if (image.width, image.height) != (output.width, output.height):
         raise ValueError(f"pixels are {image.width} x {image.height}, the output {output.width} x {output.height}")
@@ -411,10 +411,10 @@ def _encodable(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | Scr
     return image
 
 
-def _image(pixels: Pixels | ScratchPicture) -> pyvips.Image:
+def _image(pixels: Pixels | ScratchPicture | pyvips.Image) -> pyvips.Image:
     if isinstance(pixels, ScratchPicture):
         return pixels.image()
-    return _vips().Image.new_from_array(np.ascontiguousarray(pixels))
+    return _vips().Image.new_from_array(np.ascontiguousarray(pixels)) if isinstance(pixels, np.ndarray) else pixels
 
 
 def _in_depth(image: pyvips.Image, sixteen: bool) -> pyvips.Image:
@@ -494,8 +494,19 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 def upscale_alpha(alpha: Pixels, scale: int) -> Pixels:
     """(H, W) opacity to (scale*H, scale*W) by bicubic interpolation, clipped; where all is opaque it stays exactly so."""
-    height, width = scale * alpha.shape[0], scale * alpha.shape[1]
-    centred = {"idx": 0.5, "idy": 0.5, "odx": -0.5, "ody": -0.5, "oarea": [0, 0, width, height], "extend": "copy"}
-    cubic = _vips().Interpolate.new("bicubic")
-    upscaled: Pixels = _image(alpha).affine([scale, 0, 0, scale], interpolate=cubic, **centred).numpy()
-    return upscaled.reshape(height, width)
+    upscaled: Pixels = _bicubic(_image(alpha), scale).numpy()
+    return upscaled.reshape(scale * alpha.shape[0], scale * alpha.shape[1])
+
+
+def streamed_alpha(path: Path, scale: int) -> pyvips.Image:
+    """The same of a picture file with opacity, decoded and upscaled only as it is written, from top to bottom."""
+    info = open_picture(path).info
+    with _vips_told_as(f"{path}: damaged"):
+        image = _decoded(_loaded(path, info.format))
+        return _bicubic(image.extract_band(image.bands - 1), scale)
+
+
+def _bicubic(image: pyvips.Image, scale: int) -> pyvips.Image:
+    area = [0, 0, scale * image.width, scale * image.height]
+    centred = {"idx": 0.5, "idy": 0.5, "odx": -0.5, "ody": -0.5, "oarea": area, "extend": "copy"}
+    return image.affine([scale, 0, 0, scale], interpolate=_vips().Interpolate.new("bicubic"), **centred)

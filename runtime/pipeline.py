@@ -11,10 +11,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from sanrt.runtime.pictures import (
     open_picture,
     plan_output,
     remove_leftovers,
+    streamed_alpha,
     upscale_alpha,
     write_picture,
 )
@@ -84,6 +85,7 @@ class Loaded:
     rgb: Pixels | ScratchPicture | None
     """None until it is streamed: it is too large to be held."""
     alpha: Pixels | None
+    """None also where it is read as it is written, as the colours are too large to be held."""
     notes: tuple[str, ...]
     way: Way | None = None
     """As the streamer chose."""
@@ -141,8 +143,9 @@ def read(job: Job, options: PipelineOptions) -> Loaded:
     with fetched(job.source) as path, open_picture(path) as source:
         output = plan_output(source.info, job.destination, options.scale, options.encoding)
         way = options.way(source.info)
-        rgb = None if way and way.tiling is Tiling.EXACT else source.rgb()
-        alpha = source.alpha() if source.info.alpha else None
+        streams = way is not None and way.tiling is Tiling.EXACT
+        rgb = None if streams else source.rgb()
+        alpha = source.alpha() if source.info.alpha and not streams else None
         notes = source.info.notes + output.notes + told(way)
         return Loaded(job, output, rgb, alpha, notes, way, {"read": since(started)})
 
@@ -173,13 +176,20 @@ def streamed(picture: Loaded, streamer: Streamer | None) -> ScratchPicture:
 
 def write(picture: Loaded, options: PipelineOptions) -> Written:
     """Upscale the transparency, encode, and put the file in its place."""
-    started = time.perf_counter()
-    alpha = None if picture.alpha is None else upscale_alpha(picture.alpha, options.scale)
-    assert picture.rgb is not None
-    with picture.rgb if isinstance(picture.rgb, ScratchPicture) else nullcontext(), delivered(picture.output.path) as path:
-        write_picture(replace(picture.output, path=path), picture.rgb, alpha)
+    started, rgb, output = time.perf_counter(), picture.rgb, picture.output
+    assert rgb is not None
+    with ExitStack() as opened:
+        alpha: Any = None
+        if isinstance(rgb, ScratchPicture):
+            opened.enter_context(rgb)
+            if output.alpha or output.background:
+                alpha = streamed_alpha(opened.enter_context(fetched(picture.job.source)), options.scale)
+        elif picture.alpha is not None:
+            alpha = upscale_alpha(picture.alpha, options.scale)
+        path = opened.enter_context(delivered(output.path))
+        write_picture(replace(output, path=path), rgb, alpha)
     seconds = {**picture.seconds, "write": since(started)}
-    return Written(picture.job, picture.output.width * picture.output.height, picture.notes, picture.way, seconds)
+    return Written(picture.job, output.width * output.height, picture.notes, picture.way, seconds)
 
 
 def since(started: float) -> float:

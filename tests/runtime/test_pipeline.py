@@ -13,8 +13,9 @@ import pyvips
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.runtime import pipeline
 from sanrt.runtime.jobs import Job, find_pictures
-from sanrt.runtime.pictures import Encoding
+from sanrt.runtime.pictures import Encoding, SourcePicture
 from sanrt.runtime.pipeline import Failed, PipelineOptions, Planned, Skipped, Written
+from sanrt.runtime.ways import Tiling, Way
 
 OPTIONS = PipelineOptions(scale=2)
 
@@ -149,6 +150,55 @@ def test_opacity_goes_around_the_network(tmp_path):
     result = pyvips.Image.new_from_file(str(job.destination))
     assert (result.width, result.height, result.bands) == (10, 12, 4)
     assert (result.numpy() == 77).all()
+
+
+class Streaming:
+    """Streams every picture, doubled; or none."""
+
+    def __init__(self, tiling: Tiling) -> None:
+        self.chosen = Way(tiling, 16, 2)
+
+    def way(self, height, width):
+        return self.chosen
+
+    def stream(self, source, result):
+        for top in range(0, source.info.height, 7):
+            result.put(2 * top, 0, double(source.rgb(top, min(7, source.info.height - top))))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("suffix", "dtype"), [(".png", np.uint8), (".png", np.uint16), (".tif", np.uint8)])
+@pytest.mark.parametrize("background", [None, (255, 0, 9)])
+def test_opacity_of_streamed_pictures_is_that_of_whole_ones_and_never_in_memory(
+    tmp_path, monkeypatch, orientation, suffix, dtype, background
+):
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (90, 41, 4)).astype(dtype)
+    image = pyvips.Image.new_from_array(pixels).copy(interpretation="srgb" if dtype == np.uint8 else "rgb16").copy()
+    image.set_type(pyvips.GValue.gint_type, "orientation", orientation)
+    image.write_to_file(str(tmp_path / f"in{suffix}"))
+    written = []
+    for tiling in Tiling.WHOLE, Tiling.EXACT:
+        if tiling is Tiling.EXACT:
+            monkeypatch.delattr(pipeline, "upscale_alpha")
+            monkeypatch.delattr(SourcePicture, "alpha")
+        job = Job(tmp_path / f"in{suffix}", tmp_path / f"{tiling}{suffix}")
+        options = PipelineOptions(2, Encoding(background=background), streamer=Streaming(tiling))
+        assert [type(outcome) for outcome in pipeline.run([job], double, options)] == [Written]
+        written.append(pyvips.Image.new_from_file(str(job.destination)).numpy())
+    assert written[0].shape == ((180, 82) if orientation == 1 else (82, 180)) + (3 if background else 4,)
+    assert np.array_equal(*written)
+
+
+def test_a_source_that_vanishes_before_its_opacity_is_read_leaves_nothing(tmp_path):
+    class Vanishing(Streaming):
+        def stream(self, source, result):
+            super().stream(source, result)
+            source.info.path.unlink()
+
+    job = Job(save(tmp_path / "a.png", bands=4), tmp_path / "out" / "a.png")
+    (outcome,) = pipeline.run([job], double, PipelineOptions(2, streamer=Vanishing(Tiling.EXACT)))
+    assert str(job.source) in outcome.reason
+    assert not job.destination.parent.exists() or not list(job.destination.parent.iterdir())
 
 
 def test_what_a_result_lacks_is_told(tmp_path):
