@@ -230,6 +230,38 @@ class EngineInfo:
         }
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The sizes that a backend takes, where they were settled when it was built."""
+
+    profiles: tuple[Profile, ...] = ()
+    """Of whole pictures; none where any will do."""
+    tiles: Profile | None = None
+    """Of the tiles of its stages, without their halo; None where any will do, or there are no stages."""
+
+    def take(self, height: int, width: int) -> bool:
+        """Whether a whole picture may have this size."""
+        return not self.profiles or any(profile.takes(Size(1, height, width)) for profile in self.profiles)
+
+    @property
+    def side(self) -> int | None:
+        """Of the largest square picture."""
+        return max((min(profile.max[1:]) for profile in self.profiles), default=None)
+
+    @property
+    def tile(self) -> int | None:
+        """Side of the largest tile of its stages."""
+        return min(self.tiles.max[1:]) if self.tiles else None
+
+    @property
+    def keys(self) -> int | None:
+        """Of a region, at most, in its stages."""
+        return MAX_KEYS if self.tiles else None
+
+    def __str__(self) -> str:
+        return ", ".join(f"{p.min.width} x {p.min.height} to {p.max.width} x {p.max.height}" for p in self.profiles)
+
+
 def default_path(model: Path, identity: Identity) -> Path:
     """Beside the model: a prefix for people, and enough of the identity's digest to tell engines apart."""
     target = identity.gpu.split()[-1].replace(",", "-")

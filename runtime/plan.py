@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sanrt.errors import SanrtError
+from sanrt.errors import BackendError, SanrtError
 from sanrt.model.spec import Architecture
 from sanrt.runtime import machine
 from sanrt.runtime.backends import BACKENDS, Backend, RunOptions, load_backend, status
@@ -69,6 +69,8 @@ class PicturePlan:
     skipped: str = ""
     """Why it would be left out; empty if it would not."""
     estimates: tuple[Estimate, ...] = ()
+    refusals: tuple[str, ...] = ()
+    """Why a backend cannot do it, one line each."""
 
 
 def pairs(height: int, width: int, regions: int) -> float:
@@ -101,8 +103,13 @@ def picture_plan(job: Job, loaded: list[Backend], speeds: Mapping[str, Speed], o
                 plan_output(info, job.destination, scale)
     except SanrtError as error:
         return PicturePlan(job.source, skipped=str(error))
-    estimates = tuple(estimate(backend, speeds[backend.name], info.height, info.width, options) for backend in loaded)
-    return PicturePlan(job.source, info.width, info.height, estimates=estimates)
+    estimates, refusals = [], []
+    for backend in loaded:
+        try:
+            estimates.append(estimate(backend, speeds[backend.name], info.height, info.width, options))
+        except BackendError as error:
+            refusals.append(str(error))
+    return PicturePlan(job.source, info.width, info.height, "", tuple(estimates), tuple(refusals))
 
 
 def estimate(backend: Backend, speed: Speed, height: int, width: int, options: UpscaleOptions) -> Estimate:

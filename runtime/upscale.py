@@ -19,7 +19,7 @@ from sanrt.runtime.memory import free_host_memory
 from sanrt.runtime.pictures import SourcePicture
 from sanrt.runtime.scratch import ScratchPicture
 from sanrt.runtime.streaming import ArraySource, Streaming, decoded
-from sanrt.runtime.tiling import TileAxis, pad
+from sanrt.runtime.tiling import TileAxis, pad, padded_side
 from sanrt.runtime.ways import (
     Room,
     Tiling,
@@ -89,7 +89,10 @@ class UpscaleOptions:
 
 
 def choose_way(backend: Backend, height: int, width: int, options: UpscaleOptions) -> Way:
-    """How a picture of this size goes through the network: by the options, its size and the budget, nothing else."""
+    """How a picture of this size goes through the network: by the options, its size, the backend's limits and the budget.
+
+    Raises UsageError for options that the backend cannot follow, BackendError for a picture larger than it takes.
+    """
     spec, longest, room = backend.spec, max(height, width), room_of(backend, options)
     arch = spec.architecture
     regions = options.regions or (choose_regions(height, width) if backend.streams else spec.regions)
@@ -99,7 +102,8 @@ def choose_way(backend: Backend, height: int, width: int, options: UpscaleOption
     tiling = options.tiling
     if tiling is Tiling.AUTO:
         cut = longest > options.tile if options.tile else not fits_whole(arch, height, width, room)
-        tiling = cut_tiling(backend, options) if cut else Tiling.WHOLE
+        whole = not cut and (takes_whole(backend, height, width) or (backend.streams and regions != spec.regions))
+        tiling = Tiling.WHOLE if whole else cut_tiling(backend, options)
     if wanted and (tiling is Tiling.OVERLAP or not backend.streams):
         raise UsageError(
             f"{options.regions} x {options.regions} regions: this model has {spec.regions} x {spec.regions} in overlapped "
@@ -109,10 +113,44 @@ def choose_way(backend: Backend, height: int, width: int, options: UpscaleOption
         tiling = Tiling.WHOLE  # too small to be cut into regions, so padded; nothing could need a tile here
     match tiling:
         case Tiling.WHOLE:
-            return Way(tiling, longest, regions)
+            way = Way(tiling, longest, regions)
         case Tiling.OVERLAP:
-            return Way(tiling, options.tile or choose_overlapped_tile(arch, height, width, room), spec.regions)
-    return Way(tiling, options.tile or choose_tile(arch, room.network), regions)
+            way = Way(tiling, options.tile or choose_overlapped_tile(arch, height, width, room), spec.regions)
+        case _:
+            way = Way(tiling, options.tile or choose_tile(arch, room.network), regions)
+    return within_limits(way, backend, height, width, options)
+
+
+def takes_whole(backend: Backend, height: int, width: int) -> bool:
+    """Whether `infer` takes a picture of this size, once it is padded."""
+    return backend.limits.take(
+        *(padded_side(side, backend.spec.min_side, backend.spec.multiple) for side in (height, width))
+    )
+
+
+def within_limits(way: Way, backend: Backend, height: int, width: int, options: UpscaleOptions) -> Way:
+    """The way with tiles that the backend takes; raises BackendError for a picture and UsageError for tiles too large."""
+    limits = backend.limits
+    streams = way.tiling is Tiling.EXACT or way.regions != backend.spec.regions
+    if way.tiling is Tiling.WHOLE and not streams and not takes_whole(backend, height, width):
+        raise BackendError(
+            f"{backend.name}: {width} x {height} pixels as a whole, its engine takes {limits}; "
+            "use --tiling auto, another --backend, or rebuild with other --min and --max"
+        )
+    keys = -(-height // way.regions) * -(-width // way.regions) // 4
+    if streams and limits.keys and keys > limits.keys:
+        raise UsageError(
+            f"{way.regions} x {way.regions} regions: {keys} keys each, the stage engines take {limits.keys}; "
+            "use --regions auto"
+        )
+    most = limits.tile if streams else limits.side if way.tiling is Tiling.OVERLAP else None
+    if most is None or way.tile <= most:
+        return way
+    if options.tile and way.tiling is not Tiling.WHOLE:
+        raise UsageError(
+            f"tiles of {options.tile} pixels: the engines take {most}; use --tile {most}, or rebuild with --max"
+        )
+    return replace(way, tile=most)
 
 
 def room_of(backend: Backend, options: UpscaleOptions) -> Room:
@@ -183,9 +221,11 @@ def smaller_way(way: Way, options: UpscaleOptions, backend: Backend, error: OutO
     tile = way.tile // 2
     if tile < max(MIN_SMALLER, 2 * (options.overlap or 0)) or (way.tiling is Tiling.WHOLE is options.tiling):
         raise error
-    if way.tiling is Tiling.WHOLE:
-        return replace(way, tiling=cut_tiling(backend, options), tile=tile)
-    return replace(way, tile=tile)
+    if way.tiling is not Tiling.WHOLE:
+        return replace(way, tile=tile)
+    tiling = cut_tiling(backend, options)
+    most = backend.limits.tile if tiling is Tiling.EXACT else backend.limits.side
+    return replace(way, tiling=tiling, tile=min(tile, most or tile))
 
 
 def infer_by(backend: Backend, way: Way, options: UpscaleOptions, x: Array) -> Array:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from sanrt.errors import BackendError
 from sanrt.model.spec import ModelSpec, Precision
-from sanrt.runtime.engines import SUFFIX, engines_of
+from sanrt.runtime.engines import SUFFIX, Limits, engines_of
 from sanrt.runtime.featuremaps import DeviceMaps
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,11 @@ class Backend(Protocol):
     @property
     def memory(self) -> int | None:
         """Bytes of a GPU's own memory that were free when the model was loaded; None where it runs in the host's."""
+        ...
+
+    @property
+    def limits(self) -> Limits:
+        """The sizes that `infer` and the stages take."""
         ...
 
     def infer(self, pictures: Array) -> Array:

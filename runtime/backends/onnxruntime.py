@@ -14,6 +14,7 @@ from sanrt.errors import BackendError, ModelError, OutOfMemoryError
 from sanrt.model.spec import Attention, GraphOptions, ModelSpec, QuantisedType
 from sanrt.runtime.backends import OPEN_STAGES, Array, BackendStatus, RunOptions, Stages, fp32_only, library_version
 from sanrt.runtime.derived import derived_model
+from sanrt.runtime.engines import Limits
 from sanrt.runtime.models import read_spec
 
 NAME = "onnxruntime"
@@ -37,6 +38,7 @@ class OnnxRuntimeBackend:
     name = NAME
     streams = True
     memory = None
+    limits = Limits()
     device = "CPU"
 
     def __init__(self, model: Path, options: RunOptions) -> None:

@@ -15,6 +15,7 @@ from sanrt.runtime import machine
 from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version
 from sanrt.runtime.backends.onnxruntime import OnnxRuntimeStages, run_error, session_on
 from sanrt.runtime.derived import derived_model
+from sanrt.runtime.engines import Limits
 from sanrt.runtime.models import read_spec
 
 NAME = "onnxruntime-cuda"
@@ -48,6 +49,7 @@ class OnnxRuntimeCudaBackend:
 
     name = NAME
     streams = True
+    limits = Limits()
 
     def __init__(self, model: Path, options: RunOptions) -> None:
         precision = options.precision or Precision.FP32

@@ -21,6 +21,7 @@ from sanrt.model.spec import Attention, GraphOptions, Precision
 from sanrt.runtime import machine
 from sanrt.runtime.backends import OPEN_STAGES, Array, BackendStatus, RunOptions, Stages, library_version
 from sanrt.runtime.derived import derived_model
+from sanrt.runtime.engines import Limits
 from sanrt.runtime.models import read_spec
 
 NAME = "openvino"
@@ -59,6 +60,7 @@ class OpenVinoBackend:
     name = NAME
     streams = True
     memory = None
+    limits = Limits()
     device = "CPU"
 
     def __init__(self, model: Path, options: RunOptions) -> None:

@@ -22,6 +22,7 @@ from sanrt.runtime.device import FLOAT_BYTES, Buffer, Device, HostBuffer, open_d
 from sanrt.runtime.engines import (
     SUFFIX,
     EngineInfo,
+    Limits,
     Size,
     check_fresh,
     check_host,
@@ -339,6 +340,11 @@ class TensorRTBackend:
     @property
     def streams(self) -> bool:
         return isinstance(self.stage_info, EngineInfo)
+
+    @property
+    def limits(self) -> Limits:
+        tiles = None if isinstance(self.stage_info, str) else self.stage_info.identity.options.profiles[0]
+        return Limits(self.profiles, tiles)
 
     def stages(self) -> Stages:
         """The stage engines, opened once; BackendError with the command that builds them where there are none."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.model.spec import MIN_SIDE, ModelSpec
 from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, fp32_only, library_version
+from sanrt.runtime.engines import Limits
 
 if TYPE_CHECKING:
     from sanrt.model.san import SAN
@@ -38,6 +39,7 @@ class TorchBackend:
     name = NAME
     streams = True
     memory = None
+    limits = Limits()
     maps = None
     device = "CPU"
 

@@ -14,6 +14,7 @@ from sanrt.model.spec import STAGE_INPUTS, STAGE_MAPS, Precision
 from sanrt.runtime import machine
 from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version
 from sanrt.runtime.backends.torch import network
+from sanrt.runtime.engines import Limits
 from sanrt.runtime.featuremaps import Box, FeatureMap
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class TorchCudaBackend:
 
     name = NAME
     streams = True
+    limits = Limits()
 
     def __init__(self, model: Path, options: RunOptions) -> None:
         import torch

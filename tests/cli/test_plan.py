@@ -77,6 +77,23 @@ def test_an_estimate_grows_with_pixels_halos_and_pairs(tiny_model):
     assert Speed(0.0, 1e-9).seconds(400, 400, whole, arch) == pytest.approx(2 * 400**4 / 16 * 1e-9)
 
 
+def test_a_backend_that_cannot_do_a_picture_says_why_beside_the_others(folder, tiny_model):
+    from sanrt.cli.plan import lines
+    from sanrt.runtime.backends import RunOptions, load_backend
+    from sanrt.runtime.engines import Limits, Profile, Size
+    from sanrt.runtime.jobs import Job
+    from sanrt.runtime.plan import picture_plan
+    from sanrt.runtime.upscale import UpscaleOptions
+
+    job, speeds = Job(folder / "small.png", folder / "out.png"), {"torch": Speed(1.0, 0), "onnxruntime": Speed(1.0, 0)}
+    loaded = [load_backend(name, tiny_model(2), RunOptions(threads=1)) for name in speeds]
+    loaded[0].limits = Limits((Profile(Size(1, 4, 4), Size(1, 8, 8), Size(1, 16, 16)),))
+    told = lines(picture_plan(job, loaded, speeds, UpscaleOptions(tiling=Tiling.WHOLE)))
+    assert told[0] == f"{job.source}: 80 x 60"
+    assert told[1].startswith("  torch: 80 x 60 pixels as a whole, its engine takes 4 x 4 to 16 x 16")
+    assert told[2].startswith("  onnxruntime: whole")
+
+
 def test_explain_tiles_shows_exact_as_whole_and_overlapped_as_different(folder, tiny_model):
     arguments = [str(folder / "small.png"), str(folder / "out.png"), "--model", str(tiny_model(2)), "--threads", "1"]
     done = CliRunner().invoke(app, ["run", *arguments, "--tile", "32", "--explain-tiles"])

@@ -7,6 +7,7 @@ import pytest
 from sanrt.errors import BackendError
 from sanrt.model.spec import Precision
 from sanrt.runtime.backends import RunOptions, load_backend
+from sanrt.runtime.engines import Limits
 from sanrt.runtime.sentinel import Sentinel
 from sanrt.runtime.upscale import UpscaleOptions, upscale
 from sanrt.runtime.ways import Tiling
@@ -15,7 +16,7 @@ from sanrt.runtime.ways import Tiling
 class Overflowing:
     """A backend that says fp16 and gives one infinity wherever the picture is bright, as an overflow would."""
 
-    name, device, streams, memory = "overflowing", "CPU", True, None
+    name, device, streams, memory, limits = "overflowing", "CPU", True, None, Limits()
 
     def __init__(self, inner, precision=Precision.FP16):
         self.inner, self.spec = inner, replace(inner.spec, precision=precision)

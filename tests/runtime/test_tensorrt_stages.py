@@ -17,18 +17,19 @@ import onnx
 import onnxruntime
 import pytest
 
-from sanrt.errors import BackendError, ModelError, OutOfMemoryError
+from sanrt.errors import BackendError, ModelError, OutOfMemoryError, UsageError
 from sanrt.export.engine import typed_graphs
 from sanrt.export.stages import stage_ranges
 from sanrt.model.spec import Precision
+from sanrt.runtime import engines
 from sanrt.runtime.backends import RunOptions, load_backend
 from sanrt.runtime.backends.tensorrt import TensorRTBackend
 from sanrt.runtime.backends.tensorrt_stages import TensorRTStages
 from sanrt.runtime.engines import STAGES_SUFFIX, TILES, BuildOptions, EngineInfo, Profile, Size, save_engine, stage_archive
 from sanrt.runtime.flavors import Flavor
 from sanrt.runtime.sentinel import Sentinel
-from sanrt.runtime.upscale import MEMORY_SHARE, UpscaleOptions, tell_once, upscale
-from sanrt.runtime.ways import Tiling, network_bytes, result_bytes
+from sanrt.runtime.upscale import MEMORY_SHARE, UpscaleOptions, choose_way, tell_once, upscale
+from sanrt.runtime.ways import Tiling, Way, network_bytes, result_bytes
 from tests.runtime.test_tensorrt import ErrorCode, FakeContext, FakeDevice, FakeEngine, Rig, floats
 
 SMALL = Profile(Size(1, 1, 1), Size(1, 16, 16), Size(1, 32, 32))
@@ -114,8 +115,8 @@ class StageRig(Rig):
         super().__init__(model.parent, monkeypatch)
         self.model, self.stage_engines = model, []
 
-    def whole(self, precision: Precision, flavor: Flavor = Flavor.RTX) -> EngineInfo:
-        info = self.info(flavor)
+    def whole(self, precision: Precision, flavor: Flavor = Flavor.RTX, largest: Size | None = None) -> EngineInfo:
+        info = self.info(flavor, (replace(SMALL, max=largest) if largest else Profile(),))
         spec, _ = typed_graphs(self.model, replace(info.identity.options, precision=precision))
         options = replace(info.identity.options, precision=precision)
         onnx_digest = hashlib.sha256(self.model.read_bytes()).hexdigest()
@@ -250,6 +251,23 @@ def test_sums_of_half_precision_maps_tell_whether_they_are_finite(rig: StageRig)
         pixels[..., 3, 3] = bright
         made, total = session.run(["output0", "sum"], {"pixels": pixels, "crop": crop})
         assert np.isfinite(total) == np.isfinite(made).all() == (bright == 200)
+
+
+def test_a_picture_larger_than_the_engine_takes_is_streamed_in_tiles_that_the_stages_take(rig: StageRig):
+    whole = rig.whole(Precision.FP32, largest=Size(1, 40, 64))
+    rig.build_stages(whole)
+    expected = whole_run(whole, rig.model, picture())
+    with rig.open(whole) as backend:
+        assert choose_way(backend, 45, 38, UpscaleOptions(memory=2**30)) == Way(Tiling.EXACT, 32, 2)
+        assert choose_way(backend, 40, 64, UpscaleOptions(memory=2**30)).tiling is Tiling.WHOLE
+        assert np.abs(upscale(backend, picture(), UpscaleOptions(memory=2**30)) - expected).max() < 1e-5
+        with pytest.raises(UsageError, match="tiles of 33 pixels: the engines take 32"):
+            upscale(backend, picture(), replace(EXACT, tile=33))
+        # Other regions than the engine's go through the stages, whole or not.
+        upscale(backend, picture(), UpscaleOptions(memory=2**30, regions=3, tiling=Tiling.WHOLE))
+        rig.monkeypatch.setattr(engines, "MAX_KEYS", 400)
+        with pytest.raises(UsageError, match="1 x 1 regions: 427 keys each, the stage engines take 400; use --regions auto"):
+            upscale(backend, picture(), replace(EXACT, regions=1))
 
 
 def test_rtx_keeps_the_kernels_of_every_stage(rig: StageRig):

@@ -9,6 +9,7 @@ import pytest
 from sanrt.errors import BackendError, OutOfMemoryError, PictureError, UsageError
 from sanrt.model.spec import Architecture, ModelSpec
 from sanrt.runtime.backends import RunOptions, load_backend
+from sanrt.runtime.engines import Limits, Profile, Size
 from sanrt.runtime.upscale import UpscaleOptions, choose_way, upscale
 from sanrt.runtime.ways import Tiling, network_bytes
 
@@ -19,7 +20,7 @@ SPEC = ModelSpec(ARCH, "0" * 64, "a test", 5, min_side=4, multiple=1)
 class Nearest:
     """A backend without stages that repeats every pixel, and remembers what sizes it was given."""
 
-    name, device, streams, memory = "nearest", "CPU", False, None
+    name, device, streams, memory, limits = "nearest", "CPU", False, None, Limits()
 
     def __init__(self, most=None, spec=SPEC):
         self.spec, self.most, self.sizes = spec, most, []
@@ -87,6 +88,50 @@ def test_on_a_gpu_its_own_memory_decides_and_the_host_holds_only_the_result():
         way = choose_way(backend, *picture.shape[:2], UpscaleOptions(memory=host))
         assert (way.tiling is Tiling.WHOLE) is whole
         assert way.tile**2 * network_bytes(ARCH) <= device
+
+
+def limited(*profiles):
+    backend = Nearest()
+    backend.limits = Limits(tuple(Profile(Size(1, *low), Size(1, *low), Size(1, *high)) for low, high in profiles))
+    return backend
+
+
+def test_a_picture_larger_than_an_engine_takes_goes_in_tiles_that_it_takes():
+    picture = noise(70, 50)
+    backend = limited(((4, 4), (40, 64)), ((4, 4), (64, 30)))
+    assert np.array_equal(upscale(backend, picture), doubled(picture))
+    assert len(backend.sizes) > 1
+    assert all(backend.limits.take(*size) for size in backend.sizes)
+    for size in ((40, 64), (64, 30), (2, 64)):
+        assert choose_way(backend, *size, UpscaleOptions()).tiling is Tiling.WHOLE
+    for size in ((41, 40), (64, 31)):
+        assert choose_way(backend, *size, UpscaleOptions()).tiling is Tiling.OVERLAP
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        (
+            {"tiling": Tiling.WHOLE},
+            BackendError,
+            "nearest: 50 x 70 pixels as a whole, its engine takes 4 x 4 to 64 x 40",
+        ),
+        ({"tile": 48}, UsageError, "tiles of 48 pixels: the engines take 40; use --tile 40"),
+    ],
+)
+def test_what_an_engine_does_not_take_is_one_line_before_anything_runs(options, kind, message):
+    backend = limited(((4, 4), (40, 64)))
+    with pytest.raises(kind, match=message) as caught:
+        upscale(backend, noise(70, 50), UpscaleOptions(**options))
+    assert "\n" not in str(caught.value)
+    assert not backend.sizes
+
+
+def test_after_an_out_of_memory_too_tiles_stay_within_the_engine():
+    backend = limited(((4, 4), (16, 400)))
+    backend.most = 16 * 64
+    assert np.array_equal(upscale(backend, picture := noise(16, 300)), doubled(picture))
+    assert all(backend.limits.take(*size) for size in backend.sizes)
 
 
 def test_a_blended_result_larger_than_the_memory_is_refused_before_anything_runs():
