@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import secrets
+import socket
 import tempfile
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from sanrt.model.spec import ModelSpec
 from sanrt.runtime import pipeline
 from sanrt.runtime.backends import RunOptions, load_backend
 from sanrt.runtime.derived import file_digest
-from sanrt.runtime.engines import STAGES_SUFFIX, SUFFIX, engines_of, json_path
+from sanrt.runtime.engines import STAGES_SUFFIX, SUFFIX, engines_of, json_path, read_engine
 from sanrt.runtime.jobs import Job
 from sanrt.runtime.pictures import Encoding, remove_leftovers
 from sanrt.runtime.pipeline import Failed, Outcome, PipelineOptions, Written
@@ -48,8 +49,12 @@ MOST = 64
 """Pictures that a worker is given at once, at most."""
 MOST_BYTES = 4 << 20
 """Of the files that a worker is given at once; a larger one is given alone."""
-PATIENCE = 60
-"""Seconds without a single worker after which the user is told what is waited for."""
+PATIENCE = 15
+"""Seconds without a single worker after which the user is told what is waited for; again after twice as long, and so on."""
+FAREWELL = 5
+"""Seconds that idle workers are given to remove their copies of the model."""
+REACH = 5
+"""Seconds after which an address that does not answer is taken for one without a cluster."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 Files = Mapping[str, bytes]
@@ -139,6 +144,11 @@ class Worker:
             entry = self.recorder.entry(outcome) if self.task.record and isinstance(outcome, Written) else None
             yield outcome, entry, [self.records.get() for _ in range(self.records.qsize())]
 
+    def leave(self) -> None:
+        """Remove the copy of the model: Ray kills processes, which removes nothing."""
+        if self.folder:
+            self.folder.cleanup()
+
 
 @dataclass(eq=False)
 class Hand:
@@ -165,13 +175,16 @@ class Pool:
         self.stillborn = 0
         """Workers that died while loading, one after the other."""
         self.hands: list[Hand] = []
+        self.patience = PATIENCE
 
     def __enter__(self) -> Self:
         import ray
 
-        self.record = open_record(self.task.record) if self.task.record else None
         self.files = ray.put(model_files(self.task.model))
-        self.hands = [self.hired() for _ in range(self.share.workers)]
+        self.record = open_record(self.task.record) if self.task.record else None
+        share = self.share
+        self.kind = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=0, max_task_retries=0)(Worker)
+        self.hands = [self.hired() for _ in range(share.workers)]
         try:
             while not self.loaded:
                 list(self.step())
@@ -187,6 +200,8 @@ class Pool:
         """Dismiss the workers."""
         import ray
 
+        if leaving := [hand.actor.leave.remote() for hand in self.hands if hand.ready and not hand.left]:
+            ray.wait(leaving, num_returns=len(leaving), timeout=FAREWELL)
         for hand in self.hands:
             ray.kill(hand.actor)
         if self.record:
@@ -205,6 +220,8 @@ class Pool:
                 if hand.ready and hand.awaited is None and (chunk := self.chunk()):
                     hand.left, hand.awaited = deque(chunk), hand.actor.run.remote(chunk)
             yield from self.step()
+        for folder in {job.destination.parent for job in self.deaths if not isinstance(job.destination, RemotePath)}:
+            remove_leftovers(folder)
 
     def chunk(self) -> list[Job]:
         """The next jobs for one worker: fewer towards the end, so that all finish together; none if there are no more."""
@@ -225,9 +242,10 @@ class Pool:
         import ray
 
         awaited = [hand for hand in self.hands if hand.awaited is not None]
-        said, _ = ray.wait([hand.awaited for hand in awaited], timeout=PATIENCE)
+        said, _ = ray.wait([hand.awaited for hand in awaited], timeout=self.patience)
         if not said and not self.loaded:
-            log.warning("no worker yet: waiting for a node with room for %s", self.share)
+            log.warning("no worker yet: waiting for a node with room for one of %s", self.share)
+            self.patience *= 2
         for hand in awaited:
             if any(hand.awaited is ref for ref in said):
                 yield from self.heard(hand)
@@ -270,8 +288,6 @@ class Pool:
             raise BackendError(f"{self.task.model}: {TRIES} workers in a row died while loading it ({why}); see Ray's logs")
         self.hands[self.hands.index(hand)] = self.hired()
         for job in hand.left:
-            if not isinstance(job.destination, RemotePath):
-                remove_leftovers(job.destination.parent)
             self.deaths[job] += 1
             if self.deaths[job] < TRIES:
                 self.alone.append(job)
@@ -280,12 +296,8 @@ class Pool:
 
     def hired(self) -> Hand:
         """A new worker, loading the model as soon as a node has room for it."""
-        import ray
-
-        share = self.share
-        kind = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=0, max_task_retries=0)(Worker)
         level = logging.getLogger("sanrt").getEffectiveLevel()
-        actor = kind.remote(self.task, self.files, share, level, self.witness)
+        actor = self.kind.remote(self.task, self.files, self.share, level, self.witness)
         return Hand(actor, actor.load.remote())
 
 
@@ -308,9 +320,10 @@ def size_of(job: Job) -> int:
 
 
 def model_files(model: Path) -> Files:
-    """What loading the model takes: its file, and the engines built from it."""
-    engines = [info.path for suffix in (SUFFIX, STAGES_SUFFIX) for info in engines_of(model, suffix)]
-    paths = [model, json_path(model), *engines, *map(json_path, engines)]
+    """What loading the model takes: the ONNX, which may be named by an engine of it, and the engines built from it."""
+    onnx = read_engine(model).model_path if model.suffix == SUFFIX else model
+    engines = [info.path for suffix in (SUFFIX, STAGES_SUFFIX) for info in engines_of(onnx, suffix)]
+    paths = [onnx, *engines, *map(json_path, engines)]
     return {path.name: path.read_bytes() for path in dict.fromkeys(paths) if path.exists()}
 
 
@@ -358,17 +371,28 @@ def connected(address: str, workers: int | None = None, threads: int | None = No
         import ray
     local = {"num_cpus": max(len(os.sched_getaffinity(0)), (workers or 0) * (threads or 1)), "include_dashboard": False}
     try:
+        if address != LOCAL:
+            check_reachable(address)
         quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
         ray.init(address, **quiet, **(local | {"_node_ip_address": "127.0.0.1"} if address == LOCAL else {}))
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         text = str(error).strip().partition("\n")[0]
         raise BackendError(
-            f"--ray {address}: no Ray cluster to be reached there ({text}); start one with ray start"
+            f"--ray {address}: no Ray cluster to be reached there ({text}); start one with ray start, or set RAY_AUTH_MODE "
+            "and the token as they are there"
         ) from None
     try:
         yield shared_out([node["Resources"] for node in ray.nodes() if node["Alive"]], workers, threads)
     finally:
         ray.shutdown()
+
+
+def check_reachable(address: str) -> None:
+    """OSError where nothing listens: Ray itself would try for minutes. ValueError if it is no address."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    host, _, port = canonicalize_bootstrap_address(address).rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), REACH).close()
 
 
 def shared_out(nodes: Sequence[Mapping[str, float]], workers: int | None, threads: int | None) -> Share:
@@ -377,9 +401,10 @@ def shared_out(nodes: Sequence[Mapping[str, float]], workers: int | None, thread
     gpus = [int(node.get("GPU", 0)) for node in nodes]
     if not cpus:
         raise BackendError("the Ray cluster has no CPUs to give; start a node with ray start")
+    if threads and threads > max(cpus):
+        raise UsageError(f"--threads {threads}: the cluster's largest node has {max(cpus)} CPUs; ask for no more")
     if sum(gpus) and workers is None:
         return Share(sum(gpus), threads or 1, 1, max(gpus))
     each = threads or (max(1, min(sum(cpus) // workers, max(cpus))) if workers else min(cpus))
-    if each > max(cpus):
-        raise UsageError(f"--threads {each}: the cluster's largest node has {max(cpus)} CPUs; ask for no more")
-    return Share(workers or sum(count // each for count in cpus), each, per_node=max(cpus) // each)
+    count = workers or sum(cpu // each for cpu in cpus)
+    return Share(count, each, per_node=min(count, max(cpus) // each))

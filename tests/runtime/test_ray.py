@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
+import socket
+import subprocess
 import sys
+import tempfile
+import time
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import pyvips
 
@@ -20,23 +26,27 @@ from sanrt.runtime.backends import RunOptions
 from sanrt.runtime.cluster import Pool, Share, Task, connected, shared_out
 from sanrt.runtime.jobs import Naming, find_pictures
 from sanrt.runtime.pipeline import Failed, Skipped, Written
+from sanrt.runtime.preference import prefer
 from sanrt.runtime.record import Verdict, read_record, verify
 from sanrt.runtime.upscale import UpscaleOptions
 from tests.runtime import s3
 
 NODE = {"num_cpus": 4}
+WAIT = 120
+"""Seconds after which something that should end is taken to hang."""
 
 
-def noise(path: Path, height=16, width=16, seed=0) -> Path:
+def noise(path: Path, height=16, width=16, bands=3, dtype=np.uint8, seed=0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    pyvips.Image.new_from_array(values).write_to_file(str(path))
+    values = np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, (height, width, bands), dtype, endpoint=True)
+    interpretation = "srgb" if dtype is np.uint8 else "rgb16"
+    pyvips.Image.new_from_array(values).copy(interpretation=interpretation).write_to_file(str(path))
     return path
 
 
 def pictures(folder: Path, count: int) -> Path:
     for seed in range(count):
-        noise(folder / f"{seed % 3}" / f"{seed:03}.png", 16 + seed % 5, 20, seed)
+        noise(folder / f"{seed % 3}" / f"{seed:03}.png", 16 + seed % 5, 20, seed=seed)
     return folder
 
 
@@ -46,15 +56,38 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def sanrt(tiny_model, monkeypatch, capfd):
-    """Calls `sanrt run ARGUMENTS` with the tiny model; returns exit status, stdout, stderr."""
+    """Calls `sanrt run ARGUMENTS` with the tiny model, if no other is given; returns exit status, stdout, stderr."""
 
     def call(*arguments):
-        rest = ["--models", tiny_model(2).parent, "--scale", 2, "--backend", "onnxruntime", "--threads", 1]
-        monkeypatch.setattr(sys, "argv", ["sanrt", "run", *map(str, [*arguments, *rest])])
+        first = ["--models", tiny_model(2).parent, "--scale", 2, "--backend", "onnxruntime", "--threads", 1]
+        monkeypatch.setattr(sys, "argv", ["sanrt", "run", *map(str, [*first, *arguments])])
         with pytest.raises(SystemExit) as ended:
             main()
         out, err = capfd.readouterr()
         return ended.value.code or 0, out, err
+
+    return call
+
+
+def told(out: str, *folders: Path) -> list[str]:
+    """What a run said, without the times and without what it says of Ray; `folders` are all the same."""
+    for folder in folders:
+        out = out.replace(str(folder), "FOLDER")
+    lines = [line for line in out.splitlines() if not line.startswith("Ray ")]
+    return sorted(re.sub(r" in [0-9.]+ s \(.*", "", line) for line in lines)
+
+
+@pytest.fixture
+def both(sanrt, disconnected, tmp_path):
+    """Runs a command locally and on the cluster, compares all that comes of it; returns its words and the two folders."""
+
+    def call(source, *options):
+        local, ray = tmp_path / "local", tmp_path / "ray"
+        status, out, err = sanrt(source, local, *options)
+        again = sanrt(source, ray, *options, "--workers", 2, "--ray", disconnected.address)
+        assert (again[0], told(again[1], ray), told(again[2], ray)) == (status, told(out, local), told(err, local))
+        assert tree(ray) == tree(local)
+        return status, out, err
 
     return call
 
@@ -64,12 +97,15 @@ def nodes():
     """A node with four CPUs, however many there are; tests add others."""
     pytest.importorskip("ray", reason="needs the extra [ray]")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in cluster.QUIET.items():
+        for name, value in {**cluster.QUIET, "RAY_AUTH_MODE": "disabled"}.items():
             patch.setenv(name, value)
         from ray.cluster_utils import Cluster
 
         started = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
         yield started
+        import ray
+
+        ray.shutdown()
         started.shutdown()
 
 
@@ -92,39 +128,83 @@ def disconnected(nodes):
     return nodes
 
 
-def test_a_cluster_gives_the_bytes_and_words_of_the_local_run(sanrt, disconnected, tmp_path):
+def test_a_cluster_gives_the_bytes_and_words_of_the_local_run(both, sanrt, disconnected, tmp_path):
     source = pictures(tmp_path / "in", 12)
-    (source / "bad.png").write_bytes((source / "0" / "000.png").read_bytes()[:200])
-    status, _, expected = sanrt(source, tmp_path / "local")
-    assert status == 1
+    (source / "cut.png").write_bytes((source / "0" / "000.png").read_bytes()[:200])
+    (source / "empty.png").touch()
+    (source / "words.jpg").write_text("not a picture")
+    status, out, err = both(source)
+    assert (status, len(err.splitlines())) == (1, 3)
+    assert "12 written, 3 failed" in out
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "ray").rglob("*.png")}
+    status, out, again = sanrt("--ray", disconnected.address, source, tmp_path / "ray", "--workers", 1)
+    assert (status, sorted(again.splitlines())) == (1, sorted(err.splitlines()))
+    assert "0 written, 12 skipped, 3 failed" in out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "ray").rglob("*.png")} == done
+
+
+def test_streamed_pictures_in_another_format_are_the_local_ones_and_can_be_verified(both, tmp_path):
+    noise(tmp_path / "in" / "deep.png", 40, 20, dtype=np.uint16)
+    noise(tmp_path / "in" / "clear.png", 20, 24, bands=4)
     record = tmp_path / "record.jsonl"
-    options = "--workers", 2, "--record", record
-    status, out, err = sanrt(source, tmp_path / "ray", *options, "--ray", disconnected.address)
-    assert (status, err) == (1, expected)
-    assert "2 workers with 1 CPU each" in out
-    assert "12 written, 1 failed" in out
-    assert tree(tmp_path / "ray") == tree(tmp_path / "local")
+    tiled = "--tiling", "exact", "--tile", 32, "--memory", "1G"
+    status, out, err = both(tmp_path / "in", *tiled, "--format", "webp", "--lossless", "--suffix", "_x2", "--record", record)
+    assert (status, err) == (0, "")
+    assert "16-bit samples become 8-bit" in out
     entries = read_record(record)
-    assert sorted(entry.output for entry in entries) == sorted(str(path) for path in (tmp_path / "ray").rglob("*.png"))
-    assert [replay.verdict for replay in verify(entries[:1])] == [Verdict.IDENTICAL]
-    status, out, err = sanrt("--ray", disconnected.address, source, tmp_path / "ray", "--workers", 1)
-    assert (status, err) == (1, expected)
-    assert "0 written, 12 skipped, 1 failed" in out
+    assert sorted(Path(entry.output).parent.name for entry in entries) == ["local"] * 2 + ["ray"] * 2
+    assert {Path(entry.output).name for entry in entries} == {"deep_x2.webp", "clear_x2.webp"}
+    facts = [(e.source_digest, e.output_digest, e.model, e.model_digest, e.tiling, e.tile, e.memory) for e in entries]
+    assert sorted(facts[:2]) == sorted(facts[2:])
+    assert {replay.verdict for replay in verify(entries[2:])} == {Verdict.IDENTICAL}
 
 
-@pytest.mark.slow
-def test_without_an_address_a_ray_is_started_writes_to_a_store_and_is_stopped(sanrt, tmp_path):
+def test_a_cluster_takes_the_preferred_variant_and_its_record_says_so(both, tiny_model, tmp_path):
+    exported, variant = tmp_path / "models" / "san_x2.onnx", tmp_path / "models" / "san_x2.variant.onnx"
+    exported.parent.mkdir()
+    for path in exported, variant:
+        path.write_bytes(tiny_model(2).read_bytes())
+    prefer(exported, variant, "onnxruntime", None)
+    record = tmp_path / "record.jsonl"
+    chosen = "--models", exported.parent, "--backend", "auto", "--record", record
+    status, out, _ = both(noise(tmp_path / "in" / "a.png").parent, *chosen)
+    assert status == 0
+    assert f"{variant}: " in out
+    local, ray = read_record(record)
+    assert (ray.model, ray.backend) == (local.model, local.backend) == (str(variant), "onnxruntime")
+    assert [replay.verdict for replay in verify([ray])] == [Verdict.IDENTICAL]
+
+
+def test_without_an_address_a_ray_is_started_writes_to_a_store_and_is_stopped(sanrt, tiny_model, tmp_path):
     pytest.importorskip("ray", reason="needs the extra [ray]")
     source = pictures(tmp_path / "in", 6)
     assert sanrt(source, tmp_path / "local")[0] == 0
-    with s3.serving() as store:
-        status, out, err = sanrt("--ray", source, f"s3://{s3.BUCKET}/out", "--workers", 2)
-        assert (status, err) == (0, "")
-        assert "6 written" in out
+    with s3.serving() as store, tempfile.TemporaryDirectory(prefix="ray-") as logs:
+        command = [sys.executable, "-m", "sanrt", "run", "--ray", source, f"s3://{s3.BUCKET}/out", "--workers", "2"]
+        command += ["--model", tiny_model(2), "--backend", "onnxruntime", "--threads", "1"]
+        own = {**os.environ, "HOME": str(tmp_path), "RAY_TMPDIR": logs}
+        ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=WAIT)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert "6 written" in ran.stdout
         assert store.tree("out/") == tree(tmp_path / "local")
-    import ray
+        assert processes(logs) == []
 
-    assert not ray.is_initialized()
+
+def processes(mark: str) -> list[str]:
+    """Commands that are still running with a text in them, once they had time to end."""
+    deadline = time.monotonic() + WAIT
+    while True:
+        found = [line for line in map(cmdline, psutil.process_iter()) if mark in line]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
+def cmdline(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def work(model: Path, **more) -> Task:
@@ -145,15 +225,19 @@ class Poisoned(cluster.Worker):
             yield from super().run([job])
 
 
-def test_a_picture_that_kills_three_workers_is_reported_and_the_rest_go_on(ray, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "Worker", Poisoned)
+@pytest.fixture
+def stand_in(ray, monkeypatch):
+    """`stand_in(Class)`: what the cluster runs in place of Worker; the cluster gets this file's classes by value."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield lambda kind: monkeypatch.setattr(cluster, "Worker", kind)
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def test_a_picture_that_kills_three_workers_is_reported_and_the_rest_go_on(stand_in, tiny_model, tmp_path):
+    stand_in(Poisoned)
     jobs = find_pictures([pictures(tmp_path / "in", 12)], tmp_path / "out", Naming())
-    try:
-        with Pool(work(tiny_model(2)), Share(2, 1)) as pool:
-            outcomes = list(pool.run(jobs))
-    finally:
-        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    with Pool(work(tiny_model(2)), Share(2, 1)) as pool:
+        outcomes = list(pool.run(jobs))
     assert sorted(outcome.job.source.stem for outcome in outcomes) == sorted(job.source.stem for job in jobs)
     (failed,) = (outcome for outcome in outcomes if not isinstance(outcome, Written))
     assert isinstance(failed, Failed)
@@ -179,12 +263,72 @@ def test_a_node_without_the_folder_ends_the_run(ray, tiny_model, tmp_path):
         pass
 
 
+class Stillborn(cluster.Worker):
+    """Dies while it loads the model."""
+
+    def load(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_that_all_die_while_loading_end_the_run(stand_in, tiny_model):
+    stand_in(Stillborn)
+    with pytest.raises(BackendError, match="3 workers in a row died while loading"), Pool(work(tiny_model(2)), Share(1, 1)):
+        pass
+
+
+class Away(cluster.Worker):
+    """On a node with a temporary folder of its own."""
+
+    def load(self):
+        tempfile.tempdir = str(self.task.record)
+        return super().load()
+
+
+def test_a_node_without_the_model_gets_a_copy_and_keeps_none(stand_in, monkeypatch, tiny_model, tmp_path):
+    stand_in(Away)
+    monkeypatch.setattr(cluster, "open_record", lambda path: None)
+    model, node = tmp_path / "san_x2.onnx", tmp_path / "node"
+    node.mkdir()
+    model.write_bytes(tiny_model(2).read_bytes())
+    files = cluster.model_files(model)
+    model.unlink()
+    monkeypatch.setattr(cluster, "model_files", lambda path: files)
+    with Pool(work(model, record=node), Share(1, 1)) as pool:
+        (copy,) = node.rglob("*.onnx")
+        assert copy.read_bytes() == tiny_model(2).read_bytes()
+        jobs = find_pictures([pictures(tmp_path / "in", 2)], tmp_path / "out", Naming())
+        assert [type(outcome) for outcome in pool.run(jobs)] == [Written] * 2
+    assert not copy.parent.exists()
+
+
+def test_a_cluster_without_room_is_waited_for_and_that_is_told(ray, monkeypatch, tiny_model):
+    @ray.remote(num_cpus=NODE["num_cpus"])
+    class Other:
+        """Takes all CPUs."""
+
+        def ready(self):
+            return True
+
+    other, told = Other.remote(), []
+    assert ray.get(other.ready.remote(), timeout=WAIT)
+    monkeypatch.setattr(cluster, "PATIENCE", 0.3)
+
+    def warned(text, *arguments):
+        told.append(text % arguments)
+        ray.kill(other)
+
+    monkeypatch.setattr(cluster.log, "warning", warned)
+    with Pool(work(tiny_model(2)), Share(1, 2)) as pool:
+        assert len(pool.loaded) == 1
+    assert told[0] == "no worker yet: waiting for a node with room for one of 1 worker with 2 CPUs each"
+
+
 def survived(nodes, model: Path, folder: Path, count: int) -> list:
     """The outcomes of a run in which a worker is killed half way and a node stopped after three quarters."""
     jobs = find_pictures([pictures(folder / "in", count)], folder / "out", Naming())
     outcomes, other = [], nodes.add_node(**NODE)
     nodes.wait_for_nodes()
-    with connected(nodes.address, 8, 1) as share, Pool(work(model), share) as pool, closing(pool.run(jobs)) as coming:
+    with connected(nodes.address, 4, 2) as share, Pool(work(model), share) as pool, closing(pool.run(jobs)) as coming:
         for outcome in coming:
             outcomes.append(outcome)
             if len(outcomes) == count // 2:
@@ -197,8 +341,8 @@ def survived(nodes, model: Path, folder: Path, count: int) -> list:
 
 @pytest.mark.slow
 def test_a_killed_worker_and_a_stopped_node_lose_nothing(sanrt, disconnected, tiny_model, tmp_path):
-    outcomes = survived(disconnected, tiny_model(2), tmp_path, 40)
-    assert len({outcome.job for outcome in outcomes}) == len(outcomes) == 40
+    outcomes = survived(disconnected, tiny_model(2), tmp_path, 200)
+    assert len({outcome.job for outcome in outcomes}) == len(outcomes) == 200
     # A worker may die between the renaming of a result and the telling of it: the result is then found done.
     assert all(isinstance(outcome, Written | Skipped) for outcome in outcomes)
     assert sanrt(tmp_path / "in", tmp_path / "local")[0] == 0
@@ -211,6 +355,7 @@ def test_a_killed_worker_and_a_stopped_node_lose_nothing(sanrt, disconnected, ti
         ([{"CPU": 8.0}, {"CPU": 4.0}], None, None, Share(3, 4, 0, 2)),
         ([{"CPU": 8.0}, {"CPU": 4.0}], 6, None, Share(6, 2, 0, 4)),
         ([{"CPU": 8.0}, {"CPU": 4.0}], None, 3, Share(3, 3, 0, 2)),
+        ([{"CPU": 8.0}, {"CPU": 4.0}], 2, 1, Share(2, 1, 0, 2)),
         ([{"CPU": 2.0}, {"CPU": 2.0}], 1, None, Share(1, 2, 0, 1)),
         ([{}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 2.0}], None, None, Share(6, 1, 1, 4)),
         ([{"CPU": 16.0, "GPU": 4.0}], 8, None, Share(8, 2, 0, 8)),
@@ -220,12 +365,17 @@ def test_a_cluster_is_shared_out_by_gpus_or_cpus(nodes, workers, threads, expect
     assert shared_out(nodes, workers, threads) == expected
 
 
-def test_more_threads_than_any_node_has_are_refused():
+@pytest.mark.parametrize("gpus", [0.0, 2.0])
+def test_more_threads_than_any_node_has_are_refused(gpus):
     with pytest.raises(UsageError, match="largest node has 4 CPUs"):
-        shared_out([{"CPU": 4.0}], None, 8)
+        shared_out([{"CPU": 4.0, "GPU": gpus}], None, 8)
 
 
-def test_an_address_without_a_cluster_is_told_in_one_line(disconnected):
-    with pytest.raises(BackendError, match="no Ray cluster to be reached") as caught, connected("127.0.0.1:9"):
-        pass
-    assert "\n" not in str(caught.value)
+def test_an_address_without_a_cluster_is_told_in_one_line(sanrt, tmp_path):
+    pytest.importorskip("ray", reason="needs the extra [ray]")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = "{}:{}".format(*free.getsockname())
+    status, out, err = sanrt(noise(tmp_path / "a.png"), tmp_path / "out", "--ray", address)
+    assert (status, out, len(err.splitlines())) == (1, "", 1)
+    assert err.startswith(f"sanrt: --ray {address}: no Ray cluster to be reached there ([Errno 111] Connection refused)")
+    assert list((tmp_path / "out").iterdir()) == []
