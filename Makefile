@@ -22,7 +22,7 @@ check: $(STAMP)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[export,cpu,openvino,rtx,kernels,training,demo,dev]'
+	$(BIN)/pip install --quiet --editable '.[export,cpu,openvino,rtx,kernels,ray,ray-test,training,demo,dev]'
 	touch $@
 
 clean:
