@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,14 @@ from sanrt.errors import BackendError, UsageError
 from sanrt.runtime import cluster
 from sanrt.runtime.backends import RunOptions
 from sanrt.runtime.cluster import Pool, Share, Task, connected, shared_out
+from sanrt.runtime.engines import json_path
 from sanrt.runtime.jobs import Naming, find_pictures
 from sanrt.runtime.pipeline import Failed, Skipped, Written
 from sanrt.runtime.preference import prefer
 from sanrt.runtime.record import Verdict, read_record, verify
 from sanrt.runtime.upscale import UpscaleOptions
 from tests.runtime import s3
+from tests.runtime.test_engines import RTX, TILES, saved
 
 NODE = {"num_cpus": 4}
 WAIT = 120
@@ -299,6 +302,18 @@ def test_a_node_without_the_model_gets_a_copy_and_keeps_none(stand_in, monkeypat
         jobs = find_pictures([pictures(tmp_path / "in", 2)], tmp_path / "out", Naming())
         assert [type(outcome) for outcome in pool.run(jobs)] == [Written] * 2
     assert not copy.parent.exists()
+
+
+def test_an_engine_travels_with_its_onnx_and_all_that_was_built_from_it(tmp_path):
+    onnx, other = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    onnx.write_bytes(b"a model"), other.write_bytes(b"another one")
+    engine, stages = saved(onnx).path, saved(onnx, replace(RTX, stages=True, profiles=(TILES,))).path
+    saved(other)
+    built = [engine, stages]
+    expected = {path.name: path.read_bytes() for path in [onnx, *built, *map(json_path, built)]}
+    assert cluster.model_files(engine) == cluster.model_files(onnx) == expected
+    onnx.unlink()
+    assert set(cluster.model_files(engine)) == set(expected) - {"a.onnx"}
 
 
 def test_a_cluster_without_room_is_waited_for_and_that_is_told(ray, monkeypatch, tiny_model):
