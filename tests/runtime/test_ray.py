@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -384,6 +385,21 @@ def test_a_cluster_is_shared_out_by_gpus_or_cpus(nodes, workers, threads, expect
 def test_more_threads_than_any_node_has_are_refused(gpus):
     with pytest.raises(UsageError, match="largest node has 4 CPUs"):
         shared_out([{"CPU": 4.0, "GPU": gpus}], None, 8)
+
+
+def test_the_cluster_file_of_the_documentation_is_one_that_ray_takes_once_filled_in():
+    util = pytest.importorskip("ray.autoscaler._private.util", reason="needs the extra [ray]")
+    import yaml
+
+    page = Path(__file__).parents[2].joinpath("docs", "ray.md").read_text()
+    text = textwrap.dedent(re.search(r"^    cluster_name:.*?(?=\n\n)", page, re.DOTALL | re.MULTILINE)[0])
+    filled = {"NODES": "2", "REGION": "us-west-2", "MODEL": __file__, "IMAGE": "ami-0", "EXTRA": "cpu"}
+    filled |= dict.fromkeys(("HEAD_TYPE", "WORKER_TYPE"), "m5.large")
+    for name, value in filled.items():
+        text, count = re.subn(rf"\b{name}\b(?!:)", value, text)
+        assert count
+    assert not re.findall(r"\b[A-Z]{4,}\b", re.sub("#.*", "", text))
+    util.validate_config(util.prepare_config(yaml.safe_load(text)))
 
 
 def test_an_address_without_a_cluster_is_told_in_one_line(sanrt, tmp_path):
