@@ -218,9 +218,9 @@ def scratch_error(folder: Path, size: int, error: OSError) -> ScratchError:
 
 
 class FeatureStore:
-    """Makes feature maps within `device_memory` bytes of a GPU, and what does not fit there, or is no float32, on the host.
+    """Makes feature maps within `device_memory` bytes of a GPU, and what does not fit or belong there on the host.
 
-    There the first `memory` bytes are memory, and the rest scratch files under `folder`. A context manager.
+    On the host the first `memory` bytes are memory, and the rest scratch files under `folder`. A context manager.
     """
 
     def __init__(
@@ -230,14 +230,20 @@ class FeatureStore:
         self.folder = folder or Path(tempfile.gettempdir())
         self.maps: list[FeatureMap] = []
 
-    def new(self, channels: int, height: int, width: int, dtype: npt.DTypeLike = np.float32) -> FeatureMap:
-        """A map with undefined content; raises ScratchError when there is no room for it."""
-        made = self.on_device(channels, height, width) if np.dtype(dtype) == np.float32 else None
+    def new(
+        self, channels: int, height: int, width: int, dtype: npt.DTypeLike = np.float32, on_device: bool = True
+    ) -> FeatureMap:
+        """A map with undefined content, on the host unless it is float32; raises ScratchError when there is no room."""
+        made = self.on_device(channels, height, width) if on_device and np.dtype(dtype) == np.float32 else None
         if made is None:
             made = self.on_host(channels, height, width, dtype)
             made = Fetched(made, self.device) if self.device else made
         self.maps.append(made)
         return made
+
+    def rest(self) -> FeatureStore:
+        """A store of what is left of this one's room."""
+        return FeatureStore(self.memory, self.folder, self.device, self.device_memory)
 
     def on_device(self, channels: int, height: int, width: int) -> FeatureMap | None:
         """A map on the GPU, if it fits there."""

@@ -18,8 +18,9 @@ from sanrt.runtime.featuremaps import Box, FeatureStore
 from sanrt.runtime.memory import free_host_memory
 from sanrt.runtime.pictures import SourcePicture
 from sanrt.runtime.scratch import ScratchPicture
-from sanrt.runtime.streaming import ArraySource, Streaming, decoded
+from sanrt.runtime.streaming import STRIP, ArraySource, PixelSink, PixelSource, Streaming, decoded
 from sanrt.runtime.tiling import TileAxis, pad, padded_side
+from sanrt.runtime.turns import TURNS, Turn, TurnedSource
 from sanrt.runtime.ways import (
     Room,
     Tiling,
@@ -67,8 +68,6 @@ class UpscaleOptions:
     def __post_init__(self) -> None:
         if self.tile is not None and self.tile < 16:
             raise UsageError(f"tiles of {self.tile} pixels; expected at least 16")
-        if self.self_ensemble and self.tiling is Tiling.EXACT:
-            raise UsageError("self-ensemble with exact tiling: not offered together; use --tiling whole or overlap")
         if self.overlap is not None and self.tiling in (Tiling.WHOLE, Tiling.EXACT):
             raise UsageError(f"overlap {self.overlap} with {self.tiling} tiling, which overlaps nothing; leave one out")
         if self.overlap is not None and not 0 <= self.overlap <= (self.tile or 2 * self.overlap) // 2:
@@ -102,7 +101,7 @@ def choose_way(backend: Backend, height: int, width: int, options: UpscaleOption
     tiling = options.tiling
     if tiling is Tiling.AUTO:
         cut = longest > options.tile if options.tile else not fits_whole(arch, height, width, room)
-        whole = not cut and (takes_whole(backend, height, width) or (backend.streams and regions != spec.regions))
+        whole = not cut and (takes_whole(backend, height, width, options) or (backend.streams and regions != spec.regions))
         tiling = Tiling.WHOLE if whole else cut_tiling(backend, options)
     if wanted and (tiling is Tiling.OVERLAP or not backend.streams):
         raise UsageError(
@@ -121,18 +120,18 @@ def choose_way(backend: Backend, height: int, width: int, options: UpscaleOption
     return within_limits(way, backend, height, width, options)
 
 
-def takes_whole(backend: Backend, height: int, width: int) -> bool:
-    """Whether `infer` takes a picture of this size, once it is padded."""
-    return backend.limits.take(
-        *(padded_side(side, backend.spec.min_side, backend.spec.multiple) for side in (height, width))
-    )
+def takes_whole(backend: Backend, height: int, width: int, options: UpscaleOptions) -> bool:
+    """Whether `infer` takes a picture of this size, once it is padded, also turned where that is asked for."""
+    spec = backend.spec
+    sides = [padded_side(side, spec.min_side, spec.multiple) for side in (height, width)]
+    return backend.limits.take(*sides) and (not options.self_ensemble or backend.limits.take(*sides[::-1]))
 
 
 def within_limits(way: Way, backend: Backend, height: int, width: int, options: UpscaleOptions) -> Way:
     """The way with tiles that the backend takes; raises BackendError for a picture and UsageError for tiles too large."""
     limits = backend.limits
     streams = way.tiling is Tiling.EXACT or way.regions != backend.spec.regions
-    if way.tiling is Tiling.WHOLE and not streams and not takes_whole(backend, height, width):
+    if way.tiling is Tiling.WHOLE and not streams and not takes_whole(backend, height, width, options):
         raise BackendError(
             f"{backend.name}: {width} x {height} pixels as a whole, its engine takes {limits}; "
             "use --tiling auto, another --backend, or rebuild with other --min and --max"
@@ -166,7 +165,7 @@ def feature_store(stages: Stages, backend: Backend, tile: int, options: UpscaleO
 
 def cut_tiling(backend: Backend, options: UpscaleOptions) -> Tiling:
     """What `auto` does with a picture that cannot go whole: exact streaming, where it is possible and not ruled out."""
-    if options.overlap is not None or options.self_ensemble:
+    if options.overlap is not None:
         return Tiling.OVERLAP
     if not backend.streams:
         tell_once(f"large pictures go in overlapped tiles, which changes every pixel: {unstreamed(backend)}")
@@ -270,13 +269,40 @@ class Streamer:
         way = choose_way(self.backend, info.height, info.width, self.options)
         like: npt.NDArray[Any] = np.empty(0, result.dtype)
 
-        def sink(box: Box, part: Array) -> None:
+        def finished(box: Box, part: Array) -> None:
             result.put(box.top, box.left, network_output(part, like, spec.architecture.value_range))
 
         stages = self.backend.stages()
         with feature_store(stages, self.backend, way.tile, self.options) as store:
             pixels = decoded(source, store, spec.architecture.value_range)
-            Streaming(stages, spec, pixels, store, way.tile, way.regions).run(sink)
+
+            def run(seen: PixelSource, sink: PixelSink) -> None:
+                Streaming(stages, spec, seen, store.rest(), way.tile, way.regions).run(sink)
+
+            if self.options.self_ensemble:
+                stream_ensembled(run, pixels, spec.architecture.scale, store, finished)
+            else:
+                run(pixels, finished)
+
+
+def stream_ensembled(
+    run: Callable[[PixelSource, PixelSink], None], pixels: PixelSource, scale: int, store: FeatureStore, sink: PixelSink
+) -> None:
+    """As `self_ensembled`, one pass after another, their sum in a map of the store."""
+    picture = Box(0, 0, *pixels.size).scaled(scale)
+    total = store.new(3, picture.height, picture.width, on_device=False)
+    for turn in TURNS:
+        seen = TurnedSource(pixels, turn)
+        size = [scale * side for side in seen.size]
+
+        def add(box: Box, part: Array, turn: Turn = turn, size: list[int] = size) -> None:
+            place = turn.origin(box, *size)
+            y = turn.undone(part)
+            total.write(place, y if turn is TURNS[0] else total.read(place) + y)
+
+        run(seen, add)
+    for rows in picture.grid(-(-picture.height // STRIP), 1):
+        sink(rows, total.read(rows) / np.float32(len(TURNS)))
 
 
 def full_scale(dtype: np.dtype[Any]) -> float:
@@ -313,14 +339,11 @@ def self_ensembled(infer: Infer) -> Infer:
 
     def ensemble(x: Array) -> Array:
         total: Array | None = None
-        for turned in (False, True):
-            for axes in ((), (2,), (3,), (2, 3)):
-                seen = np.flip(x.swapaxes(2, 3) if turned else x, axes)
-                y = np.flip(infer(np.ascontiguousarray(seen)), axes)
-                y = y.swapaxes(2, 3) if turned else y
-                total = y.copy() if total is None else np.add(total, y, out=total)
+        for turn in TURNS:
+            y = turn.undone(infer(turn.of(x)))
+            total = y.copy() if total is None else np.add(total, y, out=total)
         assert total is not None
-        return total / np.float32(8)
+        return total / np.float32(len(TURNS))
 
     return ensemble
 

@@ -5,13 +5,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import pyvips
 
 from sanrt.errors import BackendError, OutOfMemoryError, PictureError, UsageError
 from sanrt.model.spec import Architecture, ModelSpec
+from sanrt.runtime import pipeline
 from sanrt.runtime.backends import RunOptions, load_backend
 from sanrt.runtime.engines import Limits, Profile, Size
-from sanrt.runtime.upscale import UpscaleOptions, choose_way, upscale
-from sanrt.runtime.ways import Tiling, network_bytes
+from sanrt.runtime.featuremaps import Box
+from sanrt.runtime.jobs import Job
+from sanrt.runtime.streaming import ArraySource
+from sanrt.runtime.turns import TURNS, TurnedSource
+from sanrt.runtime.upscale import Streamer, UpscaleOptions, choose_way, upscale
+from sanrt.runtime.ways import Tiling, Way, network_bytes
 
 ARCH = Architecture(scale=2, groups=1, blocks=1, channels=16, reduction=4)
 SPEC = ModelSpec(ARCH, "0" * 64, "a test", 5, min_side=4, multiple=1)
@@ -201,6 +207,39 @@ def test_self_ensemble_makes_the_upscaling_commute_with_turns(tiny_model):
     with load_backend("onnxruntime", tiny_model(2), RunOptions(threads=1)) as backend:
         turned = np.rot90(upscale(backend, np.rot90(picture).copy(), options), -1)
         assert np.abs(turned.astype(int) - upscale(backend, picture, options)).max() <= 1
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_a_turned_source_reads_what_the_turned_picture_has_there(turn):
+    x = noise(7, 11, np.float32).transpose(2, 0, 1)[None]
+    source, whole = TurnedSource(ArraySource(x), turn), turn.of(x)
+    assert source.size == whole.shape[2:]
+    assert np.array_equal(turn.undone(whole), x)
+    for box in Box(0, 0, *source.size).tiles(4):
+        assert np.array_equal(source.read(box), whole[:, :, box.top : box.bottom, box.left : box.right])
+
+
+def test_a_streamed_self_ensemble_of_a_file_is_the_whole_one(tiny_model, tmp_path):
+    picture = noise(33, 46)
+    pyvips.Image.new_from_array(picture).write_to_file(str(tmp_path / "in.png"))
+    with load_backend("onnxruntime", tiny_model(2), RunOptions(threads=1)) as backend:
+        expected = upscale(backend, picture, UpscaleOptions(self_ensemble=True))
+        options = UpscaleOptions(tile=20, tiling=Tiling.EXACT, self_ensemble=True, memory=2**30, scratch=tmp_path)
+        assert np.abs(upscale(backend, picture, options).astype(int) - expected).max() <= 1
+        job = Job(tmp_path / "in.png", tmp_path / "out.png")
+        (outcome,) = pipeline.run([job], None, pipeline.PipelineOptions(2, streamer=Streamer(backend, options)))
+        assert outcome.way == Way(Tiling.EXACT, 20, 2)
+        once = upscale(backend, picture).astype(int)
+    result = pyvips.Image.new_from_file(str(job.destination)).numpy().astype(int)
+    assert np.abs(result - expected).max() <= 1
+    assert np.abs(once - expected).max() > 1, "the turns must matter, or this test shows nothing"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.png", "out.png"]
+
+
+def test_an_engine_must_take_the_turned_picture_too():
+    backend = limited(((4, 4), (40, 64)))
+    assert choose_way(backend, 30, 60, UpscaleOptions()).tiling is Tiling.WHOLE
+    assert choose_way(backend, 30, 60, UpscaleOptions(self_ensemble=True)).tiling is Tiling.OVERLAP
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(8, None), (32, 17), (32, -1), (None, -1)])
