@@ -14,9 +14,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from sanrt.errors import BackendError
+from sanrt.errors import BackendError, UsageError
 from sanrt.model.spec import ModelSpec, Precision
-from sanrt.runtime.engines import SUFFIX, Limits, engines_of
+from sanrt.runtime.engines import STAGES_SUFFIX, SUFFIX, Limits, engines_of
 from sanrt.runtime.featuremaps import DeviceMaps
 
 log = logging.getLogger(__name__)
@@ -139,6 +139,8 @@ def status(name: str) -> BackendStatus:
 
 def load_backend(name: str, model: Path, options: RunOptions) -> Backend:
     """Load a model with the named backend, or with the first usable one for `auto`; never another than asked for."""
+    if model.suffix == STAGES_SUFFIX:
+        raise UsageError(f"{model}: stage engines run beside a whole one; name its {SUFFIX}, or the ONNX of both")
     names = candidates(model, options) if name == "auto" else (name,)
     chosen = automatic_choice(names) if name == "auto" else status(name)
     if chosen is None:

@@ -318,6 +318,13 @@ def test_stage_engines_of_another_model_precision_or_gpu_are_not_taken(rig: Stag
         assert not backend.streams
 
 
+@pytest.mark.parametrize("backend", ["auto", "tensorrt", "torch"])
+def test_stage_engines_are_no_model_by_themselves(rig: StageRig, backend: str):
+    stages = rig.build_stages(rig.whole(Precision.FP16))
+    with pytest.raises(UsageError, match=r"x\.stages: stage engines run beside a whole one; name its \.engine"):
+        load_backend(backend, stages.path, RunOptions())
+
+
 def test_damaged_stage_engines_are_refused(rig: StageRig):
     whole = rig.whole(Precision.FP32)
     stages = rig.build_stages(whole)
