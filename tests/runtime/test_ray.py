@@ -21,7 +21,6 @@ import psutil
 import pytest
 import pyvips
 
-from sanrt.cli import main
 from sanrt.errors import BackendError, UsageError
 from sanrt.runtime import cluster
 from sanrt.runtime.backends import RunOptions
@@ -58,21 +57,6 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture
-def sanrt(tiny_model, monkeypatch, capfd):
-    """Calls `sanrt run ARGUMENTS` with the tiny model, if no other is given; returns exit status, stdout, stderr."""
-
-    def call(*arguments):
-        first = ["--models", tiny_model(2).parent, "--scale", 2, "--backend", "onnxruntime", "--threads", 1]
-        monkeypatch.setattr(sys, "argv", ["sanrt", "run", *map(str, [*first, *arguments])])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return ended.value.code or 0, out, err
-
-    return call
-
-
 def told(out: str, *folders: Path) -> list[str]:
     """What a run said, without the times and without what it says of Ray; `folders` are all the same."""
     for folder in folders:
@@ -85,10 +69,10 @@ def told(out: str, *folders: Path) -> list[str]:
 def both(sanrt, disconnected, tmp_path):
     """Runs a command locally and on the cluster, compares all that comes of it; returns its words and the two folders."""
 
-    def call(source, *options):
+    def call(source, *options, workers=1):
         local, ray = tmp_path / "local", tmp_path / "ray"
         status, out, err = sanrt(source, local, *options)
-        again = sanrt(source, ray, *options, "--workers", 2, "--ray", disconnected.address)
+        again = sanrt(source, ray, *options, "--workers", workers, "--ray", disconnected.address)
         assert (again[0], told(again[1], ray), told(again[2], ray)) == (status, told(out, local), told(err, local))
         assert tree(ray) == tree(local)
         return status, out, err
@@ -137,7 +121,7 @@ def test_a_cluster_gives_the_bytes_and_words_of_the_local_run(both, sanrt, disco
     (source / "cut.png").write_bytes((source / "0" / "000.png").read_bytes()[:200])
     (source / "empty.png").touch()
     (source / "words.jpg").write_text("not a picture")
-    status, out, err = both(source)
+    status, out, err = both(source, workers=2)
     assert (status, len(err.splitlines())) == (1, 3)
     assert "12 written, 3 failed" in out
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "ray").rglob("*.png")}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pyvips
 
-from sanrt.cli import main
 from sanrt.errors import PictureError
 from sanrt.runtime import storage
 from sanrt.runtime.jobs import Naming, find_pictures
@@ -22,21 +20,6 @@ from tests.runtime import s3 as server
 def s3():
     with server.serving() as store:
         yield store
-
-
-@pytest.fixture
-def sanrt(tiny_model, monkeypatch, capfd):
-    """Calls `sanrt run ARGUMENTS` with the tiny model; returns exit status, stdout, stderr."""
-
-    def call(*arguments):
-        rest = ["--models", tiny_model(2).parent, "--scale", 2, "--backend", "onnxruntime", "--threads", 1]
-        monkeypatch.setattr(sys, "argv", ["sanrt", "run", *map(str, [*arguments, *rest])])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return ended.value.code or 0, out, err
-
-    return call
 
 
 def png(seed: int, side=40) -> bytes:
