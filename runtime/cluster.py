@@ -375,23 +375,27 @@ def connected(address: str, workers: int | None = None, threads: int | None = No
             check_reachable(address)
         quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
         ray.init(address, **quiet, **(local | {"_node_ip_address": "127.0.0.1"} if address == LOCAL else {}))
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        text = str(error).strip().partition("\n")[0]
-        raise BackendError(
-            f"--ray {address}: no Ray cluster to be reached there ({text}); start one with ray start, or set RAY_AUTH_MODE "
-            "and the token as they are there"
-        ) from None
+    except Exception as error:  # no narrower one: Ray 2.60 raises just that where a node takes too long to start
+        raise BackendError(no_cluster(address, str(error).strip().partition("\n")[0])) from None
     try:
         yield shared_out([node["Resources"] for node in ray.nodes() if node["Alive"]], workers, threads)
     finally:
         ray.shutdown()
 
 
+def no_cluster(address: str, why: str) -> str:
+    """Without a cluster: what was tried, why it failed, what to do."""
+    if address == LOCAL:
+        return f"--ray: a Ray could not be started here ({why}); free some CPU and memory, and try again"
+    remedy = "start one with ray start, or set RAY_AUTH_MODE and the token as they are there"
+    return f"--ray {address}: no Ray cluster to be reached there ({why}); {remedy}"
+
+
 def check_reachable(address: str) -> None:
     """OSError where nothing listens: Ray itself would try for minutes. ValueError if it is no address."""
     from ray._private.services import canonicalize_bootstrap_address
 
-    host, _, port = canonicalize_bootstrap_address(address).rpartition(":")
+    host, _, port = (canonicalize_bootstrap_address(address) or address).rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), REACH).close()
 
 
