@@ -1,4 +1,4 @@
-"""Which residual blocks can compute in 8 bits within a loss of quality: each one's cost, and the largest set that fits."""
+"""Which parts of a network can compute in 8 bits within a loss of quality: what each costs, the largest set that fits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sanrt.export.calibration import Track, untracked
+from sanrt.export.calibration import Track, convolutions, untracked
 from sanrt.export.metrics import y_psnr
 from sanrt.export.parity import Difference, compare
 from sanrt.export.samples import Sample
@@ -22,7 +22,7 @@ from sanrt.runtime.upscale import network_input, network_output
 
 @dataclass(frozen=True)
 class Loss:
-    """What a set of 8-bit blocks costs on the held-out crops."""
+    """What a set of 8-bit parts costs on the held-out crops."""
 
     psnr: float
     """dB, of the output against the fp32 network's."""
@@ -31,12 +31,12 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class BlockCost:
-    """A residual block, and what it costs alone."""
+class PartCost:
+    """A part of the network, and what it costs alone."""
 
-    block: str
+    part: str
     alone: Loss | None
-    """None for a block that was not measured, being kept."""
+    """None for a part that was not measured, being kept."""
     quantised: bool
 
 
@@ -44,19 +44,19 @@ class BlockCost:
 class Plan:
     """The outcome of a search."""
 
-    costs: tuple[BlockCost, ...]
-    """Every block, in the network's order."""
+    costs: tuple[PartCost, ...]
+    """Every part, in the network's order."""
     loss: Loss
-    """Of all the quantised blocks together."""
+    """Of all the quantised parts together."""
 
     @property
-    def blocks(self) -> list[str]:
+    def parts(self) -> list[str]:
         """Those to quantise."""
-        return [cost.block for cost in self.costs if cost.quantised]
+        return [cost.part for cost in self.costs if cost.quantised]
 
 
 class Measurements:
-    """Losses of sets of blocks, each measured once: they are kept in a file, so that a search can be taken up again."""
+    """Losses of sets of parts, each measured once: they are kept in a file, so that a search can be taken up again."""
 
     def __init__(
         self, spec: ModelSpec, weights: Weights, quantisation: Quantisation, held_out: Sequence[Sample], cache: Path
@@ -68,18 +68,18 @@ class Measurements:
         except (OSError, ValueError, TypeError):
             self.known = {}
 
-    def __call__(self, blocks: Sequence[str]) -> Loss:
-        """The loss with these blocks in 8 bits and all else as it is."""
-        key = " ".join(sorted(blocks))
+    def __call__(self, parts: Sequence[str]) -> Loss:
+        """The loss with these parts in 8 bits and all else as it is."""
+        key = " ".join(sorted(parts))
         if key not in self.known:
-            self.known[key] = self.measured(blocks)
+            self.known[key] = self.measured(parts)
             self.save()
         return self.known[key]
 
-    def measured(self, blocks: Sequence[str]) -> Loss:
+    def measured(self, parts: Sequence[str]) -> Loss:
         """Run the held-out crops through the network and through its quantised variant."""
         self.reference = self.reference or self.outputs(None)
-        found = self.outputs(of_blocks(self.quantisation, blocks))
+        found = self.outputs(of_parts(self.quantisation, parts))
         drops = [
             self.score(expected, sample) - self.score(y, sample)
             for sample, expected, y in zip(self.held_out, self.reference, found, strict=True)
@@ -114,29 +114,30 @@ class Measurements:
             partial.unlink(missing_ok=True)
 
 
-def of_blocks(quantisation: Quantisation, blocks: Sequence[str]) -> Quantisation:
-    """The same ranges for these blocks' convolutions only."""
-    ranges = {name: r for name, r in quantisation.ranges.items() if name.rpartition(".")[0] in blocks}
-    return replace(quantisation, ranges=ranges)
+def of_parts(quantisation: Quantisation, parts: Sequence[str]) -> Quantisation:
+    """The same ranges for these parts' convolutions only."""
+    names = [name for part in parts for name in convolutions(part)]
+    inputs, outputs = ({name: known[name] for name in names} for known in (quantisation.ranges, quantisation.outputs))
+    return Quantisation(quantisation.type, inputs, outputs)
 
 
-def plan_blocks(
-    blocks: Sequence[str],
+def plan_parts(
+    parts: Sequence[str],
     kept: Sequence[str],
     measure: Callable[[Sequence[str]], Loss],
     max_drop: float,
     track: Track = untracked,
 ) -> Plan:
-    """The most blocks whose Y-PSNR drop is within `max_drop` dB, the least sensitive first; `kept` ones stay out.
+    """The most parts whose Y-PSNR drop is within `max_drop` dB, the least sensitive first; `kept` ones stay out.
 
-    Takes one measurement per block, and then logarithmically many.
+    Takes one measurement per part, and then logarithmically many.
     """
-    candidates = [block for block in blocks if block not in kept]
-    alone = {block: measure([block]) for block in track(candidates, "Measuring blocks")}
-    order = sorted(candidates, key=lambda block: -alone[block].psnr)
+    candidates = [part for part in parts if part not in kept]
+    alone = {part: measure([part]) for part in track(candidates, "Measuring parts")}
+    order = sorted(candidates, key=lambda part: -alone[part].psnr)
     count = largest_prefix(len(order), lambda n: measure(order[:n]).y_psnr_drop <= max_drop)
     chosen = order[:count]
-    costs = tuple(BlockCost(block, alone.get(block), block in chosen) for block in blocks)
+    costs = tuple(PartCost(part, alone.get(part), part in chosen) for part in parts)
     return Plan(costs, measure(chosen) if chosen else Loss(float("inf"), 0.0))
 
 
@@ -152,10 +153,10 @@ def largest_prefix(count: int, fits: Callable[[int], bool]) -> int:
 
 
 def table_rows(plan: Plan) -> list[Mapping[str, object]]:
-    """The plan's blocks for the model's metadata."""
+    """The plan's parts for the model's metadata."""
     return [
         {
-            "block": cost.block,
+            "part": cost.part,
             "psnr": cost.alone and (cost.alone.psnr if math.isfinite(cost.alone.psnr) else None),
             "y_psnr_drop": cost.alone and cost.alone.y_psnr_drop,
             "quantised": cost.quantised,

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -118,25 +119,46 @@ def crops_of(name: str, picture: Picture, scale: int, most: int) -> Iterator[Sam
         yield Sample(f"{name} {row},{column}", degrade(high, scale), high)
 
 
-def residual_blocks(spec: ModelSpec) -> list[str]:
-    """Names of the network's residual blocks, in order; each has two convolutions, `.conv1` and `.conv2`."""
+def parts(spec: ModelSpec) -> list[str]:
+    """What may be in 8 bits, in the network's order: residual blocks, the convolutions that end groups, upsampling ones."""
     arch = spec.architecture
-    return [f"groups.{group}.blocks.{block}" for group in range(arch.groups) for block in range(arch.blocks)]
+    groups = [
+        [*(f"groups.{group}.blocks.{block}" for block in range(arch.blocks)), f"groups.{group}.conv"]
+        for group in range(arch.groups)
+    ]
+    upsampling = 1 if arch.scale == 3 else arch.scale.bit_length() - 1
+    return [*chain(*groups), *(f"upsampler.{2 * layer}" for layer in range(upsampling))]
 
 
-def input_ranges(
+def convolutions(part: str) -> list[str]:
+    """Names of a part's convolutions; a block has two."""
+    return [f"{part}.conv1", f"{part}.conv2"] if ".blocks." in part else [part]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Of every part's convolutions, by their names."""
+
+    inputs: dict[str, float]
+    outputs: dict[str, float]
+
+
+def calibrated(
     spec: ModelSpec, weights: Weights, crops: Sequence[Sample], method: Method, track: Track = untracked
-) -> dict[str, float]:
-    """The range of each residual convolution's input, by the convolution's name; one crop is run at a time."""
+) -> Ranges:
+    """The ranges of what the parts' convolutions take and give; one crop is run at a time."""
     model = san_model(spec, weights)
-    names = {f"{block}.{conv}" for block in residual_blocks(spec) for conv in ("conv1", "conv2")}
-    inputs = {node.name: node.input[0] for node in model.graph.node if node.name in names}
-    probe = Probe(model, list(inputs.values()))
+    names = {conv for part in parts(spec) for conv in convolutions(part)}
+    nodes = {node.name: node for node in model.graph.node if node.name in names}
+    probe = Probe(model, sorted({tensor for node in nodes.values() for tensor in (node.input[0], node.output[0])}))
     collector = collector_for(method)
     for sample in track(crops, "Calibrating"):
         collector.collect(probe(network_input(sample.low, spec.architecture.value_range)))
-    ranges = collector.ranges()
-    return {conv: ranges[tensor] for conv, tensor in inputs.items()}
+    found = collector.ranges()
+    return Ranges(
+        {name: found[node.input[0]] for name, node in nodes.items()},
+        {name: found[node.output[0]] for name, node in nodes.items()},
+    )
 
 
 class Collector(Protocol):

@@ -22,9 +22,9 @@ from sanrt.export.squareroot import SquareRootReport, iterations_for, square_roo
 from sanrt.model.checkpoint import Checkpoint
 from sanrt.model.graph import Weights, san_model
 from sanrt.model.san import SAN
-from sanrt.model.spec import Attention, GraphOptions, ModelSpec, Precision
+from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.backends import RunOptions
-from sanrt.runtime.backends.onnxruntime import open_session
+from sanrt.runtime.backends.onnxruntime import CPU_FORM, open_session
 from sanrt.runtime.derived import FOLDER, derived_model
 
 Array = npt.NDArray[np.float32]
@@ -34,8 +34,6 @@ ROUNDING_MARGIN = 4.0
 """Two fp32 implementations may differ by this many times the rounding of one."""
 CHECKED_SIZES = ((1, 4, 4), (2, 5, 7), (1, 17, 23), (2, 32, 24))
 """Batch, height and width of the pictures on which an export is checked; a black one and the whole scene come on top."""
-RUN_BY_ONNXRUNTIME = GraphOptions(attention=Attention.MULTI_HEAD)
-"""The variant that the onnxruntime backend derives from an exported file; it is checked and kept ready beside it."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None
         spec = replace(spec, report={"square_root": root.to_json(), "parity": measured})
         # The same nodes as those just checked: only the metadata gained the measurements.
         staged.write_bytes(san_model(spec, weights).SerializeToString())
-        derived_model(staged, RUN_BY_ONNXRUNTIME)
+        derived_model(staged, CPU_FORM)
     return ExportReport(out, spec, root, parity)
 
 
@@ -108,7 +106,7 @@ def checked(
     differences = []
     for graph, form in (
         (draft, "as exported"),
-        (derived_model(draft, RUN_BY_ONNXRUNTIME), "as sanrt's onnxruntime backend runs it"),
+        (derived_model(draft, CPU_FORM), "as sanrt's onnxruntime backend runs it"),
     ):
         session = open_session(graph, RunOptions())
         for x, y in zip(inputs, expected, strict=True):

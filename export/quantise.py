@@ -1,4 +1,4 @@
-"""An exported ONNX with residual blocks in int8 or fp8, as many as a loss of quality allows."""
+"""An exported ONNX with parts of it in int8 or fp8, as many as a loss of quality allows."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from sanrt import __version__
 from sanrt.errors import ModelError, ParityError, UsageError
-from sanrt.export.budget import Measurements, Plan, of_blocks, plan_blocks, table_rows
+from sanrt.export.budget import Measurements, Plan, of_parts, plan_parts, table_rows
 from sanrt.export.calibration import (
     CalibrationSet,
     Method,
+    Ranges,
     Track,
+    calibrated,
     calibration_set,
-    input_ranges,
-    residual_blocks,
+    parts,
     untracked,
 )
 from sanrt.model.graph import Weights, read_model, san_model
@@ -41,7 +42,7 @@ class QuantiseOptions:
     method: Method = Method.MIN_MAX
     max_psnr_drop: float = MAX_PSNR_DROP
     keep: tuple[str, ...] = ()
-    """Patterns of blocks that stay as they are, such as `groups.0.*`."""
+    """Patterns of parts that stay as they are, such as `groups.0.*`."""
 
 
 @dataclass(frozen=True)
@@ -60,38 +61,38 @@ def quantised_path(model: Path, kind: QuantisedType) -> Path:
 
 
 def quantise(model: Path, options: QuantiseOptions, track: Track = untracked) -> Quantised:
-    """Calibrate, measure every residual block, and write the ONNX with the most blocks in 8 bits that the budget allows.
+    """Calibrate, measure every part, and write the ONNX with the most parts in 8 bits that the budget allows.
 
     What was measured is kept beside the model, by digest of all that it depends on. Raises ParityError, and writes
-    nothing, when no block can be quantised within the budget.
+    nothing, when no part can be quantised within the budget.
     """
     spec, weights = read_model(model)
     if spec.quantisation:
         raise UsageError(f"{model}: is {spec.quantisation.type} already; name the fp32 model it was made of")
-    blocks = residual_blocks(spec)
-    kept = kept_blocks(blocks, options.keep)
+    all_parts = parts(spec)
+    kept = kept_parts(all_parts, options.keep)
     pictures = calibration_set(options.calibration, spec.architecture.scale, track)
     identity = [file_digest(model), __version__, pictures.digest]
     ranges = kept_ranges(model, spec, weights, pictures, options.method, identity, track)
-    quantisation = Quantisation(options.type, ranges)
-    cache = cache_path(model, f"{options.type}-losses", [*identity, json.dumps(ranges)])
+    quantisation = Quantisation(options.type, ranges.inputs, ranges.outputs)
+    cache = cache_path(model, f"{options.type}-losses", [*identity, json.dumps(ranges.inputs)])
     measure = Measurements(spec, weights, quantisation, pictures.held_out, cache)
-    plan = plan_blocks(blocks, kept, measure, options.max_psnr_drop, track)
-    if not plan.blocks:
+    plan = plan_parts(all_parts, kept, measure, options.max_psnr_drop, track)
+    if not plan.parts:
         raise nothing_fits(model, options, plan)
     report = {**spec.report, "quantisation": facts(options, pictures, plan)}
-    spec = replace(spec, quantisation=of_blocks(quantisation, plan.blocks), report=report)
+    spec = replace(spec, quantisation=of_parts(quantisation, plan.parts), report=report)
     path = quantised_path(model, options.type)
     write(path, san_model(spec, weights).SerializeToString())
     return Quantised(path, spec, plan, pictures)
 
 
-def kept_blocks(blocks: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The blocks that stay as they are; raises UsageError for a pattern that means none."""
+def kept_parts(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The parts that stay as they are; raises UsageError for a pattern that means none."""
     for pattern in patterns:
-        if not any(fnmatchcase(block, pattern) for block in blocks):
-            raise UsageError(f"{pattern!r}: no such block; expected a name or pattern among {blocks[0]} .. {blocks[-1]}")
-    return [block for block in blocks if any(fnmatchcase(block, pattern) for pattern in patterns)]
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(f"{pattern!r}: no such part; expected a name or pattern among {names[0]} .. {names[-1]}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def kept_ranges(
@@ -102,15 +103,14 @@ def kept_ranges(
     method: Method,
     identity: Sequence[str],
     track: Track,
-) -> dict[str, float]:
-    """The convolutions' input ranges, from the last time that the same was asked or measured now."""
+) -> Ranges:
+    """The convolutions' ranges, from the last time that the same was asked or measured now."""
     path = cache_path(model, f"ranges-{method}", identity)
     try:
-        kept: dict[str, float] = json.loads(path.read_text())
-        return kept
-    except (OSError, ValueError):
-        ranges = input_ranges(spec, weights, pictures.crops, method, track)
-        write(path, json.dumps(ranges).encode())
+        return Ranges(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        ranges = calibrated(spec, weights, pictures.crops, method, track)
+        write(path, json.dumps(asdict(ranges)).encode())
         return ranges
 
 
@@ -121,12 +121,12 @@ def cache_path(model: Path, what: str, identity: Sequence[str]) -> Path:
 
 
 def nothing_fits(model: Path, options: QuantiseOptions, plan: Plan) -> ParityError:
-    """No block is within the budget."""
-    measured = [(cost.alone.y_psnr_drop, cost.block) for cost in plan.costs if cost.alone]
-    drop, block = min(measured, default=(float("nan"), "none"))
+    """No part is within the budget."""
+    measured = [(cost.alone.y_psnr_drop, cost.part) for cost in plan.costs if cost.alone]
+    drop, part = min(measured, default=(float("nan"), "none"))
     return ParityError(
-        f"{model}: no residual block can be {options.type} within {options.max_psnr_drop:g} dB of Y-PSNR: the cheapest,"
-        f" {block}, costs {drop:.3f} dB; allow more with --max-psnr-drop, or stay with --fp16"
+        f"{model}: no part can be {options.type} within {options.max_psnr_drop:g} dB of Y-PSNR: the cheapest,"
+        f" {part}, costs {drop:.3f} dB; allow more with --max-psnr-drop, or stay with --fp16"
     )
 
 
@@ -139,7 +139,7 @@ def facts(options: QuantiseOptions, pictures: CalibrationSet, plan: Plan) -> dic
         "max_psnr_drop": options.max_psnr_drop,
         "y_psnr_drop": plan.loss.y_psnr_drop,
         "psnr": plan.loss.psnr,
-        "blocks": table_rows(plan),
+        "parts": table_rows(plan),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,8 @@ from sanrt.runtime.engines import Limits
 from sanrt.runtime.models import read_spec
 
 NAME = "onnxruntime"
+CPU_FORM = GraphOptions(attention=Attention.MULTI_HEAD, requantised=True)
+"""The variant of an exported model that runs on the CPU."""
 
 
 def status() -> BackendStatus:
@@ -44,7 +47,7 @@ class OnnxRuntimeBackend:
     def __init__(self, model: Path, options: RunOptions) -> None:
         fp32_only(NAME, options)
         self.model, self.options = model, options
-        graph = derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, regions=options.regions))
+        graph = derived_model(model, replace(CPU_FORM, regions=options.regions))
         self.session = open_session(graph, options)
         self.spec = ModelSpec.from_metadata(self.session.get_modelmeta().custom_metadata_map, str(graph))
 
@@ -56,7 +59,7 @@ class OnnxRuntimeBackend:
         return output
 
     def stages(self) -> Stages:
-        return OnnxRuntimeStages(self.model, self.options, open_session)
+        return OnnxRuntimeStages(self.model, self.options, CPU_FORM, open_session)
 
     def close(self) -> None:
         self.session = None
@@ -73,11 +76,13 @@ class OnnxRuntimeStages:
 
     maps = None
 
-    def __init__(self, model: Path, options: RunOptions, opener: Callable[[Path, RunOptions], Any]) -> None:
+    def __init__(
+        self, model: Path, options: RunOptions, form: GraphOptions, opener: Callable[[Path, RunOptions], Any]
+    ) -> None:
         """`opener` makes the InferenceSession of a graph."""
 
         def open_stage(stage: str) -> Any:
-            return opener(derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, stage=stage)), options)
+            return opener(derived_model(model, replace(form, stage=stage)), options)
 
         self.session = lru_cache(maxsize=OPEN_STAGES)(open_stage)
 

@@ -91,7 +91,7 @@ class OnnxRuntimeCudaBackend:
         """As every backend's; feature maps live on the host, so every stage copies its tile to the GPU and back."""
         if self.options.precision not in (None, Precision.FP32):
             raise BackendError(f"{NAME} streams in fp32 only, {self.options.precision} was asked for; use --precision fp32")
-        return OnnxRuntimeStages(self.model, self.options, open_cuda_session)
+        return OnnxRuntimeStages(self.model, self.options, GraphOptions(attention=Attention.MULTI_HEAD), open_cuda_session)
 
     def close(self) -> None:
         self.binding.cache_clear()

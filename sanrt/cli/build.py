@@ -25,15 +25,13 @@ def build(
     fp32: Annotated[bool, typer.Option("--fp32", help="Everything in fp32, TF32 off.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Convolutions and attention in half, SOCA's root in fp32.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="The same in bfloat16.")] = False,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="Residual blocks in int8, as many as --max-psnr-drop allows.")
-    ] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="int8 wherever --max-psnr-drop allows.")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="The same in fp8 (e4m3).")] = False,
     auto: Annotated[bool, typer.Option("--auto", help="Try what this machine runs; prefer the fastest.")] = False,
     calibration: Annotated[Path | None, typer.Option(help="Pictures to quantise by; generated scenes if left out.")] = None,
     calibrator: Annotated[str, typer.Option(help="min-max, entropy or percentile.")] = "min-max",
     max_psnr_drop: Annotated[float, typer.Option(min=0, help="What quantisation may cost, dB of Y-PSNR.")] = 0.1,
-    keep_fp16: Annotated[list[str] | None, typer.Option(help="Blocks not to quantise, such as 'groups.0.*'.")] = None,
+    keep_fp16: Annotated[list[str] | None, typer.Option(help="Parts not to quantise, such as 'groups.0.*'.")] = None,
     flavor: Annotated[str, typer.Option(help="auto, tensorrt or rtx.")] = "auto",
     smallest: Annotated[list[str] | None, typer.Option("--min", help="Smallest input, BxHxW; repeat for profiles.")] = None,
     best: Annotated[list[str] | None, typer.Option("--opt", help="The input to tune for.")] = None,

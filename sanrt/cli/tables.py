@@ -51,23 +51,23 @@ def facts_table(facts: Mapping[str, str]) -> Table:
 
 def quantisation_line(report: Mapping[str, Any]) -> str:
     """How much is in 8 bits, and what that costs."""
-    blocks = report["blocks"]
-    count = sum(block["quantised"] for block in blocks)
+    parts = report["parts"]
+    count = sum(part["quantised"] for part in parts)
     return (
-        f"{count} of {len(blocks)} residual blocks in {report['type']}; Y-PSNR changes by"
+        f"{count} of {len(parts)} parts in {report['type']}; Y-PSNR changes by"
         f" {-report['y_psnr_drop']:+.4f} dB on {report['held_out']} held-out crops (budget -{report['max_psnr_drop']:g});"
         f" calibrated on {report['calibration']}"
     )
 
 
 def quantisation_table(report: Mapping[str, Any]) -> Table:
-    """One row per residual block."""
-    table = Table("block", "alone, dB", "PSNR to fp32", "computes in", title="Residual blocks")
-    for row in report["blocks"]:
+    """One row per part: residual blocks, and the other convolutions that may be in 8 bits."""
+    table = Table("part", "alone, dB", "PSNR to fp32", "computes in", title="Parts of the network")
+    for row in report["parts"]:
         kind = report["type"] if row["quantised"] else "as the rest"
         if row["y_psnr_drop"] is None:
-            table.add_row(row["block"], "", "", f"{kind} (kept)")
+            table.add_row(row["part"], "", "", f"{kind} (kept)")
         else:
             psnr = "equal" if row["psnr"] is None else f"{row['psnr']:.1f}"
-            table.add_row(row["block"], f"{-row['y_psnr_drop']:+.4f}", psnr, kind)
+            table.add_row(row["part"], f"{-row['y_psnr_drop']:+.4f}", psnr, kind)
     return table

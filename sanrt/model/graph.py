@@ -89,40 +89,58 @@ class GraphWriter:
     def conv(self, x: str, name: str, out: str | None = None, precision: Precision | None = None) -> str:
         """The convolution of parameters `name`.weight and `name`.bias, zero-padded to keep the size."""
         pad = self.weights[f"{name}.weight"].shape[-1] // 2
-        if self.quantisation and name in self.quantisation.ranges:
-            operands = self.quantised_operands(x, name, self.quantisation.type, self.quantisation.ranges[name])
-        else:
-            operands = [x, self.weight(f"{name}.weight", precision=precision)]
-        return self.op("Conv", [*operands, self.weight(f"{name}.bias", precision=precision)], out or name, pads=[pad] * 4)
+        bias = self.weight(f"{name}.bias", precision=precision)
+        if self.quantisation is None or name not in self.quantisation.ranges:
+            return self.op(
+                "Conv", [x, self.weight(f"{name}.weight", precision=precision), bias], out or name, pads=[pad] * 4
+            )
+        after_relu = name.endswith(".conv2")
+        operands = [
+            self.rounded(x, f"{name}.input", self.quantisation.ranges[name], after_relu),
+            self.rounded_weight(name, self.quantisation.type),
+        ]
+        y = self.op("Conv", [*operands, bias], out or name, pads=[pad] * 4)
+        if self.requantised and not name.endswith(".conv1"):
+            return self.rounded(y, f"{name}.output", self.quantisation.outputs[name])
+        return y
 
-    def quantised_operands(self, x: str, name: str, kind: QuantisedType, largest: float) -> list[str]:
-        """Input and weight of a convolution, each rounded to 8 bits and back: the pattern that backends compute in 8 bits.
+    @property
+    def requantised(self) -> bool:
+        """Whether 8-bit convolutions are written in ONNX Runtime's form, which is int8's only."""
+        return self.options.requantised and self.quantisation is not None and self.quantisation.type == QuantisedType.INT8
 
-        The input has one scale, the weight one per output channel, in the graph's precision; every zero point is 0.
+    def rounded(self, x: str, name: str, largest: float, positive: bool = False) -> str:
+        """x rounded to 8 bits and back with one scale in the graph's precision: the zero point is 0, all of it symmetric.
+
+        ONNX Runtime's form is unsigned: about 128, or from 0 where x is `positive`.
         """
+        assert self.quantisation is not None
+        kind, steps, zero = QUANTISED_TYPES[self.quantisation.type], QUANTISED_LARGEST[self.quantisation.type], 0
+        if self.requantised:
+            kind, steps, zero = TensorProto.UINT8, 255.0 if positive else steps, 0 if positive else 128
         dtype = helper.tensor_dtype_to_np_dtype(ONNX_TYPES[self.options.precision])
-        steps = QUANTISED_LARGEST[kind]
-        scale = scale_for(np.asarray(largest), steps, dtype)
-        factors = [self.add(scale, f"{name}.input.scale"), self.zeros(kind, f"{name}.input.zero", ())]
-        quantised = self.op("QuantizeLinear", [x, *factors], f"{name}.input.quantised")
-        restored = self.op("DequantizeLinear", [quantised, *factors], f"{name}.input.restored")
+        scale = self.add(scale_for(np.asarray(largest), steps, dtype), f"{name}.scale")
+        zero_point = self.add(np.array(zero, helper.tensor_dtype_to_np_dtype(kind)), f"{name}.zero")
+        quantised = self.op("QuantizeLinear", [x, scale, zero_point], f"{name}.quantised")
+        return self.op("DequantizeLinear", [quantised, scale, zero_point], f"{name}.restored")
+
+    def rounded_weight(self, name: str, kind: QuantisedType) -> str:
+        """A convolution's weight in 8 bits and restored, with one scale per output channel; the zero points are 0."""
         weight = self.weights[f"{name}.weight"]
-        scales = scale_for(np.abs(weight).max((1, 2, 3)), steps, dtype)
+        dtype = helper.tensor_dtype_to_np_dtype(ONNX_TYPES[self.options.precision])
+        scales = scale_for(np.abs(weight).max((1, 2, 3)), QUANTISED_LARGEST[kind], dtype)
+        zeros = np.zeros(scales.shape, helper.tensor_dtype_to_np_dtype(QUANTISED_TYPES[kind]))
         inputs = [
             self.add(quantised_weight(weight, scales, kind), f"{name}.weight"),
             self.add(scales, f"{name}.weight.scale"),
-            self.zeros(kind, f"{name}.weight.zero", scales.shape),
+            self.add(zeros, f"{name}.weight.zero"),
         ]
-        return [restored, self.op("DequantizeLinear", inputs, f"{name}.weight.restored", axis=0)]
+        return self.op("DequantizeLinear", inputs, f"{name}.weight.restored", axis=0)
 
     def add(self, array: Array, name: str) -> str:
         """An array as an initializer."""
         self.initializers[name] = numpy_helper.from_array(array, name)
         return name
-
-    def zeros(self, kind: QuantisedType, name: str, shape: tuple[int, ...]) -> str:
-        """Zero points."""
-        return self.add(np.zeros(shape, helper.tensor_dtype_to_np_dtype(QUANTISED_TYPES[kind])), name)
 
     # --- the network, part by part --------------------------------------------------------------------------------
 
@@ -325,9 +343,11 @@ class GraphWriter:
         """Sub-pixel upscaling, the last convolution, and the mean shift back in fp32."""
         x, layer = trunk, 0
         for factor in [3] if self.arch.scale == 3 else [2] * (self.arch.scale.bit_length() - 1):
-            x = self.conv(x, f"upsampler.{layer}")
-            x = self.op("DepthToSpace", [x], f"upsampler.{layer}.shuffled", blocksize=factor, mode="CRD")
+            name = f"upsampler.{layer}"
+            x = self.op("DepthToSpace", [self.conv(x, name)], f"{name}.shuffled", blocksize=factor, mode="CRD")
             layer += 2
+        if self.requantised and self.quantisation and name in self.quantisation.ranges:
+            x = self.rounded(x, x, self.quantisation.outputs[name])  # changes nothing, but 8 bits are shuffled faster
         x = self.cast(self.conv(x, "tail"), Precision.FP32, "tail.fp32")
         return self.conv(x, "mean_out", out, precision=Precision.FP32)
 

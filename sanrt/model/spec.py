@@ -38,11 +38,13 @@ class QuantisedType(StrEnum):
 
 @dataclass(frozen=True)
 class Quantisation:
-    """Which convolutions compute in 8 bits, and the ranges of their inputs; symmetric, so zero stays zero."""
+    """Which convolutions compute in 8 bits, and their ranges: the largest magnitudes represented, larger ones saturate."""
 
     type: QuantisedType
     ranges: Mapping[str, float]
-    """Convolution -> the largest magnitude of its input that is represented; larger ones saturate."""
+    """Convolution -> its input's; symmetric, so zero stays zero."""
+    outputs: Mapping[str, float]
+    """Convolution -> its output's, for backends whose convolutions put out 8 bits (`GraphOptions.requantised`)."""
 
 
 class Attention(StrEnum):
@@ -65,6 +67,8 @@ class GraphOptions:
     regions: int = 2
     kernels: bool = False
     """SOCA by sanrt's own CUDA kernels: nodes that only TensorRT with `sanrt.kernels.plugins` registered understands."""
+    requantised: bool = False
+    """int8 in ONNX Runtime's form: unsigned, the outputs rounded too; only between such does it convolve in 8 bits."""
     stage: str = ""
     """One stage of the network, for exact streaming (`stage_model` in `sanrt.model.graph`); empty is the whole network."""
 
@@ -172,7 +176,9 @@ class ModelSpec:
             known["architecture"] = Architecture(**known["architecture"])
             known["precision"] = Precision(known.get("precision", Precision.FP32))
             if quantised := known.get("quantisation"):
-                known["quantisation"] = Quantisation(QuantisedType(quantised["type"]), quantised["ranges"])
+                known["quantisation"] = Quantisation(
+                    QuantisedType(quantised["type"]), quantised["ranges"], quantised["outputs"]
+                )
             return cls(**known)
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(

@@ -12,8 +12,8 @@ from onnx import numpy_helper
 
 from sanrt.errors import BackendError, ParityError, PictureError, UsageError
 from sanrt.export import budget, calibration
-from sanrt.export.budget import Loss, largest_prefix, plan_blocks
-from sanrt.export.calibration import Histogram, Method, calibration_set, collector_for, residual_blocks
+from sanrt.export.budget import Loss, largest_prefix, plan_parts
+from sanrt.export.calibration import Histogram, Method, calibration_set, collector_for, convolutions, parts
 from sanrt.export.quantise import QuantiseOptions, quantise
 from sanrt.export.samples import samples
 from sanrt.export.scene import natural_scene
@@ -56,13 +56,13 @@ def model(exported, tmp_path):
 
 def quantised_spec(model, kind, largest=60.0):
     spec, weights = read_model(model)
-    ranges = {f"{block}.{conv}": largest for block in residual_blocks(spec) for conv in ("conv1", "conv2")}
-    return replace(spec, quantisation=Quantisation(kind, ranges)), weights
+    ranges = {conv: largest for part in parts(spec) for conv in convolutions(part)}
+    return replace(spec, quantisation=Quantisation(kind, ranges, ranges)), weights
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_residual_convolutions_are_quantised_and_nothing_stands_between_them_and_relu_or_add(kind, precision, model):
+def test_head_tail_and_attention_stay_and_nothing_stands_between_convolutions_and_what_follows(kind, precision, model):
     spec, weights = quantised_spec(model, kind)
     graph = san_model(spec, weights, GraphOptions(precision=precision)).graph
     maker = {node.output[0]: node for node in graph.node}
@@ -70,20 +70,22 @@ def test_only_residual_convolutions_are_quantised_and_nothing_stands_between_the
     stored = {QuantisedType.INT8: onnx.TensorProto.INT8, QuantisedType.FP8: onnx.TensorProto.FLOAT8E4M3FN}[kind]
     for conv in (node for node in graph.node if node.op_type == "Conv"):
         sources = [maker[name].op_type for name in conv.input[:2] if name in maker]
-        if ".blocks." not in conv.name:
+        if conv.name not in spec.quantisation.ranges:
             assert "DequantizeLinear" not in sources, conv.name
             continue
         assert sources == ["DequantizeLinear"] * 2
         weight = maker[conv.input[1]]
         assert [tensors[name].data_type for name in (weight.input[0], weight.input[2])] == [stored] * 2
-        assert tensors[weight.input[1]].dims == [16]
-        users = [node for node in graph.node if conv.output[0] in node.input]
-        assert [node.op_type for node in users] == ["Relu" if conv.name.endswith("conv1") else "Add"]
+        assert tensors[weight.input[1]].dims == [64 if "upsampler" in conv.name else 16]
+        users = [node.op_type for node in graph.node if conv.output[0] in node.input]
+        follower = {"conv1": "Relu", "conv2": "Add", "conv": "Add", "0": "DepthToSpace"}
+        assert users == [follower[conv.name.rpartition(".")[2]]]
     zeros = [numpy_helper.to_array(t).astype(np.float32) for name, t in tensors.items() if name.endswith(".zero")]
-    assert len(zeros) == 2 * 8
+    assert len(zeros) == 2 * (8 + 2 + 1)
     assert not np.concatenate([z.ravel() for z in zeros]).any()
-    skips = [maker[node.input[0]].op_type for node in graph.node if node.op_type == "Add" and ".blocks." in node.input[1]]
-    assert "DequantizeLinear" not in skips
+    added = [maker[name].op_type for node in graph.node if node.op_type == "Add" for name in node.input if name in maker]
+    assert "DequantizeLinear" not in added
+    assert {name for name in spec.quantisation.ranges if "upsampler" in name} == {"upsampler.0"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,6 +109,35 @@ def test_the_graph_computes_what_fake_quantisation_in_pytorch_computes(kind, mod
     expected = net(torch.from_numpy(X)).detach().numpy()
     assert np.abs(expected - plain).mean() > 20 * np.abs(expected - found).mean()
     np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected - plain).max())
+
+
+def test_in_onnxruntimes_form_convolutions_take_and_give_8_bits_and_compute_nearly_the_same(model):
+    spec, weights = quantised_spec(model, QuantisedType.INT8, largest=40.0)
+    graph = san_model(spec, weights, GraphOptions(requantised=True))
+    plain, found = (Probe(g, ["output"])(X)["output"] for g in (san_model(spec, weights), graph))
+    fp32 = Probe(san_model(replace(spec, quantisation=None), weights), ["output"])(X)["output"]
+    assert 0 < np.abs(found - plain).mean() < 3 * np.abs(plain - fp32).mean()
+    tensors = {i.name: numpy_helper.to_array(i) for i in graph.graph.initializer}
+    zeros = {node.name: tensors[node.input[2]] for node in graph.graph.node if node.op_type == "QuantizeLinear"}
+    assert {zero.dtype.name for zero in zeros.values()} == {"uint8"}
+    assert {name for name, zero in zeros.items() if zero == 0} == {n for n in zeros if n.endswith("conv2.input.quantised")}
+    assert sum(".output." in name for name in zeros) == 4 + 2 + 1
+    fp8, weights = quantised_spec(model, QuantisedType.FP8)
+    assert san_model(fp8, weights, GraphOptions(requantised=True)) == san_model(fp8, weights)
+
+
+@pytest.mark.parametrize("part", ["groups.0.blocks.1", "groups.1.conv", "upsampler.0"])
+def test_a_single_part_runs_in_onnxruntimes_form_and_stays_near_the_files_own(part, model, exported):
+    spec, weights = quantised_spec(model, QuantisedType.INT8, largest=60.0)
+    one = budget.of_parts(spec.quantisation, [part])
+    assert list(one.ranges) == list(one.outputs) == convolutions(part)
+    path = model.with_name("one.onnx")
+    own, fp32 = (san_model(replace(spec, quantisation=q), weights) for q in (one, None))
+    onnx.save(own, path)
+    plain, exact = (Probe(graph, ["output"])(X)["output"] for graph in (own, fp32))
+    with load_backend("onnxruntime", path, RunOptions(threads=1)) as backend:
+        found = backend.infer(X)
+    assert 0 < np.abs(found - plain).mean() < 3 * np.abs(plain - exact).mean()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,26 +199,26 @@ def test_the_search_finds_the_largest_set_in_logarithmically_many_measurements(f
     assert len(asked) <= 1 + math.ceil(math.log2(17))
 
 
-def test_the_least_sensitive_blocks_are_chosen_and_kept_ones_stay_out():
+def test_the_least_sensitive_parts_are_chosen_and_kept_ones_stay_out():
     price = {"a": 0.05, "b": 0.01, "c": 0.2, "d": 0.03}
 
     def measure(blocks):
         return Loss(100 - 100 * sum(price[b] for b in blocks), sum(price[b] for b in blocks))
 
-    plan = plan_blocks(list(price), ["b"], measure, 0.1)
-    assert plan.blocks == ["a", "d"]
+    plan = plan_parts(list(price), ["b"], measure, 0.1)
+    assert plan.parts == ["a", "d"]
     assert plan.loss.y_psnr_drop == pytest.approx(0.08)
     assert [cost.alone and cost.alone.y_psnr_drop for cost in plan.costs] == [0.05, None, 0.2, 0.03]
-    assert plan_blocks(list(price), [], measure, 0.001).blocks == []
+    assert plan_parts(list(price), [], measure, 0.001).parts == []
 
 
-def test_quantise_writes_a_model_that_runs_validates_and_tells_its_blocks(model, exported, pictures, small_crops):
+def test_quantise_writes_a_model_that_runs_validates_and_tells_its_parts(model, exported, pictures, small_crops):
     kept = "groups.1.blocks.0"
     result = quantise(model, QuantiseOptions(QuantisedType.INT8, pictures, max_psnr_drop=50.0, keep=(kept,)))
     assert result.path.name == "san_x2.int8.onnx"
-    rows = {row["block"]: row for row in result.spec.report["quantisation"]["blocks"]}
+    rows = {row["part"]: row for row in result.spec.report["quantisation"]["parts"]}
     assert [name for name, row in rows.items() if not row["quantised"]] == [kept]
-    assert len(result.spec.quantisation.ranges) == 6
+    assert len(result.spec.quantisation.ranges) == len(result.spec.quantisation.outputs) == 6 + 2 + 1
     with load_backend("onnxruntime", result.path, RunOptions()) as int8, load_backend("torch", model, RunOptions()) as fp32:
         assert int8.spec.computes == "int8 + fp32"
         assert int8.spec.report["quantisation"]["type"] == "int8"
@@ -220,10 +251,10 @@ def test_a_search_taken_up_again_measures_nothing_twice(model, pictures, small_c
 
 
 def test_when_nothing_fits_it_says_so_and_writes_nothing(model, pictures, small_crops):
-    with pytest.raises(ParityError, match=r"no residual block can be fp8 within -100 dB .* groups\.\d\.blocks\.\d, costs"):
+    with pytest.raises(ParityError, match=r"no part can be fp8 within -100 dB .* (groups\.\d\.|upsampler).*, costs"):
         quantise(model, QuantiseOptions(QuantisedType.FP8, pictures, max_psnr_drop=-100.0))
     assert not (model.parent / "san_x2.fp8.onnx").exists()
-    with pytest.raises(UsageError, match="no such block"):
+    with pytest.raises(UsageError, match="no such part"):
         quantise(model, QuantiseOptions(QuantisedType.FP8, pictures, keep=("groups.7.*",)))
 
 
