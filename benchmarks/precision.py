@@ -73,17 +73,19 @@ def name(folder: Path) -> str:
 
 
 def variants(model: Path, spec: ModelSpec, calibration: Path, folder: Path, threads: int) -> Iterator[Way]:
-    """fp32 first; typed graphs as the engines have them, run by ONNX Runtime; OpenVINO's bf16; int8 of both kinds."""
+    """fp32 first; typed graphs as the engines have them, by ONNX Runtime; OpenVINO's bf16; int8 of all kinds."""
     _, weights = read_model(model)
     yield Way("fp32", probe(san_model(spec, weights)))
     yield Way("fp16", probe(san_model(spec, weights, GraphOptions(precision=Precision.FP16))))
-    yield Way("bf16 (openvino)", load_backend("openvino", model, RunOptions(threads, Precision.BF16)).infer)
+    yield Way("bf16", probe(san_model(spec, weights, GraphOptions(precision=Precision.BF16))))
+    yield Way("bf16, openvino", load_backend("openvino", model, RunOptions(threads, Precision.BF16)).infer)
     int8 = model.with_name(f"{model.stem}.int8.onnx")
     if int8.exists():
         quantised, its_weights = read_model(int8)
         yield Way("int8, budget", probe(san_model(quantised, its_weights)))
         half = san_model(quantised, its_weights, GraphOptions(precision=Precision.FP16))
         yield Way("int8, budget, rest fp16", probe(half))
+        yield Way("int8, budget, onnxruntime", load_backend("onnxruntime", int8, RunOptions(threads)).infer)
     yield Way("int8, whole network", naive(model, calibration, folder / "naive.onnx", spec))
 
 

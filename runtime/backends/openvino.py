@@ -6,12 +6,15 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
+from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +30,9 @@ from sanrt.runtime.models import read_spec
 NAME = "openvino"
 
 HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16"}
-"""OpenVINO's hints take SOCA along: bf16 has fp32's range, but in fp16 sums over a picture would overflow."""
+"""None for fp16: with OpenVINO's hint for it, SOCA's sums over a picture would overflow."""
+KEPT_FP32 = re.compile(r"(^|\.)soca\.|^features\.|^(mean_in|head|first|tail|mean_out|output|pixels)")
+"""Nodes that stay fp32 beside bf16, as in the engines' graphs: SOCA, the first and last convolution, the mean shifts."""
 
 WARM_SIDE = 8
 """Of each region in the first picture."""
@@ -125,9 +130,24 @@ def compiled(graph: Path, precision: Precision, options: RunOptions) -> Any:
     if os.access(graph.parent, os.W_OK):
         settings["CACHE_DIR"] = str(graph.parent / NAME)
     try:
-        return core.compile_model(graph, "CPU", settings).create_infer_request()
+        model = partly_fp32(core, graph) if precision == Precision.BF16 else graph
+        return core.compile_model(model, "CPU", settings).create_infer_request()
     except RuntimeError as error:
         raise ModelError(f"{graph}: openvino cannot load it ({cause(error)})") from error
+
+
+def partly_fp32(core: Any, graph: Path) -> Any:
+    """The graph with a mark at KEPT_FP32; OpenVINO 2026.4 takes such marks only from files in its own format."""
+    import openvino
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.xml"
+        openvino.save_model(core.read_model(graph), path, compress_to_fp16=False)
+        layers, weights = ElementTree.parse(path), path.with_suffix(".bin").read_bytes()
+    for layer in layers.iter("layer"):
+        if layer.get("type") != "Const" and KEPT_FP32.search(layer.get("name", "")):
+            ElementTree.SubElement(ElementTree.SubElement(layer, "rt_info"), "attribute", name="precise", version="0")
+    return core.read_model(ElementTree.tostring(layers.getroot()), weights)
 
 
 def warm_up(request: Any, *shapes: tuple[int, ...]) -> None:

@@ -145,8 +145,10 @@ class GraphWriter:
     # --- the network, part by part --------------------------------------------------------------------------------
 
     def head(self, pixels: str, out: str) -> str:
-        """F0 = head(x - mean); the mean shift is fp32."""
+        """F0 = head(x - mean); the mean shift is fp32, and the convolution too in bf16, which is too coarse for pixels."""
         shifted = self.conv(pixels, "mean_in", precision=Precision.FP32)
+        if self.options.precision == Precision.BF16:
+            return self.cast(self.conv(shifted, "head", precision=Precision.FP32), Precision.BF16, out)
         return self.conv(self.cast(shifted, self.options.precision, "mean_in.typed"), "head", out)
 
     def attention(self, x: str, name: str, out: str) -> str:
@@ -340,7 +342,7 @@ class GraphWriter:
         return self.op("Add", [local, self.op("Mul", [shared, self.weight("gamma")], f"{name}.skip")], out)
 
     def tail(self, trunk: str, out: str) -> str:
-        """Sub-pixel upscaling, the last convolution, and the mean shift back in fp32."""
+        """Sub-pixel upscaling, the last convolution (fp32 in bf16 graphs, as the first), and the mean shift back in fp32."""
         x, layer = trunk, 0
         for factor in [3] if self.arch.scale == 3 else [2] * (self.arch.scale.bit_length() - 1):
             name = f"upsampler.{layer}"
@@ -348,7 +350,10 @@ class GraphWriter:
             layer += 2
         if self.requantised and self.quantisation and name in self.quantisation.ranges:
             x = self.rounded(x, x, self.quantisation.outputs[name])  # changes nothing, but 8 bits are shuffled faster
-        x = self.cast(self.conv(x, "tail"), Precision.FP32, "tail.fp32")
+        if self.options.precision == Precision.BF16:
+            x = self.conv(self.cast(x, Precision.FP32, "upsampled.fp32"), "tail", precision=Precision.FP32)
+        else:
+            x = self.cast(self.conv(x, "tail"), Precision.FP32, "tail.fp32")
         return self.conv(x, "mean_out", out, precision=Precision.FP32)
 
     def crop(self, x: str, box: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -234,6 +235,21 @@ def test_bf16_by_wish_stays_near_fp32(openvino_module, tiny_model):
         pytest.skip(str(error))
     with load_backend("openvino", tiny_model(), replace(ONE_THREAD, precision=Precision.FP32)) as fp32:
         assert 35 < psnr(got, fp32.infer(pixels)) < 90
+
+
+def test_beside_bf16_the_ends_and_the_statistics_stay_fp32(openvino_module, tiny_model, monkeypatch):
+    pixels = picture(1, 3, 24, 20)
+    with load_backend("openvino", tiny_model(), replace(ONE_THREAD, precision=Precision.FP32)) as fp32:
+        expected = fp32.infer(pixels)
+    found = []
+    for kept in (openvino_module.KEPT_FP32, re.compile("nothing")):
+        monkeypatch.setattr(openvino_module, "KEPT_FP32", kept)
+        try:
+            with load_backend("openvino", tiny_model(), replace(ONE_THREAD, precision=Precision.BF16)) as bf16:
+                found.append(psnr(bf16.infer(pixels), expected))
+        except BackendError as error:
+            pytest.skip(str(error))
+    assert found[0] > found[1] + 3
 
 
 @pytest.mark.parametrize(
