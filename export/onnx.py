@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
@@ -16,13 +15,14 @@ import torch
 
 from sanrt import __version__
 from sanrt.errors import CheckpointError, ModelError
-from sanrt.export.parity import TOLERANCES, Difference, Tolerance, compare, require, worst
+from sanrt.export.parity import Difference, Tolerance, compare, require, worst
+from sanrt.export.rounding import rounding_tolerance
 from sanrt.export.scene import natural_scene
 from sanrt.export.squareroot import SquareRootReport, iterations_for, square_root_report, with_root
 from sanrt.model.checkpoint import Checkpoint
 from sanrt.model.graph import Weights, san_model
 from sanrt.model.san import SAN
-from sanrt.model.spec import ModelSpec, Precision
+from sanrt.model.spec import ModelSpec
 from sanrt.runtime.backends import RunOptions
 from sanrt.runtime.backends.onnxruntime import CPU_FORM, open_session
 from sanrt.runtime.derived import FOLDER, derived_model
@@ -30,8 +30,6 @@ from sanrt.runtime.derived import FOLDER, derived_model
 Array = npt.NDArray[np.float32]
 
 REMEDY = "nothing was written; check the checkpoint's values, or report it"
-ROUNDING_MARGIN = 4.0
-"""Two fp32 implementations may differ by this many times the rounding of one."""
 CHECKED_SIZES = ((1, 4, 4), (2, 5, 7), (1, 17, 23), (2, 32, 24))
 """Batch, height and width of the pictures on which an export is checked; a black one and the whole scene come on top."""
 
@@ -100,7 +98,7 @@ def checked(
     """The worst difference of ONNX Runtime's outputs from PyTorch's; raises ParityError beyond the tolerance."""
     inputs = list(cases(pixels))
     expected = [reference(torch.from_numpy(x)).numpy() for x in inputs]
-    tolerance = rounding_tolerance(reference, inputs, expected)
+    tolerance = rounding_tolerance(reference, inputs)
     draft = folder / "draft.onnx"
     draft.write_bytes(san_model(spec, weights).SerializeToString())
     differences = []
@@ -114,20 +112,6 @@ def checked(
             require(difference, tolerance, f"{spec.architecture.name} {form}, input {list(x.shape)}", REMEDY)
             differences.append(difference)
     return worst(differences), tolerance
-
-
-def rounding_tolerance(net: SAN, inputs: list[Array], outputs: list[Array]) -> Tolerance:
-    """fp32's usual tolerance, or more where PyTorch's own fp32 outputs lie that far from its float64 ones.
-
-    Weights that make large attention scores amplify the rounding of any implementation.
-    """
-    wide = deepcopy(net).double()
-    rounding = worst(
-        compare(wide(torch.from_numpy(x).double()).numpy(), y, net.arch.value_range)
-        for x, y in zip(inputs, outputs, strict=True)
-    )
-    usual = TOLERANCES[Precision.FP32]
-    return replace(usual, max_abs=max(usual.max_abs, ROUNDING_MARGIN * rounding.max_abs))
 
 
 def cases(pixels: torch.Tensor) -> Iterator[Array]:

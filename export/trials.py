@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,9 @@ from sanrt.export.calibration import Track, untracked
 from sanrt.export.metrics import y_psnr
 from sanrt.export.samples import Sample
 from sanrt.model.spec import Precision
-from sanrt.runtime.backends import Backend, RunOptions, candidates, load_backend, status
+from sanrt.runtime.backends import AUTO_ORDER, BACKENDS, Backend, RunOptions, load_backend, status
+from sanrt.runtime.engines import SUFFIX
+from sanrt.runtime.models import read_spec
 from sanrt.runtime.upscale import infer_padded, network_input, network_output
 
 TIMED_SIDE, ROUNDS = 96, 5
@@ -44,19 +46,27 @@ class Trial:
         return "8" in self.computes.partition(" ")[0]
 
 
-def trials(models: Sequence[Path], held_out: Sequence[Sample], track: Track = untracked) -> list[Trial]:
-    """Everything that runs here, the fastest first; what a backend refuses is left out."""
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared, the fastest first, and what was not: `fp16 on openvino`, `tensorrt` -> the reason."""
+
+    trials: tuple[Trial, ...]
+    untried: Mapping[str, str]
+
+
+def compared(models: Sequence[Path], held_out: Sequence[Sample], track: Track = untracked) -> Comparison:
+    """Exported and quantised models on every usable backend in every precision, and engines; all in turns."""
+    untried = {s.name: s.reason for s in map(status, BACKENDS) if not s.usable}
     with ExitStack() as stack:
         loaded = []
-        for model in models:
-            for name, precision in ways(model):
-                try:
-                    backend = load_backend(name, model, RunOptions(precision=precision))
-                except SanrtError:
-                    continue
-                loaded.append(
-                    (Trial(model, name, precision, backend.spec.computes, 0.0, np.inf), stack.enter_context(backend))
-                )
+        for model, name, precision in ways(models):
+            try:
+                backend = load_backend(name, model, RunOptions(precision=precision))
+            except SanrtError as error:
+                untried.setdefault(way_name(model, name, precision), str(error))
+                continue
+            trial = Trial(model, name, precision, backend.spec.computes, 0.0, np.inf)
+            loaded.append((trial, stack.enter_context(backend)))
         scored = [
             (replace(trial, y_psnr=quality(backend, held_out)), backend)
             for trial, backend in track(loaded, "Comparing quality")
@@ -68,13 +78,24 @@ def trials(models: Sequence[Path], held_out: Sequence[Sample], track: Track = un
                 replace(trial, seconds=min(trial.seconds, seconds(backend, x)))
                 for trial, (_, backend) in zip(done, scored, strict=True)
             ]
-    return sorted(done, key=lambda trial: trial.seconds)
+    return Comparison(tuple(sorted(done, key=lambda trial: trial.seconds)), untried)
 
 
-def ways(model: Path) -> list[tuple[str, Precision | None]]:
-    """Backends that are usable here, each with the precisions to try; PyTorch is the reference, not a competitor."""
-    names = [name for name in candidates(model, RunOptions()) if name != "torch" and status(name).usable]
-    return [(name, p) for name in names for p in ([None] if name == "tensorrt" else Precision)]
+def ways(models: Sequence[Path]) -> list[tuple[Path, str, Precision | None]]:
+    """Every model on the backends that are usable here, each in every precision; an engine has settled its own."""
+    usable = [name for name in AUTO_ORDER if status(name).usable]
+    engines = [(path, "tensorrt", None) for path in models if path.suffix == SUFFIX and "tensorrt" in usable]
+    graphs = [path for path in models if path.suffix != SUFFIX]
+    others = [name for name in usable if name != "tensorrt"]
+    return [*engines, *((path, name, precision) for path in graphs for name in others for precision in Precision)]
+
+
+def way_name(model: Path, backend: str, precision: Precision | None) -> str:
+    """For people; a quantised model's is its 8-bit type's where it is not the rest's precision that is refused."""
+    if precision is None:
+        return model.name
+    quantised = read_spec(model).quantisation
+    return f"{quantised.type if quantised and precision == Precision.FP32 else precision} on {backend}"
 
 
 def quality(backend: Backend, held_out: Sequence[Sample]) -> float:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from sanrt.errors import ParityError, UsageError
 from sanrt.export.metrics import ssim, y_channel, y_psnr
 from sanrt.export.parity import TOLERANCES, Difference, Tolerance, compare, require, worst
+from sanrt.export.rounding import rounding_tolerance
 from sanrt.export.samples import Picture, Sample
 from sanrt.export.squareroot import with_root
 from sanrt.model.checkpoint import Checkpoint, bundled_checkpoint, load_checkpoint
@@ -133,17 +135,27 @@ def validate(artifact: Path, pictures: Callable[[int], Iterable[Sample]], option
     with load_backend(options.backend, artifact, RunOptions(precision=options.precision)) as backend:
         spec = backend.spec
         checkpoint = source_checkpoint(spec, artifact, options.checkpoint)
-        reference = partial(reference_output, reference_network(checkpoint, spec), spec)
-        infer = partial(infer_padded, backend)
-        results: list[PictureResult] = []
-        for sample in pictures(spec.architecture.scale):
-            if not results and artifact.suffix == ".onnx":
-                results.append(picture_result(middle(sample), reference, own_graph(artifact, spec), spec, None))
-            results.append(picture_result(sample, reference, infer, spec, options.heatmaps))
-        tolerance = TOLERANCES[spec.coarsest]
-        if options.tolerance is not None:
-            tolerance = replace(tolerance, max_abs=options.tolerance)
+        net = reference_network(checkpoint, spec)
+        reference, infer = partial(reference_output, net, spec), partial(infer_padded, backend)
+        remaining = iter(pictures(spec.architecture.scale))
+        first = next(remaining)
+        tolerance = tolerance_for(net, spec, middle(first), options.tolerance)
+        results = []
+        if artifact.suffix == ".onnx":
+            results.append(picture_result(middle(first), reference, own_graph(artifact, spec), spec, None))
+        results += [picture_result(s, reference, infer, spec, options.heatmaps) for s in chain([first], remaining)]
         return Validation(artifact, spec, backend.name, checkpoint.path, tolerance, tuple(results))
+
+
+def tolerance_for(net: SAN, spec: ModelSpec, sample: Sample, wished: float | None) -> Tolerance:
+    """The table's for the coarsest type, fp32's by its rounding on a sample as in `export`; or the wished difference."""
+    usual = TOLERANCES[spec.coarsest]
+    if wished is not None:
+        return replace(usual, max_abs=wished)
+    if spec.coarsest != Precision.FP32:
+        return usual
+    x = network_input(sample.low, spec.architecture.value_range)
+    return rounding_tolerance(net, [pad(x, spec.min_side, spec.multiple)])
 
 
 def middle(sample: Sample) -> Sample:

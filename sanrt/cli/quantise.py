@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
-from sanrt.errors import ParityError
 from sanrt.extras import extra
 
 if TYPE_CHECKING:
@@ -41,43 +40,54 @@ def quantised_model(model: Path, options: QuantiseOptions) -> Path:
     console = plain_console()
     result = quantise(model, options, track)
     print_quantised(console, result, options)
-    compare(console, model, [result], options.max_psnr_drop, str(options.type))
+    compare(console, model, [result], options, str(options.type))
     return result.path
 
 
 def choose_automatically(model: Path, options: QuantiseOptions) -> None:
     """Try what this machine can run, and prefer the fastest within the budget."""
-    from sanrt.export.quantise import quantise
+    from sanrt.cli.build import BuildProgress
+    from sanrt.export.automatic import engines, quantised_kinds
 
     console = plain_console()
-    results = []
-    try:
-        results.append(quantise(model, options, track))
-        print_quantised(console, results[0], options)
-    except ParityError as error:
-        console.print(str(error))
-    compare(console, model, results, options.max_psnr_drop, "")
+    prepared = quantised_kinds(model, options, track)
+    for result in prepared.quantised:
+        print_quantised(console, result, options)
+    with BuildProgress() as progress:
+        unbuilt = engines(model, [result.path for result in prepared.quantised], progress)
+    untried = compare(console, model, prepared.quantised, options, "")
+    print_untried(console, {**untried, **prepared.untried, **unbuilt})
 
 
-def compare(console: Console, model: Path, results: Sequence[Quantised], max_drop: float, kind: str) -> None:
-    """Time everything side by side, print it, and make the fastest within the budget the default choice."""
+def compare(
+    console: Console, model: Path, results: Sequence[Quantised], options: QuantiseOptions, kind: str
+) -> Mapping[str, str]:
+    """Time everything side by side, print it, and make the fastest within the budget the default choice.
+
+    Returns what could not be tried, and why.
+    """
     from sanrt.export.calibration import calibration_set
-    from sanrt.export.trials import fastest, reference_quality, trials
+    from sanrt.export.trials import compared, fastest, reference_quality
     from sanrt.model.spec import Precision
+    from sanrt.runtime.engines import engines_of
     from sanrt.runtime.models import read_spec
     from sanrt.runtime.preference import prefer
 
-    pictures = results[0].pictures if results else calibration_set(None, read_spec(model).architecture.scale, track)
-    found = trials([model, *(r.path for r in results)], pictures.held_out, track)
+    scale = read_spec(model).architecture.scale
+    pictures = results[0].pictures if results else calibration_set(options.calibration, scale, track)
+    graphs = [model, *(result.path for result in results)]
+    comparison = compared([*graphs, *(e.path for graph in graphs for e in engines_of(graph))], pictures.held_out, track)
+    found = comparison.trials
     if not any(t.computes == Precision.FP32 for t in found):
         console.print("not timed: no backend runs the fp32 model here; pip install 'sanrt[openvino]' or 'sanrt[cpu]'")
-        return
+        return comparison.untried
     print_trials(console, found, reference_quality(found))
-    best = fastest(found, max_drop)
+    best = fastest(found, options.max_psnr_drop)
     prefer(model, best.model, best.backend, best.precision)
     if kind:
         console.print(worth(found, kind))
-    console.print(f"`sanrt run` takes the fastest within {max_drop:g} dB: {best.computes} on {best.backend}")
+    console.print(f"`sanrt run` takes the fastest within {options.max_psnr_drop:g} dB: {best.computes} on {best.backend}")
+    return comparison.untried
 
 
 def worth(found: Sequence[Trial], kind: str) -> str:
@@ -114,6 +124,16 @@ def print_trials(console: Console, found: Sequence[Trial], reference: float) -> 
         size = trial.model.stat().st_size / 1e6
         change = f"{trial.y_psnr - reference:+.4f}"
         table.add_row(trial.model.name, trial.backend, trial.computes, change, f"{1e3 * trial.seconds:.1f}", f"{size:.1f}")
+    console.print(table)
+
+
+def print_untried(console: Console, untried: Mapping[str, str]) -> None:
+    """What is not in the comparison."""
+    from rich.table import Table
+
+    table = Table("not tried", "because")
+    for what, reason in untried.items():
+        table.add_row(what, reason)
     console.print(table)
 
 

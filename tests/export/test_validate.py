@@ -1,6 +1,7 @@
 """`validate` against planted errors: it must fail, and `locate` must name the stage."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,10 +12,13 @@ from typer.testing import CliRunner
 
 from sanrt.cli import app
 from sanrt.errors import ModelError, ParityError, PictureError, SanrtError, UsageError
+from sanrt.export.calibration import Method, calibrated
 from sanrt.export.locate import locate
-from sanrt.export.samples import samples
+from sanrt.export.samples import Sample, samples
 from sanrt.export.scene import natural_scene
 from sanrt.export.validate import ValidateOptions, validate
+from sanrt.model.graph import read_model, san_model
+from sanrt.model.spec import Quantisation, QuantisedType
 from sanrt.runtime.formats import Format
 from sanrt.runtime.pictures import Output, open_picture, write_picture
 
@@ -94,6 +98,27 @@ def test_a_planted_error_fails_and_is_located(plant, exported, folder, tmp_path)
     with pytest.raises(ParityError, match=r"wrong.onnx \(fp32\) on onnxruntime: differs .* expected 0.002 or less"):
         checked(exported, path, folder, backend="onnxruntime").require()
     assert locate(path, SMALL(), exported.checkpoint).jump.stage == PLANTED[plant]
+
+
+@pytest.fixture(scope="module")
+def int8(exported, tmp_path_factory):
+    spec, weights = read_model(exported.onnx)
+    ranges = calibrated(spec, weights, [Sample("scene", SMALL(), None)], Method.MIN_MAX)
+    path = tmp_path_factory.mktemp("int8") / "int8.onnx"
+    quantisation = Quantisation(QuantisedType.INT8, ranges.inputs, ranges.outputs)
+    onnx.save(san_model(replace(spec, quantisation=quantisation), weights), path)
+    return path
+
+
+@pytest.mark.parametrize("plant", [None, *PLANTED], ids=lambda f: f.__name__ if f else "honest")
+def test_a_planted_error_is_located_in_an_int8_graph_too(plant, exported, int8, tmp_path):
+    model = onnx.load(int8)
+    if plant:
+        plant(model.graph)
+    path = tmp_path / "wrong.onnx"
+    onnx.save(model, path)
+    jump = locate(path, SMALL(), exported.checkpoint).jump
+    assert (jump and jump.stage) == PLANTED.get(plant)
 
 
 def test_other_weights_are_refused_by_digest(exported, folder):

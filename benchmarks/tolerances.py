@@ -1,0 +1,129 @@
+"""Where `validate`'s tolerances come from: `python benchmarks/tolerances.py MODEL... --pictures DIR --calibration DIR`.
+
+Every precision that this machine computes or emulates, held against PyTorch on pictures that are no test set. The rule:
+MARGIN times the worst (the largest difference on any picture; the largest mean drop of Y-PSNR of any model and backend),
+rounded up to 1, 2 or 5 times a power of ten.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
+
+from sanrt.errors import BackendError, SanrtError
+from sanrt.export.calibration import spread
+from sanrt.export.parity import TOLERANCES, Tolerance
+from sanrt.export.quantise import QuantiseOptions, quantise
+from sanrt.export.samples import degraded, pictures_in, read_rgb
+from sanrt.export.tensors import Array, Probe
+from sanrt.export.validate import picture_result, reference_network, reference_output, source_checkpoint
+from sanrt.model.graph import read_model, san_model
+from sanrt.model.spec import GraphOptions, ModelSpec, Precision, QuantisedType
+from sanrt.runtime.backends import RunOptions, load_backend
+
+MARGIN = 2.0
+"""For other weights and pictures."""
+LEAST = 0.001
+"""dB, and of 255: nobody sees less."""
+CPU_BACKENDS = ("onnxruntime", "openvino")
+
+Kind = Precision | QuantisedType
+Infer = Callable[[Array], Array]
+
+
+def tolerances(
+    models: Annotated[list[Path], typer.Argument(help="Exported fp32 ONNX files, of the bundled weights.")],
+    pictures: Annotated[Path, typer.Option(help="High-resolution pictures to measure on.")],
+    calibration: Annotated[Path, typer.Option(help="Others, to quantise by.")],
+    count: Annotated[int, typer.Option(help="Pictures, evenly spread over the folder.")] = 20,
+) -> None:
+    """Print what the rule gives for every type beside what the code has; exit 1 where they differ."""
+    measured: dict[Kind, list[tuple[float, float]]] = defaultdict(list)
+    paths = spread(pictures_in(pictures), count)
+    for model in models:
+        spec, _ = read_model(model)
+        net = reference_network(source_checkpoint(spec, model, None), spec)
+        reference = partial(reference_output, net, spec)
+        with TemporaryDirectory() as folder:
+            for kind, infer in ways(Path(shutil.copy(model, folder)), calibration):
+                results = [
+                    picture_result(degraded(p.name, read_rgb(p), spec.architecture.scale), reference, infer, spec, None)
+                    for p in track(paths, f"{model.name} {kind}")
+                ]
+                drop = sum(r.y_psnr_drop or 0.0 for r in results) / len(results)
+                measured[kind].append((max(r.difference.max_abs for r in results), drop))
+    worst = {kind: tuple(map(max, zip(*figures, strict=True))) for kind, figures in measured.items()}
+    ruled = {kind: Tolerance(*map(round_up, figures)) for kind, figures in worst.items()}
+    table = Table("type", "largest difference", "drop of Y-PSNR, dB", "by the rule", "in the code")
+    for kind, (difference, drop) in worst.items():
+        table.add_row(str(kind), f"{difference:.3g}", f"{drop:.4f}", text(ruled[kind]), text(TOLERANCES[kind]))
+    Console().print(table)
+    if any(TOLERANCES[kind] != tolerance for kind, tolerance in ruled.items()):
+        raise SanrtError("the table in export/parity.py is not what the rule gives; expected the same")
+
+
+def round_up(measured: float) -> float:
+    """MARGIN times that, to the next of 1, 2 and 5 times a power of ten, and LEAST or more."""
+    value = max(LEAST, MARGIN * measured)
+    power = math.floor(math.log10(value))
+    return next(f for f in (float(f"{digit}e{power}") for digit in (1, 2, 5, 10)) if value <= f)
+
+
+def text(tolerance: Tolerance) -> str:
+    """Both figures."""
+    return f"{tolerance.max_abs:g}, {tolerance.y_psnr_drop:g} dB"
+
+
+def ways(model: Path, calibration: Path) -> Iterator[tuple[Kind, Infer]]:
+    """Each type with everything here that computes in it; engines' typed graphs are run or emulated by ONNX Runtime."""
+    spec, weights = read_model(model)
+    for precision in (Precision.FP16, Precision.BF16):
+        yield precision, typed(spec, weights, precision)
+    for precision in (Precision.FP32, Precision.BF16):
+        yield from runnable(model, precision, precision)
+    for kind in QuantisedType:
+        quantised = quantise(model, QuantiseOptions(kind, calibration)).path
+        yield from runnable(quantised, Precision.FP32, kind)
+
+
+def typed(spec: ModelSpec, weights: dict[str, Array], precision: Precision) -> Infer:
+    """The graph of an engine."""
+    session = Probe(san_model(spec, weights, GraphOptions(precision=precision)), ["output"])
+    return lambda x: session(x)["output"]
+
+
+def runnable(model: Path, precision: Precision, kind: Kind) -> Iterator[tuple[Kind, Infer]]:
+    """The CPU backends that run a model in a precision."""
+    for name in CPU_BACKENDS:
+        with suppress(BackendError):
+            yield kind, load_backend(name, model, RunOptions(precision=precision)).infer
+
+
+def main() -> None:
+    """Run the command line: one line on stderr and exit 1 for whatever is wrong."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(tolerances)
+    try:
+        app()
+    except SanrtError as error:
+        print(f"tolerances: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""How far PyTorch's own fp32 rounds: the least by which other implementations of fp32 may differ from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sanrt.export.parity import TOLERANCES, Tolerance, compare, worst
+from sanrt.model.san import SAN
+from sanrt.model.spec import Precision
+
+Array = npt.NDArray[np.float32]
+
+ROUNDING_MARGIN = 4.0
+"""Two fp32 implementations may differ by this many times the rounding of one."""
+
+
+@torch.inference_mode()
+def rounding_tolerance(net: SAN, inputs: Iterable[Array]) -> Tolerance:
+    """fp32's usual tolerance, or more where PyTorch's fp32 outputs lie far from its float64 ones.
+
+    Weights that make large attention scores amplify the rounding of any implementation.
+    """
+    wide = deepcopy(net).double()
+    rounding = worst(
+        compare(wide(x.double()).numpy(), net(x).numpy(), net.arch.value_range) for x in map(torch.from_numpy, inputs)
+    )
+    usual = TOLERANCES[Precision.FP32]
+    return replace(usual, max_abs=max(usual.max_abs, ROUNDING_MARGIN * rounding.max_abs))
