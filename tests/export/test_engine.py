@@ -106,7 +106,7 @@ def test_stage_engines_are_proved_as_a_whole_one_is(exported: Path, tmp_path: Pa
         assert archive.namelist() == ["head", "keys-values", "attend", "body.0", "gate.0", "join.0", "tail"]
         assert min(len(archive.read(name)) for name in archive.namelist()) > 100_000
     assert info.spec.precision == precision
-    assert info.proof.convolutions[str(precision)] >= 10
+    assert info.proof.convolutions[str(precision)] >= 8  # beside bf16 the first and last are fp32
     assert (info.proof.wrong_convolutions, info.proof.wrong_soca) == ([], [])
     assert info.proof.soca_layers > 10
     assert len(info.proof.unfused_attention) == (precision == Precision.FP32)
