@@ -341,16 +341,18 @@ def test_a_cluster_without_room_is_waited_for_and_that_is_told(ray, monkeypatch,
 def survived(nodes, model: Path, folder: Path, count: int) -> list:
     """The outcomes of a run in which a worker is killed half way and a node stopped after three quarters."""
     jobs = find_pictures([pictures(folder / "in", count)], folder / "out", Naming())
-    outcomes, other = [], patiently(lambda: nodes.add_node(**NODE))
+    outcomes, killed, other = [], None, patiently(lambda: nodes.add_node(**NODE))
     nodes.wait_for_nodes(WAIT)
     with connected(nodes.address, 4, 2) as share, Pool(work(model), share) as pool, closing(pool.run(jobs)) as coming:
         for outcome in coming:
             outcomes.append(outcome)
-            if len(outcomes) == count // 2:
-                hand = next(hand for hand in pool.hands if hand.left)
-                os.kill(hand.ready.pid, signal.SIGKILL)
+            busy = [hand for hand in pool.hands if hand.left]
+            if len(outcomes) >= count // 2 and busy and not killed:
+                killed = busy[0]
+                os.kill(killed.ready.pid, signal.SIGKILL)
             if len(outcomes) == 3 * count // 4:
                 nodes.remove_node(other, allow_graceful=False)
+        assert killed not in [None, *pool.hands]
     return outcomes
 
 
