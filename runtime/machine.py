@@ -113,11 +113,11 @@ def gpus() -> Gpus:
     return Gpus(devices, driver, version, "" if devices else "the NVIDIA driver shows no GPU")
 
 
-def free_gpu_memory(index: int) -> int:
-    """Bytes of a GPU's memory that nobody has; 0 if the driver does not tell."""
+def free_gpu_memory(index: int) -> int | None:
+    """Bytes of a GPU's memory that nobody has; None if the driver does not tell."""
     cuda, context, free, total = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
     if cuda.cuInit(0) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), index):
-        return 0
+        return None
     cuda.cuCtxPushCurrent_v2(context)
     cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
     cuda.cuCtxPopCurrent_v2(ctypes.byref(context))
