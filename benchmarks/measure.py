@@ -38,7 +38,7 @@ SCENE = 192
 MATRIX, COPIED, REPEATS = 2048, 2**28, 5
 """Side of the multiplied matrices, bytes of the copy (no cache holds them), and runs of which the fastest counts."""
 PAPER = {"groups": 20, "blocks": 10, "channels": 64, "reduction": 16}
-PACKAGES = ("sanrt", "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
+PACKAGES = ("sanrt", "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "llvmlite", "openvino", "tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""CUDA kernels and their TensorRT plugins."""
+"""CUDA kernels and their TensorRT plugins; vector kernels for the CPU."""

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import astuple
+from functools import partial
+from io import BytesIO
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from sanrt.errors import BackendError, ModelError
-from sanrt.model.spec import STAGE_INPUTS, GraphOptions
+from sanrt.model.spec import STAGE_INPUTS, GraphOptions, ModelSpec
+
+Weights = Mapping[str, npt.NDArray[Any]]
 
 FOLDER = ".derived"
 """Beside the exported model; safe to delete at any time."""
@@ -37,32 +46,55 @@ def derived_model(model: Path, options: GraphOptions) -> Path:
     part = options.stage or f"k{options.regions}"
     path = model.parent / FOLDER / f"{model.stem}-{options.precision}-{options.attention}-{part}-{tag}.onnx"
     if not path.exists():
-        write_variant(model, options, path)
+        write_derived(model, path, partial(variant_bytes, options))
     return path
 
 
-def write_variant(model: Path, options: GraphOptions, path: Path) -> None:
-    """Write a variant beside its final name and move it there."""
+def derived_weights(model: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """The weights of an exported fp32 ONNX by parameter name; the onnx package is needed only the first time."""
+    path = model.parent / FOLDER / f"{model.stem}-weights-{file_digest(model)[:16]}.npz"
+    if not path.exists():
+        write_derived(model, path, weights_bytes)
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def write_derived(model: Path, path: Path, content: Callable[[ModelSpec, Weights], bytes]) -> None:
+    """Write what is made of a model's spec and weights beside its final name and move it there."""
     try:
-        from sanrt.model.graph import read_model, san_model, stage_model
+        from sanrt.model.graph import read_model
     except ModuleNotFoundError as error:
         raise BackendError(f"{model}: preparing it needs the onnx package; pip install 'sanrt[cpu]'") from error
-    spec, weights = read_model(model)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    made = content(*read_model(model))
+    unfinished = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(exist_ok=True)
-        variant = (stage_model if options.stage else san_model)(spec, weights, options)
-        partial.write_bytes(variant.SerializeToString())
-        partial.replace(path)
+        unfinished.write_bytes(made)
+        unfinished.replace(path)
     except OSError as error:
         raise ModelError(f"{path.parent}: cannot be written ({error.strerror}); use a writable --models folder") from error
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
+
+
+def variant_bytes(options: GraphOptions, spec: ModelSpec, weights: Weights) -> bytes:
+    """A variant as an ONNX file."""
+    from sanrt.model.graph import san_model, stage_model
+
+    made: bytes = (stage_model if options.stage else san_model)(spec, weights, options).SerializeToString()
+    return made
+
+
+def weights_bytes(spec: ModelSpec, weights: Weights) -> bytes:
+    """The weights as an npz file."""
+    file = BytesIO()
+    np.savez(file, allow_pickle=False, **weights)
+    return file.getvalue()
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Keep something that only spares work, whole or not at all: a folder that cannot be written costs that."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    unfinished = path.with_suffix(f".{os.getpid()}.partial")
     with suppress(OSError):
-        partial.write_bytes(content)
-        partial.replace(path)
+        unfinished.write_bytes(content)
+        unfinished.replace(path)

@@ -26,11 +26,14 @@ OPTIONAL = (
     "safetensors",
     "cuda",
     "pycuda",
+    "llvmlite",
+    "threadpoolctl",
 )
-NEEDS_TORCH = {
+NEEDS = {
     "sanrt.export": {"torch", "safetensors", "onnx"},
-    "sanrt.kernels": {"torch"},
+    "sanrt.kernels": {"torch", "llvmlite"},
     "sanrt.model": {"torch", "safetensors", "onnx"},
+    "sanrt.runtime.winograd": {"llvmlite", "threadpoolctl"},
 }
 """The only packages that may need an extra when they are imported, and which."""
 
@@ -60,7 +63,7 @@ def test_everything_can_be_imported_here():
 
 
 def test_the_runtime_and_the_command_line_can_be_imported_without_any_extra():
-    names = [name for name in modules() if not name.startswith(tuple(NEEDS_TORCH))]
+    names = [name for name in modules() if not name.startswith(tuple(NEEDS))]
     assert "sanrt.runtime.pipeline" in names
     assert "sanrt.cli.export" in names
     for backend in BACKENDS.values():

@@ -118,6 +118,7 @@ BACKENDS = {
     "onnxruntime": "sanrt.runtime.backends.onnxruntime",
     "onnxruntime-cuda": "sanrt.runtime.backends.onnxruntime_cuda",
     "openvino": "sanrt.runtime.backends.openvino",
+    "winograd": "sanrt.runtime.backends.winograd",
     "tensorrt": "sanrt.runtime.backends.tensorrt",
 }
 """Every backend's module; each has `status() -> BackendStatus` and `load(model: Path, options: RunOptions) -> Backend`."""
@@ -125,7 +126,7 @@ BACKENDS = {
 CHECKPOINT_BACKENDS = ("torch-cuda", "torch")
 """Those that load checkpoints too; the others load exported models only."""
 
-AUTO_ORDER = ("tensorrt", "torch-cuda", "onnxruntime-cuda", "openvino", "onnxruntime", "torch")
+AUTO_ORDER = ("tensorrt", "torch-cuda", "onnxruntime-cuda", "openvino", "winograd", "onnxruntime", "torch")
 """The order in which `auto` looks for a usable backend."""
 
 OPEN_STAGES = 4

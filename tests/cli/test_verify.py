@@ -42,7 +42,7 @@ def verify(record, *options):
 def test_a_record_tells_what_each_result_depends_on(recorded):
     entries = [json.loads(line) for line in recorded[0].read_text().splitlines()]
     assert [entry["tiling"] for entry in entries] == ["exact", "whole"]
-    assert {entry["backend"] for entry in entries} <= {"onnxruntime", "openvino"}
+    assert {entry["backend"] for entry in entries} <= {"winograd", "onnxruntime", "openvino"}
     assert all(len(entry[name]) == 64 for entry in entries for name in ("source_digest", "output_digest", "model_digest"))
     assert all(set(entry["seconds"]) == {"read", "upscale", "write"} for entry in entries)
 

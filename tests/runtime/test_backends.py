@@ -20,7 +20,7 @@ from sanrt.runtime.backends import AUTO_ORDER, BACKENDS, BackendStatus, RunOptio
 from sanrt.runtime.machine import Gpu, Gpus
 
 ONE_THREAD = RunOptions(threads=1, precision=Precision.FP32)
-CPU_BACKENDS = ("onnxruntime", "openvino")
+CPU_BACKENDS = ("onnxruntime", "openvino", "winograd")
 
 STARVED = """
 import resource, sys
@@ -125,7 +125,7 @@ def test_an_unusable_backend_is_not_replaced_by_another(tiny_model, monkeypatch)
         load_backend("openvino", tiny_model(), ONE_THREAD)
 
 
-@pytest.mark.parametrize("name", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("name", ["torch", "onnxruntime", "winograd"])
 def test_a_precision_that_a_backend_has_not_is_refused(name, tiny_model):
     with pytest.raises(BackendError, match=f"{name} runs in fp32 on the CPU, bf16 was asked for"):
         load_backend(name, tiny_model(), replace(ONE_THREAD, precision=Precision.BF16))
@@ -165,12 +165,20 @@ def test_auto_says_what_it_chose(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("features", "automatic"), [(("AVX2",), False), (("AVX-512", "AVX512-BF16"), True), (("AMX-BF16",), True)]
+    ("features", "automatic"), [(("AVX2",), False), (("AVX-512", "AVX512-BF16"), False), (("AVX-512", "AMX-BF16"), True)]
 )
-def test_openvino_is_automatic_on_processors_made_for_bf16(features, automatic, monkeypatch):
+def test_openvino_is_automatic_where_bf16_is_faster_by_far(features, automatic, monkeypatch):
     monkeypatch.setattr(machine, "cpu_features", lambda: features)
     monkeypatch.setattr("sanrt.runtime.backends.openvino.library_version", lambda _: "2026.4")
     assert status("openvino").automatic is automatic
+
+
+@pytest.mark.parametrize(("features", "automatic"), [((), False), (("AVX2",), True), (("AVX2", "AVX-512"), True)])
+def test_winograd_is_automatic_where_it_was_measured(features, automatic, monkeypatch):
+    monkeypatch.setattr(machine, "cpu_features", lambda: features)
+    monkeypatch.setattr("sanrt.runtime.backends.winograd.library_version", lambda _: "0.50")
+    assert status("winograd").automatic is automatic
+    assert status("winograd").usable
 
 
 # --- bf16 or fp32 -------------------------------------------------------------------------------------------------

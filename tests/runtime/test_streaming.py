@@ -8,7 +8,7 @@ from sanrt.runtime.streaming import ArraySource, Moments, Streaming
 from sanrt.runtime.ways import MAX_REGION, choose_regions
 
 NEEDS_OPENVINO = pytest.mark.skipif(not status("openvino").usable, reason="openvino is not installed")
-BACKENDS = ["torch", "onnxruntime", pytest.param("openvino", marks=NEEDS_OPENVINO)]
+BACKENDS = ["torch", "onnxruntime", "winograd", pytest.param("openvino", marks=NEEDS_OPENVINO)]
 
 
 def stream(backend, pixels, tile, regions=2, store=None, progress=lambda share: None):
@@ -121,7 +121,7 @@ def test_regions_follow_the_picture_s_size_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("name", ["torch", "onnxruntime", "winograd"])
 @pytest.mark.parametrize("which", ["bundled", "random"])
 def test_exact_to_2e_4_of_the_value_range_on_a_photo_sized_picture(live_model, tmp_path, name, which):
     if which == "bundled":

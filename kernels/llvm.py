@@ -1,0 +1,207 @@
+"""CPU kernels written as LLVM IR with explicit vectors and compiled for this very processor; no compiler is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+from llvmlite import binding, ir
+
+from sanrt.kernels.compile import cache_folder, write_whole
+
+INT, FLOAT = ir.IntType(64), ir.FloatType()
+POINTER = FLOAT.as_pointer()
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What the kernels are written for."""
+
+    name: str
+    """As LLVM calls it; empty is any of its family."""
+    features: str
+    lanes: int
+    """float32 numbers in one register."""
+    registers: int
+    """Vector registers."""
+
+
+@cache
+def this_processor() -> Processor:
+    """The processor this runs on."""
+    found = binding.get_host_cpu_features()
+    lanes = 16 if found.get("avx512f") else 8 if found.get("avx2") and found.get("fma") else 4
+    registers = 32 if lanes == 16 or found.get("neon") else 16
+    return Processor(binding.get_host_cpu_name(), found.flatten(), lanes, registers)
+
+
+class Code(ir.IRBuilder):  # type: ignore[misc]
+    """The body of one function over float32 vectors; indices are counted in floats."""
+
+    def __init__(self, function: ir.Function, lanes: int) -> None:
+        super().__init__(function.append_basic_block("entry"))
+        self.lanes = lanes
+        self.vector = ir.VectorType(FLOAT, lanes)
+        self.integers = ir.VectorType(ir.IntType(32), lanes)
+
+    def index(self, value: int) -> ir.Constant:
+        """A constant index."""
+        return ir.Constant(INT, value)
+
+    def total(self, *terms: ir.Value) -> ir.Value:
+        """Sum of indices."""
+        first, *rest = terms
+        for term in rest:
+            first = self.add(first, term)
+        return first
+
+    def at(self, pointer: ir.Value, *offsets: ir.Value) -> ir.Value:
+        """The pointer moved by a sum of offsets."""
+        return self.gep(pointer, [self.total(*offsets)])
+
+    def read(self, pointer: ir.Value) -> ir.Value:
+        """The vector that begins at a pointer."""
+        return self.load(self.bitcast(pointer, self.vector.as_pointer()), align=4)
+
+    def write(self, value: ir.Value, pointer: ir.Value) -> None:
+        """Store a vector."""
+        self.store(value, self.bitcast(pointer, self.vector.as_pointer()), align=4)
+
+    def constant(self, value: float) -> ir.Constant:
+        """The same number in every lane."""
+        return ir.Constant(self.vector, [float(value)] * self.lanes)
+
+    def spread(self, scalar: ir.Value) -> ir.Value:
+        """One value in every lane."""
+        one = self.insert_element(ir.Constant(self.vector, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+        return self.shuffled(one, [0] * self.lanes)
+
+    def rotated(self, vector: ir.Value, by: int) -> ir.Value:
+        """Lane i takes lane i + by."""
+        return self.shuffled(vector, [(lane + by) % self.lanes for lane in range(self.lanes)])
+
+    def shuffled(self, vector: ir.Value, order: list[int]) -> ir.Value:
+        """Lane i takes lane order[i]."""
+        return self.shuffle_vector(vector, ir.Constant(self.vector, ir.Undefined), ir.Constant(self.integers, order))
+
+    def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """a * b + c, rounded once."""
+        return self.call(self.intrinsic("fma", 3), [a, b, c])
+
+    def largest(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The larger of two, lane by lane; a where either is NaN, so that NaN in a stays visible."""
+        return self.select(self.fcmp_ordered("<", a, b), b, a)
+
+    def power_of_two(self, whole: ir.Value) -> ir.Value:
+        """2^n of whole numbers from -126 to 127, by float32's exponent bits."""
+        exponent = self.add(self.fptosi(whole, self.integers), ir.Constant(self.integers, [127] * self.lanes))
+        return self.bitcast(self.shl(exponent, ir.Constant(self.integers, [23] * self.lanes)), self.vector)
+
+    def intrinsic(self, name: str, operands: int) -> ir.Function:
+        """An LLVM intrinsic of vectors, such as llvm.fma.v16f32."""
+        full = f"llvm.{name}.v{self.lanes}f32"
+        found = self.module.globals.get(full)
+        return found or ir.Function(self.module, ir.FunctionType(self.vector, [self.vector] * operands), full)
+
+    @contextmanager
+    def shared_loop(self, counter: ir.Value, stop: ir.Value, step: int | ir.Value = 1) -> Iterator[ir.Value]:
+        """A loop that threads share: each round takes the next `step` below stop, which the counter keeps."""
+        head, body, after = (self.append_basic_block() for _ in range(3))
+        self.branch(head)
+        self.position_at_end(head)
+        taken = self.atomic_rmw(
+            "add",
+            self.bitcast(counter, INT.as_pointer()),
+            step if isinstance(step, ir.Value) else self.index(step),
+            "monotonic",
+        )
+        self.cbranch(self.icmp_signed("<", taken, stop), body, after)
+        self.position_at_end(body)
+        yield taken
+        self.branch(head)
+        self.position_at_end(after)
+
+    @contextmanager
+    def loop(self, stop: ir.Value, step: int = 1, start: ir.Value | None = None, carried: Sequence[ir.Value] = ()) -> Any:
+        """A counted loop around the `with` block: gives the index and a list of values that one round hands to the next."""
+        before, head, body, after = self.block, *(self.append_basic_block() for _ in range(3))
+        self.branch(head)
+        self.position_at_end(head)
+        index = self.phi(INT)
+        index.add_incoming(start or self.index(0), before)
+        phis = [self.phi(value.type) for value in carried]
+        for phi, value in zip(phis, carried, strict=True):
+            phi.add_incoming(value, before)
+        self.cbranch(self.icmp_signed("<", index, stop), body, after)
+        self.position_at_end(body)
+        values = list(phis)
+        yield index, values
+        index.add_incoming(self.add(index, self.index(step)), self.block)
+        for phi, value in zip(phis, values, strict=True):
+            phi.add_incoming(value, self.block)
+        self.branch(head)
+        self.position_at_end(after)
+        values[:] = phis
+
+
+class Module:
+    """Functions that are compiled together; each takes pointers to float32 arrays, then 64-bit integers."""
+
+    def __init__(self, processor: Processor) -> None:
+        self.processor = processor
+        self.module = ir.Module()
+        self.module.triple = binding.get_default_triple()
+        self.signatures: dict[str, tuple[int, int]] = {}
+
+    @contextmanager
+    def function(self, name: str, pointers: int, integers: int) -> Iterator[tuple[ir.Function, Code]]:
+        """A new function around the `with` block that writes its body; compiled once, however many others call it."""
+        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [POINTER] * pointers + [INT] * integers), name)
+        function.attributes.add("noinline")
+        self.signatures[name] = pointers, integers
+        code = Code(function, self.processor.lanes)
+        yield function, code
+        code.ret_void()
+
+    def compile(self) -> dict[str, Callable[..., None]]:
+        """The functions by name; they release the GIL, and take addresses and integers."""
+        engine = binding.create_mcjit_compiler(binding.parse_assembly(""), self.machine())
+        engine.add_object_file(binding.ObjectFileRef.from_data(self.machine_code()))
+        engine.finalize_object()
+        functions: dict[str, Callable[..., None]] = {}
+        for name, (pointers, integers) in self.signatures.items():
+            kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * integers)
+            function: Any = kind(engine.get_function_address(name))
+            function.engine = engine  # lives as long as its code is in use
+            functions[name] = function
+        return functions
+
+    def machine_code(self) -> bytes:
+        """An object file, from the user's cache where this very code was compiled for this processor before."""
+        source = str(self.module)
+        identity = "\0".join([source, self.processor.name, self.processor.features, version("llvmlite")])
+        path = cache_folder() / f"cpu-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.o"
+        if path.exists():
+            return path.read_bytes()
+        parsed, machine = binding.parse_assembly(source), self.machine()
+        passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
+        passes.getModulePassManager().run(parsed, passes)
+        code: bytes = machine.emit_object(parsed)
+        with suppress(OSError):  # without a cache it is compiled in every process
+            write_whole(path, code)
+        return code
+
+    def machine(self) -> Any:
+        """LLVM's code generator for the processor."""
+        binding.initialize_native_target()
+        binding.initialize_native_asmprinter()
+        target = binding.Target.from_default_triple()
+        return target.create_target_machine(
+            cpu=self.processor.name, features=self.processor.features, opt=3, reloc="pic", codemodel="jitdefault"
+        )
