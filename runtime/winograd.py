@@ -220,8 +220,8 @@ class Network:
                 out = self.map("x", *features.shape[2:])
                 self.last[group](self.workers, self.filled("features", features), out, gate=gate[0, :, 0, 0])
                 return [self.cropped(out, box) + x + self.weights["gamma"] * shared]
-            case "tail", (trunk, box):
-                return [self.band(self.filled("x", trunk), *box.tolist())]
+            case "tail", (attended, first, box):
+                return [self.band(self.filled("x", attended + first), *box.tolist())]
         raise ValueError(f"no stage {kind} of {len(inputs)} inputs")
 
     def filled(self, name: str, x: Array) -> Map:

@@ -42,6 +42,7 @@ class WinogradBackend:
     name = NAME
     streams = True
     device = "CPU"
+    maps = None
 
     def __init__(self, model: Path, options: RunOptions) -> None:
         from sanrt.runtime.winograd import Network
