@@ -249,6 +249,125 @@ def channels_first(x: Array) -> Array:
 def pooled(x: Array) -> Array:
     """Maxima of 2 x 2 pixels, an odd last row and column left out: (h, w, C) -> (h // 2, w // 2, C)."""
     height, width = (size // 2 * 2 for size in x.shape[:2])
+    largest: Array = reduce(np.maximum, (x[i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)))
+    return largest
+
+
+def moments(self, pixels: Array) -> Moments:
+        """Mean and centred scatter over the pixels (h, w, C)."""
+        channels, todo = self.arch.channels, iter(range(0, len(pixels), GATHER))
+        found: dict[int, tuple[Array, Array, int]] = {}
+
+        def work() -> None:
+            for top in todo:
+                found[top] = moments(pixels[top : top + GATHER, :, :channels])
+
+        self.workers.run(work)
+        total = Moments(np.zeros(channels), np.zeros((channels, channels)))
+        for top in sorted(found):
+            total.add(*found[top])
+        return total
+
+    def gate(self, group: int, sigma: Array) -> Array:
+        """sigmoid(W_U relu(W_D z)), z the row means of Sigma^(1/2): (C, C) -> (C,)."""
+        z = newton_schulz_sqrt(sigma, self.spec.iterations).mean(1)
+        prefix = f"groups.{group}.soca"
+        down, up = (self.weights[f"{prefix}.{part}.weight"][:, :, 0, 0] for part in ("down", "up"))
+        hidden = np.maximum(down @ z + self.weights[f"{prefix}.down.bias"], 0)
+        with np.errstate(over="ignore"):
+            gate: Array = 1 / (1 + np.exp(-(up @ hidden + self.weights[f"{prefix}.up.bias"])))
+        return gate
+
+    def join(self, group: int, features: Map, gate: Array, x: Map, shared: Map) -> None:
+        """The gated last convolution and both skip connections, into x."""
+        skip, gamma = self.map("skip", x.height, x.width).array, self.weights["gamma"]
+
+        np.add(x.array, np.multiply(shared.array, gamma, out=skip), out=x.array)
+        self.last[group](self.workers, features, x, add=x, gate=gate)
+
+    def pixels(self, trunk: Map) -> Array:
+        """The picture from the trunk, band by band: (1, 3, sH, sW)."""
+        scale, whole = self.arch.scale, Box(0, 0, trunk.height, trunk.width)
+        out = np.empty((1, 3, trunk.height * scale, trunk.width * scale), np.float32)
+        for box in whole.grid(-(-trunk.height // BAND), 1):
+            halo = box.grown(TAIL_HALO, whole)
+            x = self.map("band", halo.height, halo.width)
+            x.pixels[:] = trunk.pixels[halo.top : halo.bottom]
+            crop = box.inside(halo).scaled(scale).array().tolist()
+            out[:, :, box.top * scale : box.bottom * scale] = self.band(x, *crop)
+        return out
+
+    def band(self, x: Map, top: int, left: int, bottom: int, right: int) -> Array:
+        """Part of the picture from part of the trunk; top, left, bottom, right: which of the pixels made are given."""
+        for i, upsampler in enumerate(self.upsamplers):
+            larger = self.map(f"larger{i}", x.height * upsampler.shuffle, x.width * upsampler.shuffle)
+            upsampler(self.workers, x, larger)
+            x = larger
+        done = self.map("pixels", x.height, x.width, 3)
+        self.tail(self.workers, x, done)
+        return channels_first(done.pixels[top:bottom, left:right, :3])
+
+    # --- stage by stage ---------------------------------------------------------------------------------------------
+
+    def run_stage(self, stage: str, *inputs: npt.NDArray[Any]) -> list[Array]:
+        """One stage of `sanrt.model.graph.stage_model`; maps are (1, C, h, w) there."""
+        kind, _, number = stage.partition(".")
+        with self.one_thread():
+            return [np.ascontiguousarray(made) for made in self.stage(kind, int(number or 0), *inputs)]
+
+    def stage(self, kind: str, group: int, *inputs: Any) -> list[Array]:
+        """The same, its name taken apart."""
+        match kind, inputs:
+            case "head", (picture, box):
+                first = self.map("x", *picture.shape[2:])
+                self.first(picture, first)
+                return [self.cropped(first, box)]
+            case "keys-values", (x,):
+                return [channels_first(pooled(part)) for part in self.projected(channels_last(x))[1:]]
+            case "attend", (x, key, value):
+                x, key, value = map(channels_last, (x, key, value))
+                return [channels_first(self.attended(x, self.projected(x)[0], key, value))]
+            case "body", (x, box):
+                features = self.map("features", *x.shape[2:])
+                self.body(group, self.filled("x", x), features)
+                part = self.cropped(features, box)
+                found = self.moments(channels_last(part))
+                return [part, found.mean.astype(np.float32)[None, :, None], found.scatter.astype(np.float32)[None]]
+            case "gate", (sigma,):
+                return [self.gate(group, sigma[0])[None, :, None, None]]
+            case "join", (features, gate, x, shared, box):
+                out = self.map("x", *features.shape[2:])
+                self.last[group](self.workers, self.filled("features", features), out, gate=gate[0, :, 0, 0])
+                return [self.cropped(out, box) + x + self.weights["gamma"] * shared]
+            case "tail", (attended, first, box):
+                return [self.band(self.filled("x", attended + first), *box.tolist())]
+        raise ValueError(f"no stage {kind} of {len(inputs)} inputs")
+
+    def filled(self, name: str, x: Array) -> Map:
+        """A map that holds x (1, C, h, w)."""
+        made = self.map(name, *x.shape[2:])
+        made.pixels[..., : x.shape[1]] = channels_last(x)
+        return made
+
+    def cropped(self, x: Map, box: npt.NDArray[np.int64]) -> Array:
+        """Part of a map as (1, C, h, w)."""
+        top, left, bottom, right = box.tolist()
+        return channels_first(x.pixels[top:bottom, left:right, : self.arch.channels])
+
+
+def channels_last(x: Array) -> Array:
+    """(1, C, h, w) -> (h, w, C)."""
+    return x[0].transpose(1, 2, 0)
+
+
+def channels_first(x: Array) -> Array:
+    """(h, w, C) -> (1, C, h, w)."""
+    return x.transpose(2, 0, 1)[None]
+
+
+def pooled(x: Array) -> Array:
+    """Maxima of 2 x 2 pixels, an odd last row and column left out: (h, w, C) -> (h // 2, w // 2, C)."""
+    height, width = (size // 2 * 2 for size in x.shape[:2])
     parts = (x[i:height:2, j:width:2] for i in (0, 1) for j in (0, 1))
     largest: Array = reduce(np.maximum, parts)
     return largest

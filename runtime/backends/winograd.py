@@ -41,8 +41,9 @@ class WinogradBackend:
 
     name = NAME
     streams = True
-    device = "CPU"
+    memory = None
     maps = None
+    device = "CPU"
 
     def __init__(self, model: Path, options: RunOptions) -> None:
         from sanrt.runtime.winograd import Network
