@@ -238,7 +238,8 @@ class Network:
 
 def channels_last(x: Array) -> Array:
     """(1, C, h, w) -> (h, w, C)."""
-    return x[0].transpose(1, 2, 0)
+    moved: Array = x[0].transpose(1, 2, 0)
+    return moved
 
 
 def channels_first(x: Array) -> Array:

@@ -100,5 +100,5 @@ def test_explain_tiles_shows_exact_as_whole_and_overlapped_as_different(folder, 
     assert done.exit_code == 0, done.output
     rows = {line.split()[0]: float(line.split()[1]) for line in done.output.splitlines() if " of 255 " in line}
     assert rows["whole"] == 0
-    assert rows["exact"] < 0.01 < rows["overlap"]
+    assert rows["exact"] < 2e-4 * 255 < rows["overlap"]
     assert not (folder / "out.png").exists()
