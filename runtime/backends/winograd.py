@@ -14,6 +14,7 @@ from sanrt.model.spec import MIN_SIDE
 from sanrt.runtime import machine
 from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, fp32_only, library_version
 from sanrt.runtime.derived import derived_weights
+from sanrt.runtime.engines import Limits
 from sanrt.runtime.models import read_spec
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class WinogradBackend:
     name = NAME
     streams = True
     memory = None
+    limits = Limits()
     maps = None
     device = "CPU"
 
