@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial, reduce
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ BAND = 64
 """Rows of the trunk that are upscaled together: the large maps behind them are never whole in memory."""
 GATHER = 32
 """Rows whose moments are taken together."""
+MOST_MAPS = 64
+"""Kept for later pictures and tiles of the same sizes."""
 
 
 class Network:
@@ -32,7 +35,7 @@ class Network:
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Array], threads: int) -> None:
         self.spec, self.arch, self.weights = spec, spec.architecture, weights
-        self.workers = Workers(threads)
+        self.workers, self.turn = Workers(threads), Lock()
         # NumPy's own threads would fight with ours.
         self.one_thread = partial(ThreadpoolController().limit, limits=1, user_api="blas")
         self.maps: dict[tuple[str, int, int], Map] = {}
@@ -75,6 +78,8 @@ class Network:
         """A map to write to; one per name and size is kept."""
         key = name, height, width
         if key not in self.maps:
+            if len(self.maps) == MOST_MAPS:
+                self.maps.clear()
             self.maps[key] = Map.zeros(height, width, channels or self.arch.channels)
         return self.maps[key]
 
@@ -83,9 +88,9 @@ class Network:
     def upscale(self, picture: Array) -> Array:
         """(1, 3, H, W) float32 -> (1, 3, sH, sW), not clipped."""
         height, width = picture.shape[2:]
-        if ("first", height, width) not in self.maps:
-            self.maps.clear()
-        with self.one_thread():
+        with self.turn, self.one_thread():
+            if ("first", height, width) not in self.maps:
+                self.maps.clear()
             first, shared, x, features = (self.map(n, height, width) for n in ("first", "shared", "x", "features"))
             self.first(picture, first)
             self.region_attention(first, shared)
@@ -193,7 +198,7 @@ class Network:
     def run_stage(self, stage: str, *inputs: npt.NDArray[Any]) -> list[Array]:
         """One stage of `sanrt.model.graph.stage_model`; maps are (1, C, h, w) there."""
         kind, _, number = stage.partition(".")
-        with self.one_thread():
+        with self.turn, self.one_thread():
             return [np.ascontiguousarray(made) for made in self.stage(kind, int(number or 0), *inputs)]
 
     def stage(self, kind: str, group: int, *inputs: Any) -> list[Array]:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -88,6 +89,14 @@ def test_results_are_not_overwritten_by_the_next_run(name, tiny_model):
         kept = first.copy()
         backend.infer(255 - picture(1, 3, 8, 9))
         assert np.array_equal(first, kept)
+
+
+def test_winograd_may_be_called_from_several_threads(tiny_model):
+    pictures = [picture(1, 3, 12 + i % 3, 20) for i in range(12)]
+    with loaded("winograd", tiny_model(), replace(ONE_THREAD, threads=2)) as backend, ThreadPoolExecutor(4) as pool:
+        expected = list(map(backend.infer, pictures))
+        for got, want in zip(pool.map(backend.infer, pictures), expected, strict=True):
+            assert np.array_equal(got, want)
 
 
 @pytest.mark.parametrize("name", CPU_BACKENDS)
