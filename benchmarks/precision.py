@@ -8,7 +8,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -22,7 +24,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
-from sanrt.errors import SanrtError
+from sanrt.errors import BackendError, SanrtError
 from sanrt.export.calibration import Array, calibration_set
 from sanrt.export.metrics import y_psnr
 from sanrt.export.parity import compare, worst
@@ -139,12 +141,10 @@ def row(way: Way, pictures: list[list[Sample]], expected: list[list[tuple[float,
 def timed(model: Path, threads: int) -> Table:
     """fp32 and int8 on every CPU backend, in turns: the least processor time of ROUNDS runs (others do not lengthen it)."""
     int8 = model.with_name(f"{model.stem}.int8.onnx")
-    loaded = {
-        (path.name, name): load_backend(name, path, RunOptions(threads, Precision.FP32))
-        for path in (model, int8)
-        if path.exists()
-        for name in ("openvino", "onnxruntime")
-    }
+    loaded = {}
+    for path, name in product(filter(Path.exists, (model, int8)), ("openvino", "onnxruntime", "winograd")):
+        with suppress(BackendError):
+            loaded[path.name, name] = load_backend(name, path, RunOptions(threads, Precision.FP32))
     x = np.random.default_rng(0).uniform(0, 255, TIMED).astype(np.float32)
     least = dict.fromkeys(loaded, float("inf"))
     for _ in track(range(ROUNDS + 1), "Timing"):

@@ -39,7 +39,7 @@ DIFFERENCE_MARGIN, DROP_MARGIN = 4.0, 2.0
 """For other weights and pictures; the largest of all differences varies more than a mean."""
 LEAST = 0.001
 """dB, and of 255: nobody sees less."""
-CPU_BACKENDS = ("onnxruntime", "openvino")
+CPU_BACKENDS = ("onnxruntime", "openvino", "winograd")
 
 Kind = Precision | QuantisedType
 Infer = Callable[[Array], Array]
