@@ -39,7 +39,8 @@ DIFFERENCE_MARGIN, DROP_MARGIN = 4.0, 2.0
 """For other weights and pictures; the largest of all differences varies more than a mean."""
 LEAST = 0.001
 """dB, and of 255: nobody sees less."""
-CPU_BACKENDS = ("onnxruntime", "openvino", "winograd")
+CPU_BACKENDS = ("onnxruntime", "openvino")
+"""Those that run the graph; sanrt's own kernels have to keep within the same."""
 
 Kind = Precision | QuantisedType
 Infer = Callable[[Array], Array]
