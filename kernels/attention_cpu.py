@@ -18,7 +18,7 @@ Array = npt.NDArray[np.float32]
 TOGETHER = 3
 """Queries that share each read of the keys and values."""
 LEAST_EXPONENT = -87.0
-"""exp of less is no normal float32."""
+"""exp of less is hardly a normal float32; it counts as this, also where there is no key."""
 LN2_HIGH = 355 / 512
 """ln 2 in so few bits that its multiples are exact; LN2_LOW is the rest."""
 LN2_LOW = math.log(2) - LN2_HIGH

@@ -13,10 +13,13 @@ from typing import Any
 
 from llvmlite import binding, ir
 
+from sanrt import __version__
 from sanrt.kernels.compile import cache_folder, write_whole
 
 INT, FLOAT = ir.IntType(64), ir.FloatType()
 POINTER = FLOAT.as_pointer()
+DIGEST = hashlib.sha256().digest_size
+"""Bytes before the code in a cached file."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,13 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
         self.position_at_end(after)
 
     @contextmanager
-    def loop(self, stop: ir.Value, step: int = 1, start: ir.Value | None = None, carried: Sequence[ir.Value] = ()) -> Any:
+    def loop(self, stop: ir.Value, step: int = 1, carried: Sequence[ir.Value] = ()) -> Any:
         """A counted loop around the `with` block: gives the index and a list of values that one round hands to the next."""
         before, head, body, after = self.block, *(self.append_basic_block() for _ in range(3))
         self.branch(head)
         self.position_at_end(head)
         index = self.phi(INT)
-        index.add_incoming(start or self.index(0), before)
+        index.add_incoming(self.index(0), before)
         phis = [self.phi(value.type) for value in carried]
         for phi, value in zip(phis, carried, strict=True):
             phi.add_incoming(value, before)
@@ -185,16 +188,19 @@ class Module:
     def machine_code(self) -> bytes:
         """An object file, from the user's cache where this very code was compiled for this processor before."""
         source = str(self.module)
-        identity = "\0".join([source, self.processor.name, self.processor.features, version("llvmlite")])
-        path = cache_folder() / f"cpu-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.o"
-        if path.exists():
-            return path.read_bytes()
+        identity = "\0".join([source, self.processor.name, self.processor.features, version("llvmlite"), __version__])
+        name = f"cpu-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.o"
+        # Without a cache it is compiled in every process; damaged code would end the process.
+        with suppress(OSError, RuntimeError):
+            kept = (cache_folder() / name).read_bytes()
+            if hashlib.sha256(kept[DIGEST:]).digest() == kept[:DIGEST]:
+                return kept[DIGEST:]
         parsed, machine = binding.parse_assembly(source), self.machine()
         passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
         passes.getModulePassManager().run(parsed, passes)
         code: bytes = machine.emit_object(parsed)
-        with suppress(OSError):  # without a cache it is compiled in every process
-            write_whole(path, code)
+        with suppress(OSError, RuntimeError):
+            write_whole(cache_folder() / name, hashlib.sha256(code).digest() + code)
         return code
 
     def machine(self) -> Any:

@@ -62,7 +62,7 @@ class End(StrEnum):
 
 @dataclass(frozen=True)
 class Map:
-    """Features as (rows, columns, channels) with a border of zeros, whole tiles and whole vectors: never written outside."""
+    """Features as (rows, columns, channels), in whole tiles and vectors with a border; all zero but the pixels."""
 
     array: Array
     height: int
@@ -73,6 +73,10 @@ class Map:
         """An all-zero map."""
         sides = (-(-size // TILE) * TILE + 2 for size in (height, width))
         return cls(np.zeros((*sides, whole_vectors(channels)), np.float32), height, width)
+
+    def fits(self, height: int, width: int, channels: int) -> bool:
+        """Whether it is as large as `zeros` would make it."""
+        return (self.height, self.width, self.array.shape[2]) == (height, width, whole_vectors(channels))
 
     @property
     def pixels(self) -> Array:
@@ -108,6 +112,7 @@ class Convolution:
         spread = spread.reshape(parts, POINTS, self.inputs, self.outputs // block, block)
         self.weight = np.ascontiguousarray(spread.transpose(0, 1, 3, 2, 4), np.float32)
         """[part][point][block of outputs][input][output]: the order in which the product reads it."""
+        self.kernels = kernels(self.vectors)
 
     def __call__(
         self,
@@ -128,14 +133,11 @@ class Convolution:
         if gate is not None:
             weight = weight * np.pad(gate, (0, self.inputs - len(gate)))[:, None]
         end = End.ADD if add else End.RELU if relu else End.NOTHING
-        kernel = kernels(self.vectors)[f"convolve_{end}"]
+        kernel = self.kernels[f"convolve_{end}"]
         strip = -(-STRIP // max(self.inputs, self.outputs) // self.rows) * self.rows
         columns = -(-source.width // TILE)
         row, target = source.array.shape[1] * self.inputs, output.array.shape[1] * self.outputs
-
-        arrays = source.array, output.pixels, (add or output).pixels, weight, self.bias
-
-        counter = np.zeros(1, np.int64)
+        arrays, counter = (source.array, output.pixels, (add or output).pixels, weight, self.bias), np.zeros(1, np.int64)
 
         def work() -> None:
             spread = workers.buffer("spread", strip * tile_stride(self.inputs))

@@ -11,6 +11,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +56,11 @@ def derived_weights(model: Path) -> dict[str, npt.NDArray[np.float32]]:
     path = model.parent / FOLDER / f"{model.stem}-weights-{file_digest(model)[:16]}.npz"
     if not path.exists():
         write_derived(model, path, weights_bytes)
-    with np.load(path) as arrays:
-        return dict(arrays)
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise ModelError(f"{path}: cannot be read, or is damaged ({error}); remove it, it is made again") from error
 
 
 def write_derived(model: Path, path: Path, content: Callable[[ModelSpec, Weights], bytes]) -> None:
@@ -88,7 +92,7 @@ def variant_bytes(options: GraphOptions, spec: ModelSpec, weights: Weights) -> b
 def weights_bytes(spec: ModelSpec, weights: Weights) -> bytes:
     """The weights as an npz file."""
     file = BytesIO()
-    np.savez(file, allow_pickle=False, **weights)
+    np.savez(file, **weights)  # type: ignore[arg-type]
     return file.getvalue()
 
 

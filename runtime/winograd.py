@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
-from sanrt.kernels.attention_cpu import attention
+from sanrt.kernels.attention_cpu import attention, kernels
 from sanrt.kernels.threads import Workers
 from sanrt.kernels.winograd import Convolution, Map
 from sanrt.model.spec import ModelSpec
@@ -26,19 +26,18 @@ BAND = 64
 """Rows of the trunk that are upscaled together: the large maps behind them are never whole in memory."""
 GATHER = 32
 """Rows whose moments are taken together."""
-MOST_MAPS = 64
-"""Kept for later pictures and tiles of the same sizes."""
+TURN = Lock()
+"""One picture at a time in a process: each takes all threads, and the limit on NumPy's own is the whole process'."""
 
 
 class Network:
-    """The weights, the threads, and the maps of the last picture's size, to be used again."""
+    """The weights, the threads, and the maps that were used last, for another picture or tile of the same size."""
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Array], threads: int) -> None:
         self.spec, self.arch, self.weights = spec, spec.architecture, weights
-        self.workers, self.turn = Workers(threads), Lock()
         # NumPy's own threads would fight with ours.
         self.one_thread = partial(ThreadpoolController().limit, limits=1, user_api="blas")
-        self.maps: dict[tuple[str, int, int], Map] = {}
+        self.maps: dict[str, Map] = {}
         conv = {name: self.convolution(name) for name in self.names()}
         self.head = conv["head"]
         self.blocks = [
@@ -51,6 +50,8 @@ class Network:
         parts = [weights[f"attention.{part}.weight"][:, :, 0, 0] for part in ("query", "key", "value")]
         self.inner = np.concatenate(parts).T.copy()
         self.inner_bias = np.concatenate([weights[f"attention.{part}.bias"] for part in ("query", "key", "value")])
+        kernels(self.arch.attention_channels)  # compiled now, so that every failure to compile is one to load
+        self.workers = Workers(threads)
 
     def names(self) -> list[str]:
         """The 3 x 3 convolutions in their order, but for the tail."""
@@ -71,26 +72,24 @@ class Network:
 
     def close(self) -> None:
         """End the threads and free the maps."""
-        self.workers.close()
-        self.maps.clear()
+        with TURN:
+            self.workers.close()
+            self.maps.clear()
 
     def map(self, name: str, height: int, width: int, channels: int | None = None) -> Map:
-        """A map to write to; one per name and size is kept."""
-        key = name, height, width
-        if key not in self.maps:
-            if len(self.maps) == MOST_MAPS:
-                self.maps.clear()
-            self.maps[key] = Map.zeros(height, width, channels or self.arch.channels)
-        return self.maps[key]
+        """A map to write to; the last one of each name is kept."""
+        held, channels = self.maps.get(name), channels or self.arch.channels
+        if held is None or not held.fits(height, width, channels):
+            self.maps.pop(name, None)
+            held = self.maps[name] = Map.zeros(height, width, channels)
+        return held
 
     # --- the whole picture ------------------------------------------------------------------------------------------
 
     def upscale(self, picture: Array) -> Array:
         """(1, 3, H, W) float32 -> (1, 3, sH, sW), not clipped."""
         height, width = picture.shape[2:]
-        with self.turn, self.one_thread():
-            if ("first", height, width) not in self.maps:
-                self.maps.clear()
+        with TURN, self.one_thread():
             first, shared, x, features = (self.map(n, height, width) for n in ("first", "shared", "x", "features"))
             self.first(picture, first)
             self.region_attention(first, shared)
@@ -198,8 +197,8 @@ class Network:
     def run_stage(self, stage: str, *inputs: npt.NDArray[Any]) -> list[Array]:
         """One stage of `sanrt.model.graph.stage_model`; maps are (1, C, h, w) there."""
         kind, _, number = stage.partition(".")
-        with self.turn, self.one_thread():
-            return [np.ascontiguousarray(made) for made in self.stage(kind, int(number or 0), *inputs)]
+        with TURN, self.one_thread():
+            return [np.array(made, order="C") for made in self.stage(kind, int(number or 0), *inputs)]
 
     def stage(self, kind: str, group: int, *inputs: Any) -> list[Array]:
         """The same, its name taken apart."""
@@ -233,6 +232,7 @@ class Network:
         """A map that holds x (1, C, h, w)."""
         made = self.map(name, *x.shape[2:])
         made.pixels[..., : x.shape[1]] = channels_last(x)
+        made.pixels[..., x.shape[1] :] = 0
         return made
 
     def cropped(self, x: Map, box: npt.NDArray[np.int64]) -> Array:

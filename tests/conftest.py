@@ -29,20 +29,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     folder = tmp_path_factory.mktemp("models")
 
     @cache
-    def make(scale: int = 2) -> Path:
+    def make(scale: int = 2, channels: int = 16) -> Path:
         import torch
 
         from sanrt.model.graph import san_model
         from sanrt.model.san import SAN
         from sanrt.model.spec import Architecture, ModelSpec
 
-        arch = Architecture(scale=scale, groups=1, blocks=1, channels=16, reduction=4)
+        arch = Architecture(scale=scale, groups=1, blocks=1, channels=channels, reduction=4)
         with torch.random.fork_rng():
             torch.manual_seed(scale)
             net = SAN(arch)
         torch.nn.init.constant_(net.gamma, 0.5)
         weights = {name: t.detach().numpy() for name, t in net.state_dict().items()}
-        path = folder / f"san_x{scale}.onnx"
+        path = folder / (f"san_x{scale}.onnx" if channels == 16 else f"san_x{scale}_c{channels}.onnx")
         path.write_bytes(san_model(ModelSpec(arch, "0" * 64, "seeded random weights", 5), weights).SerializeToString())
         return path
 

@@ -18,6 +18,7 @@ from sanrt.errors import BackendError, UsageError
 from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.engines import STAGES_SUFFIX, SUFFIX, Limits, engines_of
 from sanrt.runtime.featuremaps import DeviceMaps
+from sanrt.runtime.models import read_spec
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,9 @@ BACKENDS = {
 CHECKPOINT_BACKENDS = ("torch-cuda", "torch")
 """Those that load checkpoints too; the others load exported models only."""
 
+EIGHT_BIT_BACKENDS = ("tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime")
+"""Those that run models with convolutions in 8 bits."""
+
 AUTO_ORDER = ("tensorrt", "torch-cuda", "onnxruntime-cuda", "openvino", "winograd", "onnxruntime", "torch")
 """The order in which `auto` looks for a usable backend."""
 
@@ -161,7 +165,8 @@ def candidates(model: Path, options: RunOptions) -> tuple[str, ...]:
         return ("tensorrt",)
     if model.suffix != ".onnx":
         return CHECKPOINT_BACKENDS
-    return tuple(name for name in AUTO_ORDER if name != "tensorrt" or engine_fits(model, options))
+    names = EIGHT_BIT_BACKENDS if read_spec(model).quantisation else AUTO_ORDER
+    return tuple(name for name in names if name != "tensorrt" or engine_fits(model, options))
 
 
 def engine_fits(model: Path, options: RunOptions) -> bool:

@@ -25,11 +25,13 @@ NAME = "winograd"
 
 def status() -> BackendStatus:
     """Whether llvmlite, which compiles the kernels, is installed; `auto` takes it where it was measured."""
-    if installed := library_version("llvmlite"):
+    installed = library_version("llvmlite")
+    if installed and library_version("threadpoolctl"):
         vectors = [name for name in ("AVX-512", "AVX2") if name in machine.cpu_features()]
         reason = f"runs on the CPU ({vectors[0] if vectors else 'no AVX2: slow on x86, not measured elsewhere'})"
         return BackendStatus(NAME, installed, True, reason, automatic=bool(vectors))
-    return BackendStatus(NAME, None, False, "llvmlite is not installed", "pip install 'sanrt[cpu]'")
+    missing = "threadpoolctl" if installed else "llvmlite"
+    return BackendStatus(NAME, installed, False, f"{missing} is not installed", "pip install 'sanrt[cpu]'")
 
 
 def load(model: Path, options: RunOptions) -> WinogradBackend:
@@ -63,6 +65,7 @@ class WinogradBackend:
         try:
             return np.concatenate([self.network.upscale(picture) for picture in pictures[:, None]])
         except MemoryError as error:
+            self.network.maps.clear()
             raise OutOfMemoryError("winograd ran out of memory") from error
 
     def stages(self) -> Stages:
@@ -73,6 +76,7 @@ class WinogradBackend:
         try:
             return self.network.run_stage(stage, *inputs)
         except MemoryError as error:
+            self.network.maps.clear()
             raise OutOfMemoryError("winograd ran out of memory") from error
 
     def close(self) -> None:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
+from hashlib import sha256
+
 import numpy as np
 import pytest
+
+from sanrt.errors import BackendError
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("llvmlite")
@@ -115,6 +122,38 @@ def test_an_error_in_any_thread_reaches_the_caller_and_the_threads_live_on():
     assert seen == [1, 1]
 
 
+def test_an_interrupt_is_told_when_no_thread_is_at_work_any_more():
+    workers, seen = Workers(2), []
+
+    def slow():
+        if threading.current_thread() is not threading.main_thread():
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.2)
+        seen.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        workers.run(slow)
+    assert seen == [1, 1]
+    workers.run(lambda: seen.append(2))
+    assert seen == [1, 1, 2, 2]
+
+
+def test_ended_threads_leave_the_work_to_the_caller():
+    workers, seen = Workers(3), []
+    workers.close()
+    workers.run(lambda: seen.append(1))
+    assert seen == [1]
+
+
+def test_more_threads_than_can_be_started_are_told(monkeypatch):
+    def full(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    with pytest.raises(BackendError, match="4 threads cannot be started"):
+        Workers(4)
+
+
 def test_compiled_code_is_kept_and_used_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code = []
@@ -126,8 +165,11 @@ def test_compiled_code_is_kept_and_used_again(tmp_path, monkeypatch):
         module.compile()["nothing"](0)
     assert code[0] == code[1]
     (kept,) = (tmp_path / "sanrt" / "kernels").iterdir()
-    kept.write_bytes(b"not what was compiled")
-    assert module.machine_code() == b"not what was compiled"
+    for damaged in b"", kept.read_bytes()[:-9]:
+        kept.write_bytes(damaged)
+        assert module.machine_code() == code[0]
+    kept.write_bytes(sha256(b"as it was kept").digest() + b"as it was kept")
+    assert module.machine_code() == b"as it was kept"
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):

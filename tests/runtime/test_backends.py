@@ -14,13 +14,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sanrt.errors import BackendError, OutOfMemoryError
-from sanrt.model.spec import Precision
+from sanrt.errors import BackendError, ModelError, OutOfMemoryError
+from sanrt.model.graph import read_model, san_model
+from sanrt.model.spec import Precision, Quantisation, QuantisedType
 from sanrt.runtime import backends, machine
 from sanrt.runtime.backends import AUTO_ORDER, BACKENDS, BackendStatus, RunOptions, load_backend, status
 from sanrt.runtime.machine import Gpu, Gpus
 
 ONE_THREAD = RunOptions(threads=1, precision=Precision.FP32)
+RANGES = {"groups.0.blocks.0.conv1": 9.0}
 CPU_BACKENDS = ("onnxruntime", "openvino", "winograd")
 
 STARVED = """
@@ -89,6 +91,68 @@ def test_results_are_not_overwritten_by_the_next_run(name, tiny_model):
         kept = first.copy()
         backend.infer(255 - picture(1, 3, 8, 9))
         assert np.array_equal(first, kept)
+
+
+@pytest.mark.parametrize("scale", [2, 8])
+def test_winograd_takes_channels_that_fill_no_vector(tiny_model, scale):
+    model, pixels = tiny_model(scale, channels=24), picture(1, 3, 10, 13)
+    with loaded("torch", model) as reference, loaded("winograd", model) as backend:
+        assert psnr(backend.infer(pixels), reference.infer(pixels)) > 85
+
+
+def test_a_bad_picture_leaves_nothing_behind_in_winograd_s_maps(tiny_model):
+    box, x = np.array([0, 0, 8, 8]), picture(1, 24, 8, 8)
+    with loaded("winograd", tiny_model(channels=24)) as backend:
+        expected, *_ = backend.stages().run("body.0", x, box)
+        backend.stages().run("head", np.full((1, 3, 8, 8), np.inf, np.float32), box)
+        got, *_ = backend.stages().run("body.0", x, box)
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_what_a_stage_gave_is_not_overwritten_even_where_it_is_one_pixel(tiny_model):
+    box = np.array([0, 0, 1, 1])
+    with loaded("winograd", tiny_model()) as backend:
+        (first,) = backend.stages().run("head", picture(1, 3, 8, 8), box)
+        kept = first.copy()
+        backend.stages().run("head", 255 - picture(1, 3, 8, 8), box)
+        np.testing.assert_array_equal(first, kept)
+
+
+def test_winograd_s_maps_do_not_pile_up_over_pictures_of_many_sizes(tiny_model):
+    with loaded("winograd", tiny_model()) as backend:
+        held = []
+        for side in range(8, 20):
+            backend.infer(picture(1, 3, side, side))
+            held.append(len(backend.network.maps))
+        assert len(set(held)) == 1
+
+
+def test_a_damaged_file_of_weights_is_told(tiny_model, tmp_path):
+    model = tmp_path / "san_x2.onnx"
+    model.write_bytes(tiny_model().read_bytes())
+    with loaded("winograd", model):
+        pass
+    (weights,) = (tmp_path / ".derived").glob("*.npz")
+    weights.write_bytes(weights.read_bytes()[:999])
+    with pytest.raises(ModelError, match=r"damaged .*; remove it"), loaded("winograd", model):
+        pass
+
+
+def test_winograd_without_all_it_needs_is_not_usable(monkeypatch):
+    monkeypatch.setattr(
+        "sanrt.runtime.backends.winograd.library_version", lambda name: "0.50" if name == "llvmlite" else None
+    )
+    found = status("winograd")
+    assert (found.usable, found.reason) == (False, "threadpoolctl is not installed")
+
+
+def test_auto_runs_an_8_bit_model_on_a_backend_that_can(tiny_model, tmp_path):
+    spec, weights = read_model(tiny_model())
+    path = tmp_path / "san_x2.int8.onnx"
+    eight = replace(spec, quantisation=Quantisation(QuantisedType.INT8, RANGES, RANGES))
+    path.write_bytes(san_model(eight, weights).SerializeToString())
+    with load_backend("auto", path, ONE_THREAD) as backend:
+        assert backend.spec.quantisation
 
 
 def test_winograd_may_be_called_from_several_threads(tiny_model):
