@@ -100,7 +100,7 @@ class Network:
                 self.join(g, features, gate, x, shared)
             self.region_attention(x, features)
             np.add(features.array, first.array, out=features.array)
-            return self.pixels(features)
+            return self.pixels(features, Box(0, 0, height, width))
 
     def first(self, picture: Array, out: Map) -> None:
         """The head's features of a picture (1, 3, H, W)."""
@@ -170,27 +170,27 @@ class Network:
         np.add(x.array, np.multiply(shared.array, gamma, out=skip), out=x.array)
         self.last[group](self.workers, features, x, add=x, gate=gate)
 
-    def pixels(self, trunk: Map) -> Array:
-        """The picture from the trunk, band by band: (1, 3, sH, sW)."""
+    def pixels(self, trunk: Map, box: Box) -> Array:
+        """The picture within a box of the trunk, band by band: (1, 3, sh, sw)."""
         scale, whole = self.arch.scale, Box(0, 0, trunk.height, trunk.width)
-        out = np.empty((1, 3, trunk.height * scale, trunk.width * scale), np.float32)
-        for box in whole.grid(-(-trunk.height // BAND), 1):
-            halo = box.grown(TAIL_HALO, whole)
+        parts = []
+        for band in box.grid(-(-box.height // BAND), 1):
+            halo = band.grown(TAIL_HALO, whole)
             x = self.map("band", halo.height, halo.width)
-            x.pixels[:] = trunk.pixels[halo.top : halo.bottom]
-            crop = box.inside(halo).scaled(scale).array().tolist()
-            out[:, :, box.top * scale : box.bottom * scale] = self.band(x, *crop)
-        return out
+            x.pixels[:] = trunk.pixels[halo.top : halo.bottom, halo.left : halo.right]
+            done, crop = self.upscaled(x), band.inside(halo).scaled(scale)
+            parts.append(np.ascontiguousarray(channels_first(done[crop.top : crop.bottom, crop.left : crop.right])))
+        return np.concatenate(parts, axis=2)
 
-    def band(self, x: Map, top: int, left: int, bottom: int, right: int) -> Array:
-        """Part of the picture from part of the trunk; top, left, bottom, right: which of the pixels made are given."""
+    def upscaled(self, x: Map) -> Array:
+        """All pixels (sh, sw, 3) of a band of the trunk."""
         for i, upsampler in enumerate(self.upsamplers):
             larger = self.map(f"larger{i}", x.height * upsampler.shuffle, x.width * upsampler.shuffle)
             upsampler(self.workers, x, larger)
             x = larger
         done = self.map("pixels", x.height, x.width, 3)
         self.tail(self.workers, x, done)
-        return channels_first(done.pixels[top:bottom, left:right, :3])
+        return done.pixels[..., :3]
 
     # --- stage by stage ---------------------------------------------------------------------------------------------
 
@@ -225,7 +225,7 @@ class Network:
                 self.last[group](self.workers, self.filled("features", features), out, gate=gate[0, :, 0, 0])
                 return [self.cropped(out, box) + x + self.weights["gamma"] * shared]
             case "tail", (attended, first, box):
-                return [self.band(self.filled("x", attended + first), *box.tolist())]
+                return [self.pixels(self.filled("x", attended + first), Box(*(box // self.arch.scale).tolist()))]
         raise ValueError(f"no stage {kind} of {len(inputs)} inputs")
 
     def filled(self, name: str, x: Array) -> Map:
