@@ -70,6 +70,8 @@ class Entry:
     versions: Mapping[str, str]
     seconds: Mapping[str, float]
     """What reading, upscaling and writing took."""
+    engine_digest: str | None = None
+    """SHA-256 of the TensorRT engine that ran the model, where one did."""
 
     def upscaling(self) -> UpscaleOptions:
         """What makes the same choices again."""
@@ -142,6 +144,7 @@ class Recorder:
             encoding=asdict(self.encoding),
             versions={"sanrt": __version__, "python": platform.python_version(), "numpy": np.__version__},
             seconds=outcome.seconds,
+            engine_digest=backend.engine_digest,
         )
 
 
@@ -223,6 +226,7 @@ def verify(entries: Iterable[Entry]) -> Iterator[Replay]:
             try:
                 check_unchanged(entry)
                 backend = loaded(entry.backend, Path(entry.model), entry.loading())
+                check_engine(entry, backend)
                 with tempfile.TemporaryDirectory(prefix="sanrt-") as folder:
                     yield compared(entry, again(entry, backend, Path(folder)))
             except SanrtError as error:
@@ -235,6 +239,12 @@ def check_unchanged(entry: Entry) -> None:
         if file_digest(located(path), RESTORE) != digest:
             raise ModelError(f"{path}: changed since the run (SHA-256 {digest[:12]}... was recorded); {RESTORE}")
     file_digest(located(entry.output), RESTORE)
+
+
+def check_engine(entry: Entry, backend: Backend) -> None:
+    """Raise ModelError unless the engine that runs the model now is the one that ran it then."""
+    if entry.engine_digest not in (None, backend.engine_digest):
+        raise ModelError(f"{entry.model}: another engine than SHA-256 {entry.engine_digest[:12]}... runs it now; {RESTORE}")
 
 
 def again(entry: Entry, backend: Backend, folder: Path) -> Path:

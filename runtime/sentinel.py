@@ -26,7 +26,7 @@ class Sentinel:
         """`exact` loads the fp32 backend, when it is first needed."""
         self.backend, self.load_exact = backend, exact
         self.name, self.device, self.spec, self.streams = backend.name, backend.device, backend.spec, backend.streams
-        self.memory, self.limits = backend.memory, backend.limits
+        self.memory, self.limits, self.engine_digest = backend.memory, backend.limits, backend.engine_digest
 
     @cached_property
     def exact(self) -> Backend:

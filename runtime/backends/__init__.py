@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from sanrt.errors import BackendError, UsageError
+from sanrt.errors import BackendError, ModelError, UsageError
 from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.engines import STAGES_SUFFIX, SUFFIX, Limits, engines_of
 from sanrt.runtime.featuremaps import DeviceMaps
@@ -56,6 +56,11 @@ class Backend(Protocol):
     @property
     def memory(self) -> int | None:
         """Bytes of a GPU's own memory that were free when the model was loaded; None where it runs in the host's."""
+        ...
+
+    @property
+    def engine_digest(self) -> str | None:
+        """SHA-256 of the TensorRT engine that runs; None where none does."""
         ...
 
     @property
@@ -165,8 +170,16 @@ def candidates(model: Path, options: RunOptions) -> tuple[str, ...]:
         return ("tensorrt",)
     if model.suffix != ".onnx":
         return CHECKPOINT_BACKENDS
-    names = EIGHT_BIT_BACKENDS if read_spec(model).quantisation else AUTO_ORDER
+    names = EIGHT_BIT_BACKENDS if computes_in_8_bits(model) else AUTO_ORDER
     return tuple(name for name in names if name != "tensorrt" or engine_fits(model, options))
+
+
+def computes_in_8_bits(model: Path) -> bool:
+    """Whether an exported model has convolutions in 8 bits; one that cannot be read is told when it is loaded."""
+    try:
+        return read_spec(model).quantisation is not None
+    except ModelError:
+        return False
 
 
 def engine_fits(model: Path, options: RunOptions) -> bool:

@@ -41,6 +41,7 @@ class OnnxRuntimeBackend:
     name = NAME
     streams = True
     memory = None
+    engine_digest = None
     limits = Limits()
     device = "CPU"
 

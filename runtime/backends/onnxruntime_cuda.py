@@ -48,6 +48,7 @@ class OnnxRuntimeCudaBackend:
     """One session; the buffers of the last shape stay on the GPU."""
 
     name = NAME
+    engine_digest = None
     streams = True
     limits = Limits()
 

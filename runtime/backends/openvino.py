@@ -65,6 +65,7 @@ class OpenVinoBackend:
     name = NAME
     streams = True
     memory = None
+    engine_digest = None
     limits = Limits()
     device = "CPU"
 

@@ -163,6 +163,7 @@ class TensorRTBackend:
         self.info, self.gpu, self.contexts = info, gpu, contexts
         self.device = f"{gpu.name}, {TITLES[flavor]}"
         self.memory: int | None = gpu.free_memory()
+        self.engine_digest: str | None = info.digest
         self.rtx = flavor == Flavor.RTX
         self.trt = import_flavor(flavor)
         self.profiles = info.identity.options.profiles

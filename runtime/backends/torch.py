@@ -39,6 +39,7 @@ class TorchBackend:
     name = NAME
     streams = True
     memory = None
+    engine_digest = None
     limits = Limits()
     maps = None
     device = "CPU"

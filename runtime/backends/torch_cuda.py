@@ -48,6 +48,7 @@ class TorchCudaBackend:
     """The network on a GPU, fp16 unless another precision is asked for. Never run on hardware yet."""
 
     name = NAME
+    engine_digest = None
     streams = True
     limits = Limits()
 

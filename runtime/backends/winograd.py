@@ -45,6 +45,7 @@ class WinogradBackend:
     name = NAME
     streams = True
     memory = None
+    engine_digest = None
     limits = Limits()
     maps = None
     device = "CPU"

@@ -67,6 +67,18 @@ def test_unchanged_results_are_reproduced_bit_for_bit(recorded):
     assert "2 reproduced bit for bit" in done.output
 
 
+def test_a_result_of_another_engine_is_not_replayed(recorded):
+    record, _ = recorded
+    entries = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [entry["engine_digest"] for entry in entries] == [None, None]
+    entries[0]["engine_digest"] = "ab" * 32
+    record.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    done = verify(record)
+    assert done.exit_code == 1
+    assert "another engine than SHA-256 abababababab... runs it now" in done.output
+    assert "1 reproduced bit for bit" in done.output
+
+
 def test_a_tampered_result_differs_and_one_within_a_step_is_close(recorded):
     record, folder = recorded
     for name, change in ("a", 40), ("b", 1):

@@ -26,7 +26,7 @@ SPEC = ModelSpec(ARCH, "0" * 64, "a test", 5, min_side=4, multiple=1)
 class Nearest:
     """A backend without stages that repeats every pixel, and remembers what sizes it was given."""
 
-    name, device, streams, memory, limits = "nearest", "CPU", False, None, Limits()
+    name, device, streams, memory, limits, engine_digest = "nearest", "CPU", False, None, Limits(), None
 
     def __init__(self, most=None, spec=SPEC):
         self.spec, self.most, self.sizes = spec, most, []
