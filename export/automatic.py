@@ -10,7 +10,7 @@ from sanrt.errors import ParityError, SanrtError
 from sanrt.export.calibration import Track, untracked
 from sanrt.export.engine import Progress, build_engine, choose_flavor
 from sanrt.export.quantise import Quantised, QuantiseOptions, quantise
-from sanrt.model.spec import Precision, QuantisedType
+from sanrt.model.spec import GRAPH_PRECISIONS, Precision, QuantisedType
 from sanrt.runtime.backends import status
 from sanrt.runtime.engines import BuildOptions
 
@@ -44,7 +44,7 @@ def engines(model: Path, quantised: Sequence[Path], progress: Progress) -> dict[
     if not status("tensorrt").usable:
         return {}
     untried = {}
-    for path, precision in [*((model, p) for p in Precision), *((path, Precision.FP16) for path in quantised)]:
+    for path, precision in [*((model, p) for p in GRAPH_PRECISIONS), *((path, Precision.FP16) for path in quantised)]:
         try:
             build_engine(path, BuildOptions(choose_flavor(), precision), None, progress)
         except SanrtError as error:

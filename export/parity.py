@@ -30,6 +30,7 @@ TOLERANCES: Mapping[Precision | QuantisedType, Tolerance] = {
     Precision.FP32: Tolerance(2e-3, 0.001),
     Precision.FP16: Tolerance(0.5, 0.001),
     Precision.BF16: Tolerance(20.0, 0.005),
+    Precision.INT16: Tolerance(20.0, 0.001),
     QuantisedType.INT8: Tolerance(100.0, 0.2),
     QuantisedType.FP8: Tolerance(100.0, 0.2),
 }

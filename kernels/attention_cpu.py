@@ -17,13 +17,17 @@ Array = npt.NDArray[np.float32]
 
 TOGETHER = 3
 """Queries that share each read of the keys and values."""
-LEAST_EXPONENT = -87.0
-"""exp of less is hardly a normal float32; it counts as this, also where there is no key."""
-LN2_HIGH = 355 / 512
-"""ln 2 in so few bits that its multiples are exact; LN2_LOW is the rest."""
-LN2_LOW = math.log(2) - LN2_HIGH
+BLOCK = 512
+"""Keys whose scores are kept, in a core's first cache, until their largest is known."""
+BATCH = 16
+"""Groups of queries to which a block of keys is shown before the next one."""
+LOWEST = -3e38
+"""Below every score that is a number."""
+LEAST_EXPONENT = -125.0
+"""2 to the power of less is hardly a normal float32; it counts as this, also where there is no key."""
 DEGREE = 6
-"""Of exp's series, exact to float32 within half a power of two of 1."""
+"""Of the series of 2^x, exact to float32 within half of 0."""
+SERIES = [math.log(2) ** n / math.factorial(n) for n in range(DEGREE + 1)]
 
 
 def attention(workers: Workers, query: Array, key: Array, value: Array) -> Array:
@@ -31,7 +35,7 @@ def attention(workers: Workers, query: Array, key: Array, value: Array) -> Array
     n, channels = query.shape
     groups = -(-n // TOGETHER)
     padded = np.zeros((groups * TOGETHER, channels), np.float32)
-    padded[:n] = query
+    padded[:n] = query * np.float32(1 / math.log(2))
     lanes = this_processor().lanes
     keys = np.zeros((channels, -(-len(key) // lanes) * lanes), np.float32)
     values, hidden = np.zeros_like(keys), np.zeros(keys.shape[1], np.float32)
@@ -39,7 +43,12 @@ def attention(workers: Workers, query: Array, key: Array, value: Array) -> Array
     hidden[len(key) :] = -np.inf
     out = np.empty_like(padded)
     kernel, arrays = kernels(channels)["attend"], (padded, keys, values, hidden, out, np.zeros(1, np.int64))
-    workers.run(lambda: kernel(*(array.ctypes.data for array in arrays), keys.shape[1], groups))
+
+    def work(_: int) -> None:
+        held = workers.buffer("scores", TOGETHER * (BLOCK + BATCH * (2 + channels) * this_processor().lanes))
+        kernel(*(array.ctypes.data for array in (*arrays, held)), keys.shape[1], groups)
+
+    workers.run(work)
     return out[:n]
 
 
@@ -52,58 +61,84 @@ def kernels(channels: int) -> dict[str, Callable[..., None]]:
 
 
 def write_attend(module: Module, channels: int) -> None:
-    """Groups of queries; `hidden` is added to the scores: 0, or -inf where there is no key."""
-    with module.function("attend", 6, 2) as (function, code):
-        query, key, value, hidden, out, counter, keys, groups = function.args
-        with code.shared_loop(counter, groups) as group:
-            start = code.mul(group, code.index(TOGETHER * channels))
-            queries = [
-                [code.spread(code.load(code.at(query, start, code.index(r * channels + c)))) for c in range(channels)]
-                for r in range(TOGETHER)
-            ]
+    """Groups of queries; `hidden` is added to the scores: 0, or -inf where there is no key.
 
-            def scores(position: ir.Value, queries: list[list[ir.Value]] = queries) -> list[ir.Value]:
-                sums = [code.read(code.at(hidden, position))] * TOGETHER
-                for c in range(channels):
-                    factor = code.read(code.at(key, position, code.mul(keys, code.index(c))))
-                    sums = [code.multiply_add(q[c], factor, done) for q, done in zip(queries, sums, strict=True)]
-                return sums
+    Keys are taken in blocks, each lane with a softmax of its own whose shift is the largest score so far (Milakov and
+    Gimelshein, "Online normalizer calculation for softmax", 2018); the lanes are joined at the end. Scores are of base 2.
+    """
+    sums_of = channels + 1  # of a query: each channel's, and the weights'
+    state = TOGETHER * (1 + sums_of)
+    with module.function("attend", 7, 2) as (function, code):
+        query, key, value, hidden, out, counter, held, keys, groups = function.args
+        width = code.index(BLOCK)
 
-            with code.loop(keys, code.lanes, carried=[code.constant(-math.inf)] * TOGETHER) as (position, largest):
-                largest[:] = map(code.largest, largest, scores(position))
-            shifts = [code.spread(folded(code, code.largest, found)) for found in largest]
-            with code.loop(keys, code.lanes, carried=[code.constant(0)] * (TOGETHER * (channels + 1))) as (position, sums):
-                weights = [exponential(code, code.fsub(s, top)) for s, top in zip(scores(position), shifts, strict=True)]
-                for c in range(channels):
-                    factor = code.read(code.at(value, position, code.mul(keys, code.index(c))))
+        def at(array: ir.Value, row: int, position: ir.Value, stride: ir.Value) -> ir.Value:
+            return code.at(array, position, code.mul(stride, code.index(row)))
+
+        def state_at(group: ir.Value, number: int) -> ir.Value:
+            begin = code.mul(group, code.index(state * code.lanes))
+            return code.at(held, begin, code.index(number * code.lanes + TOGETHER * BLOCK))
+
+        with code.shared_loop(counter, groups, BATCH) as batch:
+            here = code.smallest(code.sub(groups, batch), code.index(BATCH))
+            with code.loop(here) as (group, _):
+                for number in range(state):
+                    code.write(code.constant(LOWEST if number < TOGETHER else 0), state_at(group, number))
+            with code.loop(keys, BLOCK) as (first, _), code.loop(here) as (group, _):
+                count = code.smallest(code.sub(keys, first), width)
+                before = [code.read(state_at(group, number)) for number in range(TOGETHER)]
+                start = code.mul(code.add(batch, group), code.index(TOGETHER * channels))
+                queries = [
+                    [code.spread(code.load(code.at(query, start, code.index(r * channels + c)))) for c in range(channels)]
+                    for r in range(TOGETHER)
+                ]
+                with code.loop(count, code.lanes, carried=before) as (position, largest):
+                    where = code.add(first, position)
+                    scores = [code.read(code.at(hidden, where))] * TOGETHER
+                    for c in range(channels):
+                        factor = code.read(at(key, c, where, keys))
+                        scores = [code.multiply_add(q[c], factor, s) for q, s in zip(queries, scores, strict=True)]
+                    largest[:] = map(code.largest, largest, scores)
+                    for r, score in enumerate(scores):
+                        code.write(score, at(held, r, position, width))
+                with code.loop(count, code.lanes) as (position, _):
+                    for r, shift in enumerate(largest):
+                        place = at(held, r, position, width)
+                        code.write(power_of_two(code, code.fsub(code.read(place), shift)), place)
+                scaled = []
+                for r in range(TOGETHER):
+                    factor = power_of_two(code, code.fsub(before[r], largest[r]))
+                    code.write(largest[r], state_at(group, r))
+                    scaled += [
+                        code.fmul(factor, code.read(state_at(group, TOGETHER + r * sums_of + c))) for c in range(sums_of)
+                    ]
+                with code.loop(count, code.lanes, carried=scaled) as (position, sums):
+                    weights = [code.read(at(held, r, position, width)) for r in range(TOGETHER)]
+                    for c in range(channels):
+                        factor = code.read(at(value, c, code.add(first, position), keys))
+                        for r, weight in enumerate(weights):
+                            sums[r * sums_of + c] = code.multiply_add(weight, factor, sums[r * sums_of + c])
                     for r, weight in enumerate(weights):
-                        at = r * (channels + 1) + c
-                        sums[at] = code.multiply_add(weight, factor, sums[at])
-                for r, weight in enumerate(weights):
-                    at = r * (channels + 1) + channels
-                    sums[at] = code.fadd(sums[at], weight)
-            for r in range(TOGETHER):
-                *parts, total = (folded(code, code.fadd, s) for s in sums[r * (channels + 1) : (r + 1) * (channels + 1)])
-                for c, part in enumerate(parts):
-                    code.store(code.fdiv(part, total), code.at(out, start, code.index(r * channels + c)))
+                        sums[r * sums_of + channels] = code.fadd(sums[r * sums_of + channels], weight)
+                for number, each in enumerate(sums, TOGETHER):
+                    code.write(each, state_at(group, number))
+            with code.loop(here) as (group, _):
+                start = code.mul(code.add(batch, group), code.index(TOGETHER * channels))
+                for r in range(TOGETHER):
+                    shift = code.read(state_at(group, r))
+                    factor = power_of_two(code, code.fsub(shift, code.spread(code.folded(code.largest, shift))))
+                    sums = [code.read(state_at(group, TOGETHER + r * sums_of + c)) for c in range(sums_of)]
+                    *parts, total = (code.folded(code.fadd, code.fmul(factor, each)) for each in sums)
+                    for c, part in enumerate(parts):
+                        code.store(code.fdiv(part, total), code.at(out, start, code.index(r * channels + c)))
 
 
-def folded(code: Code, operation: Callable[[ir.Value, ir.Value], ir.Value], vector: ir.Value) -> ir.Value:
-    """All lanes of a vector combined into one number, half and half."""
-    width = code.lanes
-    while width > 1:
-        width //= 2
-        vector = operation(vector, code.rotated(vector, width))
-    return code.extract_element(vector, ir.Constant(ir.IntType(32), 0))
-
-
-def exponential(code: Code, x: ir.Value) -> ir.Value:
-    """exp(x) of x <= 0: 2^n times a short series of what is left."""
+def power_of_two(code: Code, x: ir.Value) -> ir.Value:
+    """2^x of x <= 0: 2^n times a short series of what is left."""
     x = code.largest(x, code.constant(LEAST_EXPONENT))
-    n = code.call(code.intrinsic("rint", 1), [code.fmul(x, code.constant(1 / math.log(2)))])
-    rest = code.multiply_add(n, code.constant(-LN2_HIGH), x)
-    rest = code.multiply_add(n, code.constant(-LN2_LOW), rest)
-    series = code.constant(1 / math.factorial(DEGREE))
-    for degree in reversed(range(DEGREE)):
-        series = code.multiply_add(series, rest, code.constant(1 / math.factorial(degree)))
-    return code.fmul(series, code.power_of_two(n))
+    n = code.call(code.intrinsic("rint", 1), [x])
+    rest = code.fsub(x, n)
+    *others, last = map(code.constant, SERIES)
+    for factor in reversed(others):
+        last = code.multiply_add(last, rest, factor)
+    return code.fmul(last, code.power_of_two(n))

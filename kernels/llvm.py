@@ -11,15 +11,32 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from llvmlite import binding, ir
 
 from sanrt import __version__
 from sanrt.kernels.compile import cache_folder, write_whole
 
-INT, FLOAT = ir.IntType(64), ir.FloatType()
+INT, FLOAT, WORD, SHORT = ir.IntType(64), ir.FloatType(), ir.IntType(32), ir.IntType(16)
 POINTER = FLOAT.as_pointer()
+PAIRS = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
+PAIRS_FEATURE = {16: "avx512bw", 8: "avx2", 4: "sse2"}
+"""By lanes of float32."""
+NEAREST, DATA = 3, 1
+"""Of llvm.prefetch: into the first cache, of data."""
+LINE = 64
+"""Bytes of a line of the cache."""
 DIGEST = hashlib.sha256().digest_size
 """Bytes before the code in a cached file."""
+
+
+def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+    """An array of zeros that begins with a line of the cache, so that no vector lies across two."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    room = np.zeros(size + LINE, np.uint8)
+    begin = -room.ctypes.data % LINE
+    return room[begin : begin + size].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,8 @@ class Processor:
     """float32 numbers in one register."""
     registers: int
     """Vector registers."""
+    pairs: str = ""
+    """The intrinsic that multiplies 16-bit integers and adds neighbouring products; empty where there is none."""
 
 
 @cache
@@ -41,17 +60,17 @@ def this_processor() -> Processor:
     found = binding.get_host_cpu_features()
     lanes = 16 if found.get("avx512f") else 8 if found.get("avx2") and found.get("fma") else 4
     registers = 32 if lanes == 16 or found.get("neon") else 16
-    return Processor(binding.get_host_cpu_name(), found.flatten(), lanes, registers)
+    pairs = PAIRS[lanes] if binding.get_default_triple().startswith("x86_64") and found.get(PAIRS_FEATURE[lanes]) else ""
+    return Processor(binding.get_host_cpu_name(), found.flatten(), lanes, registers, pairs)
 
 
 class Code(ir.IRBuilder):  # type: ignore[misc]
-    """The body of one function over float32 vectors; indices are counted in floats."""
+    """The body of one function over vectors; indices are counted in what their pointer leads to, mostly float32."""
 
-    def __init__(self, function: ir.Function, lanes: int) -> None:
+    def __init__(self, function: ir.Function, processor: Processor) -> None:
         super().__init__(function.append_basic_block("entry"))
-        self.lanes = lanes
-        self.vector = ir.VectorType(FLOAT, lanes)
-        self.integers = ir.VectorType(ir.IntType(32), lanes)
+        self.processor, self.lanes = processor, processor.lanes
+        self.vector, self.integers, self.shorts = (ir.VectorType(kind, processor.lanes) for kind in (FLOAT, WORD, SHORT))
 
     def index(self, value: int) -> ir.Constant:
         """A constant index."""
@@ -70,11 +89,24 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
 
     def read(self, pointer: ir.Value) -> ir.Value:
         """The vector that begins at a pointer."""
-        return self.load(self.bitcast(pointer, self.vector.as_pointer()), align=4)
+        return self.read_as(self.vector, pointer)
+
+    def read_as(self, kind: ir.Type, pointer: ir.Value) -> ir.Value:
+        """Something of another type that begins at a pointer."""
+        return self.load(self.bitcast(pointer, kind.as_pointer()), align=2)
 
     def write(self, value: ir.Value, pointer: ir.Value) -> None:
         """Store a vector."""
-        self.store(value, self.bitcast(pointer, self.vector.as_pointer()), align=4)
+        self.store(value, self.bitcast(pointer, value.type.as_pointer()), align=4)
+
+    def write_short(self, value: ir.Value, pointer: ir.Value) -> None:
+        """Store the lowest 16 bits of every lane."""
+        low = self.trunc(self.bitcast(value, self.integers), self.shorts)
+        self.store(low, self.bitcast(pointer, self.shorts.as_pointer()), align=2)
+
+    def field(self, table: ir.Value, index: int) -> ir.Value:
+        """A 64-bit integer of a table."""
+        return self.load(self.gep(self.bitcast(table, INT.as_pointer()), [self.index(index)]))
 
     def constant(self, value: float) -> ir.Constant:
         """The same number in every lane."""
@@ -82,8 +114,8 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
 
     def spread(self, scalar: ir.Value) -> ir.Value:
         """One value in every lane."""
-        one = self.insert_element(ir.Constant(self.vector, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-        return self.shuffled(one, [0] * self.lanes)
+        undefined = ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined)
+        return self.shuffled(self.insert_element(undefined, scalar, ir.Constant(WORD, 0)), [0] * self.lanes)
 
     def rotated(self, vector: ir.Value, by: int) -> ir.Value:
         """Lane i takes lane i + by."""
@@ -91,11 +123,51 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
 
     def shuffled(self, vector: ir.Value, order: list[int]) -> ir.Value:
         """Lane i takes lane order[i]."""
-        return self.shuffle_vector(vector, ir.Constant(self.vector, ir.Undefined), ir.Constant(self.integers, order))
+        return self.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), ir.Constant(self.integers, order))
 
     def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         """a * b + c, rounded once."""
         return self.call(self.intrinsic("fma", 3), [a, b, c])
+
+    def scaled_add(self, factor: float, a: ir.Value, b: ir.Value) -> ir.Value:
+        """factor * a + b."""
+        if abs(factor) == 1:
+            return self.fadd(b, a) if factor == 1 else self.fsub(b, a)
+        return self.multiply_add(self.constant(factor), a, b)
+
+    def weighted_sum(self, factors: Sequence[float], values: Sequence[ir.Value]) -> ir.Value:
+        """Sum of factor * value, from one with the factor 1 if there is any."""
+        (factor, done), *rest = sorted(zip(factors, values, strict=True), key=lambda term: term[0] != 1)
+        done = done if factor == 1 else self.fmul(self.constant(factor), done)
+        for factor, value in rest:
+            done = self.scaled_add(factor, value, done)
+        return done
+
+    def add_pairs(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """c plus, in every 32-bit lane, both products of its two 16-bit integers."""
+        shorts = ir.VectorType(SHORT, 2 * self.lanes)
+        pairs = self.declared(self.processor.pairs, self.integers, [shorts, shorts])
+        return self.add(c, self.call(pairs, [self.bitcast(a, shorts), self.bitcast(b, shorts)]))
+
+    def magnitude_bits(self, value: ir.Value) -> ir.Value:
+        """A float32's bits without its sign."""
+        return self.and_(self.bitcast(value, self.integers), ir.Constant(self.integers, [0x7FFFFFFF] * self.lanes))
+
+    def square_root(self, value: ir.Value) -> ir.Value:
+        """Of one float32."""
+        return self.call(self.declared("llvm.sqrt.f32", FLOAT, [FLOAT]), [value])
+
+    def largest_word(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The larger of two integers, lane by lane."""
+        return self.select(self.icmp_unsigned("<", a, b), b, a)
+
+    def folded(self, operation: Callable[[ir.Value, ir.Value], ir.Value], vector: ir.Value) -> ir.Value:
+        """All lanes of a vector combined into one number, half and half."""
+        width = self.lanes
+        while width > 1:
+            width //= 2
+            vector = operation(vector, self.rotated(vector, width))
+        return self.extract_element(vector, ir.Constant(WORD, 0))
 
     def largest(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """The larger of two, lane by lane; a where either is NaN, so that NaN in a stays visible."""
@@ -108,12 +180,39 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
 
     def intrinsic(self, name: str, operands: int) -> ir.Function:
         """An LLVM intrinsic of vectors, such as llvm.fma.v16f32."""
-        full = f"llvm.{name}.v{self.lanes}f32"
-        found = self.module.globals.get(full)
-        return found or ir.Function(self.module, ir.FunctionType(self.vector, [self.vector] * operands), full)
+        return self.declared(f"llvm.{name}.v{self.lanes}f32", self.vector, [self.vector] * operands)
+
+    def declared(self, name: str, result: ir.Type, operands: Sequence[ir.Type]) -> ir.Function:
+        """A function that is not written here."""
+        return self.module.globals.get(name) or ir.Function(self.module, ir.FunctionType(result, operands), name)
+
+    def smallest(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The smaller of two indices."""
+        return self.select(self.icmp_signed("<", a, b), a, b)
+
+    def prefetch(self, pointer: ir.Value, *, write: bool) -> None:
+        """Ask for a line of memory that is read or written soon; any address will do."""
+        byte = ir.IntType(8).as_pointer()
+        function = self.declared("llvm.prefetch.p0", ir.VoidType(), [byte, WORD, WORD, WORD])
+        self.call(function, [self.bitcast(pointer, byte), *(ir.Constant(WORD, n) for n in (int(write), NEAREST, DATA))])
+
+    def is_null(self, pointer: ir.Value) -> ir.Value:
+        """Whether a pointer leads nowhere."""
+        return self.icmp_signed("==", self.ptrtoint(pointer, INT), self.index(0))
+
+    def wait(self, flag: ir.Value) -> None:
+        """Until another thread has set an integer; meanwhile the processor is left to others."""
+        head, idle, after = (self.append_basic_block() for _ in range(3))
+        self.branch(head)
+        self.position_at_end(head)
+        self.cbranch(self.icmp_signed("!=", self.load_atomic(flag, "acquire", 8), self.index(0)), after, idle)
+        self.position_at_end(idle)
+        self.call(self.declared("sched_yield", WORD, []), [])
+        self.branch(head)
+        self.position_at_end(after)
 
     @contextmanager
-    def shared_loop(self, counter: ir.Value, stop: ir.Value, step: int | ir.Value = 1) -> Iterator[ir.Value]:
+    def shared_loop(self, counter: ir.Value, stop: ir.Value, step: int = 1) -> Iterator[ir.Value]:
         """A loop that threads share: each round takes the next `step` below stop, which the counter keeps."""
         head, body, after = (self.append_basic_block() for _ in range(3))
         self.branch(head)
@@ -121,7 +220,7 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
         taken = self.atomic_rmw(
             "add",
             self.bitcast(counter, INT.as_pointer()),
-            step if isinstance(step, ir.Value) else self.index(step),
+            self.index(step),
             "monotonic",
         )
         self.cbranch(self.icmp_signed("<", taken, stop), body, after)
@@ -168,7 +267,7 @@ class Module:
         function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [POINTER] * pointers + [INT] * integers), name)
         function.attributes.add("noinline")
         self.signatures[name] = pointers, integers
-        code = Code(function, self.processor.lanes)
+        code = Code(function, self.processor)
         yield function, code
         code.ret_void()
 

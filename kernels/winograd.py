@@ -1,54 +1,139 @@
-"""3 x 3 convolutions on the CPU by Winograd's minimal filtering F(4 x 4, 3 x 3): 36 products for 16 pixels instead of 144.
+"""3 x 3 convolutions on the CPU by Winograd's minimal filtering F(m x m, 3 x 3): (m + 2)^2 products for m^2 pixels.
 
 Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, section 4: Y = A^T [(G w G^T) * (B^T d B)] A
-for each 6 x 6 input tile d that gives 4 x 4 outputs; the products of all channels of a tile position are one matrix product.
+for each (m + 2)^2 input tile d that gives m x m outputs; the products of all channels of a tile position are one matrix
+product.
+
+The products are of fp32, with m = 4, or of 16-bit integers, of which a vector holds twice as many, with m = 6: each tile of
+B^T d B is rounded in steps of the largest value that it could have over 32760, the weights of each output channel in the
+finest steps with which no sum of 32 bits can overflow. The sums are exact.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cache
+from functools import cached_property, reduce
 
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 
-from sanrt.kernels.llvm import Code, Module, this_processor
-from sanrt.kernels.threads import Workers
+from sanrt.kernels.llvm import FLOAT, SHORT, WORD, Code, Module, aligned, this_processor
 
 Array = npt.NDArray[np.float32]
+Matrix = npt.NDArray[np.float64]
 
-TILE, SIDE = 4, 6
-"""Outputs and inputs of a tile, along one axis."""
-POINTS = SIDE * SIDE
+LARGEST = 32760.0
+"""Of a rounded input; a few steps below 2^15, for the rounding of what leads there."""
+LARGEST_SUM = 65536
+"""Of the magnitudes of the rounded weights of one sum, which then stays below 2^31."""
+LEAST, MOST = 1e-30, 1e36
+"""A tile whose values are all smaller counts as this large; one with a larger value as infinite, as B^T d B may be."""
+MAGIC = 1.5 * 2.0**23
+"""Added to a float32 below 2^22, this leaves it rounded in the lowest bits, as an integer in two's complement."""
 
-INPUT = (
-    (4, 0, -5, 0, 1, 0),
-    (0, -4, -4, 1, 1, 0),
-    (0, 4, -4, -1, 1, 0),
-    (0, -2, -1, 2, 1, 0),
-    (0, 2, -1, -2, 1, 0),
-    (0, 4, 0, -5, 0, 1),
-)
-"""B^T."""
-FILTER = (
-    (1 / 4, 0, 0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0, 0, 1),
-)
-"""G."""
-OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
-"""A^T."""
-
-STRIP = 2048
-"""Tiles times channels that are transformed before they are multiplied: both stay in a core's own cache."""
 WIDEST = 4
 """Vectors of output channels that the product keeps in registers."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Winograd's minimal filtering by the points 0, infinity, and some with both signs: m is twice their number.
+
+    Lavin, "Winograd convolution" (wincnn), and Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd
+    Convolution for Deep Neural Networks", 2018, have the general construction.
+    """
+
+    magnitudes: tuple[float, ...]
+
+    @property
+    def tile(self) -> int:
+        """Outputs along one axis."""
+        return 2 * len(self.magnitudes)
+
+    @property
+    def side(self) -> int:
+        """Inputs along one axis."""
+        return self.tile + 2
+
+    @property
+    def points(self) -> int:
+        """Products of a tile."""
+        return self.side**2
+
+    @property
+    def finite(self) -> list[float]:
+        """The points but infinity, in the order of the rows of G and of B^T."""
+        return [0.0, *(sign * p for p in self.magnitudes for sign in (1, -1))]
+
+    @cached_property
+    def filter(self) -> Matrix:
+        """G: (side, 3)."""
+        rows = [np.array([1, p, p * p]) / np.prod([p - q for q in self.finite if q != p]) for p in self.finite]
+        return np.array([*rows, [0, 0, 1]])
+
+    @cached_property
+    def growth(self) -> Matrix:
+        """Sums of the magnitudes in each row of B^T: how much larger than the pixels its results can be."""
+        finite = self.finite
+        return np.array([np.abs(np.poly([q for q in finite if q != p])).sum() for p in [*finite, np.inf]])
+
+    @cached_property
+    def even(self) -> Matrix:
+        """What divides the rows of growth * G, so that 16 bits serve all of them alike; A^T makes up for it."""
+        norms: Matrix = np.linalg.norm(self.growth[:, None] * self.filter, axis=1)
+        return np.asarray(norms / norms[1])
+
+    def others(self, magnitude: float | None = None) -> list[float]:
+        """Coefficients of the product of t - p^2 of the magnitudes p, one of them left out; the lowest power first."""
+        return [float(c) for c in np.poly([p * p for p in self.magnitudes if p != magnitude])[::-1]]
+
+    def spread_line(self, code: Code, d: list[ir.Value]) -> list[ir.Value]:
+        """B^T d: its rows hold the coefficients of the product of t - q over the points q but one."""
+        done = [code.weighted_sum(self.others(), d[:-1:2])]
+        for p in self.magnitudes:
+            even, odd = (code.weighted_sum(self.others(p), d[begin:-1:2]) for begin in (2, 1))
+            done += [code.scaled_add(p, odd, even), code.scaled_add(-p, odd, even)]
+        return [*done, code.weighted_sum(self.others(), d[1::2])]
+
+    def collect_line(self, code: Code, m: list[ir.Value], factors: Sequence[float]) -> list[ir.Value]:
+        """A^T (factors * m): the columns of A^T are the powers of the points; both signs of one have the same factor."""
+        pairs = [(code.fadd(a, b), code.fsub(a, b)) for a, b in zip(m[1:-1:2], m[2:-1:2], strict=True)]
+        done = []
+        for power in range(self.tile):
+            powers = [factor * p**power for p, factor in zip(self.magnitudes, factors[1:-1:2], strict=True)]
+            done.append(code.weighted_sum(powers, [pair[power % 2] for pair in pairs]))
+        done[0], done[-1] = code.scaled_add(factors[0], m[0], done[0]), code.scaled_add(factors[-1], m[-1], done[-1])
+        return done
+
+
+class Products(StrEnum):
+    """What is multiplied."""
+
+    FP32 = "fp32"
+    INT16 = "int16"
+
+    @property
+    def per_float(self) -> int:
+        """Of them in the place of one float32, which are multiplied and added up together."""
+        return 1 if self is Products.FP32 else 2
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self]
+
+    @property
+    def point_factors(self) -> list[float]:
+        """What A^T multiplies the points' sums by."""
+        even = self.method.even
+        return [1.0] * len(even) if self is Products.FP32 else [float(each) for each in even]
+
+
+METHODS = {Products.FP32: Method((1, 2)), Products.INT16: Method((1, 2, 1 / 2))}
+"""m = 6 needs fewer products and is coarser: for 16 bits, which round anyway."""
 
 
 class End(StrEnum):
@@ -58,6 +143,8 @@ class End(StrEnum):
     RELU = "relu"
     ADD = "add"
     """A map of the output's size is added."""
+    ADD_BOTH = "add_both"
+    """Two of them."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +154,30 @@ class Map:
     array: Array
     height: int
     width: int
+    tile: int
 
     @classmethod
-    def zeros(cls, height: int, width: int, channels: int) -> Map:
-        """An all-zero map."""
-        sides = (-(-size // TILE) * TILE + 2 for size in (height, width))
-        return cls(np.zeros((*sides, whole_vectors(channels)), np.float32), height, width)
+    def zeros(cls, height: int, width: int, channels: int, products: Products) -> Map:
+        """An all-zero map, for convolutions with such products."""
+        tile = products.method.tile
+        sides = (whole(size, tile) + 2 for size in (height, width))
+        return cls(aligned((*sides, whole_vectors(channels))), height, width, tile)
 
-    def fits(self, height: int, width: int, channels: int) -> bool:
-        """Whether it is as large as `zeros` would make it."""
-        return (self.height, self.width, self.array.shape[2]) == (height, width, whole_vectors(channels))
+    def holds(self, height: int, width: int, channels: int) -> bool:
+        """Whether there is room for another map of the same width."""
+        same = (self.width, self.array.shape[2]) == (width, whole_vectors(channels))
+        return same and whole(height, self.tile) + 2 <= len(self.array)
+
+    def shortened(self, height: int) -> Map:
+        """The rows of a lower map, in the same memory; beyond them it is zero again."""
+        array = self.array[: whole(height, self.tile) + 2]
+        array[height + 1 :] = 0
+        return replace(self, array=array, height=height)
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return -(-self.height // self.tile), -(-self.width // self.tile)
 
     @property
     def pixels(self) -> Array:
@@ -84,77 +185,63 @@ class Map:
         return self.array[1 : self.height + 1, 1 : self.width + 1]
 
 
+def whole(size: int, part: int) -> int:
+    """Rounded up to full parts."""
+    return -(-size // part) * part
+
+
 def whole_vectors(channels: int) -> int:
     """Channels rounded up to full vectors."""
-    lanes = this_processor().lanes
-    return -(-channels // lanes) * lanes
+    return whole(channels, this_processor().lanes)
 
 
 class Convolution:
-    """A 3 x 3 convolution with zero padding, and the sub-pixel shuffle that may follow it.
+    """The transformed weights of a 3 x 3 convolution with zero padding, and of the sub-pixel shuffle that may follow it.
 
     weight (O, I, 3, 3), bias (O,), float32; with shuffle s, channel c * s * s + i * s + j goes to row i, column j of a
     pixel's s x s block, as in PyTorch's PixelShuffle.
     """
 
-    def __init__(self, weight: Array, bias: Array, shuffle: int = 1) -> None:
+    def __init__(self, weight: Array, bias: Array, shuffle: int = 1, products: Products = Products.FP32) -> None:
         parts = shuffle * shuffle
         outputs, inputs = weight.shape[0] // parts, weight.shape[1]
-        self.shuffle, self.inputs, self.outputs = shuffle, whole_vectors(inputs), whole_vectors(outputs)
-        self.vectors, self.rows = product_shape(self.outputs)
+        self.products, self.shuffle = products, shuffle
+        self.inputs, self.outputs = whole_vectors(inputs), whole_vectors(outputs)
         padded = np.zeros((parts, self.inputs, self.outputs, 3, 3))
         padded[:, :inputs, :outputs] = weight.reshape(outputs, parts, inputs, 3, 3).transpose(1, 2, 0, 3, 4)
         self.bias = np.zeros((parts, self.outputs), np.float32)
         self.bias[:, :outputs] = bias.reshape(outputs, parts).T
-        g = np.array(FILTER)
-        spread = np.einsum("ia,jb,qkoab->qijko", g, g, padded, optimize=True)
-        block = self.vectors * this_processor().lanes
-        spread = spread.reshape(parts, POINTS, self.inputs, self.outputs // block, block)
-        self.weight = np.ascontiguousarray(spread.transpose(0, 1, 3, 2, 4), np.float32)
-        """[part][point][block of outputs][input][output]: the order in which the product reads it."""
-        self.kernels = kernels(self.vectors)
-
-    def __call__(
-        self,
-        workers: Workers,
-        source: Map,
-        output: Map,
-        *,
-        relu: bool = False,
-        add: Map | None = None,
-        gate: Array | None = None,
-    ) -> None:
-        """Into `output`, another map `shuffle` times as large.
-
-        relu or add: what follows; `add` is a map of the output's size, and may be the output. gate (I,): factors of the
-        source's channels.
-        """
-        weight = self.weight
-        if gate is not None:
-            weight = weight * np.pad(gate, (0, self.inputs - len(gate)))[:, None]
-        end = End.ADD if add else End.RELU if relu else End.NOTHING
-        kernel = self.kernels[f"convolve_{end}"]
-        strip = -(-STRIP // max(self.inputs, self.outputs) // self.rows) * self.rows
-        columns = -(-source.width // TILE)
-        row, target = source.array.shape[1] * self.inputs, output.array.shape[1] * self.outputs
-        arrays, counter = (source.array, output.pixels, (add or output).pixels, weight, self.bias), np.zeros(1, np.int64)
-
-        def work() -> None:
-            spread = workers.buffer("spread", strip * tile_stride(self.inputs))
-            product = workers.buffer("product", strip * tile_stride(self.outputs))
-            kernel(
-                *(array.ctypes.data for array in arrays),
-                *(spread.ctypes.data, product.ctypes.data, counter.ctypes.data),
-                *(row, target, self.inputs, self.outputs, self.shuffle, source.height, source.width, columns),
-                *(strip, columns * -(-source.height // TILE)),
-            )
-
-        workers.run(work)
+        method = products.method
+        if products is Products.FP32:
+            spread, self.scale = filtered(method.filter, padded), np.ones_like(self.bias)
+        else:
+            spread, step = rounded(filtered(method.filter * (method.growth / method.even)[:, None], padded))
+            self.scale = (step / LARGEST).astype(np.float32)
+        block, together = product_shape(self.outputs)[0] * this_processor().lanes, products.per_float
+        spread = spread.reshape(parts, method.points, self.inputs // together, together, self.outputs // block, block)
+        spread = spread.transpose(0, 1, 4, 2, 5, 3)
+        self.weight = aligned(spread.shape, np.float32 if products is Products.FP32 else np.int16)
+        self.weight[:] = spread
+        """[part][point][block of outputs][inputs][output][input of a pair]: the order in which the product reads it."""
 
 
-def tile_stride(channels: int) -> int:
+def filtered(g: Matrix, weight: Matrix) -> Matrix:
+    """G w G^T: (parts, inputs, outputs, 3, 3) -> (parts, points, inputs, outputs)."""
+    spread: Matrix = np.einsum("ia,jb,qkoab->qijko", g, g, weight, optimize=True)
+    return spread.reshape(len(weight), len(g) ** 2, *weight.shape[1:3])
+
+
+def rounded(spread: Matrix) -> tuple[Matrix, Matrix]:
+    """Whole numbers, and their steps for each part and output channel."""
+    magnitudes = np.abs(spread)
+    for_sums = magnitudes.sum(2).max(1) / (LARGEST_SUM - spread.shape[2])
+    step = np.maximum(np.maximum(for_sums, magnitudes.max((1, 2)) / LARGEST), LEAST)
+    return np.rint(spread / step[:, None, None]), step
+
+
+def tile_stride(channels: int, products: Products) -> int:
     """Numbers from one transformed tile to the next: not a multiple of the cache's stride."""
-    return POINTS * channels + this_processor().lanes
+    return (products.method.points + 1) * channels + 2 * this_processor().lanes
 
 
 def product_shape(outputs: int) -> tuple[int, int]:
@@ -169,147 +256,188 @@ def product_rows(vectors: int) -> int:
     return (this_processor().registers - vectors - 1) // vectors
 
 
-@cache
-def kernels(vectors: int) -> dict[str, Callable[..., None]]:
-    """The convolutions with so many vectors of outputs in registers, by what follows them; compiled once per process."""
-    module = Module(this_processor())
-    spread, product = write_spread(module), write_product(module, vectors)
-    for end in End:
-        write_convolve(module, end, spread, product, write_collect(module, end))
-    return module.compile()
-
-
-def combine(code: Code, matrix: Sequence[Sequence[float]], values: Sequence[ir.Value]) -> list[ir.Value]:
-    """matrix @ values, with nothing to do for a factor of 0 or 1."""
-    return [weighted_sum(code, [(f, v) for f, v in zip(row, values, strict=True) if f]) for row in matrix]
-
-
-def weighted_sum(code: Code, terms: list[tuple[float, ir.Value]]) -> ir.Value:
-    """Sum of factor * value."""
-    (factor, value), *rest = sorted(terms, key=lambda term: term[0] != 1)
-    done = value if factor == 1 else code.fmul(code.constant(factor), value)
-    for factor, value in rest:
-        if abs(factor) == 1:
-            done = code.fadd(done, value) if factor == 1 else code.fsub(done, value)
-        else:
-            done = code.multiply_add(code.constant(factor), value, done)
-    return done
-
-
-def transformed(code: Code, matrix: Sequence[Sequence[float]], tile: list[list[ir.Value]]) -> list[list[ir.Value]]:
-    """matrix @ tile @ matrix^T."""
-    columns = [combine(code, matrix, column) for column in zip(*tile, strict=True)]
-    return [combine(code, matrix, row) for row in zip(*columns, strict=True)]
-
-
-def tile_corner(code: Code, tile: ir.Value, columns: ir.Value) -> tuple[ir.Value, ir.Value]:
+def tile_corner(code: Code, tile: ir.Value, columns: ir.Value, size: int) -> tuple[ir.Value, ir.Value]:
     """First row and column of a tile."""
-    side = code.index(TILE)
-    return code.mul(code.sdiv(tile, columns), side), code.mul(code.srem(tile, columns), side)
+    return code.mul(code.sdiv(tile, columns), code.index(size)), code.mul(code.srem(tile, columns), code.index(size))
 
 
-def write_spread(module: Module) -> ir.Function:
-    """B^T d B of tiles first, first + 1, ...: spread[tile][point][channel]."""
-    with module.function("spread", 2, 6) as (function, code):
-        source, spread, row, channels, columns, first, count, stride = function.args
+def write_spread(module: Module, products: Products, gated: bool) -> ir.Function:
+    """B^T d B of tiles first, first + 1, ...: spread[tile][point][channel]; for INT16 rounded, and peaks[tile]."""
+    with module.function("spread_gated" if gated else "spread", 5, 6) as (function, code):
+        source, gate, spread, peaks, held, row, channels, columns, first, count, stride = function.args
+        method, side = products.method, products.method.side
+        if products is Products.INT16:
+            spread = code.bitcast(spread, SHORT.as_pointer())
         with code.loop(count) as (tile, _):
-            y, x = tile_corner(code, code.add(first, tile), columns)
+            y, x = tile_corner(code, code.add(first, tile), columns, method.tile)
             corner = code.at(source, code.mul(y, row), code.mul(x, channels))
             target = code.at(spread, code.mul(tile, stride))
+
+            def column(channel: ir.Value, j: ir.Value, corner: ir.Value = corner) -> list[ir.Value]:
+                top = code.at(corner, channel, code.mul(channels, j))
+                values = [code.read(code.at(top, code.mul(row, code.index(i)))) for i in range(side)]
+                return [code.fmul(code.read(code.at(gate, channel)), value) for value in values] if gated else values
+
+            factors = write_peak(code, method, channels, column, code.at(peaks, tile)) if products is Products.INT16 else {}
             with code.loop(channels, code.lanes) as (channel, _):
-                rows = [code.at(corner, channel, code.mul(row, code.index(i))) for i in range(SIDE)]
-                pixels = [[code.read(code.at(r, code.mul(channels, code.index(j)))) for j in range(SIDE)] for r in rows]
-                for i, values in enumerate(transformed(code, INPUT, pixels)):
-                    for j, value in enumerate(values):
-                        code.write(value, code.at(target, channel, code.mul(channels, code.index(i * SIDE + j))))
+                # By way of memory: the registers do not hold a tile.
+                with code.loop(code.index(side)) as (j, _):
+                    for i, value in enumerate(method.spread_line(code, column(channel, j))):
+                        code.write(value, held_at(code, held, i * side, j))
+                for i in range(side):
+                    line = [code.read(held_at(code, held, i * side, code.index(j))) for j in range(side)]
+                    for j, value in enumerate(method.spread_line(code, line)):
+                        at = code.at(target, channel, code.mul(channels, code.index(i * side + j)))
+                        if products is Products.INT16:
+                            factor = factors[method.growth[i] * method.growth[j]]
+                            code.write_short(code.multiply_add(value, factor, code.constant(MAGIC)), at)
+                        else:
+                            code.write(value, at)
     return function
 
 
-def write_product(module: Module, vectors: int) -> ir.Function:
-    """product[tile][point] = spread[tile][point] @ weight[point]; up to rows - 1 tiles after the last are done too."""
-    rows = product_rows(vectors)
-    with module.function("product", 3, 5) as (function, code):
-        spread, weight, product, tiles, inputs, outputs, spread_stride, product_stride = function.args
-        block = vectors * code.lanes
-        with code.loop(code.index(POINTS)) as (point, _):
-            a, c = code.at(spread, code.mul(point, inputs)), code.at(product, code.mul(point, outputs))
+def held_at(code: Code, held: ir.Value, row: int, j: ir.Value) -> ir.Value:
+    """Where the vector of a tile's point row + j is kept."""
+    return code.at(held, code.mul(code.add(j, code.index(row)), code.index(code.lanes)))
+
+
+def write_peak(
+    code: Code,
+    method: Method,
+    channels: ir.Value,
+    column: Callable[[ir.Value, ir.Value], list[ir.Value]],
+    peak: ir.Value,
+) -> dict[float, ir.Value]:
+    """A tile's largest magnitude, and what scales its points to 16 bits, by their growth."""
+    nothing = ir.Constant(code.integers, [0] * code.lanes)
+    with code.loop(channels, code.lanes, carried=[nothing] * method.side) as (channel, largest):
+        for j in range(method.side):
+            for i, value in enumerate(column(channel, code.index(j))):
+                # As integers: infinity counts as more than any number, and what is no number as more still.
+                largest[i] = code.largest_word(largest[i], code.magnitude_bits(value))
+    found = code.bitcast(code.folded(code.largest_word, reduce(code.largest_word, largest)), FLOAT)
+    least = ir.Constant(FLOAT, LEAST)
+    found = code.select(code.fcmp_ordered("<", found, least), least, found)
+    found = code.select(code.fcmp_ordered(">", found, ir.Constant(FLOAT, MOST)), ir.Constant(FLOAT, math.inf), found)
+    code.store(found, peak)
+    step = code.fdiv(ir.Constant(FLOAT, LARGEST), found)
+    growths = sorted({float(a * b) for a in method.growth for b in method.growth})
+    return {growth: code.spread(code.fmul(step, ir.Constant(FLOAT, 1 / growth))) for growth in growths}
+
+
+def write_product(module: Module, products: Products, vectors: int, fetch: ir.Function) -> ir.Function:
+    """product[tile][block of lanes][point] = spread[tile][point] @ weight[point]; up to rows - 1 tiles more are done too.
+
+    Between the products `fetch` is called with the other arguments, so that what comes after them is in the caches in time.
+    """
+    rows, together, points = product_rows(vectors), products.per_float, products.method.points
+    with module.function("product", 6, 12) as (function, code):
+        spread, weight, product, *maps = function.args[:6]
+        tiles, inputs, outputs, spread_stride, product_stride, *where = function.args[6:]
+        block, zero, add = vectors * code.lanes, code.constant(0), code.multiply_add
+        if products is Products.INT16:
+            spread, weight = (code.bitcast(each, SHORT.as_pointer()) for each in (spread, weight))
+            product = code.bitcast(product, WORD.as_pointer())
+            zero, add = ir.Constant(code.integers, [0] * code.lanes), code.add_pairs
+        with code.loop(code.index(points)) as (point, _):
             panels = code.at(weight, code.mul(point, code.mul(inputs, outputs)))
             with code.loop(outputs, block) as (output, _), code.loop(tiles, rows) as (tile, _):
-                panel = code.at(panels, code.mul(output, inputs))
-                pixels = [code.at(a, code.mul(code.add(tile, code.index(r)), spread_stride)) for r in range(rows)]
-                with code.loop(inputs, carried=[code.constant(0)] * (rows * vectors)) as (k, sums):
+                code.call(fetch, [*maps, *where, point, tile, output])
+                panel, numbers = (
+                    code.at(panels, code.mul(output, inputs)),
+                    [code.add(tile, code.index(r)) for r in range(rows)],
+                )
+                pixels = [code.at(spread, code.mul(n, spread_stride), code.mul(point, inputs)) for n in numbers]
+                with code.loop(inputs, together, carried=[zero] * (rows * vectors)) as (k, sums):
+                    line = code.at(panel, code.mul(k, code.index(block)))
                     factors = [
-                        code.read(code.at(panel, code.mul(k, code.index(block)), code.index(v * code.lanes)))
-                        for v in range(vectors)
+                        code.read_as(zero.type, code.at(line, code.index(v * code.lanes * together))) for v in range(vectors)
                     ]
                     for r, pixel in enumerate(pixels):
-                        value = code.spread(code.load(code.at(pixel, k)))
+                        value = code.spread(code.read_as(zero.type.element, code.at(pixel, k)))
                         for v, factor in enumerate(factors):
-                            sums[r * vectors + v] = code.multiply_add(value, factor, sums[r * vectors + v])
-                for r in range(rows):
-                    target = code.at(c, code.mul(code.add(tile, code.index(r)), product_stride), output)
+                            sums[r * vectors + v] = add(value, factor, sums[r * vectors + v])
+                channels = code.mul(output, code.index(points + 1))
+                for r, number in enumerate(numbers):
+                    target = code.at(
+                        product, code.mul(number, product_stride), channels, code.mul(point, code.index(code.lanes))
+                    )
                     for v in range(vectors):
-                        code.write(sums[r * vectors + v], code.at(target, code.index(v * code.lanes)))
+                        code.write(sums[r * vectors + v], code.at(target, code.index(v * (points + 1) * code.lanes)))
     return function
 
 
-def write_collect(module: Module, end: End) -> ir.Function:
+def write_fetch(module: Module, vectors: int, tile_side: int) -> ir.Function:
+    """Asks for one pixel of some tiles that are collected next, and spread next; nothing where a map is null."""
+    rows = product_rows(vectors)
+    with module.function("fetch", 3, 10) as (function, code):
+        output, added, source, row, pixel, source_row, source_pixel = function.args[:7]
+        columns, first, next_first, point, tile, channel = function.args[7:]
+        i, j = code.sdiv(point, code.index(tile_side)), code.srem(point, code.index(tile_side))
+
+        def ask(array: ir.Value, first: ir.Value, row: ir.Value, pixel: ir.Value, border: int, *, write: bool) -> None:
+            there = code.and_(code.not_(code.is_null(array)), code.icmp_signed("<", i, code.index(tile_side)))
+            with code.if_then(there):
+                y, x = tile_corner(code, code.add(first, tile), columns, tile_side)
+                y, x = code.total(y, i, code.index(border)), code.add(x, j)
+                corner = code.at(array, channel, code.mul(y, row), code.mul(x, pixel))
+                for r in range(rows):  # those to the right; beyond the edge, something that is not needed
+                    for v in range(vectors):
+                        at = code.at(corner, code.mul(pixel, code.index(r * tile_side)), code.index(v * code.lanes))
+                        code.prefetch(at, write=write)
+
+        ask(output, first, row, pixel, 0, write=True)
+        ask(added, first, row, pixel, 0, write=False)
+        ask(source, next_first, source_row, source_pixel, 1, write=False)
+    return function
+
+
+def write_collect(module: Module, products: Products, end: End) -> ir.Function:
     """A^T m A plus the bias, and what follows, into the output's pixels; the last tiles may reach beyond its edge."""
-    with module.function(f"collect_{end}", 4, 9) as (function, code):
-        product, output, added, bias, row, pixel, channels, height, width, columns, first, count, stride = function.args
+    with module.function(f"collect_{end}", 8, 9) as (function, code):
+        product, output, added, also, bias, scale, peaks, held = function.args[:8]
+        row, pixel, channels, height, width, columns, first, count, stride = function.args[8:]
+        method, size, side = products.method, products.method.tile, products.method.side
         with code.loop(count) as (tile, _):
-            y, x = tile_corner(code, code.add(first, tile), columns)
+            y, x = tile_corner(code, code.add(first, tile), columns, size)
             corner = code.add(code.mul(y, row), code.mul(x, pixel))
-            source = code.at(product, code.mul(tile, stride))
+            fits = [code.icmp_signed("<=", code.add(at, code.index(size)), limit) for at, limit in ((y, height), (x, width))]
             with code.loop(channels, code.lanes) as (channel, _):
-                points = [
-                    [code.read(code.at(source, channel, code.mul(channels, code.index(i * SIDE + j)))) for j in range(SIDE)]
-                    for i in range(SIDE)
-                ]
-                shift = code.read(code.at(bias, channel))
-                for i, values in enumerate(transformed(code, OUTPUT, points)):
-                    below = code.icmp_signed("<", code.add(y, code.index(i)), height)
-                    for j, value in enumerate(values):
-                        inside = code.and_(below, code.icmp_signed("<", code.add(x, code.index(j)), width))
-                        with code.if_then(inside):
-                            at = code.total(corner, channel, code.mul(row, code.index(i)), code.mul(pixel, code.index(j)))
-                            done = finished(code, end, code.fadd(value, shift), code.at(added, at))
-                            code.write(done, code.at(output, at))
+                points = code.at(product, code.mul(tile, stride), code.mul(channel, code.index(method.points + 1)))
+                shift, factor = code.read(code.at(bias, channel)), code.constant(1)
+                if products is Products.INT16:
+                    factor = code.fmul(code.spread(code.load(code.at(peaks, tile))), code.read(code.at(scale, channel)))
+                with code.loop(code.index(side)) as (j, _):
+                    places = [held_at(code, points, i * side, j) for i in range(side)]
+                    if products is Products.INT16:
+                        column = [code.sitofp(code.read_as(code.integers, at), code.vector) for at in places]
+                    else:
+                        column = [code.read(at) for at in places]
+                    for i, value in enumerate(method.collect_line(code, column, products.point_factors)):
+                        code.write(value, held_at(code, held, i * side, j))
+
+                def line(i: int) -> list[ir.Value]:
+                    kept = [code.read(held_at(code, held, i * side, code.index(j))) for j in range(side)]
+                    return method.collect_line(code, kept, products.point_factors)
+
+                def finish(i: int, j: int, value: ir.Value) -> None:
+                    at = code.total(corner, channel, code.mul(row, code.index(i)), code.mul(pixel, code.index(j)))
+                    done = code.multiply_add(value, factor, shift)
+                    if end == End.RELU:
+                        done = code.largest(done, code.constant(0))
+                    for array in {End.ADD: [added], End.ADD_BOTH: [added, also]}.get(end, []):
+                        done = code.fadd(done, code.read(code.at(array, at)))
+                    code.write(done, code.at(output, at))
+
+                with code.if_else(code.and_(*fits)) as (inside, edge):
+                    with inside:
+                        for i in range(size):
+                            for j, value in enumerate(line(i)):
+                                finish(i, j, value)
+                    with edge:
+                        for i in range(size):
+                            with code.if_then(code.icmp_signed("<", code.add(y, code.index(i)), height)):
+                                for j, value in enumerate(line(i)):
+                                    with code.if_then(code.icmp_signed("<", code.add(x, code.index(j)), width)):
+                                        finish(i, j, value)
     return function
-
-
-def finished(code: Code, end: End, value: ir.Value, added: ir.Value) -> ir.Value:
-    """What is stored."""
-    match end:
-        case End.RELU:
-            return code.largest(value, code.constant(0))
-        case End.ADD:
-            return code.fadd(value, code.read(added))
-    return value
-
-
-def write_convolve(module: Module, end: End, spread: ir.Function, product: ir.Function, collect: ir.Function) -> None:
-    """A convolution's tiles, a strip at a time; its outputs in shuffle x shuffle parts."""
-    with module.function(f"convolve_{end}", 8, 10) as (function, code):
-        source, output, added, weight, bias, spread_at, product_at, counter = function.args[:8]
-        row, target_row, inputs, outputs, shuffle, height, width, columns, strip, tiles = function.args[8:]
-        lanes = code.index(code.lanes)
-        spread_stride, product_stride = (code.add(code.mul(code.index(POINTS), n), lanes) for n in (inputs, outputs))
-        with code.shared_loop(counter, tiles, strip) as begin:
-            left = code.sub(tiles, begin)
-            count = code.select(code.icmp_signed("<", left, strip), left, strip)
-            code.call(spread, [source, spread_at, row, inputs, columns, begin, count, spread_stride])
-            with code.loop(shuffle) as (i, _), code.loop(shuffle) as (j, _):
-                part = code.add(code.mul(i, shuffle), j)
-                factors = code.at(weight, code.mul(code.mul(part, code.index(POINTS)), code.mul(inputs, outputs)))
-                code.call(product, [spread_at, factors, product_at, count, inputs, outputs, spread_stride, product_stride])
-                corner = code.add(code.mul(i, target_row), code.mul(j, outputs))
-                shift = code.at(bias, code.mul(part, outputs))
-                steps_out = [code.mul(target_row, shuffle), code.mul(outputs, shuffle)]
-                code.call(
-                    collect,
-                    [
-                        *(product_at, code.at(output, corner), code.at(added, corner), shift, *steps_out),
-                        *(outputs, height, width, columns, begin, count, product_stride),
-                    ],
-                )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from threading import Lock
 from typing import Any
@@ -11,17 +12,20 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
-from sanrt.kernels.attention_cpu import attention, kernels
+from sanrt.errors import BackendError
+from sanrt.kernels import attention_cpu, program, soca_cpu
+from sanrt.kernels.attention_cpu import attention
+from sanrt.kernels.llvm import aligned, this_processor
+from sanrt.kernels.program import Program, Step, moments_of
+from sanrt.kernels.soca_cpu import Gate, moments_rows
 from sanrt.kernels.threads import Workers
-from sanrt.kernels.winograd import Convolution, Map
+from sanrt.kernels.winograd import Convolution, Map, Products, product_shape, whole_vectors
 from sanrt.model.spec import ModelSpec
 from sanrt.runtime.featuremaps import Box
 from sanrt.runtime.streaming import TAIL_HALO, Moments
 
 Array = npt.NDArray[np.float32]
 
-MIN_TRACE = 1e-10
-"""As in `sanrt.model.soca`: below this a covariance counts as zero."""
 BAND = 64
 """Rows of the trunk that are upscaled together: the large maps behind them are never whole in memory."""
 GATHER = 32
@@ -30,11 +34,33 @@ TURN = Lock()
 """One picture at a time in a process: each takes all threads, and the limit on NumPy's own is the whole process'."""
 
 
+@dataclass(frozen=True)
+class Trunk:
+    """The maps of one size, and the programs that run over them: one for each group, one for the last skip connection."""
+
+    first: Map
+    """The head's features."""
+    shared: Map
+    """Of the first attention; afterwards times gamma."""
+    x: Map
+    features: Map
+    gates: list[Array]
+    moments: Array
+    programs: list[Program]
+
+    def fits(self, height: int, width: int) -> bool:
+        return (self.x.height, self.x.width) == (height, width)
+
+
 class Network:
     """The weights, the threads, and the maps that were used last, for another picture or tile of the same size."""
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Array], threads: int) -> None:
-        self.spec, self.arch, self.weights = spec, spec.architecture, weights
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Array], threads: int, products: Products) -> None:
+        if products is Products.INT16 and not this_processor().pairs:
+            raise BackendError(
+                "winograd has no int16 on this processor (on x86-64 it needs AVX-512BW); use --precision fp32"
+            )
+        self.spec, self.arch, self.weights, self.products = spec, spec.architecture, weights, products
         # NumPy's own threads would fight with ours.
         self.one_thread = partial(ThreadpoolController().limit, limits=1, user_api="blas")
         self.maps: dict[str, Map] = {}
@@ -45,12 +71,18 @@ class Network:
             for g in range(self.arch.groups)
         ]
         self.last = [conv[f"groups.{g}.conv"] for g in range(self.arch.groups)]
+        self.gates = [self.gate(g) for g in range(self.arch.groups)]
         self.upsamplers = [conv[name] for name in conv if name.startswith("upsampler")]
         self.tail = self.tail_to_pixels()
         parts = [weights[f"attention.{part}.weight"][:, :, 0, 0] for part in ("query", "key", "value")]
         self.inner = np.concatenate(parts).T.copy()
         self.inner_bias = np.concatenate([weights[f"attention.{part}.bias"] for part in ("query", "key", "value")])
-        kernels(self.arch.attention_channels)  # compiled now, so that every failure to compile is one to load
+        self.held: Trunk | None = None
+        # Compiled now, so that every failure to compile is one to load.
+        attention_cpu.kernels(self.arch.attention_channels)
+        soca_cpu.kernels(whole_vectors(self.arch.channels))
+        for outputs in {each.outputs for each in (*conv.values(), self.tail)}:
+            program.kernels(products, product_shape(outputs)[0])
         self.workers = Workers(threads)
 
     def names(self) -> list[str]:
@@ -61,28 +93,42 @@ class Network:
         """A convolution by its parameters' name."""
         weight = self.weights[f"{name}.weight"]
         shuffle = round((len(weight) / self.arch.channels) ** 0.5) if name.startswith("upsampler") else 1
-        return Convolution(weight, self.weights[f"{name}.bias"], shuffle)
+        return Convolution(weight, self.weights[f"{name}.bias"], shuffle, self.products)
 
     def tail_to_pixels(self) -> Convolution:
         """The last convolution with the mean shift behind it folded in."""
         shift = self.weights["mean_out.weight"][:, :, 0, 0].astype(np.float64)
         weight = np.einsum("po,ocij->pcij", shift, self.weights["tail.weight"])
         bias = shift @ self.weights["tail.bias"] + self.weights["mean_out.bias"]
-        return Convolution(weight.astype(np.float32), bias.astype(np.float32))
+        return Convolution(weight.astype(np.float32), bias.astype(np.float32), 1, self.products)
+
+    def run(self, *steps: Step) -> None:
+        """Steps that are run once."""
+        Program(list(steps), self.workers).run()
 
     def close(self) -> None:
         """End the threads and free the maps."""
         with TURN:
             self.workers.close()
-            self.maps.clear()
+            self.clear()
+
+    def clear(self) -> None:
+        """Free the maps."""
+        self.held = None
+        self.maps.clear()
 
     def map(self, name: str, height: int, width: int, channels: int | None = None) -> Map:
         """A map to write to; the last one of each name is kept."""
         held, channels = self.maps.get(name), channels or self.arch.channels
-        if held is None or not held.fits(height, width, channels):
+        if held is None or not held.holds(height, width, channels):
             self.maps.pop(name, None)
-            held = self.maps[name] = Map.zeros(height, width, channels)
-        return held
+            held = self.maps[name] = Map.zeros(height, width, channels, self.products)
+        return held.shortened(height)
+
+    def by_rows(self, count: int, work: Callable[[slice], object]) -> None:
+        """work(rows) on every thread, each with its share of the rows."""
+        threads = self.workers.count
+        self.workers.run(lambda t: work(slice(count * t // threads, count * (t + 1) // threads)))
 
     # --- the whole picture ------------------------------------------------------------------------------------------
 
@@ -90,60 +136,87 @@ class Network:
         """(1, 3, H, W) float32 -> (1, 3, sH, sW), not clipped."""
         height, width = picture.shape[2:]
         with TURN, self.one_thread():
-            first, shared, x, features = (self.map(n, height, width) for n in ("first", "shared", "x", "features"))
-            self.first(picture, first)
-            self.region_attention(first, shared)
-            x.array[:] = shared.array
-            for g in range(self.arch.groups):
-                self.body(g, x, features)
-                gate = self.gate(g, self.moments(features.pixels).covariance[0])
-                self.join(g, features, gate, x, shared)
-            self.region_attention(x, features)
-            np.add(features.array, first.array, out=features.array)
-            return self.pixels(features, Box(0, 0, height, width))
+            trunk = self.held = self.held if self.held and self.held.fits(height, width) else self.trunk(height, width)
+            self.first(picture, trunk.first)
+            self.region_attention(trunk.first, trunk.shared)
+            self.by_rows(len(trunk.x.array), partial(self.begin, trunk))
+            for group, steps in enumerate(trunk.programs):
+                steps.run()
+                if group < self.arch.groups:
+                    self.gates[group](trunk.moments, trunk.gates[group])
+            self.region_attention(trunk.x, trunk.features)
+            x, first = trunk.features.array, trunk.first.array
+            self.by_rows(len(x), lambda rows: np.add(x[rows], first[rows], out=x[rows]))
+            return self.pixels(trunk.features, Box(0, 0, height, width))
+
+    def begin(self, trunk: Trunk, rows: slice) -> None:
+        """x is what the groups share at first; then that is only needed times gamma."""
+        trunk.x.array[rows] = trunk.shared.array[rows]
+        trunk.shared.array[rows] *= self.weights["gamma"]
+
+    def trunk(self, height: int, width: int) -> Trunk:
+        """The maps and programs of a size."""
+        self.held = None
+        first, shared, x, hidden, features = (Map.zeros(height, width, self.arch.channels, self.products) for _ in range(5))
+        gates = [aligned(first.array.shape[2:]) for _ in self.blocks]
+        moments = moments_of(features, self.products)
+        joins = [
+            Step(last, features, x, added=x, also=shared, gate=gate) for last, gate in zip(self.last, gates, strict=True)
+        ]
+        bodies = [self.body_steps(group, x, hidden, features, moments) for group in range(self.arch.groups)]
+        steps = [bodies[0], *([join, *body] for join, body in zip(joins[:-1], bodies[1:], strict=True)), joins[-1:]]
+        programs = [Program(each, self.workers) for each in steps]
+        return Trunk(first, shared, x, features, gates, moments, programs)
 
     def first(self, picture: Array, out: Map) -> None:
         """The head's features of a picture (1, 3, H, W)."""
         shifted = self.map("shifted", out.height, out.width, 3)
         weight, bias = (self.weights[f"mean_in.{part}"] for part in ("weight", "bias"))
-        shifted.pixels[..., :3] = picture[0].transpose(1, 2, 0) @ weight[:, :, 0, 0].T + bias
-        self.head(self.workers, shifted, out)
+        shifted.pixels[..., :3] = channels_last(picture) @ weight[:, :, 0, 0].T + bias
+        self.run(Step(self.head, shifted, out))
 
     def region_attention(self, x: Map, out: Map) -> None:
         """Every region attending to itself."""
+        pixels = x.pixels[..., : self.arch.channels]
+        query, key, value = self.projected(pixels)
+        y = np.empty_like(query, order="C")
         for box in Box(0, 0, x.height, x.width).grid(self.spec.regions, self.spec.regions):
             cell = np.s_[box.top : box.bottom, box.left : box.right]
-            region = x.pixels[cell][..., : self.arch.channels]
-            query, key, value = self.projected(region)
-            out.pixels[cell][..., : self.arch.channels] = self.attended(region, query, pooled(key), pooled(value))
+            y[cell] = self.attended(query[cell], pooled(key[cell]), pooled(value[cell]))
+        self.restored(y, pixels, out.pixels[..., : self.arch.channels])
 
     def projected(self, region: Array) -> list[Array]:
         """theta(x), phi(x) and g(x) of (h, w, C): three of (h, w, C / 8)."""
-        return np.split(region @ self.inner + self.inner_bias, 3, axis=2)
+        made = np.empty((*region.shape[:2], len(self.inner_bias)), np.float32)
+        self.by_rows(len(made), lambda rows: np.add(region[rows] @ self.inner, self.inner_bias, out=made[rows]))
+        return np.split(made, 3, axis=2)
 
-    def attended(self, x: Array, query: Array, key: Array, value: Array) -> Array:
-        """W(softmax(query key^T) value) + x; keys and values of any shape (..., C / 8)."""
-        inner = self.arch.attention_channels
-        y = attention(self.workers, query.reshape(-1, inner), key.reshape(-1, inner), value.reshape(-1, inner))
+    def attended(self, query: Array, key: Array, value: Array) -> Array:
+        """softmax(query key^T) value, of the queries' shape (h, w, C / 8); keys and values of any shape (..., C / 8)."""
+        parts = (part.reshape(-1, part.shape[-1]) for part in (query, key, value))
+        return attention(self.workers, *parts).reshape(query.shape)
+
+    def restored(self, y: Array, x: Array, out: Array) -> None:
+        """W(y) + x into out, of (h, w, C / 8) and (h, w, C)."""
         weight, bias = (self.weights[f"attention.out.{part}"] for part in ("weight", "bias"))
-        y = y @ weight[:, :, 0, 0].T + bias
-        done: Array = y.reshape(x.shape) + x
-        return done
+        weight = weight[:, :, 0, 0].T
+        self.by_rows(len(y), lambda rows: np.add(y[rows] @ weight + bias, x[rows], out=out[rows]))
 
-    def body(self, group: int, x: Map, features: Map) -> None:
+    def body_steps(self, group: int, x: Map, hidden: Map, features: Map, moments: Array | None) -> list[Step]:
         """The residual blocks of a group, from x into features."""
-        hidden = self.map("hidden", x.height, x.width)
+        steps = []
         for conv1, conv2 in self.blocks[group]:
-            conv1(self.workers, x, hidden, relu=True)
-            conv2(self.workers, hidden, features, add=x)
+            steps += [Step(conv1, x, hidden, relu=True), Step(conv2, hidden, features, added=x)]
             x = features
+        steps[-1] = replace(steps[-1], moments=moments)
+        return steps
 
     def moments(self, pixels: Array) -> Moments:
         """Mean and centred scatter over the pixels (h, w, C)."""
         channels, todo = self.arch.channels, iter(range(0, len(pixels), GATHER))
         found: dict[int, tuple[Array, Array, int]] = {}
 
-        def work() -> None:
+        def work(_: int) -> None:
             for top in todo:
                 found[top] = moments(pixels[top : top + GATHER, :, :channels])
 
@@ -153,43 +226,42 @@ class Network:
             total.add(*found[top])
         return total
 
-    def gate(self, group: int, sigma: Array) -> Array:
-        """sigmoid(W_U relu(W_D z)), z the row means of Sigma^(1/2): (C, C) -> (C,)."""
-        z = newton_schulz_sqrt(sigma, self.spec.iterations).mean(1)
+    def gate(self, group: int) -> Gate:
+        """A group's channel attention."""
         prefix = f"groups.{group}.soca"
-        down, up = (self.weights[f"{prefix}.{part}.weight"][:, :, 0, 0] for part in ("down", "up"))
-        hidden = np.maximum(down @ z + self.weights[f"{prefix}.down.bias"], 0)
-        with np.errstate(over="ignore"):
-            gate: Array = 1 / (1 + np.exp(-(up @ hidden + self.weights[f"{prefix}.up.bias"])))
-        return gate
+        parts = {part: self.weights[f"{prefix}.{part}.weight"][:, :, 0, 0] for part in ("down", "up")}
+        bias = {part: self.weights[f"{prefix}.{part}.bias"] for part in ("down", "up")}
+        down, up, up_bias = map(self.padded, (parts["down"], parts["up"].T, bias["up"]))
+        return Gate(self.arch.channels, self.spec.iterations, down, bias["down"], up, up_bias)
 
-    def join(self, group: int, features: Map, gate: Array, x: Map, shared: Map) -> None:
-        """The gated last convolution and both skip connections, into x."""
-        skip, gamma = self.map("skip", x.height, x.width).array, self.weights["gamma"]
-
-        np.add(x.array, np.multiply(shared.array, gamma, out=skip), out=x.array)
-        self.last[group](self.workers, features, x, add=x, gate=gate)
+    def padded(self, x: Array) -> Array:
+        """(..., C) with zeros up to whole vectors."""
+        made = aligned((*x.shape[:-1], whole_vectors(self.arch.channels)))
+        made[..., : self.arch.channels] = x
+        return made
 
     def pixels(self, trunk: Map, box: Box) -> Array:
         """The picture within a box of the trunk, band by band: (1, 3, sh, sw)."""
         scale, whole = self.arch.scale, Box(0, 0, trunk.height, trunk.width)
-        parts = []
+        made = np.empty((1, 3, box.height * scale, box.width * scale), np.float32)
         for band in box.grid(-(-box.height // BAND), 1):
             halo = band.grown(TAIL_HALO, whole)
             x = self.map("band", halo.height, halo.width)
             x.pixels[:] = trunk.pixels[halo.top : halo.bottom, halo.left : halo.right]
-            done, crop = self.upscaled(x), band.inside(halo).scaled(scale)
-            parts.append(np.ascontiguousarray(channels_first(done[crop.top : crop.bottom, crop.left : crop.right])))
-        return np.concatenate(parts, axis=2)
+            done, crop, place = self.upscaled(x), band.inside(halo).scaled(scale), band.inside(box).scaled(scale)
+            source = channels_first(done[crop.top : crop.bottom, crop.left : crop.right])
+            target = made[:, :, place.top : place.bottom]
+            self.by_rows(crop.height, partial(copy_rows, source, target))
+        return made
 
     def upscaled(self, x: Map) -> Array:
         """All pixels (sh, sw, 3) of a band of the trunk."""
         for i, upsampler in enumerate(self.upsamplers):
             larger = self.map(f"larger{i}", x.height * upsampler.shuffle, x.width * upsampler.shuffle)
-            upsampler(self.workers, x, larger)
+            self.run(Step(upsampler, x, larger))
             x = larger
         done = self.map("pixels", x.height, x.width, 3)
-        self.tail(self.workers, x, done)
+        self.run(Step(self.tail, x, done))
         return done.pixels[..., :3]
 
     # --- stage by stage ---------------------------------------------------------------------------------------------
@@ -198,6 +270,7 @@ class Network:
         """One stage of `sanrt.model.graph.stage_model`; maps are (1, C, h, w) there."""
         kind, _, number = stage.partition(".")
         with TURN, self.one_thread():
+            self.held = None
             return [np.array(made, order="C") for made in self.stage(kind, int(number or 0), *inputs)]
 
     def stage(self, kind: str, group: int, *inputs: Any) -> list[Array]:
@@ -211,22 +284,35 @@ class Network:
                 return [channels_first(pooled(part)) for part in self.projected(channels_last(x))[1:]]
             case "attend", (x, key, value):
                 x, key, value = map(channels_last, (x, key, value))
-                return [channels_first(self.attended(x, self.projected(x)[0], key, value))]
+                out = np.empty_like(x, order="C")
+                self.restored(self.attended(self.projected(x)[0], key, value), x, out)
+                return [channels_first(out)]
             case "body", (x, box):
                 features = self.map("features", *x.shape[2:])
-                self.body(group, self.filled("x", x), features)
+                hidden = self.map("hidden", *x.shape[2:])
+                self.run(*self.body_steps(group, self.filled("x", x), hidden, features, None))
                 part = self.cropped(features, box)
                 found = self.moments(channels_last(part))
                 return [part, found.mean.astype(np.float32)[None, :, None], found.scatter.astype(np.float32)[None]]
             case "gate", (sigma,):
-                return [self.gate(group, sigma[0])[None, :, None, None]]
+                return [self.gated(group, sigma[0])[None, :, None, None]]
             case "join", (features, gate, x, shared, box):
-                out = self.map("x", *features.shape[2:])
-                self.last[group](self.workers, self.filled("features", features), out, gate=gate[0, :, 0, 0])
-                return [self.cropped(out, box) + x + self.weights["gamma"] * shared]
+                joined = self.map("x", *features.shape[2:])
+                gate = self.padded(gate[0, :, 0, 0])
+                self.run(Step(self.last[group], self.filled("features", features), joined, gate=gate))
+                return [self.cropped(joined, box) + x + self.weights["gamma"] * shared]
             case "tail", (attended, first, box):
                 return [self.pixels(self.filled("x", attended + first), Box(*(box // self.arch.scale).tolist()))]
         raise ValueError(f"no stage {kind} of {len(inputs)} inputs")
+
+    def gated(self, group: int, sigma: Array) -> Array:
+        """The gate of a covariance, (C, C) -> (C,)."""
+        out = aligned((whole_vectors(self.arch.channels),))
+        moments = moments_rows(1, len(out))
+        moments[0, 0] = 1
+        moments[0, 2:, : self.arch.channels][: self.arch.channels] = sigma
+        self.gates[group](moments, out)
+        return out[: self.arch.channels]
 
     def filled(self, name: str, x: Array) -> Map:
         """A map that holds x (1, C, h, w)."""
@@ -252,6 +338,11 @@ def channels_first(x: Array) -> Array:
     return x.transpose(2, 0, 1)[None]
 
 
+def copy_rows(source: Array, target: Array, rows: slice) -> None:
+    """Some rows of (1, 3, h, w)."""
+    target[:, :, rows] = source[:, :, rows]
+
+
 def pooled(x: Array) -> Array:
     """Maxima of 2 x 2 pixels, an odd last row and column left out: (h, w, C) -> (h // 2, w // 2, C)."""
     height, width = (size // 2 * 2 for size in x.shape[:2])
@@ -265,15 +356,3 @@ def moments(pixels: Array) -> tuple[Array, Array, int]:
     mean: Array = rows.mean(0)
     centred = rows - mean
     return mean, centred.T @ centred, len(rows)
-
-
-def newton_schulz_sqrt(sigma: Array, iterations: int) -> Array:
-    """Square root by coupled Newton-Schulz steps (formulas 8 to 10): (C, C) float32."""
-    eye = np.eye(len(sigma), dtype=np.float32)
-    trace = max(sigma.trace(), np.float32(MIN_TRACE))
-    y, z = sigma / trace, eye
-    for _ in range(iterations):
-        half = 1.5 * eye - 0.5 * (z @ y)
-        y, z = y @ half, half @ z
-    root: Array = (y * np.sqrt(trace)).astype(np.float32)
-    return root

@@ -205,11 +205,11 @@ def library_version(*distributions: str) -> str | None:
     return None
 
 
-def fp32_only(name: str, options: RunOptions) -> None:
-    """Raise BackendError when another precision than fp32 is asked for."""
-    if options.precision not in (None, Precision.FP32):
+def require_precision(name: str, options: RunOptions, *known: Precision) -> None:
+    """Raise BackendError when a precision is asked for that a backend does not have."""
+    if options.precision not in (None, *known):
         raise BackendError(
-            f"backend {name} runs in fp32 on the CPU, {options.precision} was asked for; use --precision fp32"
+            f"backend {name} runs in {' or '.join(known)}, {options.precision} was asked for; use --precision {known[0]}"
         )
 
 

@@ -12,8 +12,8 @@ from typing import Any, Self
 import numpy.typing as npt
 
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError
-from sanrt.model.spec import Attention, GraphOptions, ModelSpec, QuantisedType
-from sanrt.runtime.backends import OPEN_STAGES, Array, BackendStatus, RunOptions, Stages, fp32_only, library_version
+from sanrt.model.spec import Attention, GraphOptions, ModelSpec, Precision, QuantisedType
+from sanrt.runtime.backends import OPEN_STAGES, Array, BackendStatus, RunOptions, Stages, library_version, require_precision
 from sanrt.runtime.derived import derived_model
 from sanrt.runtime.engines import Limits
 from sanrt.runtime.models import read_spec
@@ -46,7 +46,7 @@ class OnnxRuntimeBackend:
     device = "CPU"
 
     def __init__(self, model: Path, options: RunOptions) -> None:
-        fp32_only(NAME, options)
+        require_precision(NAME, options, Precision.FP32)
         self.model, self.options = model, options
         graph = derived_model(model, replace(CPU_FORM, regions=options.regions))
         self.session = open_session(graph, options)

@@ -10,9 +10,9 @@ from typing import Any, Self
 import numpy as np
 
 from sanrt.errors import BackendError
-from sanrt.model.spec import Attention, GraphOptions, Precision
+from sanrt.model.spec import GRAPH_PRECISIONS, Attention, GraphOptions, Precision
 from sanrt.runtime import machine
-from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version
+from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version, require_precision
 from sanrt.runtime.backends.onnxruntime import OnnxRuntimeStages, run_error, session_on
 from sanrt.runtime.derived import derived_model
 from sanrt.runtime.engines import Limits
@@ -53,6 +53,7 @@ class OnnxRuntimeCudaBackend:
     limits = Limits()
 
     def __init__(self, model: Path, options: RunOptions) -> None:
+        require_precision(NAME, options, *GRAPH_PRECISIONS)
         precision = options.precision or Precision.FP32
         variant = GraphOptions(precision=precision, attention=Attention.MULTI_HEAD, regions=options.regions)
         graph = derived_model(model, variant)

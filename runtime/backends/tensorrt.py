@@ -15,7 +15,8 @@ from typing import Any, Self
 import numpy as np
 
 from sanrt.errors import BackendError, ModelError, UsageError
-from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages
+from sanrt.model.spec import GRAPH_PRECISIONS
+from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, require_precision
 from sanrt.runtime.backends.tensorrt_stages import TensorRTStages
 from sanrt.runtime.derived import replace_file
 from sanrt.runtime.device import FLOAT_BYTES, Buffer, Device, HostBuffer, open_device
@@ -84,6 +85,7 @@ def fitting_engine(model: Path, options: RunOptions, device: Device) -> EngineIn
             f"{info.path}: attends within {info.spec.regions} x {info.spec.regions} regions, "
             f"not {options.regions} x {options.regions}; run it with those, or choose another backend"
         )
+    require_precision(NAME, options, *GRAPH_PRECISIONS)
     if options.precision not in (None, info.spec.precision):
         raise BackendError(
             f"{info.path}: built in {info.spec.precision}, {options.precision} was asked for; "

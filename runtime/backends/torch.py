@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy.typing as npt
 
 from sanrt.errors import BackendError, OutOfMemoryError
-from sanrt.model.spec import MIN_SIDE, ModelSpec
-from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, fp32_only, library_version
+from sanrt.model.spec import MIN_SIDE, ModelSpec, Precision
+from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version, require_precision
 from sanrt.runtime.engines import Limits
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class TorchBackend:
     def __init__(self, model: Path, options: RunOptions) -> None:
         import torch
 
-        fp32_only(NAME, options)
+        require_precision(NAME, options, Precision.FP32)
         if options.threads:
             torch.set_num_threads(options.threads)
         self.net, self.spec = network(model, options.regions)

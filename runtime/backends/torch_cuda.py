@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from sanrt.errors import BackendError, OutOfMemoryError
-from sanrt.model.spec import STAGE_INPUTS, STAGE_MAPS, Precision
+from sanrt.model.spec import GRAPH_PRECISIONS, STAGE_INPUTS, STAGE_MAPS, Precision
 from sanrt.runtime import machine
-from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version
+from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version, require_precision
 from sanrt.runtime.backends.torch import network
 from sanrt.runtime.engines import Limits
 from sanrt.runtime.featuremaps import Box, FeatureMap
@@ -55,6 +55,7 @@ class TorchCudaBackend:
     def __init__(self, model: Path, options: RunOptions) -> None:
         import torch
 
+        require_precision(NAME, options, *GRAPH_PRECISIONS)
         self.reference, spec = network(model, options.regions)
         precision = options.precision or Precision.FP16
         dtypes = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}

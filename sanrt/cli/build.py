@@ -53,11 +53,11 @@ def build(
     """Build an exported ONNX into a TensorRT engine, and prove that it is what was asked for."""
     with extra("rtx", "sanrt build"):
         from sanrt.export.engine import build_engine, choose_flavor
-    from sanrt.model.spec import Precision
+    from sanrt.model.spec import GRAPH_PRECISIONS, Precision
     from sanrt.runtime.engines import TILES, BuildOptions, Profile
     from sanrt.runtime.flavors import Flavor, installed_version
 
-    asked = [p for p, wanted in zip(Precision, (fp32, fp16, bf16), strict=True) if wanted]
+    asked = [p for p, wanted in zip(GRAPH_PRECISIONS, (fp32, fp16, bf16), strict=True) if wanted]
     if len(asked) > 1:
         raise typer.BadParameter(f"choose one of --{' and --'.join(asked)}")
     if flavor not in ("auto", *Flavor):

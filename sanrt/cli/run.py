@@ -165,7 +165,7 @@ def run(
             raise typer.Exit(reporter.status)
         with loaded(choice, reporter) as network:
             if explain_tiles:
-                explain(network, jobs[0].source, upscaling, reporter)
+                explain(network, choice, jobs[0].source, upscaling, reporter)
                 raise typer.Exit
             options = PipelineOptions(network.spec.architecture.scale, encoding, overwrite, Streamer(network, upscaling))
             enlarge = partial(upscale, network, options=upscaling)
@@ -178,10 +178,16 @@ def run(
     raise typer.Exit(reporter.status)
 
 
-def explain(network: Backend, picture: Path, options: UpscaleOptions, reporter: Reporter) -> None:
+def explain(network: Backend, choice: ModelChoice, picture: Path, options: UpscaleOptions, reporter: Reporter) -> None:
     """Whole, exact and overlapped on a sample of a picture, one line each."""
     from sanrt.runtime import explain as samples
+    from sanrt.runtime.backends import load_backend
 
+    if network.spec.precision == Precision.INT16:
+        reporter.say("all in fp32, as stages are, so that the tilings alone differ")
+        with load_backend(network.name, choice.path, replace(choice.options, precision=Precision.FP32)) as exact:
+            explain(exact, choice, picture, options, reporter)
+        return
     reporter.say(f"{picture}: its centre, at most {samples.SAMPLE} pixels a side, against the whole")
     reporter.say("tiling    largest difference       PSNR      time   memory")
     for each in samples.explain(network, picture, options):

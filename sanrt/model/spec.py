@@ -26,6 +26,12 @@ class Precision(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT16 = "int16"
+    """16-bit integers in the convolutions' products, all else fp32; stages fp32. Only sanrt's own CPU kernels have it."""
+
+
+GRAPH_PRECISIONS = (Precision.FP32, Precision.FP16, Precision.BF16)
+"""Those that graphs and engines are written in."""
 
 
 class QuantisedType(StrEnum):
@@ -158,6 +164,8 @@ class ModelSpec:
     @property
     def computes(self) -> str:
         """The types that it computes in, for people: `fp32`, `int8 + fp16`."""
+        if self.precision is Precision.INT16:
+            return "int16 (fp32 by stages)"
         return f"{self.quantisation.type} + {self.precision}" if self.quantisation else str(self.precision)
 
     def to_metadata(self) -> dict[str, str]:

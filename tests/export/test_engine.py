@@ -25,7 +25,7 @@ from sanrt.errors import BackendError, BuildError, ModelError, SanrtError, Usage
 from sanrt.export import engine
 from sanrt.export.engine import build_engine, choose_flavor
 from sanrt.model.graph import san_model
-from sanrt.model.spec import Architecture, ModelSpec, Precision
+from sanrt.model.spec import GRAPH_PRECISIONS, Architecture, ModelSpec, Precision
 from sanrt.runtime.backends import RunOptions, load_backend, tensorrt
 from sanrt.runtime.device import open_device
 from sanrt.runtime.engines import TILES, BuildOptions, EngineInfo, Profile, Size, choose_engine, read_engine, read_plan
@@ -96,7 +96,7 @@ def test_engines_are_what_was_asked_for(exported: Path, tmp_path: Path, precisio
 
 
 @needs_rtx
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("precision", GRAPH_PRECISIONS)
 def test_stage_engines_are_proved_as_a_whole_one_is(exported: Path, tmp_path: Path, precision: Precision):
     options = replace(OPTIONS, precision=precision, profiles=(TILES,), stages=True)
     info, built = build_engine(exported, options, tmp_path / "x.stages")

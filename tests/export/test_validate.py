@@ -78,7 +78,7 @@ PLANTED = {
 
 
 def test_an_honest_export_is_within_the_tolerance_and_no_stage_jumps(exported, folder):
-    result = checked(exported, exported.onnx, folder)
+    result = checked(exported, exported.onnx, folder, backend="onnxruntime")
     result.require()
     assert 0 < result.difference.max_abs < 2e-3
     assert [p.picture for p in result.pictures] == ["0.png, middle, the file's own graph", "0.png", "1.png"]
@@ -133,6 +133,7 @@ def test_other_weights_are_refused_by_digest(exported, folder):
 def test_the_command_prints_writes_json_and_heatmaps_and_exits_1_outside_the_tolerance(exported, folder, tmp_path):
     report, heat = tmp_path / "report.json", tmp_path / "heat"
     words = ["validate", str(exported.onnx), "--hr", str(folder), "--checkpoint", str(exported.checkpoint)]
+    words += ["--backend", "onnxruntime"]
     runner = CliRunner()
     done = runner.invoke(app, [*words, "--json", str(report), "--heatmap", str(heat), "--locate"])
     assert done.exit_code == 0, done.output

@@ -18,13 +18,14 @@ def maps(inner: int, dtype: torch.dtype, size: tuple[int, int] = (33, 47), scale
 
 
 def errors(x: Tensor, y: Tensor, regions: int = 2) -> tuple[float, float]:
-    """Root mean square error of `y` against float64, and what it may be: twice plain PyTorch's, or a rounding.
+    """Root mean square error of `y` against float64, and what it may be: four times plain PyTorch's, or a rounding.
 
-    Where plain PyTorch overflows, as float16 scores do, only the rounding is allowed.
+    PyTorch's own varies with the processor, by the order in which it adds up. Where it overflows, as float16 scores do, only
+    the rounding is allowed.
     """
     exact = attention(x.double(), regions)
     plain = rms(attention(x, regions) - exact)
-    return rms(y - exact), max(0 if math.isnan(plain) else 2 * plain, torch.finfo(x.dtype).eps * rms(exact))
+    return rms(y - exact), max(0 if math.isnan(plain) else 4 * plain, torch.finfo(x.dtype).eps * rms(exact))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

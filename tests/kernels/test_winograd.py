@@ -1,4 +1,4 @@
-"""The CPU convolution against PyTorch's in float64, on this processor and written for narrower vectors."""
+"""The CPU kernels against PyTorch in float64, on this processor and written for narrower vectors."""
 
 from __future__ import annotations
 
@@ -15,30 +15,46 @@ from sanrt.errors import BackendError
 torch = pytest.importorskip("torch")
 pytest.importorskip("llvmlite")
 
-from sanrt.kernels import attention_cpu, llvm, winograd  # noqa: E402
+from sanrt.kernels import attention_cpu, llvm, program, soca_cpu, winograd  # noqa: E402
+from sanrt.kernels.program import Program, Step, moments_of  # noqa: E402
+from sanrt.kernels.soca_cpu import Gate, moments_rows  # noqa: E402
 from sanrt.kernels.threads import Workers  # noqa: E402
-from sanrt.kernels.winograd import Convolution, Map  # noqa: E402
+from sanrt.kernels.winograd import Convolution, Map, Products  # noqa: E402
+from sanrt.model.soca import SOCA  # noqa: E402
 
-NARROW = llvm.Processor("", "", lanes=4, registers=16)
+PAIRS = llvm.this_processor().pairs and llvm.PAIRS[4]
+NARROW = llvm.Processor("", "", lanes=4, registers=16, pairs=PAIRS)
 """Any processor of this family: LLVM's plainest code."""
+INT16 = pytest.param(Products.INT16, marks=pytest.mark.skipif(not PAIRS, reason="no 16-bit products on this processor"))
+PRODUCTS = (Products.FP32, INT16)
+CLOSE = {Products.FP32: 2e-5, Products.INT16: 0.02}
+"""Root mean square of the error, of the values'; of noise, which is the worst that 16-bit products can meet."""
+WORST = 10
+"""The largest error, of that: a tile's corners are coarser than its middle."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(params=["this processor", "narrow vectors"])
-def processor(request, monkeypatch, tmp_path):
+def processor(request, monkeypatch):
     if request.param == "narrow vectors":
-        for module in (llvm, winograd, attention_cpu):
+        for module in (llvm, winograd, attention_cpu, program, soca_cpu):
             monkeypatch.setattr(module, "this_processor", lambda: NARROW)
-        for module in (winograd, attention_cpu):
+        for module in (program, attention_cpu, soca_cpu):
             monkeypatch.setattr(module, "kernels", module.kernels.__wrapped__)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def filled(height, width, channels, seed=0):
-    made = Map.zeros(height, width, channels)
+def filled(height, width, channels, products, seed=0):
+    made = Map.zeros(height, width, channels, products)
     made.pixels[..., :channels] = random(height, width, channels, seed=seed)
     return made
 
@@ -62,38 +78,192 @@ def expected(source, weight, bias, shuffle=1):
         (32, 32, 1, 70, 66),
     ],
 )
+@pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_convolution_gives_what_pytorch_gives(processor, inputs, outputs, shuffle, height, width, threads):
-    weight, bias = random(outputs * shuffle**2, inputs, 3, 3, seed=1) / 10, random(outputs * shuffle**2, seed=2)
-    source, gate = filled(height, width, inputs), random(inputs, seed=3)
-    output, added = (filled(height * shuffle, width * shuffle, outputs, seed=seed) for seed in (4, 5))
-    conv, workers = Convolution(weight, bias, shuffle), Workers(threads)
+def test_a_convolution_gives_what_pytorch_gives(processor, inputs, outputs, shuffle, height, width, products, threads):
+    weight = random(outputs * shuffle**2, inputs, 3, 3, seed=1) / 10
+    bias, gate = random(outputs * shuffle**2, seed=2), np.zeros(winograd.whole_vectors(inputs), np.float32)
+    gate[:inputs] = random(inputs, seed=3)
+    source = filled(height, width, inputs, products)
+    output, added, also = (filled(height * shuffle, width * shuffle, outputs, products, seed) for seed in (4, 5, 6))
+    conv, workers = Convolution(weight, bias, shuffle, products), Workers(threads)
     pixels = source.pixels[..., :inputs]
-    plain, gated = expected(pixels, weight, bias, shuffle), expected(pixels * gate, weight, bias, shuffle)
+    plain = expected(pixels, weight, bias, shuffle)
+    gated = expected(pixels * gate[:inputs], weight, bias, shuffle)
 
     def check(want, **options):
-        conv(workers, source, output, **options)
-        np.testing.assert_allclose(output.pixels[..., :outputs], want, atol=1e-4)
+        Program([Step(conv, source, output, **options)], workers).run()
+        assert_close(output.pixels[..., :outputs], want, products)
         inside = np.count_nonzero(output.pixels[..., :outputs])
         assert np.count_nonzero(output.array) <= inside, "written outside of the picture or of its channels"
 
     output.array[..., outputs:] = 0
     check(plain)
     check(np.maximum(plain, 0), relu=True)
-    check(gated + added.pixels[..., :outputs], add=added, gate=gate)
+    check(gated + added.pixels[..., :outputs], added=added, gate=gate)
+    check(plain + added.pixels[..., :outputs] + also.pixels[..., :outputs], added=added, also=also)
     output.array[:] = added.array
-    check(plain + added.pixels[..., :outputs], add=output)
+    check(plain + added.pixels[..., :outputs], added=output)
     workers.close()
 
 
-def test_values_that_are_no_numbers_stay_visible():
-    source, output = filled(6, 6, 16), Map.zeros(6, 6, 16)
-    source.pixels[2, 2, 0] = np.nan
-    Convolution(random(16, 16, 3, 3), random(16))(Workers(1), source, output, relu=True)
-    assert np.isnan(output.pixels[2, 2]).all()
+def assert_close(got, want, products):
+    allowed = CLOSE[products] * max(np.sqrt(np.mean(want**2)), 1)
+    errors = got - want
+    assert np.sqrt(np.mean(errors**2)) < allowed
+    assert np.abs(errors).max() < WORST * allowed
 
 
-@pytest.mark.parametrize(("queries", "keys", "channels"), [(1, 1, 2), (7, 5, 4), (50, 33, 8), (12, 64, 3)])
+def block_steps(height, width, products):
+    """Two residual blocks in place and a last convolution, as a group of the network; and what they give by PyTorch."""
+    x, hidden, features = filled(height, width, 16, products), *(Map.zeros(height, width, 16, products) for _ in range(2))
+    weights, bias = [random(16, 16, 3, 3, seed=seed) / 15 for seed in range(5)], random(16) / 10
+    conv = [Convolution(weight, bias, 1, products) for weight in weights]
+    f = want = np.array(x.pixels[..., :16])
+    for first, second in (weights[:2], weights[2:4]):
+        f = f + expected(np.maximum(expected(f, first, bias), 0).astype(np.float32), second, bias).astype(np.float32)
+    want = want + expected(f, weights[4], bias)
+    steps = [
+        Step(conv[0], x, hidden, relu=True),
+        Step(conv[1], hidden, features, added=x),
+        Step(conv[2], features, hidden, relu=True),
+        Step(conv[3], hidden, features, added=features, moments=moments_of(features, products)),
+        Step(conv[4], features, x, added=x),
+    ]
+    return steps, want, f
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("height", "width"), [(3, 4), (50, 7), (61, 75)])
+def test_steps_follow_each_other_in_place_on_any_number_of_threads(processor, height, width, products, threads):
+    workers = Workers(threads)
+    steps, want, features = block_steps(height, width, products)
+    Program(steps, workers).run()
+    workers.close()
+    assert_close(steps[-1].output.pixels[..., :16], want, products)
+    moments = steps[3].moments
+    counts, means, scatter = moments[:, 0, 0], moments[:, 1, :16], moments[:, 2:18, :16].sum(0, dtype=np.float64)
+    rows = features.reshape(-1, 16)
+    assert counts.sum() == len(rows)
+    mean = counts @ means / len(rows)
+    scatter += (means - mean).T @ np.diag(counts) @ (means - mean)
+    assert_close(mean, rows.mean(0), products)
+    assert_close(scatter / len(rows), np.cov(rows.T, bias=True), products)
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_the_result_does_not_depend_on_the_number_of_threads(products):
+    results = []
+    for threads in (1, 2, 5):
+        workers = Workers(threads)
+        steps, _, _ = block_steps(61, 75, products)
+        Program(steps, workers).run()
+        workers.close()
+        results.append((steps[-1].output.array, steps[3].moments))
+    for result in results[1:]:
+        for got, first in zip(result, results[0], strict=True):
+            np.testing.assert_array_equal(got, first)
+
+
+@pytest.mark.parametrize("products", [INT16])
+def test_sums_of_rounded_products_come_close_to_32_bits_and_not_beyond(products):
+    """All products of one point have the largest magnitude and the same sign."""
+    method = products.method
+    row = np.poly([q for q in method.finite if q != 1])[::-1]  # of B^T, for the point 1
+    signs = np.where(np.append(row, np.zeros(method.side - len(row))) < 0, -1, 1)
+    weight, bias = np.ones((16, 64, 3, 3), np.float32), np.zeros(16, np.float32)
+    tile = method.tile
+    source, output = (Map.zeros(3 * tile, 3 * tile, n, products) for n in (64, 16))
+    source.array[tile : 2 * tile + 2, tile : 2 * tile + 2] = 1e4 * np.outer(signs, signs)[..., None]
+    conv = Convolution(weight, bias, 1, products)
+    largest = conv.weight.reshape(method.points, -1, 16, 2).astype(np.int64)[method.side + 1].sum((0, 2)).max()
+    assert 0.99 * 2**31 < abs(largest) * winograd.LARGEST < 2**31
+    Program([Step(conv, source, output)], Workers(1)).run()
+    want = expected(source.pixels[..., :64], weight, bias)
+    errors = output.pixels[..., :16] - want  # all channels round alike here, so they are large; a wrapped sum's are larger
+    assert np.sqrt(np.mean(errors**2)) < 0.1 * np.sqrt(np.mean(want**2))
+
+
+def test_a_thread_that_fails_leaves_nobody_waiting(monkeypatch):
+    workers = Workers(2)
+    steps, want, _ = block_steps(61, 75, Products.FP32)
+    starving, buffer = Program(steps, workers), workers.buffer
+
+    def starved(name, size):
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError("no room")
+        return buffer(name, size)
+
+    monkeypatch.setattr(workers, "buffer", starved)
+    with pytest.raises(MemoryError, match="no room"):
+        starving.run()
+    monkeypatch.undo()
+    steps, want, _ = block_steps(61, 75, Products.FP32)
+    Program(steps, workers).run()
+    assert_close(steps[-1].output.pixels[..., :16], want, Products.FP32)
+    workers.close()
+
+
+def test_steps_that_would_write_beyond_their_maps_are_refused():
+    source, output = (filled(6, 6, 16, Products.FP32, seed) for seed in (1, 2))
+    conv, other = (Convolution(random(16, n, 3, 3), random(16)) for n in (16, 48))
+    for wrong in (
+        lambda: Step(other, source, output),
+        lambda: Step(conv, source, source),
+        lambda: Step(conv, source, filled(6, 7, 16, Products.FP32)),
+        lambda: Step(conv, source, output, also=output),
+        lambda: Step(conv, source, output, gate=random(8)),
+        lambda: Program([Step(conv, source, output, moments=moments_rows(3, 16))], Workers(1)),
+    ):
+        with pytest.raises(AssertionError):
+            wrong()
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_values_that_are_no_numbers_stay_visible(products, value):
+    source, output = filled(6, 6, 16, products), Map.zeros(6, 6, 16, products)
+    source.pixels[2, 2, 0] = value
+    conv = Convolution(random(16, 16, 3, 3), random(16), 1, products)
+    Program([Step(conv, source, output)], Workers(1)).run()
+    assert not np.isfinite(output.pixels[2, 2]).any()
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_a_map_of_zeros_gives_the_bias(products):
+    source, output = (Map.zeros(6, 6, 16, products) for _ in range(2))
+    bias = random(16)
+    Program([Step(Convolution(random(16, 16, 3, 3), bias, 1, products), source, output)], Workers(1)).run()
+    np.testing.assert_array_equal(output.pixels, np.broadcast_to(bias, (6, 6, 16)))
+
+
+@pytest.mark.parametrize(("channels", "reduction"), [(16, 4), (24, 3), (64, 16)])
+@pytest.mark.parametrize("iterations", [1, 5, 12])
+def test_the_gate_is_that_of_the_reference(processor, channels, reduction, iterations):
+    torch.manual_seed(channels)
+    soca = SOCA(channels, reduction, iterations).double()
+    x = torch.randn(1, channels, 20, 30, dtype=torch.float64) @ torch.randn(30, 30, dtype=torch.float64) + 3
+    padded = winograd.whole_vectors(channels)
+    moments, parts = moments_rows(3, padded), np.split(x[0].reshape(channels, -1).numpy(), [70, 500], axis=1)
+    for row, part in zip(moments, parts, strict=True):
+        row[0], row[1, :channels] = part.shape[1], part.mean(1)
+        row[2 : 2 + channels, :channels] = np.cov(part, bias=True) * part.shape[1]
+
+    def pad(values):
+        values = values.detach().numpy()
+        padding = [(0, 0)] * (values.ndim - 1) + [(0, padded - channels)]
+        return np.ascontiguousarray(np.pad(values, padding), np.float32)
+
+    down, up = soca.down.weight[:, :, 0, 0], soca.up.weight[:, :, 0, 0]
+    bias = soca.down.bias.detach().numpy().astype(np.float32)
+    out = llvm.aligned((padded,))
+    Gate(channels, iterations, pad(down), bias, pad(up.T), pad(soca.up.bias))(moments, out)
+    want = (soca(x) / x)[0, :, 0, 0].detach().numpy()
+    np.testing.assert_allclose(out[:channels], want, atol=2e-6)
+
+
+@pytest.mark.parametrize(("queries", "keys", "channels"), [(1, 1, 2), (7, 5, 4), (50, 33, 8), (12, 64, 3), (60, 1300, 4)])
 @pytest.mark.parametrize("factor", [1, 30])
 def test_attention_gives_what_pytorch_gives(processor, queries, keys, channels, factor):
     query, key, value = (random(n, channels, seed=n + s) for n, s in ((queries, 0), (keys, 1), (keys, 2)))
@@ -102,6 +272,15 @@ def test_attention_gives_what_pytorch_gives(processor, queries, keys, channels, 
     for threads in (1, 3):
         got = attention_cpu.attention(Workers(threads), query * np.float32(factor), key, value)
         np.testing.assert_allclose(got, want, atol=2e-6 * factor)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_largest_score_may_come_in_any_block(order):
+    query, value = np.ones((5, 2), np.float32), random(1300, 2)
+    key = np.repeat(np.linspace(0, 60, 1300, dtype=np.float32)[::order, None], 2, axis=1)
+    weights = np.exp((query.astype(np.float64) @ key.T) - 120)
+    want = weights / weights.sum(1, keepdims=True) @ value
+    np.testing.assert_allclose(attention_cpu.attention(Workers(2), query, key, value), want, atol=1e-4)
 
 
 def test_attention_with_a_score_that_is_no_number_gives_none():
@@ -113,19 +292,19 @@ def test_attention_with_a_score_that_is_no_number_gives_none():
 def test_an_error_in_any_thread_reaches_the_caller_and_the_threads_live_on():
     workers, seen = Workers(2), []
 
-    def fails():
+    def fails(_):
         raise MemoryError("no room")
 
     with pytest.raises(MemoryError, match="no room"):
         workers.run(fails)
-    workers.run(lambda: seen.append(1))
+    workers.run(lambda _: seen.append(1))
     assert seen == [1, 1]
 
 
 def test_an_interrupt_is_told_when_no_thread_is_at_work_any_more():
     workers, seen = Workers(2), []
 
-    def slow():
+    def slow(_):
         if threading.current_thread() is not threading.main_thread():
             signal.raise_signal(signal.SIGINT)
             time.sleep(0.2)
@@ -134,14 +313,14 @@ def test_an_interrupt_is_told_when_no_thread_is_at_work_any_more():
     with pytest.raises(KeyboardInterrupt):
         workers.run(slow)
     assert seen == [1, 1]
-    workers.run(lambda: seen.append(2))
+    workers.run(lambda _: seen.append(2))
     assert seen == [1, 1, 2, 2]
 
 
 def test_ended_threads_leave_the_work_to_the_caller():
     workers, seen = Workers(3), []
     workers.close()
-    workers.run(lambda: seen.append(1))
+    workers.run(lambda _: seen.append(1))
     assert seen == [1]
 
 

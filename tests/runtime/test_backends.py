@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError
+from sanrt.export.onnx import ExportOptions, export_onnx
+from sanrt.export.scene import natural_scene
+from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
 from sanrt.model.graph import read_model, san_model
 from sanrt.model.spec import Precision, Quantisation, QuantisedType
 from sanrt.runtime import backends, machine
@@ -109,6 +112,23 @@ def test_a_bad_picture_leaves_nothing_behind_in_winograd_s_maps(tiny_model):
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT16])
+def test_a_bad_picture_leaves_nothing_behind_for_the_next(tiny_model, precision):
+    options, good = RunOptions(threads=2, precision=precision), picture(1, 3, 17, 21)
+    with loaded("winograd", tiny_model(channels=24), options) as fresh:
+        expected = fresh.infer(good)
+    with loaded("winograd", tiny_model(channels=24), options) as backend:
+        assert not np.isfinite(backend.infer(np.full_like(good, np.inf))).all()
+        np.testing.assert_array_equal(backend.infer(good), expected)
+
+
+def test_a_whole_picture_s_maps_are_freed_when_streaming_begins(tiny_model):
+    with loaded("winograd", tiny_model(), RunOptions(threads=1)) as backend:
+        backend.infer(picture(1, 3, 17, 21))
+        backend.stages().run("head", picture(1, 3, 8, 8), np.array([0, 0, 8, 8]))
+        assert backend.network.held is None
+
+
 def test_what_a_stage_gave_is_not_overwritten_even_where_it_is_one_pixel(tiny_model):
     box = np.array([0, 0, 1, 1])
     with loaded("winograd", tiny_model()) as backend:
@@ -198,10 +218,53 @@ def test_an_unusable_backend_is_not_replaced_by_another(tiny_model, monkeypatch)
         load_backend("openvino", tiny_model(), ONE_THREAD)
 
 
-@pytest.mark.parametrize("name", ["torch", "onnxruntime", "winograd"])
-def test_a_precision_that_a_backend_has_not_is_refused(name, tiny_model):
-    with pytest.raises(BackendError, match=f"{name} runs in fp32 on the CPU, bf16 was asked for"):
+@pytest.mark.parametrize(("name", "known"), [("torch", "fp32"), ("onnxruntime", "fp32"), ("winograd", "fp32 or int16")])
+def test_a_precision_that_a_backend_has_not_is_refused(name, known, tiny_model):
+    with pytest.raises(BackendError, match=f"{name} runs in {known}, bf16 was asked for; use --precision fp32"):
         load_backend(name, tiny_model(), replace(ONE_THREAD, precision=Precision.BF16))
+
+
+@pytest.mark.parametrize("name", ["torch", "onnxruntime", "openvino"])
+def test_int16_is_refused_where_it_is_not(name, tiny_model):
+    with (
+        pytest.raises(BackendError, match=r"int16( was asked for)? .*fp32|int16 was asked for; use --precision fp32"),
+        loaded(name, tiny_model(), replace(ONE_THREAD, precision=Precision.INT16)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("features", "precision"), [(("AVX-512",), "fp32"), (("AVX-512", "AVX512-VNNI"), "int16")])
+def test_winograd_computes_in_int16_where_the_processor_has_its_instruction(features, precision, monkeypatch, tiny_model):
+    monkeypatch.setattr(machine, "cpu_features", lambda: features)
+    with loaded("winograd", tiny_model(), RunOptions(threads=1)) as backend:
+        assert backend.spec.precision == precision
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4, 8])
+def test_int16_lies_within_55_db_of_fp32_on_natural_pictures(scale, tmp_path):
+    model = tmp_path / f"x{scale}.onnx"
+    export_onnx(load_checkpoint(bundled_checkpoint(scale)), model, ExportOptions(check=False))
+    scenes = [natural_scene(61, 83, seed).transpose(2, 0, 1)[None].astype(np.float32) for seed in range(2)]
+    with (
+        loaded("torch", model) as reference,
+        loaded("winograd", model, RunOptions(threads=2, precision=Precision.INT16)) as backend,
+        loaded("winograd", model, RunOptions(threads=2, precision=Precision.FP32)) as exact,
+    ):
+        unit = reference.spec.architecture.value_range / 255
+        for scene in scenes:
+            want = reference.infer(scene * unit) / unit
+            assert 55 < psnr(backend.infer(scene * unit) / unit, want) < 85
+            assert psnr(exact.infer(scene * unit) / unit, want) > 85
+
+
+def test_stages_are_fp32_in_either_precision(tiny_model):
+    box, x = np.array([0, 0, 8, 8]), picture(1, 16, 8, 8)
+    options = [RunOptions(threads=1, precision=precision) for precision in (Precision.FP32, Precision.INT16)]
+    features = []
+    for each in options:
+        with loaded("winograd", tiny_model(), each) as backend:
+            features.append(backend.stages().run("body.0", x[:, : backend.spec.architecture.channels], box)[0])
+    np.testing.assert_array_equal(*features)
 
 
 def test_openvino_refuses_fp16(tiny_model):

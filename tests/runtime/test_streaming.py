@@ -136,7 +136,7 @@ def test_exact_to_2e_4_of_the_value_range_on_a_photo_sized_picture(live_model, t
         model.write_bytes(san_model(spec, weights).SerializeToString())
     else:
         model = live_model(4, groups=3, blocks=3, channels=32)
-    with load_backend(name, model, RunOptions()) as backend:
+    with load_backend(name, model, RunOptions(precision=Precision.FP32)) as backend:
         value_range = backend.spec.architecture.value_range
         pixels = picture(389, 517) * (value_range / 255)
         whole = backend.infer(pixels)

@@ -1,0 +1,290 @@
+"""Convolutions one after the other, shared by threads: each takes its next strip of tiles when what that reads is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+
+from sanrt.kernels.llvm import INT, LINE, POINTER, Module, aligned, this_processor
+from sanrt.kernels.soca_cpu import moments_rows, write_moments
+from sanrt.kernels.threads import Workers
+from sanrt.kernels.winograd import (
+    Array,
+    Convolution,
+    End,
+    Map,
+    Products,
+    product_shape,
+    tile_stride,
+    write_collect,
+    write_fetch,
+    write_product,
+    write_spread,
+)
+
+STRIP = 300_000
+"""Bytes of a strip, transformed, and of its products: with the weights they stay in a core's own cache."""
+EVEN_PARTS = 8
+"""There is a multiple of so many strips, so that threads share them evenly."""
+FLAG = LINE // 8
+"""Integers from one flag to the next: threads that write to the same line of the cache wait for each other."""
+NEAR = 2**24
+"""Bytes of maps that a shared cache holds; what lies in larger ones is asked for before it is needed."""
+
+POINTERS = ("source", "output", "added", "also", "weight", "bias", "scale", "gate", "moments")
+STRIDES = ("spread_stride", "product_stride")
+NUMBERS = ("end", "row", "target_row", "inputs", "outputs", "shuffle", "height", "width", "columns", *STRIDES)
+FIELDS = (*POINTERS, *NUMBERS)
+"""Of a step, as the kernel reads them."""
+TICKET = ("step", "flag", "begin", "tiles", "first_needed", "last_needed", "strip")
+"""Of a strip in a step; the flags of the strips that it needs lie side by side."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One convolution: into `output`, a map `shuffle` times as large as `source`.
+
+    added, also: maps of the output's size that are added; either may be the output. gate (padded I,): factors of the
+    source's channels. moments: where to put those of the output (`moments_of`).
+    """
+
+    convolution: Convolution
+    source: Map
+    output: Map
+    relu: bool = False
+    added: Map | None = None
+    also: Map | None = None
+    gate: Array | None = None
+    moments: Array | None = None
+
+    def __post_init__(self) -> None:
+        conv, source, output = self.convolution, self.source, self.output
+        enlarged = source.height * conv.shuffle, source.width * conv.shuffle, conv.outputs
+        maps = [each for each in (output, self.added, self.also) if each]
+        # What is wrong here would be written beyond the arrays.
+        assert all((each.height, each.width, each.array.shape[2]) == enlarged for each in maps)
+        assert (source.array.shape[2], source.tile) == (conv.inputs, conv.products.method.tile)
+        assert source is not output
+        assert self.added or not self.also
+        assert not (self.relu and self.added)
+        assert self.gate is None or len(self.gate) == conv.inputs
+        assert self.moments is None or conv.shuffle == 1
+
+    @property
+    def end(self) -> End:
+        if self.also:
+            return End.ADD_BOTH
+        return End.ADD if self.added else End.RELU if self.relu else End.NOTHING
+
+    def fields(self) -> list[int]:
+        conv = self.convolution
+        arrays: dict[str, Any] = {
+            "source": self.source.array,
+            "output": self.output.pixels,
+            "added": self.added.pixels if self.added else None,
+            "also": self.also.pixels if self.also else None,
+            "weight": conv.weight,
+            "bias": conv.bias,
+            "scale": conv.scale,
+            "gate": self.gate,
+            "moments": self.moments,
+        }
+        numbers = {
+            "end": list(End).index(self.end),
+            "row": self.source.array.shape[1] * conv.inputs,
+            "target_row": self.output.array.shape[1] * conv.outputs,
+            "inputs": conv.inputs,
+            "outputs": conv.outputs,
+            "shuffle": conv.shuffle,
+            "height": self.source.height,
+            "width": self.source.width,
+            "columns": self.source.tiles[1],
+            "spread_stride": tile_stride(conv.inputs, conv.products),
+            "product_stride": tile_stride(conv.outputs, conv.products),
+        }
+        addresses = {name: 0 if array is None else array.ctypes.data for name, array in arrays.items()}
+        return [{**addresses, **numbers}[name] for name in FIELDS]
+
+
+class Program:
+    """Steps over maps of one size, each reading what the one before it wrote; in place where a step adds to its output.
+
+    Every thread has its own part of the picture, so that its maps stay in its own caches. At the borders it waits for what
+    its neighbours have not done yet.
+    """
+
+    def __init__(self, steps: list[Step], workers: Workers) -> None:
+        self.steps, self.workers = steps, workers  # the table points to the steps' arrays
+        convolutions = [step.convolution for step in steps]
+        (outputs,) = {conv.outputs for conv in convolutions}  # so that one set of kernels serves all
+        inputs = max(conv.inputs for conv in convolutions)
+        (products,) = {conv.products for conv in convolutions}
+        vectors, rows = product_shape(outputs)
+        self.kernel = kernels(products, vectors)["run"]
+        self.table = np.array([step.fields() for step in steps], np.int64)
+        strip = strip_tiles(max(inputs, outputs), rows, products)
+        (tiles,) = {step.source.tiles for step in steps}
+        self.tickets = tickets(*tiles, rows, strip, len(steps), workers.count)
+        count = len(strips(prod(tiles), rows, strip))
+        assert all(len(step.moments) == count for step in steps if step.moments is not None)
+        maps = {id(each.array): each.array.nbytes for step in steps for each in (step.source, step.output)}
+        self.far = sum(maps.values()) > NEAR
+        self.spread, self.product = (strip * tile_stride(channels, products) for channels in (inputs, outputs))
+        self.tile = products.method.points * this_processor().lanes + strip
+
+    def run(self) -> None:
+        """All steps."""
+        flags = aligned((sum(len(each[:-1]) for each in self.tickets), FLAG), np.int64)
+
+        assert len(self.tickets) == self.workers.count
+
+        def work(thread: int) -> None:
+            mine, buffer = self.tickets[thread], self.workers.buffer
+            try:
+                sizes = {"spread": self.spread, "product": self.product, "tile": self.tile}
+                buffers = [buffer(name, size) for name, size in sizes.items()]
+                arrays: list[npt.NDArray[Any]] = [self.table, mine, flags, *buffers]
+                self.kernel(*(array.ctypes.data for array in arrays), len(mine[:-1]), self.far)
+            except BaseException:
+                flags.fill(1)  # nobody shall wait for this thread
+                raise
+
+        self.workers.run(work, release=partial(flags.fill, 1))
+
+
+def strip_tiles(channels: int, rows: int, products: Products) -> int:
+    """Most tiles of a strip, a multiple of `rows`."""
+    return (
+        max(1, STRIP // (4 * tile_stride(channels, products) * (1 + products.per_float) // products.per_float) // rows)
+        * rows
+    )
+
+
+def strips(tiles: int, unit: int, most: int) -> npt.NDArray[np.int64]:
+    """First tiles of the strips: of at most `most` tiles, whole units but for the last one."""
+    units = -(-tiles // unit)
+    count = min(units, -(-tiles // (most * EVEN_PARTS)) * EVEN_PARTS)
+    return np.linspace(0, units, count, endpoint=False).round().astype(np.int64) * unit
+
+
+def moments_of(output: Map, products: Products) -> Array:
+    """Room for the moments of a map's strips, see `moments_rows`."""
+    channels = output.array.shape[2]
+    _, rows = product_shape(channels)
+    return moments_rows(len(strips(prod(output.tiles), rows, strip_tiles(channels, rows, products))), channels)
+
+
+@lru_cache(maxsize=64)
+def tickets(rows: int, columns: int, unit: int, most: int, steps: int, threads: int) -> list[npt.NDArray[np.int64]]:
+    """Every strip of every step, for each thread in the order in which it takes them, the last one twice; (n, TICKET)."""
+    tiles = rows * columns
+    begin = strips(tiles, unit, most)
+    end, count = np.append(begin[1:], tiles), len(begin)
+    number = np.arange(count)
+    thread = number * threads // count
+    # Strips at the border of two threads' parts come first, so that neither waits for the other.
+    borders = np.flatnonzero(np.diff(thread)) + 0.5
+    place = np.abs(number[:, None] - borders).min(1) if len(borders) else number
+    # A tile reads the pixels of its eight neighbours.
+    first = np.maximum(np.searchsorted(begin, begin - columns - 1, side="right") - 1, 0)
+    last = np.searchsorted(begin, end + columns, side="right")
+    step, number = np.indices((steps, count))
+    before = (step - 1) * count
+    values = {
+        "step": step,
+        "flag": step * count + number,
+        "begin": begin[number],
+        "tiles": (end - begin)[number],
+        "first_needed": np.where(step, before + first, 0),
+        "last_needed": np.where(step, before + last, 0),
+        "strip": number,
+    }
+    made = np.stack([values[name] for name in TICKET], axis=-1).reshape(-1, len(TICKET))
+    made = made[np.lexsort((place[number].ravel(), step.ravel()))]
+    parts = (made[thread[made[:, TICKET.index("strip")]] == t] for t in range(threads))
+    return [np.concatenate([part, part[-1:]]) for part in parts]
+
+
+@cache
+def kernels(products: Products, vectors: int) -> dict[str, Callable[..., None]]:
+    """The kernels with so many vectors of outputs in registers; compiled once per process."""
+    module = Module(this_processor())
+    spreads = {gated: write_spread(module, products, gated) for gated in (False, True)}
+    product = write_product(module, products, vectors, write_fetch(module, vectors, products.method.tile))
+    collects = [write_collect(module, products, end) for end in End]
+    write_run(module, products, spreads, product, collects, write_moments(module, vectors, products.method.tile))
+    return module.compile()
+
+
+def write_run(
+    module: Module,
+    products: Products,
+    spreads: dict[bool, ir.Function],
+    product: ir.Function,
+    collects: list[ir.Function],
+    moments: ir.Function,
+) -> None:
+    """A thread's tickets, one after the other; `far` is whether maps lie beyond the caches."""
+    with module.function("run", 6, 2) as (function, code):
+        table, tickets, flags, spread, products_at, held, count, far = function.args
+        table, tickets, flags = (code.bitcast(each, INT.as_pointer()) for each in (table, tickets, flags))
+        null, points = ir.Constant(POINTER, None), products.method.points
+
+        def fields_of(ticket: dict[str, ir.Value]) -> dict[str, ir.Value]:
+            row = code.at(table, code.mul(ticket["step"], code.index(len(FIELDS))))
+            values = {name: code.field(row, i) for i, name in enumerate(FIELDS)}
+            return {name: code.inttoptr(v, POINTER) if name in POINTERS else v for name, v in values.items()}
+
+        with code.loop(count) as (taken, _):
+            entry = code.at(tickets, code.mul(taken, code.index(len(TICKET))))
+            ticket, following = (
+                {name: code.field(entry, at + i) for i, name in enumerate(TICKET)} for at in (0, len(TICKET))
+            )
+            step, then = fields_of(ticket), fields_of(following)
+            with code.loop(code.sub(ticket["last_needed"], ticket["first_needed"])) as (i, _):
+                flag = code.add(ticket["first_needed"], i)
+                code.wait(code.at(flags, code.mul(flag, code.index(FLAG))))
+            inputs, outputs, shuffle = step["inputs"], step["outputs"], step["shuffle"]
+            strides = [step[name] for name in STRIDES]
+            peaks = code.at(held, code.index(points * code.lanes))
+            tiles = [step["columns"], ticket["begin"], ticket["tiles"]]
+            arguments = [step["source"], step["gate"], spread, peaks, held, step["row"], inputs, *tiles, strides[0]]
+            with code.if_else(code.is_null(step["gate"])) as (plain, gated):
+                with plain:
+                    code.call(spreads[False], arguments)
+                with gated:
+                    code.call(spreads[True], arguments)
+            with code.loop(shuffle) as (i, _), code.loop(shuffle) as (j, _):
+                part = code.add(code.mul(i, shuffle), j)
+                size = code.mul(code.mul(part, code.index(points)), code.mul(inputs, outputs))
+                weight = code.at(step["weight"], code.sdiv(size, code.index(products.per_float)))
+                corner, channel = code.add(code.mul(i, step["target_row"]), code.mul(j, outputs)), code.mul(part, outputs)
+                output, added, also = (
+                    code.select(code.is_null(step[name]), null, code.at(step[name], corner))
+                    for name in ("output", "added", "also")
+                )
+                out = [code.mul(step["target_row"], shuffle), code.mul(outputs, shuffle)]
+                same = code.icmp_signed("==", code.ptrtoint(added, INT), code.ptrtoint(output, INT))
+                wanted = [output, code.select(same, null, added), then["source"]]
+                near = code.icmp_signed("==", far, code.index(0))
+                fetched = [code.select(near, null, each) for each in wanted]
+                where = [*out, step["row"], inputs, step["columns"], ticket["begin"], following["begin"]]
+                sizes = [ticket["tiles"], inputs, outputs, *strides]
+                code.call(product, [spread, weight, products_at, *fetched, *sizes, *where])
+                values = [code.at(step[name], channel) for name in ("bias", "scale")]
+                shape = [outputs, step["height"], step["width"], *tiles, strides[1]]
+                for number, collect in enumerate(collects):
+                    with code.if_then(code.icmp_signed("==", step["end"], code.index(number))):
+                        code.call(collect, [products_at, output, added, also, *values, peaks, held, *out, *shape])
+            with code.if_then(code.not_(code.is_null(step["moments"]))):
+                shape = [outputs, step["height"], step["width"], *tiles, ticket["strip"]]
+                code.call(moments, [step["output"], step["moments"], products_at, step["target_row"], *shape])
+            done = code.at(flags, code.mul(ticket["flag"], code.index(FLAG)))
+            code.store_atomic(code.index(1), done, "release", 8)
