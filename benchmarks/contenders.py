@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.measure import Size, peak_memory
+from benchmarks.measure import Size, events_usable, free_on_gpu, peak_memory, timed, timed_by_events
 from sanrt.errors import UsageError
 from sanrt.model.spec import Precision
 from sanrt.runtime import machine
@@ -45,6 +44,7 @@ class Running:
     """Of convolutions and attention, as it runs here."""
     on: str
     """What runs it, and where."""
+    on_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,10 @@ class Session:
     """A contender in its own process: warms up, then runs the same picture again and again."""
 
     def __init__(self, open_: Callable[[Path, int | None], Running], model: Path, threads: int | None) -> None:
+        free = free_on_gpu()
         self.running = open_(model, threads)
+        self.free_at_first = free if self.running.on_gpu else None
+        self.time = timed_by_events if self.running.on_gpu and events_usable() else timed
 
     def facts(self) -> tuple[Precision, str]:
         """Precision, and what runs it."""
@@ -78,13 +81,20 @@ class Session:
 
     def run(self) -> float:
         """Seconds of one run; backends return arrays on the host, so on a GPU both copies are in it."""
-        started = time.perf_counter()
-        self.output = self.running.infer(self.picture)
-        return time.perf_counter() - started
+
+        def infer() -> None:
+            self.output = self.running.infer(self.picture)
+
+        return self.time(infer)
 
     def peak(self) -> int:
         """Largest resident size so far, bytes."""
         return peak_memory()
+
+    def gpu_memory(self) -> int | None:
+        """Bytes of the GPU's memory that are taken since before the model was loaded: pools keep their largest size."""
+        now = free_on_gpu()
+        return None if self.free_at_first is None or now is None else self.free_at_first - now
 
 
 def steady(times: list[float]) -> bool:
@@ -96,7 +106,8 @@ def steady(times: list[float]) -> bool:
 def open_backend(name: str, precision: Precision | None, model: Path, threads: int | None) -> Running:
     """One of sanrt's backends, as `sanrt run` uses it."""
     backend = load_backend(name, model, RunOptions(threads=threads, precision=precision))
-    return Running(backend.infer, backend.spec.precision, f"{backend.name} on {backend.device}")
+    on_gpu = backend.memory is not None
+    return Running(backend.infer, backend.spec.precision, f"{backend.name} on {backend.device}", on_gpu)
 
 
 def open_torch(variant: str, model: Path, threads: int | None) -> Running:
@@ -191,10 +202,10 @@ def in_precision(name: str, precision: Precision | None) -> Contender:
 
 
 def own_precisions(name: str) -> list[Precision | None]:
-    """What a backend is measured in unless told: its own choice, and all of OpenVINO's, as `auto` is one of them."""
-    if name == "openvino" and {"AMX-BF16", "AVX512-BF16"} & set(machine.cpu_features()):
-        return [Precision.FP32, Precision.BF16]
-    return [None]
+    """What a backend is measured in unless told: its own choice, and both where that is a choice of two."""
+    fast = {"openvino": (Precision.BF16, {"AMX-BF16", "AVX512-BF16"}), "winograd": (Precision.INT16, {"AVX512-VNNI"})}
+    precision, features = fast.get(name, (None, set[str]()))
+    return [Precision.FP32, precision] if features & set(machine.cpu_features()) else [None]
 
 
 def runs_here(name: str) -> bool:

@@ -39,14 +39,17 @@ from benchmarks.measure import (
 from sanrt.errors import BackendError, UsageError
 from sanrt.export.metrics import psnr
 from sanrt.extras import extra
-from sanrt.model.spec import SCALES, Architecture, Precision
+from sanrt.model.spec import GRAPH_PRECISIONS, SCALES, Architecture, Precision
 from sanrt.runtime.models import read_spec
 
 SIZES = ("160x90", "320x180")
 LEAST_RUNS, MOST_RUNS = 3, 200
 REST = 0.05
 """Seconds between runs: the threads of the one before stop spinning."""
-AUTO = "auto"
+AUTO, GPU = "auto", "gpu "
+"""The row that the others are compared with; before a GPU's limits."""
+LIKE = {Precision.INT16: Precision.BF16}
+"""PyTorch multiplies no matrices of 16-bit integers: their limit is that of the other 16-bit type."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,11 @@ class Measured:
     rate: float
     """Operations per second at p50."""
     share: float | None
-    """Of this machine's measured limit in this precision; None on a GPU, whose limit is not measured."""
+    """Of the measured limit of the CPU or GPU it ran on, in this precision; None where that is not known."""
     peak: int
     """Bytes resident at most, of the whole process."""
+    gpu_memory: int | None
+    """Bytes taken of the GPU's memory; None on a CPU."""
     psnr: float | None
     """dB against PyTorch in fp32, of the value range; None where they are equal."""
 
@@ -219,9 +224,13 @@ def network_input(size: Size, value_range: float) -> Array:
 
 
 def measure_limits(worker: Worker) -> dict[str, float]:
-    """Operations per second of a matrix product by precision, bytes per second of a copy."""
+    """Operations per second of a matrix product by precision, bytes per second of a copy; a GPU's too where there is one."""
     products = {str(each): worker.call("product", each) for each in (Precision.FP32, Precision.BF16)}
-    return {**products, "copy": worker.call("copy")}
+    limits = {**products, "copy": worker.call("copy")}
+    if worker.call("gpu"):
+        limits |= {f"{GPU}{each}": worker.call("product", each, "cuda") for each in GRAPH_PRECISIONS}
+        limits[f"{GPU}copy"] = worker.call("copy", "cuda")
+    return limits
 
 
 def row(entrant: Entrant, size: Size, arch: Architecture) -> Row:
@@ -233,16 +242,18 @@ def row(entrant: Entrant, size: Size, arch: Architecture) -> Row:
     p50, p90, p99 = intervals(entrant.times)
     closeness = None if np.isinf(entrant.psnr) else entrant.psnr
     rate = operations(arch, size) / p50.value
-    peak = entrant.worker.call("peak")
-    return Row(size, name, Measured(precision, on, p50, p90, p99, len(entrant.times), rate, None, peak, closeness))
+    memory = entrant.worker.call("peak"), entrant.worker.call("gpu_memory")
+    return Row(size, name, Measured(precision, on, p50, p90, p99, len(entrant.times), rate, None, *memory, closeness))
 
 
 def with_share(row: Row, limits: dict[str, float]) -> Row:
-    """The row with its share of the CPU's limit."""
+    """The row with its share of the limit of what it ran on."""
     found = row.measured
-    if found is None or not found.on.endswith("CPU") or found.precision not in limits:
+    if found is None:
         return row
-    return replace(row, measured=replace(found, share=found.rate / limits[found.precision]))
+    place = "" if found.on.endswith("CPU") else GPU
+    limit = limits.get(place + LIKE.get(Precision(found.precision), found.precision))
+    return replace(row, measured=replace(found, share=found.rate / limit)) if limit else row
 
 
 def show(subject: str, stamp: dict[str, str], limits: dict[str, float], rows: list[Row]) -> None:
@@ -250,8 +261,9 @@ def show(subject: str, stamp: dict[str, str], limits: dict[str, float], rows: li
     out = console()
     for name, value in stamp.items():
         out.print(Text(f"{name:<10}{value}"))
-    products = ", ".join(f"{value / 1e9:.0f} GFLOP/s {name}" for name, value in limits.items() if name != "copy")
-    out.print(Text(f"{'limits':<10}{products} (matrix product), {limits['copy'] / 1e9:.1f} GB/s (copy, read and written)\n"))
+    products = ", ".join(f"{value / 1e9:.0f} GFLOP/s {name}" for name, value in limits.items() if "copy" not in name)
+    copies = ", ".join(f"{value / 1e9:.1f} GB/s {name}" for name, value in limits.items() if "copy" in name)
+    out.print(Text(f"{'limits':<10}{products} (matrix product), {copies} (read and written)\n"))
     out.print(table(subject, rows))
     for each in rows:
         if each.reason:
@@ -263,7 +275,8 @@ def table(subject: str, rows: list[Row]) -> Table:
     shown = Table(title=Text(subject))
     for heading in ("size", "backend", "runs"):
         shown.add_column(heading, no_wrap=True)
-    for heading in ("p50, ms", "p90", "p99", "pictures/s", "Mpx/s", "GFLOP/s", "of limit", "MiB", "PSNR, dB", "x auto"):
+    rates = "pictures/s", "Mpx/s", "GFLOP/s", "of limit"
+    for heading in ("p50, ms", "p90", "p99", *rates, "MiB", "GPU", "PSNR, dB", "x auto"):
         shown.add_column(heading, justify="right", no_wrap=True)
     base = {row.size: row.measured.p50.value for row in rows if row.name == AUTO and row.measured}
     for each, following in zip(rows, [*rows[1:], None], strict=True):
@@ -289,6 +302,7 @@ def cells(row: Row, auto: float | None) -> list[str]:
         f"{found.rate / 1e9:.0f}",
         f"{found.share:.0%}" if found.share is not None else "",
         f"{found.peak >> 20}",
+        f"{found.gpu_memory >> 20}" if found.gpu_memory is not None else "",
         "equal" if found.psnr is None else f"{found.psnr:.1f}",
         f"{found.p50.value / auto:.2f}" if auto else "",
     ]

@@ -35,8 +35,8 @@ RESAMPLES, CONFIDENCE = 2000, 95
 """Of the bootstrapped intervals; per cent."""
 SCENE = 192
 """Side of the generated picture that larger ones repeat: drawing it takes time that grows with its size."""
-MATRIX, COPIED, REPEATS = 2048, 2**28, 5
-"""Side of the multiplied matrices, bytes of the copy (no cache holds them), and runs of which the fastest counts."""
+MATRIX, GPU_MATRIX, COPIED, REPEATS = 2048, 8192, 2**28, 5
+"""Sides of the multiplied matrices, bytes of the copy (no cache holds them), and runs of which the fastest counts."""
 PAPER = {"groups": 20, "blocks": 10, "channels": 64, "reduction": 16}
 PACKAGES = ("sanrt", "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "llvmlite", "openvino", "tensorrt", "tensorrt-rtx")
 
@@ -163,28 +163,34 @@ class Limits:
 
         torch.set_num_threads(threads or machine.cores())
 
-    def product(self, precision: Precision) -> float:
-        """Operations per second of a large matrix product on the CPU."""
+    def product(self, precision: Precision, device: str = "cpu") -> float:
+        """Operations per second of a large matrix product."""
         import torch
 
         dtype = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}[precision]
-        a, b = torch.rand(2, MATRIX, MATRIX).to(dtype)
+        side = MATRIX if device == "cpu" else GPU_MATRIX
+        a, b = torch.rand(2, side, side, device=device).to(dtype)
         out = torch.empty_like(a)
-        return 2 * MATRIX**3 / fastest(lambda: torch.mm(a, b, out=out))
+        return 2 * side**3 / fastest(lambda: torch.mm(a, b, out=out), device)
 
-    def copy(self) -> float:
+    def copy(self, device: str = "cpu") -> float:
         """Bytes per second, read and written, of a large copy."""
         import torch
 
-        source = torch.ones(COPIED, dtype=torch.uint8)
+        source = torch.ones(COPIED, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        return 2 * COPIED / fastest(lambda: target.copy_(source))
+        return 2 * COPIED / fastest(lambda: target.copy_(source), device)
+
+    def gpu(self) -> bool:
+        """Whether there is a GPU to measure."""
+        return events_usable()
 
 
-def fastest(work: Callable[[], object]) -> float:
+def fastest(work: Callable[[], object], device: str) -> float:
     """Seconds of the fastest of some runs, after one that does not count."""
     work()
-    return min(timed(work) for _ in range(REPEATS))
+    time_ = timed if device == "cpu" else timed_by_events
+    return min(time_(work) for _ in range(REPEATS))
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -192,6 +198,33 @@ def timed(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
+
+
+def timed_by_events(work: Callable[[], object]) -> float:
+    """Seconds between two CUDA events around one run. Never run on hardware yet."""
+    import torch
+
+    event: Any = torch.cuda.Event
+    before, after = (event(enable_timing=True) for _ in range(2))
+    before.record()
+    work()
+    after.record()
+    after.synchronize()
+    return float(before.elapsed_time(after)) / 1e3
+
+
+def events_usable() -> bool:
+    """Whether PyTorch is here and reaches a GPU."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+def free_on_gpu() -> int | None:
+    """Bytes of the first GPU's memory that nobody has; None without a GPU."""
+    return machine.free_gpu_memory(0) if machine.gpus().devices else None
 
 
 def environment(threads: int | None) -> dict[str, str]:

@@ -36,6 +36,10 @@ from sanrt.runtime.backends import RunOptions, load_backend
 from sanrt.runtime.upscale import network_input, network_output
 
 TIMED = (1, 3, 128, 128)
+TIMED_WAYS = (
+    *((name, Precision.FP32) for name in ("openvino", "onnxruntime", "winograd")),
+    ("winograd", Precision.INT16),
+)
 ROUNDS = 7
 
 
@@ -81,6 +85,8 @@ def variants(model: Path, spec: ModelSpec, calibration: Path, folder: Path, thre
     yield Way("fp16", probe(san_model(spec, weights, GraphOptions(precision=Precision.FP16))))
     yield Way("bf16", probe(san_model(spec, weights, GraphOptions(precision=Precision.BF16))))
     yield Way("bf16, openvino", load_backend("openvino", model, RunOptions(threads, Precision.BF16)).infer)
+    with suppress(BackendError):
+        yield Way("int16, winograd", load_backend("winograd", model, RunOptions(threads, Precision.INT16)).infer)
     int8 = model.with_name(f"{model.stem}.int8.onnx")
     if int8.exists():
         quantised, its_weights = read_model(int8)
@@ -139,12 +145,12 @@ def row(way: Way, pictures: list[list[Sample]], expected: list[list[tuple[float,
 
 
 def timed(model: Path, threads: int) -> Table:
-    """fp32 and int8 on every CPU backend, in turns: the least processor time of ROUNDS runs (others do not lengthen it)."""
+    """Everything that runs on the CPU, in turns: the least processor time of ROUNDS runs (others do not lengthen it)."""
     int8 = model.with_name(f"{model.stem}.int8.onnx")
     loaded = {}
-    for path, name in product(filter(Path.exists, (model, int8)), ("openvino", "onnxruntime", "winograd")):
+    for path, (name, precision) in product(filter(Path.exists, (model, int8)), TIMED_WAYS):
         with suppress(BackendError):
-            loaded[path.name, name] = load_backend(name, path, RunOptions(threads, Precision.FP32))
+            loaded[path.name, f"{name}, {precision}"] = load_backend(name, path, RunOptions(threads, precision))
     x = np.random.default_rng(0).uniform(0, 255, TIMED).astype(np.float32)
     least = dict.fromkeys(loaded, float("inf"))
     for _ in track(range(ROUNDS + 1), "Timing"):
@@ -152,7 +158,7 @@ def timed(model: Path, threads: int) -> Table:
             start = time.process_time()
             backend.infer(x)
             least[key] = min(least[key], time.process_time() - start)
-    best = min(seconds for (file, _), seconds in least.items() if file == model.name)
+    best = min(seconds for (file, way), seconds in least.items() if file == model.name and way.endswith(Precision.FP32))
     size = f"{TIMED[3]} x {TIMED[2]}"
     table = Table(
         "model", "backend", "ms", "speed", title=f"{size}, {threads} threads: processor time; speed over the best fp32"

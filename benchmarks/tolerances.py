@@ -40,7 +40,7 @@ DIFFERENCE_MARGIN, DROP_MARGIN = 4.0, 2.0
 LEAST = 0.001
 """dB, and of 255: nobody sees less."""
 CPU_BACKENDS = ("onnxruntime", "openvino")
-"""Those that run the graph; sanrt's own kernels have to keep within the same."""
+"""Those that run the graph; sanrt's own kernels have to keep within the same, but for int16, which only they have."""
 
 Kind = Precision | QuantisedType
 Infer = Callable[[Array], Array]
@@ -107,6 +107,7 @@ def ways(model: Path) -> Iterator[tuple[Kind, Infer]]:
         yield precision, typed(spec, weights, precision)
     for precision in (Precision.FP32, Precision.BF16):
         yield from runnable(model, precision, precision)
+    yield from runnable(model, Precision.INT16, Precision.INT16, ("winograd",))
     for kind in QuantisedType:
         if (quantised := quantised_path(model, kind)).exists():
             yield from runnable(quantised, Precision.FP32, kind)
@@ -118,9 +119,11 @@ def typed(spec: ModelSpec, weights: dict[str, Array], precision: Precision) -> I
     return lambda x: session(x)["output"]
 
 
-def runnable(model: Path, precision: Precision, kind: Kind) -> Iterator[tuple[Kind, Infer]]:
+def runnable(
+    model: Path, precision: Precision, kind: Kind, backends: tuple[str, ...] = CPU_BACKENDS
+) -> Iterator[tuple[Kind, Infer]]:
     """The CPU backends that run a model in a precision."""
-    for name in CPU_BACKENDS:
+    for name in backends:
         with suppress(BackendError):
             yield kind, load_backend(name, model, RunOptions(precision=precision)).infer
 

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,15 +12,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import benchmarks.contenders
 import benchmarks.measure
 from benchmarks import latency
-from benchmarks.contenders import Contender, Session, centred_by_matrix, open_backend, steady
+from benchmarks.contenders import Contender, Running, Session, centred_by_matrix, open_backend, steady
 from benchmarks.latency import Entrant, Interval, Measured, Row, comparison, read_report, with_share
 from benchmarks.measure import Limits, Size, Worker, intervals, operations, picture, run_command
 from sanrt.errors import BackendError, UsageError
 from sanrt.model.spec import Architecture, Precision
 from tests.benchmarks.broken import dying, failing
 
+MEASURE_LIMITS = latency.measure_limits
 ARCH = Architecture(scale=2, groups=1, blocks=1, channels=16, reduction=4)
 SMALL = Size(20, 16)
 
@@ -162,7 +166,7 @@ def test_a_worker_tells_why_a_call_failed_and_lives_on():
 
 def row(seconds, spread=0.0, on="torch on CPU"):
     p50 = Interval(seconds, seconds - spread, seconds + spread)
-    return Row(SMALL, "torch", Measured("fp32", on, p50, p50, p50, 3, 1e9, None, 2**20, None))
+    return Row(SMALL, "torch", Measured("fp32", on, p50, p50, p50, 3, 1e9, None, 2**20, None, None))
 
 
 def test_comparison_tells_the_ratio_and_whether_intervals_are_apart(tmp_path):
@@ -184,9 +188,32 @@ def test_limits_are_those_of_this_machine(monkeypatch):
     assert all(1e6 < rate < 1e15 for rate in (limits.product("fp32"), limits.product("bf16"), limits.copy()))
 
 
-def test_only_the_cpu_has_a_share_of_its_limit():
+def test_a_share_is_of_the_limit_of_what_it_ran_on():
     assert with_share(row(1.0), {"fp32": 4e9}).measured.share == 0.25
     assert with_share(row(1.0, on="torch-cuda on H100"), {"fp32": 4e9}).measured.share is None
+    assert with_share(row(1.0, on="torch-cuda on H100"), {"fp32": 4e9, "gpu fp32": 1e10}).measured.share == 0.1
+    found = row(1.0)
+    int16 = replace(found, measured=replace(found.measured, precision="int16"))
+    assert with_share(int16, {"fp32": 4e9, "bf16": 5e9}).measured.share == 0.2
+
+
+def test_a_gpu_s_memory_is_what_is_taken_since_before_the_model_was_loaded(monkeypatch):
+    free = [9 * 2**30, 7 * 2**30, 8 * 2**30]
+    monkeypatch.setattr(benchmarks.contenders, "free_on_gpu", lambda: free.pop(0))
+    session = Session(lambda *_: Running(lambda x: x, Precision.FP16, "any on GPU", on_gpu=True), None, None)
+    assert session.gpu_memory() == 2 * 2**30
+    session = Session(lambda *_: Running(lambda x: x, Precision.FP32, "any on CPU"), None, None)
+    assert (session.warm_up(1, 0), session.run() >= 0) == (1, True)
+    monkeypatch.setattr(benchmarks.contenders, "free_on_gpu", lambda: None)
+    assert session.gpu_memory() is None
+
+
+def test_a_gpu_s_limits_are_measured_where_there_is_one():
+    answers = {"product": 1e12, "copy": 1e11, "gpu": True}
+    worker = SimpleNamespace(call=lambda method, *_: answers[method])
+    assert set(MEASURE_LIMITS(worker)) == {"fp32", "bf16", "copy", "gpu fp32", "gpu fp16", "gpu bf16", "gpu copy"}
+    answers["gpu"] = False
+    assert set(MEASURE_LIMITS(worker)) == {"fp32", "bf16", "copy"}
 
 
 def test_pictures_have_the_asked_size():
