@@ -8,13 +8,13 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from sanrt.errors import BackendError, SanrtError
-from sanrt.model.spec import Architecture
+from sanrt.model.spec import Architecture, Precision
 from sanrt.runtime import machine
 from sanrt.runtime.backends import BACKENDS, Backend, RunOptions, load_backend, status
 from sanrt.runtime.derived import FOLDER, file_digest
@@ -28,6 +28,10 @@ SIDES = (64, 192)
 """Of the two pictures that a backend's speed is measured on: attention's share is small in one and large in the other."""
 
 ROUNDS = 3
+
+
+BY_STAGES = " by stages"
+"""Behind a backend's name: its speed where that is another than of whole pictures."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,11 @@ def plan(jobs: Iterable[Job], model: Path, loading: RunOptions, upscaling: Upsca
     """A plan for every picture; its header alone is read. Raises SanrtError when no backend can load the model."""
     loaded = list(usable_backends(model, loading)) or [load_backend("auto", model, loading)]  # which says why none can
     speeds = {backend.name: speed_of(backend, model, loading) for backend in loaded}
+    fp32 = replace(loading, precision=Precision.FP32)
+    for backend in loaded:
+        if backend.spec.precision is Precision.INT16:  # whole pictures only: its stages are fp32
+            with load_backend(backend.name, model, fp32) as exact:
+                speeds[backend.name + BY_STAGES] = speed_of(exact, model, fp32)
     for job in jobs:
         yield picture_plan(job, loaded, speeds, upscaling)
 
@@ -106,15 +115,18 @@ def picture_plan(job: Job, loaded: list[Backend], speeds: Mapping[str, Speed], o
     estimates, refusals = [], []
     for backend in loaded:
         try:
-            estimates.append(estimate(backend, speeds[backend.name], info.height, info.width, options))
+            estimates.append(estimate(backend, speeds, info.height, info.width, options))
         except BackendError as error:
             refusals.append(str(error))
     return PicturePlan(job.source, info.width, info.height, "", tuple(estimates), tuple(refusals))
 
 
-def estimate(backend: Backend, speed: Speed, height: int, width: int, options: UpscaleOptions) -> Estimate:
+def estimate(backend: Backend, speeds: Mapping[str, Speed], height: int, width: int, options: UpscaleOptions) -> Estimate:
     """What one picture takes on one backend."""
     arch, way = backend.spec.architecture, choose_way(backend, height, width, options)
+    speed = speeds[backend.name]
+    if way.tiling is Tiling.EXACT or way.regions != backend.spec.regions:
+        speed = speeds.get(backend.name + BY_STAGES, speed)
     maps = 3 * 4 * arch.channels * height * width if way.tiling is Tiling.EXACT else 0
     tile = min(height, way.tile) * min(width, way.tile) * network_bytes(arch)
     held = 0 if way.tiling is Tiling.EXACT else height * width * result_bytes(arch)

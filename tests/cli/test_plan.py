@@ -94,6 +94,18 @@ def test_a_backend_that_cannot_do_a_picture_says_why_beside_the_others(folder, t
     assert told[2].startswith("  onnxruntime: whole")
 
 
+@pytest.mark.parametrize(("tiling", "measured"), [(Tiling.WHOLE, "torch"), (Tiling.EXACT, "torch by stages")])
+def test_streamed_pictures_are_planned_at_the_speed_of_the_stages(tiny_model, tiling, measured):
+    from sanrt.runtime.backends import RunOptions, load_backend
+    from sanrt.runtime.plan import BY_STAGES, estimate
+    from sanrt.runtime.upscale import UpscaleOptions
+
+    speeds = {"torch": Speed(1e-2, 0), "torch" + BY_STAGES: Speed(3e-2, 0)}
+    with load_backend("torch", tiny_model(2), RunOptions(threads=1)) as backend:
+        found = estimate(backend, speeds, 10, 10, UpscaleOptions(tiling=tiling, tile=16))
+        assert found.seconds == speeds[measured].seconds(10, 10, found.way, backend.spec.architecture)
+
+
 def test_explain_tiles_shows_exact_as_whole_and_overlapped_as_different(folder, tiny_model):
     arguments = [str(folder / "small.png"), str(folder / "out.png"), "--model", str(tiny_model(2)), "--threads", "1"]
     done = CliRunner().invoke(app, ["run", *arguments, "--tile", "32", "--explain-tiles"])
