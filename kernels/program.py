@@ -132,24 +132,25 @@ class Program:
         strip = strip_tiles(max(inputs, outputs), rows, products)
         (tiles,) = {step.source.tiles for step in steps}
         self.tickets = tickets(*tiles, rows, strip, len(steps), workers.count)
-        count = len(strips(prod(tiles), rows, strip))
-        assert all(len(step.moments) == count for step in steps if step.moments is not None)
+        self.flags = sum(len(each[:-1]) for each in self.tickets)
+        assert all(len(step.moments) * len(steps) == self.flags for step in steps if step.moments is not None)
         maps = {id(each.array): each.array.nbytes for step in steps for each in (step.source, step.output)}
         self.far = sum(maps.values()) > NEAR
-        self.spread, self.product = (strip * tile_stride(channels, products) for channels in (inputs, outputs))
-        self.tile = products.method.points * this_processor().lanes + strip
+        self.sizes = {
+            "spread": strip * tile_stride(inputs, products),
+            "product": strip * tile_stride(outputs, products),
+            "tile": products.method.points * this_processor().lanes + strip,
+        }
 
     def run(self) -> None:
         """All steps."""
-        flags = aligned((sum(len(each[:-1]) for each in self.tickets), FLAG), np.int64)
-
         assert len(self.tickets) == self.workers.count
+        flags = aligned((self.flags, FLAG), np.int64)
 
         def work(thread: int) -> None:
             mine, buffer = self.tickets[thread], self.workers.buffer
             try:
-                sizes = {"spread": self.spread, "product": self.product, "tile": self.tile}
-                buffers = [buffer(name, size) for name, size in sizes.items()]
+                buffers = [buffer(name, size) for name, size in self.sizes.items()]
                 arrays: list[npt.NDArray[Any]] = [self.table, mine, flags, *buffers]
                 self.kernel(*(array.ctypes.data for array in arrays), len(mine[:-1]), self.far)
             except BaseException:
@@ -161,10 +162,8 @@ class Program:
 
 def strip_tiles(channels: int, rows: int, products: Products) -> int:
     """Most tiles of a strip, a multiple of `rows`."""
-    return (
-        max(1, STRIP // (4 * tile_stride(channels, products) * (1 + products.per_float) // products.per_float) // rows)
-        * rows
-    )
+    tile_bytes = tile_stride(channels, products) * (4 // products.per_float + 4)
+    return max(1, STRIP // tile_bytes // rows) * rows
 
 
 def strips(tiles: int, unit: int, most: int) -> npt.NDArray[np.int64]:
