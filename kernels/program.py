@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 
-from sanrt.kernels.llvm import INT, LINE, POINTER, Module, aligned, this_processor
+from sanrt.kernels.llvm import INT, LINE, POINTER, Code, Module, aligned, this_processor
 from sanrt.kernels.soca_cpu import moments_rows, write_moments
 from sanrt.kernels.threads import Workers
 from sanrt.kernels.winograd import (
@@ -39,8 +39,10 @@ NEAR = 2**24
 """Bytes of maps that a shared cache holds; what lies in larger ones is asked for before it is needed."""
 
 POINTERS = ("source", "output", "added", "also", "weight", "bias", "scale", "gate", "moments")
-STRIDES = ("spread_stride", "product_stride")
-NUMBERS = ("end", "row", "target_row", "inputs", "outputs", "shuffle", "height", "width", "columns", *STRIDES)
+NUMBERS = (
+    *("end", "row", "target_row", "inputs", "outputs", "shuffle", "height", "width", "columns"),
+    *("spread_stride", "product_stride"),
+)
 FIELDS = (*POINTERS, *NUMBERS)
 """Of a step, as the kernel reads them."""
 TICKET = ("step", "flag", "begin", "tiles", "first_needed", "last_needed", "strip")
@@ -234,56 +236,70 @@ def write_run(
     with module.function("run", 6, 2) as (function, code):
         table, tickets, flags, spread, products_at, held, count, far = function.args
         table, tickets, flags = (code.bitcast(each, INT.as_pointer()) for each in (table, tickets, flags))
-        null, points = ir.Constant(POINTER, None), products.method.points
-
-        def fields_of(ticket: dict[str, ir.Value]) -> dict[str, ir.Value]:
-            row = code.at(table, code.mul(ticket["step"], code.index(len(FIELDS))))
-            values = {name: code.field(row, i) for i, name in enumerate(FIELDS)}
-            return {name: code.inttoptr(v, POINTER) if name in POINTERS else v for name, v in values.items()}
-
         with code.loop(count) as (taken, _):
             entry = code.at(tickets, code.mul(taken, code.index(len(TICKET))))
             ticket, following = (
                 {name: code.field(entry, at + i) for i, name in enumerate(TICKET)} for at in (0, len(TICKET))
             )
-            step, then = fields_of(ticket), fields_of(following)
+            step, then = (read_step(code, table, each["step"]) for each in (ticket, following))
             with code.loop(code.sub(ticket["last_needed"], ticket["first_needed"])) as (i, _):
                 flag = code.add(ticket["first_needed"], i)
                 code.wait(code.at(flags, code.mul(flag, code.index(FLAG))))
-            inputs, outputs, shuffle = step["inputs"], step["outputs"], step["shuffle"]
-            strides = [step[name] for name in STRIDES]
-            peaks = code.at(held, code.index(points * code.lanes))
+            peaks = code.at(held, code.index(products.method.points * code.lanes))
             tiles = [step["columns"], ticket["begin"], ticket["tiles"]]
-            arguments = [step["source"], step["gate"], spread, peaks, held, step["row"], inputs, *tiles, strides[0]]
+            source = [step["source"], step["gate"], spread, peaks, held, step["row"], step["inputs"]]
             with code.if_else(code.is_null(step["gate"])) as (plain, gated):
-                with plain:
-                    code.call(spreads[False], arguments)
-                with gated:
-                    code.call(spreads[True], arguments)
-            with code.loop(shuffle) as (i, _), code.loop(shuffle) as (j, _):
-                part = code.add(code.mul(i, shuffle), j)
-                size = code.mul(code.mul(part, code.index(points)), code.mul(inputs, outputs))
-                weight = code.at(step["weight"], code.sdiv(size, code.index(products.per_float)))
-                corner, channel = code.add(code.mul(i, step["target_row"]), code.mul(j, outputs)), code.mul(part, outputs)
-                output, added, also = (
-                    code.select(code.is_null(step[name]), null, code.at(step[name], corner))
-                    for name in ("output", "added", "also")
-                )
-                out = [code.mul(step["target_row"], shuffle), code.mul(outputs, shuffle)]
-                same = code.icmp_signed("==", code.ptrtoint(added, INT), code.ptrtoint(output, INT))
-                wanted = [output, code.select(same, null, added), then["source"]]
-                near = code.icmp_signed("==", far, code.index(0))
-                fetched = [code.select(near, null, each) for each in wanted]
-                where = [*out, step["row"], inputs, step["columns"], ticket["begin"], following["begin"]]
-                sizes = [ticket["tiles"], inputs, outputs, *strides]
-                code.call(product, [spread, weight, products_at, *fetched, *sizes, *where])
-                values = [code.at(step[name], channel) for name in ("bias", "scale")]
-                shape = [outputs, step["height"], step["width"], *tiles, strides[1]]
-                for number, collect in enumerate(collects):
-                    with code.if_then(code.icmp_signed("==", step["end"], code.index(number))):
-                        code.call(collect, [products_at, output, added, also, *values, peaks, held, *out, *shape])
+                for block, function in (plain, spreads[False]), (gated, spreads[True]):
+                    with block:
+                        code.call(function, [*source, *tiles, step["spread_stride"]])
+            ahead = [step["row"], step["inputs"], step["columns"], ticket["begin"], following["begin"]]
+            buffers = spread, products_at, peaks, held
+            write_parts(code, products, step, tiles, buffers, [then["source"], far, *ahead], product, collects)
             with code.if_then(code.not_(code.is_null(step["moments"]))):
-                shape = [outputs, step["height"], step["width"], *tiles, ticket["strip"]]
+                shape = [step["outputs"], step["height"], step["width"], *tiles, ticket["strip"]]
                 code.call(moments, [step["output"], step["moments"], products_at, step["target_row"], *shape])
             done = code.at(flags, code.mul(ticket["flag"], code.index(FLAG)))
             code.store_atomic(code.index(1), done, "release", 8)
+
+
+def read_step(code: Code, table: ir.Value, number: ir.Value) -> dict[str, ir.Value]:
+    """A row of the table by its names."""
+    row = code.at(table, code.mul(number, code.index(len(FIELDS))))
+    values = {name: code.field(row, i) for i, name in enumerate(FIELDS)}
+    return {name: code.inttoptr(value, POINTER) if name in POINTERS else value for name, value in values.items()}
+
+
+def write_parts(
+    code: Code,
+    products: Products,
+    step: dict[str, ir.Value],
+    tiles: list[ir.Value],
+    buffers: tuple[ir.Value, ...],
+    ahead: list[ir.Value],
+    product: ir.Function,
+    collects: list[ir.Function],
+) -> None:
+    """A strip's products and what is collected from them, for each part of the shuffle."""
+    spread, products_at, peaks, held = buffers
+    next_source, far, *where = ahead
+    inputs, outputs, shuffle, null = step["inputs"], step["outputs"], step["shuffle"], ir.Constant(POINTER, None)
+    with code.loop(shuffle) as (i, _), code.loop(shuffle) as (j, _):
+        part = code.add(code.mul(i, shuffle), j)
+        size = code.mul(code.mul(part, code.index(products.method.points)), code.mul(inputs, outputs))
+        weight = code.at(step["weight"], code.sdiv(size, code.index(products.per_float)))
+        corner, channel = code.add(code.mul(i, step["target_row"]), code.mul(j, outputs)), code.mul(part, outputs)
+        output, added, also = (
+            code.select(code.is_null(step[name]), null, code.at(step[name], corner)) for name in ("output", "added", "also")
+        )
+        out = [code.mul(step["target_row"], shuffle), code.mul(outputs, shuffle)]
+        same = code.icmp_signed("==", code.ptrtoint(added, INT), code.ptrtoint(output, INT))
+        near = code.icmp_signed("==", far, code.index(0))
+        wanted = [output, code.select(same, null, added), next_source]
+        fetched = [code.select(near, null, each) for each in wanted]
+        sizes = [tiles[-1], inputs, outputs, step["spread_stride"], step["product_stride"]]
+        code.call(product, [spread, weight, products_at, *fetched, *sizes, *out, *where])
+        values = [code.at(step[name], channel) for name in ("bias", "scale")]
+        shape = [outputs, step["height"], step["width"], *tiles, step["product_stride"]]
+        for number, collect in enumerate(collects):
+            with code.if_then(code.icmp_signed("==", step["end"], code.index(number))):
+                code.call(collect, [products_at, output, added, also, *values, peaks, held, *out, *shape])
