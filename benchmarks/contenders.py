@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ class Contender:
     """(model, threads), called in the contender's own process."""
     needed: Callable[[Size], int] | None = None
     """Bytes without which it is left out at a size."""
+    needs_gpu: bool = False
 
 
 class Session:
@@ -110,30 +111,41 @@ def open_backend(name: str, precision: Precision | None, model: Path, threads: i
     return Running(backend.infer, backend.spec.precision, f"{backend.name} on {backend.device}", on_gpu)
 
 
-def open_torch(variant: str, model: Path, threads: int | None) -> Running:
-    """PyTorch with what users put around it: `bf16`, `compile`, or the official M x M covariance (`mxm`)."""
+def open_torch(variant: str, device: str, model: Path, threads: int | None) -> Running:
+    """PyTorch with what users put around it: nothing (`eager`), 16 bits (`half`), `compile`, or the official M x M (`mxm`).
+
+    What PyTorch does by itself stays as it is: on a GPU, fp32 convolutions in TF32.
+    """
     import torch
 
     from sanrt.runtime.backends.torch import call, network
 
     torch.set_num_threads(threads or machine.cores())
-    net, _ = network(model, PAPER_REGIONS)
+    net = network(model, PAPER_REGIONS)[0].to(device)
     function: Callable[[Tensor], Tensor] = net
-    precision = Precision.FP32
-    if variant == "bf16":
+    half = {"cpu": torch.bfloat16, "cuda": torch.float16}[device]
+    if variant == "half":
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        precision = Precision.BF16
 
         def function(x: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device, half):
                 y: Tensor = net(x.to(memory_format=torch.channels_last))
             return y.float().contiguous()
     elif variant == "compile":
         function = torch.compile(net, dynamic=False)
-    else:
+    elif variant == "mxm":
         for group in net.groups:
             setattr(group.soca, "forward", partial(centred_by_matrix, group.soca))  # noqa: B010
-    return Running(lambda x: call(lambda x: [function(x)], x)[0], precision, "torch on CPU")
+
+    def infer(x: Array) -> Array:
+        output: Array = call(lambda x: [function(x.to(device)).cpu()], x)[0]
+        return output
+
+    precision = (
+        {torch.bfloat16: Precision.BF16, torch.float16: Precision.FP16}[half] if variant == "half" else Precision.FP32
+    )
+    on = "CPU" if device == "cpu" else torch.cuda.get_device_name()
+    return Running(infer, precision, f"torch on {on}", device == "cuda")
 
 
 def centred_by_matrix(soca: Any, features: Tensor) -> Tensor:
@@ -142,7 +154,8 @@ def centred_by_matrix(soca: Any, features: Tensor) -> Tensor:
 
     x = features.flatten(2)
     pixels = x.shape[2]
-    centring = (torch.eye(pixels) - torch.ones(pixels, pixels) / pixels) / pixels
+    one = torch.eye(pixels, device=x.device)
+    centring = (one - torch.ones_like(one) / pixels) / pixels
     gated: Tensor = features * soca.gate(x @ centring @ x.transpose(1, 2))
     return gated
 
@@ -170,16 +183,23 @@ def open_openvino_plain(model: Path, threads: int | None) -> Running:
     return Running(lambda x: compiled(x)[0], precision, "openvino on CPU")
 
 
-BASELINES = {
-    "torch-bf16": Contender("torch-bf16", partial(open_torch, "bf16")),
-    "torch-compile": Contender("torch-compile", partial(open_torch, "compile")),
-    "torch-mxm": Contender("torch-mxm", partial(open_torch, "mxm"), matrix_bytes),
-    "onnxruntime-plain": Contender("onnxruntime-plain", open_onnxruntime_plain),
-    "openvino-plain": Contender("openvino-plain", open_openvino_plain),
-}
+def baselines() -> Iterator[Contender]:
+    """What sanrt's backends are compared with."""
+    yield Contender("torch-bf16", partial(open_torch, "half", "cpu"))
+    yield Contender("torch-compile", partial(open_torch, "compile", "cpu"))
+    yield Contender("torch-mxm", partial(open_torch, "mxm", "cpu"), matrix_bytes)
+    yield Contender("onnxruntime-plain", open_onnxruntime_plain)
+    yield Contender("openvino-plain", open_openvino_plain)
+    yield Contender("gpu-torch", partial(open_torch, "eager", "cuda"), needs_gpu=True)
+    yield Contender("gpu-torch-fp16", partial(open_torch, "half", "cuda"), needs_gpu=True)
+    yield Contender("gpu-torch-compile", partial(open_torch, "compile", "cuda"), needs_gpu=True)
+    yield Contender("gpu-torch-mxm", partial(open_torch, "mxm", "cuda"), matrix_bytes, needs_gpu=True)
+
+
+BASELINES = {each.name: each for each in baselines()}
 """By the names that `--backend` takes beside sanrt's own."""
 
-SLOW_TO_START = ("torch-compile",)
+SLOW_TO_START = ("torch-compile", "gpu-torch-compile")
 """Only run when asked for."""
 
 
@@ -212,11 +232,14 @@ def runs_here(name: str) -> bool:
     """Whether a contender takes part unasked: what is behind it is installed, and starts within seconds."""
     if name in BACKENDS:
         return status(name).usable
+    if name in BASELINES and BASELINES[name].needs_gpu:
+        return name not in SLOW_TO_START and events_usable()
     return name == "auto" or (name not in SLOW_TO_START and status(name.split("-")[0]).usable)
 
 
 def require_memory(contender: Contender, size: Size) -> None:
-    """Raise LeftOut where a contender's own matrices exceed the free memory."""
-    needed, free = contender.needed(size) if contender.needed else 0, free_host_memory()
+    """Raise LeftOut where a contender's own matrices exceed the free memory of what it runs on."""
+    needed = contender.needed(size) if contender.needed else 0
+    free = (free_on_gpu() or 0) if contender.needs_gpu else free_host_memory()
     if needed > free:
         raise LeftOut(f"needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free")

@@ -1,12 +1,14 @@
 """The kernels as PyTorch operators (`torch.ops.sanrt`), seen by torch.compile and torch.export, and a SAN that uses them.
 
-On the CPU the operators are plain PyTorch. On CUDA they are the kernels of soca.cu and region_attention.cu, or raise.
+On the CPU the operators are plain PyTorch. On CUDA they are the kernels of soca.cu and region_attention.cu, or raise;
+`residual` is that of residual.cu for the maps that it takes.
 """
 
 from __future__ import annotations
 
 import copy
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 
 from sanrt.errors import BackendError
 from sanrt.kernels import region_attention as attention_kernels
+from sanrt.kernels import residual as residual_kernels
 from sanrt.kernels import soca as soca_kernels
 from sanrt.model.attention import RegionAttention
-from sanrt.model.san import SAN, ResidualGroup
+from sanrt.model.san import SAN, ResidualBlock, ResidualGroup
 from sanrt.model.soca import SOCA, covariance, newton_schulz_sqrt
 
 
@@ -79,6 +82,52 @@ def _(maps: Tensor, regions: int) -> Tensor:
     return attention_kernels.region_attention(maps, regions)
 
 
+@torch.library.custom_op("sanrt::residual", mutates_args=(), device_types="cpu")
+def residual(y: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """y + bias + x of maps y, x (B, C, H, W) and bias (C,), in y's layout."""
+    return y + bias[:, None, None] + x
+
+
+@residual.register_fake
+def _(y: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(y)
+
+
+@residual.register_kernel("cuda")
+def _(y: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    if residual_kernels.takes(y) and residual_kernels.takes(x):
+        return residual_kernels.residual(y, bias, x)
+    return y + bias[:, None, None] + x
+
+
+class KernelBlock(nn.Module):
+    """A residual block whose biases, ReLU and sum take no passes of their own, or one."""
+
+    def __init__(self, reference: ResidualBlock) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = reference.conv1, reference.conv2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = residual(unbiased(self.conv2, rectified_convolution(self.conv1, x)), self.conv2.bias, x)
+        return y
+
+
+def rectified_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """relu(conv(x)); on a GPU cuDNN's convolution does all of it."""
+    if not x.is_cuda:
+        return torch.relu(conv(x))
+    convolve: Any = torch.cudnn_convolution_relu
+    y: Tensor = convolve(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return y
+
+
+def unbiased(conv: nn.Conv2d, x: Tensor, gate: Tensor | None = None) -> Tensor:
+    """The convolution of x * gate without its bias; a single picture's gate scales the weights, which are fewer."""
+    if gate is not None and len(x) > 1:
+        return F.conv2d(x * gate, conv.weight, None, conv.stride, conv.padding)
+    return F.conv2d(x, conv.weight if gate is None else conv.weight * gate, None, conv.stride, conv.padding)
+
+
 class KernelSOCA(nn.Module):
     """A SOCA whose gate is one operator."""
 
@@ -104,20 +153,14 @@ class KernelGroup(nn.Module):
 
     def __init__(self, reference: ResidualGroup, exact_as: int | None = None) -> None:
         super().__init__()
-        self.blocks, self.conv = reference.blocks, reference.conv
+        blocks = (block for block in reference.blocks if isinstance(block, ResidualBlock))
+        self.blocks, self.conv = nn.Sequential(*map(KernelBlock, blocks)), reference.conv
         self.soca = KernelSOCA(reference.soca, exact_as)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.blocks(x)
-        return gated_convolution(self.conv, features, self.soca.gate(features)) + x
-
-
-def gated_convolution(conv: nn.Conv2d, x: Tensor, gate: Tensor) -> Tensor:
-    """conv(x * gate); the gate of a single picture scales the weights, which are fewer than the pixels."""
-    if x.is_cuda and x.shape[0] == 1:
-        return F.conv2d(x, conv.weight * gate, conv.bias, conv.stride, conv.padding)
-    y: Tensor = conv(x * gate)
-    return y
+        y: Tensor = residual(unbiased(self.conv, features, self.soca.gate(features)), self.conv.bias, x)
+        return y
 
 
 class KernelAttention(nn.Module):

@@ -149,11 +149,16 @@ struct Softmax {
                 for (auto& part : s) sum[row] += part[i] = exp2_fast(part[i] - top);
             }
         }
+        // Tensor cores truncate what they add up, always towards zero. fp32 would show it: only a step's sum is left to them.
+        float part[4] = {};
+        float (&products)[4] = SINGLE ? part : y;
 #pragma unroll
         for (int i = 0; i < STEP / 8; i += 2) {
             const float p[2][4] = {{s[i][0], s[i][1], s[i][2], s[i][3]}, {s[i + 1][0], s[i + 1][1], s[i + 1][2], s[i + 1][3]}};
-            accumulate(SCALAR(), tile, first + 8 * i, p, y);
+            accumulate(SCALAR(), tile, first + 8 * i, p, products);
         }
+        if (SINGLE)
+            for (int i = 0; i < 4; ++i) y[i] += part[i];
     }
 
     // Divides by the sums over the four lanes that share a row.

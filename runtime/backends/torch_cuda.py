@@ -92,6 +92,15 @@ class TorchCudaBackend:
 
 
 @contextmanager
+def without_tf32() -> Iterator[None]:
+    """fp32 convolutions in fp32: PyTorch's own choice on a GPU is TF32, whose products have ten bits."""
+    import torch
+
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # type: ignore[no-untyped-call]
+        yield
+
+
+@contextmanager
 def told(device: str) -> Iterator[None]:
     """torch's errors as ours."""
     import torch
@@ -124,7 +133,7 @@ class TorchStages:
         from sanrt.model.stages import run_stage
 
         kind = stage.partition(".")[0]
-        with told(str(self.device)), torch.inference_mode():
+        with told(str(self.device)), torch.inference_mode(), without_tf32():
             given = map(self.placed, STAGE_INPUTS[kind], inputs)
             outputs = run_stage(self.net, stage, *given)
             kept = outputs[:1] if kind in STAGE_MAPS else []
@@ -202,7 +211,7 @@ class CudaNetwork:
     def __call__(self, x: Tensor) -> Tensor:
         import torch
 
-        with torch.inference_mode(), torch.cuda.device(self.device):
+        with torch.inference_mode(), torch.cuda.device(self.device), without_tf32():
             return self.graphs(x)
 
     def captured(self, x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sanrt.kernels import compile as kernels
 from sanrt.kernels.launch import dense
 from sanrt.kernels.region_attention import AttentionLaunch
+from sanrt.kernels.residual import VECTOR
 from sanrt.kernels.soca import SocaLaunch
 
 HERE = Path(__file__).parent
@@ -99,3 +100,11 @@ def region_attention(maps: Tensor, regions: int, seed: int = 0) -> Tensor:
         launch.grid[0], seed, pointer(keys), pointer(values), pointer(y),
     )  # fmt: skip
     return y
+
+
+def residual(y: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """y + bias + x of channels-last maps."""
+    total = torch.full_like(y, float("nan"))
+    run = library("residual", kernels.scalar(y.dtype), f"CHANNELS={y.shape[1]}").emulate_residual
+    run(pointer(y), pointer(bias), pointer(x), y.nbytes // VECTOR, pointer(total))
+    return total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,15 @@ def attention(maps: Tensor, regions: int) -> Tensor:
 
 def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
+
+
+def allowed_error(maps: Tensor, regions: int) -> tuple[Tensor, float]:
+    """Attention in float64, and the root mean square error that a kernel may have: twice PyTorch's own, or a few roundings.
+
+    Of a float32 weight 2^s these are one for s as three TF32 products and two for the fast exponential, and one for the sum;
+    in 16 bits only the result's own shows. Where PyTorch overflows, as float16 scores do, nothing else is allowed.
+    """
+    exact = attention(maps.double(), regions)
+    plain = rms(attention(maps, regions) - exact)
+    roundings = 4 if maps.dtype == torch.float32 else 1
+    return exact, max(0 if math.isnan(plain) else 2 * plain, roundings * torch.finfo(maps.dtype).eps * rms(exact))

@@ -10,6 +10,7 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and nvidi
 
 SOCA = {scalar: Program("soca", (f"SCALAR={scalar}", "CHANNELS=64")) for scalar in ("Half", "BFloat", "float")}
 ATTENTION = {scalar: Program("region_attention", (f"SCALAR={scalar}", "INNER=8")) for scalar in ("Half", "BFloat", "float")}
+RESIDUAL = {scalar: Program("residual", (f"SCALAR={scalar}", "CHANNELS=64")) for scalar in ("Half", "BFloat", "float")}
 SMALLER = [
     *(Program("soca", ("SCALAR=Half", f"CHANNELS={c}")) for c in (16, 32, 48)),
     *(Program("region_attention", ("SCALAR=Half", f"INNER={i}")) for i in (4, 6)),
@@ -17,6 +18,7 @@ SMALLER = [
 KERNELS = {
     "soca": {"soca_statistics_nchw", "soca_statistics_nhwc", "soca_gate"},
     "region_attention": {"region_pool", "region_attention"},
+    "residual": {"residual"},
 }
 THREADS = {
     "soca_gate": 256,
@@ -24,6 +26,7 @@ THREADS = {
     "soca_statistics_nhwc": 256,
     "region_pool": 256,
     "region_attention": 256,
+    "residual": 256,
 }
 
 
@@ -46,7 +49,7 @@ def test_the_main_kernels_compile_without_spills(program: Program, capability: i
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize(
     "program",
-    [*SOCA.values(), *ATTENTION.values(), *SMALLER],
+    [*SOCA.values(), *ATTENTION.values(), *RESIDUAL.values(), *SMALLER],
     ids=lambda program: " ".join((program.name, *program.defines)),
 )
 def test_every_kernel_compiles_for_every_architecture_all_but_without_spills(program: Program, capability: int) -> None:

@@ -4,13 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sanrt.kernels.operators import region_attention, soca_gate, use_kernels
+from sanrt.kernels.operators import rectified_convolution, region_attention, residual, soca_gate
+from sanrt.kernels.residual import takes
 from sanrt.model.san import SAN
 from sanrt.model.soca import SOCA, covariance
 from sanrt.model.spec import Architecture
-from tests.kernels.references import attention, rms
+from sanrt.runtime.backends.torch_cuda import CudaNetwork, without_tf32
+from tests.kernels.references import allowed_error, rms
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,8 +83,8 @@ def test_attention_is_as_good_as_pytorchs(
 ) -> None:
     x = maps(3 * inner, dtype, size, scale=scale)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    ours, plain, exact = region_attention(x, regions), attention(x, regions), attention(x.double(), regions)
-    assert rms(ours - exact) <= max(2 * rms(plain - exact), torch.finfo(dtype).eps * rms(exact))
+    exact, allowed = allowed_error(x, regions)
+    assert rms(region_attention(x, regions) - exact) <= allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,6 +115,34 @@ def test_kernels_run_on_the_current_stream() -> None:
     assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("channels", "size"), [(64, (180, 320)), (48, (33, 65)), (6, (7, 9))])
+def test_the_residual_is_the_sum_in_float32_rounded_once(
+    dtype: torch.dtype, channels_last: bool, channels: int, size: tuple[int, int]
+) -> None:
+    kind = torch.channels_last if channels_last else torch.contiguous_format
+    y, x = (maps(channels, dtype, size, mean=mean).contiguous(memory_format=kind) for mean in (0, 1))
+    bias = torch.randn(channels, device="cuda", dtype=dtype)
+    ours, expected = residual(y, bias, x), (y.float() + bias.float()[:, None, None] + x.float()).to(dtype)
+    if takes(y):
+        assert torch.equal(ours, expected)
+    else:  # plain PyTorch, which rounds twice
+        assert rms(ours - expected) <= torch.finfo(dtype).eps * rms(expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_rectified_convolution_is_as_good_as_pytorchs(dtype: torch.dtype, channels_last: bool) -> None:
+    kind = torch.channels_last if channels_last else torch.contiguous_format
+    conv = nn.Conv2d(64, 64, 3, padding=1).cuda().requires_grad_(False)
+    conv, x = conv.to(dtype, memory_format=kind), maps(64, dtype, (90, 160)).contiguous(memory_format=kind)  # type: ignore[call-overload]
+    with without_tf32():
+        ours, plain = rectified_convolution(conv, x), torch.relu(conv(x))
+    exact = torch.relu(conv.double()(x.double()))
+    assert rms(ours - exact) <= max(2 * rms(plain - exact), torch.finfo(dtype).eps * rms(exact))
+
+
 def test_a_network_with_the_kernels_is_the_reference() -> None:
     torch.manual_seed(3)
     net = (
@@ -120,5 +150,6 @@ def test_a_network_with_the_kernels_is_the_reference() -> None:
         .eval()
         .requires_grad_(False)
     )
-    x = torch.rand(1, 3, 50, 70)
-    torch.testing.assert_close(use_kernels(net).cuda()(x.cuda()).cpu(), net(x), rtol=0, atol=1e-4)
+    for batch in (1, 2):
+        x = torch.rand(batch, 3, 50, 70)
+        torch.testing.assert_close(CudaNetwork(net, dtype=torch.float32)(x).cpu(), net(x), rtol=0, atol=1e-4)

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from sanrt.errors import BackendError
-from sanrt.kernels.operators import gated_convolution, region_attention, soca_gate, use_kernels
+from sanrt.kernels.operators import rectified_convolution, region_attention, residual, soca_gate, unbiased, use_kernels
 from sanrt.model.attention import RegionAttention
 from sanrt.model.san import SAN
 from sanrt.model.soca import SOCA, covariance
@@ -47,6 +47,7 @@ def test_the_operators_keep_to_their_declared_shapes_and_layouts(channels_last: 
     maps = maps.contiguous(memory_format=torch.channels_last) if channels_last else maps
     torch.library.opcheck(region_attention, (maps, 2))
     torch.library.opcheck(soca_gate, (*gate_arguments()[2], 5))
+    torch.library.opcheck(residual, (maps, torch.randn(12), torch.randn_like(maps)))
     assert region_attention(maps, 2).is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
@@ -83,11 +84,23 @@ def test_torch_export_keeps_the_operators_with_dynamic_sizes() -> None:
     torch.testing.assert_close(exported.module()(y), net(y))
 
 
-def test_scaling_the_weights_by_the_gate_is_scaling_the_input() -> None:
+def convolution() -> tuple[nn.Conv2d, Tensor]:
     torch.manual_seed(7)
-    conv, x, gate = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False), torch.randn(1, 8, 6, 7), torch.rand(1, 8, 1, 1)
-    scaled = torch.nn.functional.conv2d(x, conv.weight * gate, conv.bias, conv.stride, conv.padding)
-    torch.testing.assert_close(scaled, gated_convolution(conv, x, gate))
+    return nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False), torch.randn(2, 8, 6, 7)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_scaling_the_weights_by_the_gate_is_scaling_the_input(batch: int) -> None:
+    conv, x = convolution()
+    assert conv.bias is not None
+    gate = torch.rand(batch, 8, 1, 1)
+    x = x[:batch]
+    torch.testing.assert_close(residual(unbiased(conv, x, gate), conv.bias, x), conv(x * gate) + x)
+
+
+def test_a_rectified_convolution_is_both() -> None:
+    conv, x = convolution()
+    assert torch.equal(rectified_convolution(conv, x), torch.relu(conv(x)))
 
 
 def test_a_network_with_the_exact_square_root_is_refused() -> None:
