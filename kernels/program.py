@@ -21,6 +21,7 @@ from sanrt.kernels.winograd import (
     End,
     Map,
     Products,
+    method_of,
     product_shape,
     tile_stride,
     write_collect,
@@ -36,11 +37,13 @@ EVEN_PARTS = 8
 FLAG = LINE // 8
 """Integers from one flag to the next: threads that write to the same line of the cache wait for each other."""
 NEAR = 2**24
-"""Bytes of maps that a shared cache holds; what lies in larger ones is asked for before it is needed."""
+"""Bytes of maps that a shared cache holds."""
+PART, MOST_LAG = 24, 30
+"""In larger maps, strips that a thread takes of a step before it takes the next step's, and by how many these lag in all."""
 
 POINTERS = ("source", "output", "added", "also", "weight", "bias", "scale", "gate", "moments")
 NUMBERS = (
-    *("end", "row", "target_row", "inputs", "outputs", "shuffle", "height", "width", "columns"),
+    *("end", "row", "target_row", "inputs", "outputs", "height", "width", "columns"),
     *("spread_stride", "product_stride"),
 )
 FIELDS = (*POINTERS, *NUMBERS)
@@ -51,7 +54,7 @@ TICKET = ("step", "flag", "begin", "tiles", "first_needed", "last_needed", "stri
 
 @dataclass(frozen=True)
 class Step:
-    """One convolution: into `output`, a map `shuffle` times as large as `source`.
+    """One convolution: into `output`, a map of `source`'s size.
 
     added, also: maps of the output's size that are added; either may be the output. gate (padded I,): factors of the
     source's channels. moments: where to put those of the output (`moments_of`).
@@ -68,16 +71,15 @@ class Step:
 
     def __post_init__(self) -> None:
         conv, source, output = self.convolution, self.source, self.output
-        enlarged = source.height * conv.shuffle, source.width * conv.shuffle, conv.outputs
         maps = [each for each in (output, self.added, self.also) if each]
         # What is wrong here would be written beyond the arrays.
-        assert all((each.height, each.width, each.array.shape[2]) == enlarged for each in maps)
-        assert (source.array.shape[2], source.tile) == (conv.inputs, conv.products.method.tile)
+        size = source.height, source.width, conv.outputs
+        assert all((each.height, each.width, each.array.shape[2]) == size for each in maps)
+        assert (source.array.shape[2], source.method) == (conv.inputs, conv.method)
         assert source is not output
         assert self.added or not self.also
         assert not (self.relu and self.added)
         assert self.gate is None or len(self.gate) == conv.inputs
-        assert self.moments is None or conv.shuffle == 1
 
     @property
     def end(self) -> End:
@@ -104,7 +106,6 @@ class Step:
             "target_row": self.output.array.shape[1] * conv.outputs,
             "inputs": conv.inputs,
             "outputs": conv.outputs,
-            "shuffle": conv.shuffle,
             "height": self.source.height,
             "width": self.source.width,
             "columns": self.source.tiles[1],
@@ -127,21 +128,21 @@ class Program:
         convolutions = [step.convolution for step in steps]
         (outputs,) = {conv.outputs for conv in convolutions}  # so that one set of kernels serves all
         inputs = max(conv.inputs for conv in convolutions)
-        (products,) = {conv.products for conv in convolutions}
+        ((products, taps),) = {(conv.products, conv.method.taps) for conv in convolutions}
         vectors, rows = product_shape(outputs)
-        self.kernel = kernels(products, vectors)["run"]
+        self.kernel = kernels(products, vectors, taps)["run"]
         self.table = np.array([step.fields() for step in steps], np.int64)
         strip = strip_tiles(max(inputs, outputs), rows, products)
         (tiles,) = {step.source.tiles for step in steps}
-        self.tickets = tickets(*tiles, rows, strip, len(steps), workers.count)
-        self.flags = sum(len(each[:-1]) for each in self.tickets)
-        assert all(len(step.moments) * len(steps) == self.flags for step in steps if step.moments is not None)
         maps = {id(each.array): each.array.nbytes for step in steps for each in (step.source, step.output)}
         self.far = sum(maps.values()) > NEAR
+        self.tickets = tickets(*tiles, rows, strip, len(steps), workers.count, self.far)
+        self.flags = sum(len(each[:-1]) for each in self.tickets)
+        assert all(len(step.moments) * len(steps) == self.flags for step in steps if step.moments is not None)
         self.sizes = {
             "spread": strip * tile_stride(inputs, products),
             "product": strip * tile_stride(outputs, products),
-            "tile": products.method.points * this_processor().lanes + strip,
+            "tile": products.points * this_processor().lanes + strip,
         }
 
     def run(self) -> None:
@@ -183,7 +184,9 @@ def moments_of(output: Map, products: Products) -> Array:
 
 
 @lru_cache(maxsize=64)
-def tickets(rows: int, columns: int, unit: int, most: int, steps: int, threads: int) -> list[npt.NDArray[np.int64]]:
+def tickets(
+    rows: int, columns: int, unit: int, most: int, steps: int, threads: int, far: bool
+) -> list[npt.NDArray[np.int64]]:
     """Every strip of every step, for each thread in the order in which it takes them, the last one twice; (n, TICKET)."""
     tiles = rows * columns
     begin = strips(tiles, unit, most)
@@ -208,19 +211,26 @@ def tickets(rows: int, columns: int, unit: int, most: int, steps: int, threads: 
         "strip": number,
     }
     made = np.stack([values[name] for name in TICKET], axis=-1).reshape(-1, len(TICKET))
-    made = made[np.lexsort((place[number].ravel(), step.ravel()))]
+    depth, turn = 1, np.zeros_like(step)
+    if far and count > 1:
+        # A few steps go over a part of the picture before they go over the next one, each behind the one before it by what
+        # it needs of that: so it finds in a cache what was written last, and no strip waits for one that comes after it.
+        lag = -(-(columns + 1) // int(np.diff(begin).min()))
+        depth = max(2, MOST_LAG // lag)
+        turn = (place[number] + step % depth * lag) // PART
+    made = made[np.lexsort([each.ravel() for each in (place[number], step, turn, step // depth)])]
     parts = (made[thread[made[:, TICKET.index("strip")]] == t] for t in range(threads))
     return [np.concatenate([part, part[-1:]]) for part in parts]
 
 
 @cache
-def kernels(products: Products, vectors: int) -> dict[str, Callable[..., None]]:
+def kernels(products: Products, vectors: int, taps: int = 3) -> dict[str, Callable[..., None]]:
     """The kernels with so many vectors of outputs in registers; compiled once per process."""
-    module = Module(this_processor())
-    spreads = {gated: write_spread(module, products, gated) for gated in (False, True)}
-    product = write_product(module, products, vectors, write_fetch(module, vectors, products.method.tile))
-    collects = [write_collect(module, products, end) for end in End]
-    write_run(module, products, spreads, product, collects, write_moments(module, vectors, products.method.tile))
+    module, method = Module(this_processor()), method_of(products, taps)
+    spreads = {gated: write_spread(module, products, method, gated) for gated in (False, True)}
+    product = write_product(module, products, vectors, write_fetch(module, vectors, method.tile))
+    collects = [write_collect(module, products, method, end) for end in End]
+    write_run(module, products, spreads, product, collects, write_moments(module, vectors, method.tile))
     return module.compile()
 
 
@@ -245,16 +255,16 @@ def write_run(
             with code.loop(code.sub(ticket["last_needed"], ticket["first_needed"])) as (i, _):
                 flag = code.add(ticket["first_needed"], i)
                 code.wait(code.at(flags, code.mul(flag, code.index(FLAG))))
-            peaks = code.at(held, code.index(products.method.points * code.lanes))
+            peaks = code.at(held, code.index(products.points * code.lanes))
             tiles = [step["columns"], ticket["begin"], ticket["tiles"]]
             source = [step["source"], step["gate"], spread, peaks, held, step["row"], step["inputs"]]
             with code.if_else(code.is_null(step["gate"])) as (plain, gated):
                 for block, function in (plain, spreads[False]), (gated, spreads[True]):
                     with block:
                         code.call(function, [*source, *tiles, step["spread_stride"]])
-            ahead = [step["row"], step["inputs"], step["columns"], ticket["begin"], following["begin"]]
+            ahead = [step["row"], step["columns"], ticket["begin"], following["begin"]]
             buffers = spread, products_at, peaks, held
-            write_parts(code, products, step, tiles, buffers, [then["source"], far, *ahead], product, collects)
+            write_products(code, products, step, tiles, buffers, [then["source"], far, *ahead], product, collects)
             with code.if_then(code.not_(code.is_null(step["moments"]))):
                 shape = [step["outputs"], step["height"], step["width"], *tiles, ticket["strip"]]
                 code.call(moments, [step["output"], step["moments"], products_at, step["target_row"], *shape])
@@ -269,7 +279,7 @@ def read_step(code: Code, table: ir.Value, number: ir.Value) -> dict[str, ir.Val
     return {name: code.inttoptr(value, POINTER) if name in POINTERS else value for name, value in values.items()}
 
 
-def write_parts(
+def write_products(
     code: Code,
     products: Products,
     step: dict[str, ir.Value],
@@ -279,27 +289,16 @@ def write_parts(
     product: ir.Function,
     collects: list[ir.Function],
 ) -> None:
-    """A strip's products and what is collected from them, for each part of the shuffle."""
+    """A strip's products and what is collected from them."""
     spread, products_at, peaks, held = buffers
     next_source, far, *where = ahead
-    inputs, outputs, shuffle, null = step["inputs"], step["outputs"], step["shuffle"], ir.Constant(POINTER, None)
-    with code.loop(shuffle) as (i, _), code.loop(shuffle) as (j, _):
-        part = code.add(code.mul(i, shuffle), j)
-        size = code.mul(code.mul(part, code.index(products.method.points)), code.mul(inputs, outputs))
-        weight = code.at(step["weight"], code.sdiv(size, code.index(products.per_float)))
-        corner, channel = code.add(code.mul(i, step["target_row"]), code.mul(j, outputs)), code.mul(part, outputs)
-        output, added, also = (
-            code.select(code.is_null(step[name]), null, code.at(step[name], corner)) for name in ("output", "added", "also")
-        )
-        out = [code.mul(step["target_row"], shuffle), code.mul(outputs, shuffle)]
-        same = code.icmp_signed("==", code.ptrtoint(added, INT), code.ptrtoint(output, INT))
-        near = code.icmp_signed("==", far, code.index(0))
-        wanted = [output, code.select(same, null, added), next_source]
-        fetched = [code.select(near, null, each) for each in wanted]
-        sizes = [tiles[-1], inputs, outputs, step["spread_stride"], step["product_stride"]]
-        code.call(product, [spread, weight, products_at, *fetched, *sizes, *out, *where])
-        values = [code.at(step[name], channel) for name in ("bias", "scale")]
-        shape = [outputs, step["height"], step["width"], *tiles, step["product_stride"]]
-        for number, collect in enumerate(collects):
-            with code.if_then(code.icmp_signed("==", step["end"], code.index(number))):
-                code.call(collect, [products_at, output, added, also, *values, peaks, held, *out, *shape])
+    output, added, null = step["output"], step["added"], ir.Constant(POINTER, None)
+    near = code.icmp_signed("==", far, code.index(0))
+    fetched = code.select(near, null, output), added, next_source
+    sizes = [tiles[-1], step["inputs"], step["outputs"], step["spread_stride"], step["product_stride"]]
+    code.call(product, [spread, step["weight"], products_at, *fetched, *sizes, step["target_row"], *where])
+    read = output, added, step["also"], step["bias"], step["scale"], peaks, held
+    shape = [step["target_row"], step["outputs"], step["height"], step["width"], *tiles, step["product_stride"]]
+    for number, collect in enumerate(collects):
+        with code.if_then(code.icmp_signed("==", step["end"], code.index(number))):
+            code.call(collect, [products_at, *read, *shape])

@@ -1,11 +1,11 @@
-"""3 x 3 convolutions on the CPU by Winograd's minimal filtering F(m x m, 3 x 3): (m + 2)^2 products for m^2 pixels.
+"""Convolutions on the CPU by Winograd's minimal filtering F(m x m, r x r): (m + r - 1)^2 products for m^2 pixels.
 
 Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, section 4: Y = A^T [(G w G^T) * (B^T d B)] A
-for each (m + 2)^2 input tile d that gives m x m outputs; the products of all channels of a tile position are one matrix
+for each (m + r - 1)^2 input tile d that gives m x m outputs; the products of all channels of a tile position are one matrix
 product.
 
-The products are of fp32, with m = 4, or of 16-bit integers, of which a vector holds twice as many, with m = 6: each tile of
-B^T d B is rounded in steps of the largest value that it could have over 32760, the weights of each output channel in the
+The products are of fp32, with m + r - 1 = 6, or of 16-bit integers, of which a vector holds twice as many, with 8: each tile
+of B^T d B is rounded in steps of the largest value that it could have over 32760, the weights of each output channel in the
 finest steps with which no sum of 32 bits can overflow. The sums are exact.
 """
 
@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cached_property, reduce
+from functools import cache, cached_property, reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -41,23 +41,29 @@ WIDEST = 4
 
 @dataclass(frozen=True)
 class Method:
-    """Winograd's minimal filtering by the points 0, infinity, and some with both signs: m is twice their number.
+    """Winograd's minimal filtering F(tile, taps) by the points 0, infinity, and some with both signs.
 
     Lavin, "Winograd convolution" (wincnn), and Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd
     Convolution for Deep Neural Networks", 2018, have the general construction.
     """
 
     magnitudes: tuple[float, ...]
+    taps: int = 3
+
+    @property
+    def side(self) -> int:
+        """Inputs along one axis: one for each point."""
+        return 2 * len(self.magnitudes) + 2
 
     @property
     def tile(self) -> int:
         """Outputs along one axis."""
-        return 2 * len(self.magnitudes)
+        return self.side - self.taps + 1
 
     @property
-    def side(self) -> int:
-        """Inputs along one axis."""
-        return self.tile + 2
+    def border(self) -> int:
+        """Pixels around a map that its convolution reads as zeros."""
+        return self.taps // 2
 
     @property
     def points(self) -> int:
@@ -71,9 +77,10 @@ class Method:
 
     @cached_property
     def filter(self) -> Matrix:
-        """G: (side, 3)."""
-        rows = [np.array([1, p, p * p]) / np.prod([p - q for q in self.finite if q != p]) for p in self.finite]
-        return np.array([*rows, [0, 0, 1]])
+        """G: (side, taps)."""
+        powers = np.arange(self.taps)
+        rows = [p**powers / np.prod([p - q for q in self.finite if q != p]) for p in self.finite]
+        return np.array([*rows, powers == powers[-1]])
 
     @cached_property
     def growth(self) -> Matrix:
@@ -122,18 +129,24 @@ class Products(StrEnum):
         return 1 if self is Products.FP32 else 2
 
     @property
-    def method(self) -> Method:
-        return METHODS[self]
+    def magnitudes(self) -> tuple[float, ...]:
+        """Of the points: more of them need fewer products and are coarser, which is for 16 bits, that round anyway."""
+        return {Products.FP32: (1.0, 2.0), Products.INT16: (1.0, 2.0, 0.5)}[self]
 
     @property
-    def point_factors(self) -> list[float]:
+    def points(self) -> int:
+        """Products of a tile, whatever the taps."""
+        return Method(self.magnitudes).points
+
+    def point_factors(self, method: Method) -> list[float]:
         """What A^T multiplies the points' sums by."""
-        even = self.method.even
-        return [1.0] * len(even) if self is Products.FP32 else [float(each) for each in even]
+        return [1.0] * method.side if self is Products.FP32 else [float(each) for each in method.even]
 
 
-METHODS = {Products.FP32: Method((1, 2)), Products.INT16: Method((1, 2, 1 / 2))}
-"""m = 6 needs fewer products and is coarser: for 16 bits, which round anyway."""
+@cache
+def method_of(products: Products, taps: int = 3) -> Method:
+    """How convolutions of taps x taps are computed by such products."""
+    return Method(products.magnitudes, taps)
 
 
 class End(StrEnum):
@@ -154,35 +167,36 @@ class Map:
     array: Array
     height: int
     width: int
-    tile: int
+    method: Method
+    """Of the convolution that reads it."""
 
     @classmethod
-    def zeros(cls, height: int, width: int, channels: int, products: Products) -> Map:
-        """An all-zero map, for convolutions with such products."""
-        tile = products.method.tile
-        sides = (whole(size, tile) + 2 for size in (height, width))
-        return cls(aligned((*sides, whole_vectors(channels))), height, width, tile)
+    def zeros(cls, height: int, width: int, channels: int, method: Method) -> Map:
+        """An all-zero map."""
+        sides = (whole(size, method.tile) + 2 * method.border for size in (height, width))
+        return cls(aligned((*sides, whole_vectors(channels))), height, width, method)
 
     def holds(self, height: int, width: int, channels: int) -> bool:
         """Whether there is room for another map of the same width."""
         same = (self.width, self.array.shape[2]) == (width, whole_vectors(channels))
-        return same and whole(height, self.tile) + 2 <= len(self.array)
+        return same and whole(height, self.method.tile) + 2 * self.method.border <= len(self.array)
 
     def shortened(self, height: int) -> Map:
         """The rows of a lower map, in the same memory; beyond them it is zero again."""
-        array = self.array[: whole(height, self.tile) + 2]
-        array[height + 1 :] = 0
+        array = self.array[: whole(height, self.method.tile) + 2 * self.method.border]
+        array[height + self.method.border :] = 0
         return replace(self, array=array, height=height)
 
     @property
     def tiles(self) -> tuple[int, int]:
         """Rows and columns of tiles."""
-        return -(-self.height // self.tile), -(-self.width // self.tile)
+        return -(-self.height // self.method.tile), -(-self.width // self.method.tile)
 
     @property
     def pixels(self) -> Array:
         """The (height, width, channels) that count, as a view."""
-        return self.array[1 : self.height + 1, 1 : self.width + 1]
+        border = self.method.border
+        return self.array[border : border + self.height, border : border + self.width]
 
 
 def whole(size: int, part: int) -> int:
@@ -196,52 +210,47 @@ def whole_vectors(channels: int) -> int:
 
 
 class Convolution:
-    """The transformed weights of a 3 x 3 convolution with zero padding, and of the sub-pixel shuffle that may follow it.
+    """The transformed weights of a convolution with zero padding: weight (O, I, r, r), r odd, and bias (O,), float32."""
 
-    weight (O, I, 3, 3), bias (O,), float32; with shuffle s, channel c * s * s + i * s + j goes to row i, column j of a
-    pixel's s x s block, as in PyTorch's PixelShuffle.
-    """
-
-    def __init__(self, weight: Array, bias: Array, shuffle: int = 1, products: Products = Products.FP32) -> None:
-        parts = shuffle * shuffle
-        outputs, inputs = weight.shape[0] // parts, weight.shape[1]
-        self.products, self.shuffle = products, shuffle
+    def __init__(self, weight: Array, bias: Array, products: Products = Products.FP32) -> None:
+        outputs, inputs, taps = weight.shape[:3]
+        self.products, self.method = products, method_of(products, taps)
         self.inputs, self.outputs = whole_vectors(inputs), whole_vectors(outputs)
-        padded = np.zeros((parts, self.inputs, self.outputs, 3, 3))
-        padded[:, :inputs, :outputs] = weight.reshape(outputs, parts, inputs, 3, 3).transpose(1, 2, 0, 3, 4)
-        self.bias = np.zeros((parts, self.outputs), np.float32)
-        self.bias[:, :outputs] = bias.reshape(outputs, parts).T
-        method = products.method
+        padded = np.zeros((self.inputs, self.outputs, taps, taps))
+        padded[:inputs, :outputs] = weight.transpose(1, 0, 2, 3)
+        self.bias = np.zeros(self.outputs, np.float32)
+        self.bias[:outputs] = bias
+        method = self.method
         if products is Products.FP32:
             spread, self.scale = filtered(method.filter, padded), np.ones_like(self.bias)
         else:
             spread, step = rounded(filtered(method.filter * (method.growth / method.even)[:, None], padded))
             self.scale = (step / LARGEST).astype(np.float32)
         block, together = product_shape(self.outputs)[0] * this_processor().lanes, products.per_float
-        spread = spread.reshape(parts, method.points, self.inputs // together, together, self.outputs // block, block)
-        spread = spread.transpose(0, 1, 4, 2, 5, 3)
+        spread = spread.reshape(method.points, self.inputs // together, together, self.outputs // block, block)
+        spread = spread.transpose(0, 3, 1, 4, 2)
         self.weight = aligned(spread.shape, np.float32 if products is Products.FP32 else np.int16)
         self.weight[:] = spread
-        """[part][point][block of outputs][inputs][output][input of a pair]: the order in which the product reads it."""
+        """[point][block of outputs][inputs][output][input of a pair]: the order in which the product reads it."""
 
 
 def filtered(g: Matrix, weight: Matrix) -> Matrix:
-    """G w G^T: (parts, inputs, outputs, 3, 3) -> (parts, points, inputs, outputs)."""
-    spread: Matrix = np.einsum("ia,jb,qkoab->qijko", g, g, weight, optimize=True)
-    return spread.reshape(len(weight), len(g) ** 2, *weight.shape[1:3])
+    """G w G^T: (inputs, outputs, taps, taps) -> (points, inputs, outputs)."""
+    spread: Matrix = np.einsum("ia,jb,koab->ijko", g, g, weight, optimize=True)
+    return spread.reshape(len(g) ** 2, *weight.shape[:2])
 
 
 def rounded(spread: Matrix) -> tuple[Matrix, Matrix]:
-    """Whole numbers, and their steps for each part and output channel."""
+    """Whole numbers, and their steps for each output channel."""
     magnitudes = np.abs(spread)
-    for_sums = magnitudes.sum(2).max(1) / (LARGEST_SUM - spread.shape[2])
-    step = np.maximum(np.maximum(for_sums, magnitudes.max((1, 2)) / LARGEST), LEAST)
-    return np.rint(spread / step[:, None, None]), step
+    for_sums = magnitudes.sum(1).max(0) / (LARGEST_SUM - spread.shape[1])
+    step = np.maximum(np.maximum(for_sums, magnitudes.max((0, 1)) / LARGEST), LEAST)
+    return np.rint(spread / step), step
 
 
 def tile_stride(channels: int, products: Products) -> int:
     """Numbers from one transformed tile to the next: not a multiple of the cache's stride."""
-    return (products.method.points + 1) * channels + 2 * this_processor().lanes
+    return (products.points + 1) * channels + 2 * this_processor().lanes
 
 
 def product_shape(outputs: int) -> tuple[int, int]:
@@ -261,11 +270,11 @@ def tile_corner(code: Code, tile: ir.Value, columns: ir.Value, size: int) -> tup
     return code.mul(code.sdiv(tile, columns), code.index(size)), code.mul(code.srem(tile, columns), code.index(size))
 
 
-def write_spread(module: Module, products: Products, gated: bool) -> ir.Function:
+def write_spread(module: Module, products: Products, method: Method, gated: bool) -> ir.Function:
     """B^T d B of tiles first, first + 1, ...: spread[tile][point][channel]; for INT16 rounded, and peaks[tile]."""
     with module.function("spread_gated" if gated else "spread", 5, 6) as (function, code):
         source, gate, spread, peaks, held, row, channels, columns, first, count, stride = function.args
-        method, side = products.method, products.method.side
+        side = method.side
         if products is Products.INT16:
             spread = code.bitcast(spread, SHORT.as_pointer())
         with code.loop(count) as (tile, _):
@@ -330,10 +339,10 @@ def write_product(module: Module, products: Products, vectors: int, fetch: ir.Fu
 
     Between the products `fetch` is called with the other arguments, so that what comes after them is in the caches in time.
     """
-    rows, together, points = product_rows(vectors), products.per_float, products.method.points
-    with module.function("product", 6, 12) as (function, code):
+    rows, together, points = product_rows(vectors), products.per_float, products.points
+    with module.function("product", 6, 10) as (function, code):
         spread, weight, product, *maps = function.args[:6]
-        tiles, inputs, outputs, spread_stride, product_stride, *where = function.args[6:]
+        tiles, inputs, outputs, spread_stride, product_stride, row, source_row, *where = function.args[6:]
         block, zero, add = vectors * code.lanes, code.constant(0), code.multiply_add
         if products is Products.INT16:
             spread, weight = (code.bitcast(each, SHORT.as_pointer()) for each in (spread, weight))
@@ -342,17 +351,21 @@ def write_product(module: Module, products: Products, vectors: int, fetch: ir.Fu
         with code.loop(code.index(points)) as (point, _):
             panels = code.at(weight, code.mul(point, code.mul(inputs, outputs)))
             with code.loop(outputs, block) as (output, _), code.loop(tiles, rows) as (tile, _):
-                code.call(fetch, [*maps, *where, point, tile, output])
+                code.call(fetch, [*maps, row, outputs, source_row, inputs, *where, point, tile, output])
                 panel, numbers = (
                     code.at(panels, code.mul(output, inputs)),
                     [code.add(tile, code.index(r)) for r in range(rows)],
                 )
                 pixels = [code.at(spread, code.mul(n, spread_stride), code.mul(point, inputs)) for n in numbers]
+                following = code.at(panel, code.mul(inputs, code.index(block)))
                 with code.loop(inputs, together, carried=[zero] * (rows * vectors)) as (k, sums):
-                    line = code.at(panel, code.mul(k, code.index(block)))
-                    factors = [
-                        code.read_as(zero.type, code.at(line, code.index(v * code.lanes * together))) for v in range(vectors)
+                    offsets = [
+                        code.add(code.mul(k, code.index(block)), code.index(v * code.lanes * together))
+                        for v in range(vectors)
                     ]
+                    factors = [code.read_as(zero.type, code.at(panel, offset)) for offset in offsets]
+                    for offset in offsets:
+                        code.prefetch(code.at(following, offset), write=False)
                     for r, pixel in enumerate(pixels):
                         value = code.spread(code.read_as(zero.type.element, code.at(pixel, k)))
                         for v, factor in enumerate(factors):
@@ -392,15 +405,15 @@ def write_fetch(module: Module, vectors: int, tile_side: int) -> ir.Function:
     return function
 
 
-def write_collect(module: Module, products: Products, end: End) -> ir.Function:
+def write_collect(module: Module, products: Products, method: Method, end: End) -> ir.Function:
     """A^T m A plus the bias, and what follows, into the output's pixels; the last tiles may reach beyond its edge."""
-    with module.function(f"collect_{end}", 8, 9) as (function, code):
+    with module.function(f"collect_{end}", 8, 8) as (function, code):
         product, output, added, also, bias, scale, peaks, held = function.args[:8]
-        row, pixel, channels, height, width, columns, first, count, stride = function.args[8:]
-        method, size, side = products.method, products.method.tile, products.method.side
+        row, channels, height, width, columns, first, count, stride = function.args[8:]
+        size, side, factors = method.tile, method.side, products.point_factors(method)
         with code.loop(count) as (tile, _):
             y, x = tile_corner(code, code.add(first, tile), columns, size)
-            corner = code.add(code.mul(y, row), code.mul(x, pixel))
+            corner = code.add(code.mul(y, row), code.mul(x, channels))
             fits = [code.icmp_signed("<=", code.add(at, code.index(size)), limit) for at, limit in ((y, height), (x, width))]
             with code.loop(channels, code.lanes) as (channel, _):
                 points = code.at(product, code.mul(tile, stride), code.mul(channel, code.index(method.points + 1)))
@@ -413,15 +426,15 @@ def write_collect(module: Module, products: Products, end: End) -> ir.Function:
                         column = [code.sitofp(code.read_as(code.integers, at), code.vector) for at in places]
                     else:
                         column = [code.read(at) for at in places]
-                    for i, value in enumerate(method.collect_line(code, column, products.point_factors)):
+                    for i, value in enumerate(method.collect_line(code, column, factors)):
                         code.write(value, held_at(code, held, i * side, j))
 
                 def line(i: int) -> list[ir.Value]:
                     kept = [code.read(held_at(code, held, i * side, code.index(j))) for j in range(side)]
-                    return method.collect_line(code, kept, products.point_factors)
+                    return method.collect_line(code, kept, factors)
 
                 def finish(i: int, j: int, value: ir.Value) -> None:
-                    at = code.total(corner, channel, code.mul(row, code.index(i)), code.mul(pixel, code.index(j)))
+                    at = code.total(corner, channel, code.mul(row, code.index(i)), code.mul(channels, code.index(j)))
                     done = code.multiply_add(value, factor, shift)
                     if end == End.RELU:
                         done = code.largest(done, code.constant(0))

@@ -18,16 +18,17 @@ from sanrt.kernels.attention_cpu import attention
 from sanrt.kernels.llvm import aligned, this_processor
 from sanrt.kernels.program import Program, Step, moments_of
 from sanrt.kernels.soca_cpu import Gate, moments_rows
+from sanrt.kernels.tail import REACH, TAPS, Tail, edges
 from sanrt.kernels.threads import Workers
-from sanrt.kernels.winograd import Convolution, Map, Products, product_shape, whole_vectors
+from sanrt.kernels.winograd import Convolution, Map, Products, method_of, product_shape, whole_vectors
 from sanrt.model.spec import ModelSpec
 from sanrt.runtime.featuremaps import Box
 from sanrt.runtime.streaming import TAIL_HALO, Moments
 
 Array = npt.NDArray[np.float32]
 
-BAND = 64
-"""Rows of the trunk that are upscaled together: the large maps behind them are never whole in memory."""
+BAND = 256
+"""Rows of the trunk that are turned to pixels together."""
 GATHER = 32
 """Rows whose moments are taken together."""
 TURN = Lock()
@@ -72,8 +73,8 @@ class Network:
         ]
         self.last = [conv[f"groups.{g}.conv"] for g in range(self.arch.groups)]
         self.gates = [self.gate(g) for g in range(self.arch.groups)]
-        self.upsamplers = [conv[name] for name in conv if name.startswith("upsampler")]
-        self.tail = self.tail_to_pixels()
+        tail = Tail(weights, self.arch.channels)
+        self.tail, self.edges = Convolution(*tail.composed(), products), list(edges(tail))
         parts = [weights[f"attention.{part}.weight"][:, :, 0, 0] for part in ("query", "key", "value")]
         self.inner = np.concatenate(parts).T.copy()
         self.inner_bias = np.concatenate([weights[f"attention.{part}.bias"] for part in ("query", "key", "value")])
@@ -81,26 +82,20 @@ class Network:
         # Compiled now, so that every failure to compile is one to load.
         attention_cpu.kernels(self.arch.attention_channels)
         soca_cpu.kernels(whole_vectors(self.arch.channels))
-        for outputs in {each.outputs for each in (*conv.values(), self.tail)}:
-            program.kernels(products, product_shape(outputs)[0])
+        for outputs, taps in {(each.outputs, each.method.taps) for each in (*conv.values(), self.tail)}:
+            program.kernels(products, product_shape(outputs)[0], taps)
         self.workers = Workers(threads)
 
     def names(self) -> list[str]:
-        """The 3 x 3 convolutions in their order, but for the tail."""
-        return [n.removesuffix(".weight") for n, w in self.weights.items() if w.shape[2:] == (3, 3) and n != "tail.weight"]
+        """The 3 x 3 convolutions before the network's end, in their order."""
+        end = "upsampler.", "tail."
+        return [
+            n.removesuffix(".weight") for n, w in self.weights.items() if w.shape[2:] == (3, 3) and not n.startswith(end)
+        ]
 
     def convolution(self, name: str) -> Convolution:
         """A convolution by its parameters' name."""
-        weight = self.weights[f"{name}.weight"]
-        shuffle = round((len(weight) / self.arch.channels) ** 0.5) if name.startswith("upsampler") else 1
-        return Convolution(weight, self.weights[f"{name}.bias"], shuffle, self.products)
-
-    def tail_to_pixels(self) -> Convolution:
-        """The last convolution with the mean shift behind it folded in."""
-        shift = self.weights["mean_out.weight"][:, :, 0, 0].astype(np.float64)
-        weight = np.einsum("po,ocij->pcij", shift, self.weights["tail.weight"])
-        bias = shift @ self.weights["tail.bias"] + self.weights["mean_out.bias"]
-        return Convolution(weight.astype(np.float32), bias.astype(np.float32), 1, self.products)
+        return Convolution(self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], self.products)
 
     def run(self, *steps: Step) -> None:
         """Steps that are run once."""
@@ -117,12 +112,12 @@ class Network:
         self.held = None
         self.maps.clear()
 
-    def map(self, name: str, height: int, width: int, channels: int | None = None) -> Map:
-        """A map to write to; the last one of each name is kept."""
+    def map(self, name: str, height: int, width: int, channels: int | None = None, taps: int = 3) -> Map:
+        """A map to write to, that a convolution of such taps reads; the last one of each name is kept."""
         held, channels = self.maps.get(name), channels or self.arch.channels
         if held is None or not held.holds(height, width, channels):
             self.maps.pop(name, None)
-            held = self.maps[name] = Map.zeros(height, width, channels, self.products)
+            held = self.maps[name] = Map.zeros(height, width, channels, method_of(self.products, taps))
         return held.shortened(height)
 
     def by_rows(self, count: int, work: Callable[[slice], object]) -> None:
@@ -157,7 +152,9 @@ class Network:
     def trunk(self, height: int, width: int) -> Trunk:
         """The maps and programs of a size."""
         self.held = None
-        first, shared, x, hidden, features = (Map.zeros(height, width, self.arch.channels, self.products) for _ in range(5))
+        first, shared, x, hidden, features = (
+            Map.zeros(height, width, self.arch.channels, method_of(self.products)) for _ in range(5)
+        )
         gates = [aligned(first.array.shape[2:]) for _ in self.blocks]
         moments = moments_of(features, self.products)
         joins = [
@@ -244,25 +241,30 @@ class Network:
         """The picture within a box of the trunk, band by band: (1, 3, sh, sw)."""
         scale, whole = self.arch.scale, Box(0, 0, trunk.height, trunk.width)
         made = np.empty((1, 3, box.height * scale, box.width * scale), np.float32)
+        blocks = made.reshape(3, box.height, scale, box.width, scale).transpose(1, 3, 0, 2, 4)
         for band in box.grid(-(-box.height // BAND), 1):
             halo = band.grown(TAIL_HALO, whole)
-            x = self.map("band", halo.height, halo.width)
-            x.pixels[:] = trunk.pixels[halo.top : halo.bottom, halo.left : halo.right]
-            done, crop, place = self.upscaled(x), band.inside(halo).scaled(scale), band.inside(box).scaled(scale)
-            source = channels_first(done[crop.top : crop.bottom, crop.left : crop.right])
-            target = made[:, :, place.top : place.bottom]
-            self.by_rows(crop.height, partial(copy_rows, source, target))
+            done, crop, place = self.enlarged(trunk, halo), band.inside(halo), band.inside(box)
+            source, target = done[crop.top : crop.bottom, crop.left : crop.right], blocks[place.top : place.bottom]
+            self.by_rows(crop.height, partial(copy_blocks, source, target))
         return made
 
-    def upscaled(self, x: Map) -> Array:
-        """All pixels (sh, sw, 3) of a band of the trunk."""
-        for i, upsampler in enumerate(self.upsamplers):
-            larger = self.map(f"larger{i}", x.height * upsampler.shuffle, x.width * upsampler.shuffle)
-            self.run(Step(upsampler, x, larger))
-            x = larger
-        done = self.map("pixels", x.height, x.width, 3)
+    def enlarged(self, trunk: Map, box: Box) -> Array:
+        """The trunk within a box, as if that were all of it, turned to blocks of pixels: (h, w, 3 s s)."""
+        x = self.map("band", box.height, box.width, taps=TAPS)
+        source = trunk.pixels[box.top : box.bottom, box.left : box.right]
+        self.by_rows(x.height, lambda rows: np.copyto(x.pixels[rows], source[rows]))
+        values = 3 * self.arch.scale**2
+        done = self.map("pixels", x.height, x.width, values)
         self.run(Step(self.tail, x, done))
-        return done.pixels[..., :3]
+        made, count = done.pixels[..., :values], self.workers.count
+
+        def finish(thread: int) -> None:
+            for edge in self.edges[thread::count]:
+                edge.compute(x.array[: x.height + 2 * REACH, : x.width + 2 * REACH], made)
+
+        self.workers.run(finish)
+        return made
 
     # --- stage by stage ---------------------------------------------------------------------------------------------
 
@@ -338,9 +340,13 @@ def channels_first(x: Array) -> Array:
     return x.transpose(2, 0, 1)[None]
 
 
-def copy_rows(source: Array, target: Array, rows: slice) -> None:
-    """Some rows of (1, 3, h, w)."""
-    target[:, :, rows] = source[:, :, rows]
+def copy_blocks(source: Array, target: Array, rows: slice) -> None:
+    """Some rows of (h, w, 3 s s) into (h, w, 3, s, s), which is a picture's memory."""
+    scale = target.shape[-1]
+    values = source[rows].reshape(-1, source.shape[1], *target.shape[2:])
+    for i in range(scale):
+        for j in range(scale):
+            target[rows, ..., i, j] = values[..., i, j]
 
 
 def pooled(x: Array) -> Array:

@@ -19,7 +19,7 @@ from sanrt.kernels import attention_cpu, llvm, program, soca_cpu, winograd  # no
 from sanrt.kernels.program import Program, Step, moments_of  # noqa: E402
 from sanrt.kernels.soca_cpu import Gate, moments_rows  # noqa: E402
 from sanrt.kernels.threads import Workers  # noqa: E402
-from sanrt.kernels.winograd import Convolution, Map, Products  # noqa: E402
+from sanrt.kernels.winograd import Convolution, Map, Products, method_of  # noqa: E402
 from sanrt.model.soca import SOCA  # noqa: E402
 
 PAIRS = llvm.this_processor().pairs and llvm.PAIRS[4]
@@ -53,43 +53,42 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def filled(height, width, channels, products, seed=0):
-    made = Map.zeros(height, width, channels, products)
+def filled(height, width, channels, products, seed=0, taps=3):
+    made = Map.zeros(height, width, channels, method_of(products, taps))
     made.pixels[..., :channels] = random(height, width, channels, seed=seed)
     return made
 
 
-def expected(source, weight, bias, shuffle=1):
+def expected(source, weight, bias):
     """(height, width, channels) by PyTorch in float64."""
     x = torch.from_numpy(source).double().permute(2, 0, 1)[None]
-    y = torch.nn.functional.conv2d(x, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), padding=1)
-    return torch.nn.functional.pixel_shuffle(y, shuffle)[0].permute(1, 2, 0).numpy()
+    y = torch.nn.functional.conv2d(x, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), padding="same")
+    return y[0].permute(1, 2, 0).numpy()
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "shuffle", "height", "width"),
+    ("inputs", "outputs", "taps", "height", "width"),
     [
-        (64, 64, 1, 9, 14),
-        (3, 32, 1, 8, 8),
-        (32, 3, 1, 5, 6),
-        (48, 48, 1, 1, 1),
-        (20, 20, 2, 6, 5),
-        (16, 16, 3, 4, 7),
-        (32, 32, 1, 70, 66),
+        (64, 64, 3, 9, 14),
+        (3, 32, 3, 8, 8),
+        (32, 3, 3, 5, 6),
+        (48, 48, 3, 1, 1),
+        (20, 12, 5, 6, 5),
+        (64, 48, 5, 13, 30),
+        (32, 32, 3, 70, 66),
     ],
 )
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_convolution_gives_what_pytorch_gives(processor, inputs, outputs, shuffle, height, width, products, threads):
-    weight = random(outputs * shuffle**2, inputs, 3, 3, seed=1) / 10
-    bias, gate = random(outputs * shuffle**2, seed=2), np.zeros(winograd.whole_vectors(inputs), np.float32)
+def test_a_convolution_gives_what_pytorch_gives(processor, inputs, outputs, taps, height, width, products, threads):
+    weight, bias = random(outputs, inputs, taps, taps, seed=1) / 10, random(outputs, seed=2)
+    gate = np.zeros(winograd.whole_vectors(inputs), np.float32)
     gate[:inputs] = random(inputs, seed=3)
-    source = filled(height, width, inputs, products)
-    output, added, also = (filled(height * shuffle, width * shuffle, outputs, products, seed) for seed in (4, 5, 6))
-    conv, workers = Convolution(weight, bias, shuffle, products), Workers(threads)
+    source = filled(height, width, inputs, products, taps=taps)
+    output, added, also = (filled(height, width, outputs, products, seed, taps) for seed in (4, 5, 6))
+    conv, workers = Convolution(weight, bias, products), Workers(threads)
     pixels = source.pixels[..., :inputs]
-    plain = expected(pixels, weight, bias, shuffle)
-    gated = expected(pixels * gate[:inputs], weight, bias, shuffle)
+    plain, gated = expected(pixels, weight, bias), expected(pixels * gate[:inputs], weight, bias)
 
     def check(want, **options):
         Program([Step(conv, source, output, **options)], workers).run()
@@ -116,9 +115,10 @@ def assert_close(got, want, products):
 
 def block_steps(height, width, products):
     """Two residual blocks in place and a last convolution, as a group of the network; and what they give by PyTorch."""
-    x, hidden, features = filled(height, width, 16, products), *(Map.zeros(height, width, 16, products) for _ in range(2))
+    x, method = filled(height, width, 16, products), method_of(products)
+    hidden, features = (Map.zeros(height, width, 16, method) for _ in range(2))
     weights, bias = [random(16, 16, 3, 3, seed=seed) / 15 for seed in range(5)], random(16) / 10
-    conv = [Convolution(weight, bias, 1, products) for weight in weights]
+    conv = [Convolution(weight, bias, products) for weight in weights]
     f = want = np.array(x.pixels[..., :16])
     for first, second in (weights[:2], weights[2:4]):
         f = f + expected(np.maximum(expected(f, first, bias), 0).astype(np.float32), second, bias).astype(np.float32)
@@ -153,9 +153,12 @@ def test_steps_follow_each_other_in_place_on_any_number_of_threads(processor, he
 
 
 @pytest.mark.parametrize("products", PRODUCTS)
-def test_the_result_does_not_depend_on_the_number_of_threads(products):
+def test_the_result_depends_neither_on_the_number_of_threads_nor_on_the_order_of_the_strips(products, monkeypatch):
     results = []
-    for threads in (1, 2, 5):
+    for threads, near in ((1, 2**40), (2, 2**40), (5, 2**40), (1, 0), (2, 0), (5, 0)):
+        monkeypatch.setattr(program, "NEAR", near)
+        monkeypatch.setattr(program, "PART", 3)
+        monkeypatch.setattr(program, "STRIP", 50_000)
         workers = Workers(threads)
         steps, _, _ = block_steps(61, 75, products)
         Program(steps, workers).run()
@@ -169,20 +172,40 @@ def test_the_result_does_not_depend_on_the_number_of_threads(products):
 @pytest.mark.parametrize("products", [INT16])
 def test_sums_of_rounded_products_come_close_to_32_bits_and_not_beyond(products):
     """All products of one point have the largest magnitude and the same sign."""
-    method = products.method
+    method = method_of(products)
     row = np.poly([q for q in method.finite if q != 1])[::-1]  # of B^T, for the point 1
     signs = np.where(np.append(row, np.zeros(method.side - len(row))) < 0, -1, 1)
     weight, bias = np.ones((16, 64, 3, 3), np.float32), np.zeros(16, np.float32)
     tile = method.tile
-    source, output = (Map.zeros(3 * tile, 3 * tile, n, products) for n in (64, 16))
+    source, output = (Map.zeros(3 * tile, 3 * tile, n, method) for n in (64, 16))
     source.array[tile : 2 * tile + 2, tile : 2 * tile + 2] = 1e4 * np.outer(signs, signs)[..., None]
-    conv = Convolution(weight, bias, 1, products)
+    conv = Convolution(weight, bias, products)
     largest = conv.weight.reshape(method.points, -1, 16, 2).astype(np.int64)[method.side + 1].sum((0, 2)).max()
     assert 0.99 * 2**31 < abs(largest) * winograd.LARGEST < 2**31
     Program([Step(conv, source, output)], Workers(1)).run()
     want = expected(source.pixels[..., :64], weight, bias)
     errors = output.pixels[..., :16] - want  # all channels round alike here, so they are large; a wrapped sum's are larger
     assert np.sqrt(np.mean(errors**2)) < 0.1 * np.sqrt(np.mean(want**2))
+
+
+@pytest.mark.parametrize(("rows", "columns", "threads"), [(30, 54, 2), (60, 107, 3), (7, 5, 1), (3, 2, 2)])
+def test_in_large_maps_a_thread_takes_a_part_through_several_steps_and_waits_for_nothing_that_comes_later(
+    rows, columns, threads
+):
+    def taken(far):
+        program.tickets.cache_clear()
+        return [part[:-1] for part in program.tickets(rows, columns, 6, 12, 21, threads, far)]
+
+    step, flag, first, last = (program.TICKET.index(name) for name in ("step", "flag", "first_needed", "last_needed"))
+    todo, done = [list(part) for part in taken(far=True)], set()
+    while any(todo):
+        ready = [part for part in todo if part and done.issuperset(range(part[0][first], part[0][last]))]
+        assert ready, "every thread waits"
+        done.add(ready[0].pop(0)[flag])
+    plain, parts = taken(far=False), taken(far=True)
+    assert [sorted(map(tuple, part)) for part in plain] == [sorted(map(tuple, part)) for part in parts]
+    assert all((np.diff(part[:, step]) >= 0).all() for part in plain)
+    assert rows < 30 or all((np.diff(part[:, step]) < 0).any() for part in parts)
 
 
 def test_a_thread_that_fails_leaves_nobody_waiting(monkeypatch):
@@ -223,18 +246,18 @@ def test_steps_that_would_write_beyond_their_maps_are_refused():
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
 def test_values_that_are_no_numbers_stay_visible(products, value):
-    source, output = filled(6, 6, 16, products), Map.zeros(6, 6, 16, products)
+    source, output = filled(6, 6, 16, products), Map.zeros(6, 6, 16, method_of(products))
     source.pixels[2, 2, 0] = value
-    conv = Convolution(random(16, 16, 3, 3), random(16), 1, products)
+    conv = Convolution(random(16, 16, 3, 3), random(16), products)
     Program([Step(conv, source, output)], Workers(1)).run()
     assert not np.isfinite(output.pixels[2, 2]).any()
 
 
 @pytest.mark.parametrize("products", PRODUCTS)
 def test_a_map_of_zeros_gives_the_bias(products):
-    source, output = (Map.zeros(6, 6, 16, products) for _ in range(2))
+    source, output = (Map.zeros(6, 6, 16, method_of(products)) for _ in range(2))
     bias = random(16)
-    Program([Step(Convolution(random(16, 16, 3, 3), bias, 1, products), source, output)], Workers(1)).run()
+    Program([Step(Convolution(random(16, 16, 3, 3), bias, products), source, output)], Workers(1)).run()
     np.testing.assert_array_equal(output.pixels, np.broadcast_to(bias, (6, 6, 16)))
 
 

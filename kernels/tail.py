@@ -1,0 +1,138 @@
+"""The network's end, from features to pixels, as one convolution: nothing in it is nonlinear.
+
+Upsampler, tail and mean shift are convolutions of 3 x 3 and 1 x 1 and pixel shuffles. Together they are a 5 x 5 convolution
+of the features, at every scale, that gives each of their pixels its s x s of the picture with a tenth of the products.
+Its weights are others for the outermost pixels, where the maps in between would be read beyond their edges, as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+Matrix = npt.NDArray[np.float64]
+
+TAPS = 5
+"""A pixel of the picture depends on features at most two pixels away, at every scale."""
+REACH = TAPS // 2
+
+
+class Side(Enum):
+    """Where a feature's pixel lies along one axis."""
+
+    FIRST = "first"
+    INNER = "inner"
+    LAST = "last"
+
+    def outside(self, start: int, count: int, factor: int) -> npt.NDArray[np.bool_]:
+        """Which of `count` pixels from `start` lie beyond the edge, in a map `factor` times as large; from this pixel on."""
+        at = np.arange(start, start + count)
+        return at < 0 if self is Side.FIRST else at >= factor if self is Side.LAST else np.zeros(count, bool)
+
+    def slice(self, size: int) -> slice:
+        """Where such pixels are, of `size`."""
+        return {Side.FIRST: slice(0, 1), Side.INNER: slice(1, size - 1), Side.LAST: slice(size - 1, size)}[self]
+
+
+EDGES = [place for place in product(Side, Side) if place != (Side.INNER, Side.INNER)]
+"""Rows and columns of the picture's outermost pixels."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A 3 x 3 convolution and the pixel shuffle behind it."""
+
+    weight: Matrix
+    bias: Matrix
+    shuffle: int
+
+
+class Tail:
+    """The end of a network with weights named as in `sanrt.model.san.SAN`, in float64.
+
+    From features (h, w, C) to pixels (h, w, 3 s s): channel (c s + i) s + j is colour c in row i, column j of the s x s.
+    """
+
+    def __init__(self, weights: Mapping[str, Array], channels: int) -> None:
+        exact = {name: np.asarray(weight, np.float64) for name, weight in weights.items()}
+        shift = exact["mean_out.weight"][:, :, 0, 0]
+        bias = shift @ exact["tail.bias"] + exact["mean_out.bias"]
+        self.last = Layer(np.einsum("po,ocij->pcij", shift, exact["tail.weight"]), bias, 1)
+        names = [n.removesuffix(".weight") for n in exact if n.startswith("upsampler.") and n.endswith(".weight")]
+        self.enlarging = [
+            Layer(exact[f"{n}.weight"], exact[f"{n}.bias"], round((len(exact[f"{n}.bias"]) / channels) ** 0.5))
+            for n in names
+        ]
+        self.scale = int(np.prod([layer.shuffle for layer in self.enlarging]))
+
+    def composed(self, rows: Side = Side.INNER, columns: Side = Side.INNER) -> tuple[Array, Array]:
+        """Weight (3 s s, C, 5, 5) and bias (3 s s,) for pixels at such a place.
+
+        From the picture backwards: how each of the 3 s s values depends on a window of the map before each layer.
+        """
+        scale, (colours, channels) = self.scale, self.last.weight.shape[:2]
+        pixels = np.zeros((colours, scale, scale, channels, scale + 2, scale + 2))
+        for i, j in product(range(scale), repeat=2):
+            pixels[:, i, j, :, i : i + 3, j : j + 3] = self.last.weight
+        window: Matrix = pixels.reshape(-1, *pixels.shape[3:])
+        bias, start, factor = np.repeat(self.last.bias, scale * scale), -1, scale
+        for layer in reversed(self.enlarging):
+            window[:, :, rows.outside(start, window.shape[2], factor)] = 0
+            window[:, :, :, columns.outside(start, window.shape[3], factor)] = 0
+            window, start = gathered(window, start, layer.shuffle)
+            bias = bias + np.einsum("kohw,o->k", window, layer.bias)
+            window, start, factor = transposed(window, layer.weight), start - 1, factor // layer.shuffle
+        assert start == -REACH
+        assert window.shape[2] == TAPS
+        return window.astype(np.float32), bias.astype(np.float32)
+
+
+def gathered(window: Matrix, start: int, shuffle: int) -> tuple[Matrix, int]:
+    """From pixels back to the channels that a pixel shuffle made them of; where the window starts among theirs."""
+    before, end = start % shuffle, start + window.shape[2]
+    window = np.pad(window, [(0, 0), (0, 0), *[(before, -end % shuffle)] * 2])
+    values, channels, side = window.shape[:3]
+    blocks = window.reshape(values, channels, side // shuffle, shuffle, side // shuffle, shuffle).transpose(0, 1, 3, 5, 2, 4)
+    return blocks.reshape(values, channels * shuffle**2, *blocks.shape[4:]), start // shuffle
+
+
+def transposed(window: Matrix, weight: Matrix) -> Matrix:
+    """From a 3 x 3 convolution's results back to its inputs; the window grows by one pixel on every side."""
+    values, outputs, side = window.shape[:3]
+    flat = window.transpose(0, 2, 3, 1).reshape(-1, outputs)
+    made = np.zeros((values, weight.shape[1], side + 2, side + 2))
+    for i, j in product(range(3), repeat=2):
+        part = (flat @ weight[:, :, i, j]).reshape(values, side, side, -1).transpose(0, 3, 1, 2)
+        made[:, :, i : i + side, j : j + side] += part
+    return made
+
+
+class Edge:
+    """The pixels of one of EDGES, by plain matrix products."""
+
+    def __init__(self, tail: Tail, rows: Side, columns: Side) -> None:
+        weight, self.bias = tail.composed(rows, columns)
+        self.rows, self.columns = rows, columns
+        self.channels = weight.shape[1]
+        self.weight = np.ascontiguousarray(weight.transpose(2, 3, 1, 0)).reshape(-1, len(weight))
+
+    def compute(self, padded: Array, out: Array) -> None:
+        """Those of features with REACH zeros around them, (h + 4, w + 4, channels at least C), into out (h, w, 3 s s)."""
+        height, width = out.shape[:2]
+        rows, columns = self.rows.slice(height), self.columns.slice(width)
+        part = padded[rows.start : rows.stop + 2 * REACH, columns.start : columns.stop + 2 * REACH, : self.channels]
+        windows = np.lib.stride_tricks.sliding_window_view(part, (TAPS, TAPS), axis=(0, 1)).transpose(0, 1, 3, 4, 2)
+        count = windows.shape[0] * windows.shape[1]
+        done = windows.reshape(count, -1) @ self.weight + self.bias
+        out[rows, columns] = done.reshape(*windows.shape[:2], -1)
+
+
+def edges(tail: Tail) -> Iterator[Edge]:
+    """All of a picture's outermost pixels."""
+    return (Edge(tail, rows, columns) for rows, columns in EDGES)
