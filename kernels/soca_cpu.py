@@ -49,7 +49,10 @@ class Gate:
 
 
 def moments_rows(strips: int, channels: int) -> Array:
-    """Room for moments: (strips, 2 + C, C), for each strip the number of pixels, the mean, and the centred scatter."""
+    """Room for moments: (strips, 2 + C, C), for each strip the number of pixels, the mean, and the centred scatter.
+
+    Of that, which is symmetric, only what is on the diagonal and to the right of it is used.
+    """
     return aligned((strips, 2 + channels, channels))
 
 
@@ -95,6 +98,8 @@ def write_covariance(module: Module) -> ir.Function:
                 code.write(code.fadd(code.read(code.at(line, b)), added), code.at(line, b))
         with code.loop(code.mul(channels, channels), code.lanes) as (i, _):
             code.write(code.fdiv(code.read(code.at(out, i)), pixels), code.at(out, i))
+        with code.loop(channels) as (a, _), code.loop(a) as (b, _):
+            code.store(code.load(code.at(out, a, code.mul(b, channels))), code.at(out, b, code.mul(a, channels)))
     return function
 
 
@@ -207,16 +212,37 @@ def write_moments(module: Module, vectors: int, tile_side: int) -> ir.Function:
             with code.loop(pixels) as (n, _):
                 at = code.at(held, channel, code.mul(n, channels))
                 code.write(code.fsub(code.read(at), mean), at)
-        with code.loop(channels, ROWS) as (a, _), code.loop(channels, vectors * code.lanes) as (b, _):
-            with code.loop(pixels, carried=[code.constant(0)] * (ROWS * vectors)) as (n, sums):
-                pixel = code.at(held, code.mul(n, channels))
-                right = [code.read(code.at(pixel, b, code.index(v * code.lanes))) for v in range(vectors)]
-                for i in range(ROWS):
-                    left = code.spread(code.load(code.at(pixel, a, code.index(i))))
-                    for v in range(vectors):
-                        sums[i * vectors + v] = code.multiply_add(left, right[v], sums[i * vectors + v])
-            for i in range(ROWS):
-                for v in range(vectors):
-                    at = code.at(scatter, b, code.mul(code.add(a, code.index(i)), channels), code.index(v * code.lanes))
-                    code.write(sums[i * vectors + v], at)
+        with code.loop(channels, vectors * code.lanes) as (b, _):
+            with code.loop(b, ROWS) as (a, _):
+                write_scatter(code, held, scatter, channels, pixels, a, b, ROWS, vectors)
+            for v in range(vectors):  # on the diagonal: what is to the left of it is known from above
+                rows = max(n for n in (1, 2, 4, 8, 16) if n <= code.lanes and n * (vectors - v) <= ROWS * vectors)
+                first = code.add(b, code.index(v * code.lanes))
+                with code.loop(code.index(code.lanes), rows) as (a, _):
+                    write_scatter(code, held, scatter, channels, pixels, code.add(first, a), first, rows, vectors - v)
     return function
+
+
+def write_scatter(
+    code: Code,
+    held: ir.Value,
+    scatter: ir.Value,
+    channels: ir.Value,
+    pixels: ir.Value,
+    a: ir.Value,
+    b: ir.Value,
+    rows: int,
+    vectors: int,
+) -> None:
+    """Products of channels a, a + 1, ... and the vectors of channels from b on, added up over the pixels."""
+    with code.loop(pixels, carried=[code.constant(0)] * (rows * vectors)) as (n, sums):
+        pixel = code.at(held, code.mul(n, channels))
+        right = [code.read(code.at(pixel, b, code.index(v * code.lanes))) for v in range(vectors)]
+        for i in range(rows):
+            left = code.spread(code.load(code.at(pixel, a, code.index(i))))
+            for v in range(vectors):
+                sums[i * vectors + v] = code.multiply_add(left, right[v], sums[i * vectors + v])
+    for i in range(rows):
+        for v in range(vectors):
+            at = code.at(scatter, b, code.mul(code.add(a, code.index(i)), channels), code.index(v * code.lanes))
+            code.write(sums[i * vectors + v], at)

@@ -388,20 +388,19 @@ def write_fetch(module: Module, vectors: int, tile_side: int) -> ir.Function:
         columns, first, next_first, point, tile, channel = function.args[7:]
         i, j = code.sdiv(point, code.index(tile_side)), code.srem(point, code.index(tile_side))
 
-        def ask(array: ir.Value, first: ir.Value, row: ir.Value, pixel: ir.Value, border: int, *, write: bool) -> None:
-            there = code.and_(code.not_(code.is_null(array)), code.icmp_signed("<", i, code.index(tile_side)))
+        def ask(array: ir.Value, first: ir.Value, row: ir.Value, pixel: ir.Value, lines: int, *, write: bool) -> None:
+            there = code.and_(code.not_(code.is_null(array)), code.icmp_signed("<", i, code.index(lines)))
             with code.if_then(there):
                 y, x = tile_corner(code, code.add(first, tile), columns, tile_side)
-                y, x = code.total(y, i, code.index(border)), code.add(x, j)
-                corner = code.at(array, channel, code.mul(y, row), code.mul(x, pixel))
+                corner = code.at(array, channel, code.mul(code.add(y, i), row), code.mul(code.add(x, j), pixel))
                 for r in range(rows):  # those to the right; beyond the edge, something that is not needed
                     for v in range(vectors):
                         at = code.at(corner, code.mul(pixel, code.index(r * tile_side)), code.index(v * code.lanes))
                         code.prefetch(at, write=write)
 
-        ask(output, first, row, pixel, 0, write=True)
-        ask(added, first, row, pixel, 0, write=False)
-        ask(source, next_first, source_row, source_pixel, 1, write=False)
+        ask(output, first, row, pixel, tile_side, write=True)
+        ask(added, first, row, pixel, tile_side, write=False)
+        ask(source, next_first, source_row, source_pixel, tile_side + 2, write=False)
     return function
 
 

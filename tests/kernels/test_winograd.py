@@ -143,7 +143,8 @@ def test_steps_follow_each_other_in_place_on_any_number_of_threads(processor, he
     workers.close()
     assert_close(steps[-1].output.pixels[..., :16], want, products)
     moments = steps[3].moments
-    counts, means, scatter = moments[:, 0, 0], moments[:, 1, :16], moments[:, 2:18, :16].sum(0, dtype=np.float64)
+    counts, means, scatter = moments[:, 0, 0], moments[:, 1, :16], np.triu(moments[:, 2:18, :16].sum(0, dtype=np.float64))
+    scatter += np.triu(scatter, 1).T
     rows = features.reshape(-1, 16)
     assert counts.sum() == len(rows)
     mean = counts @ means / len(rows)
@@ -271,7 +272,7 @@ def test_the_gate_is_that_of_the_reference(processor, channels, reduction, itera
     moments, parts = moments_rows(3, padded), np.split(x[0].reshape(channels, -1).numpy(), [70, 500], axis=1)
     for row, part in zip(moments, parts, strict=True):
         row[0], row[1, :channels] = part.shape[1], part.mean(1)
-        row[2 : 2 + channels, :channels] = np.cov(part, bias=True) * part.shape[1]
+        row[2 : 2 + channels, :channels] = np.triu(np.cov(part, bias=True) * part.shape[1])
 
     def pad(values):
         values = values.detach().numpy()
