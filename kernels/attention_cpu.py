@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +9,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
+from numpy.polynomial import Chebyshev, Polynomial
 
 from sanrt.kernels.llvm import Code, Module, this_processor
 from sanrt.kernels.threads import Workers
@@ -26,9 +26,9 @@ LOWEST = -3e38
 """Below every score that is a number."""
 LEAST_EXPONENT = -125.0
 """2 to the power of less is hardly a normal float32; it counts as this, also where there is no key."""
-DEGREE = 6
-"""Of the series of 2^x, exact to float32 within half of 0."""
-SERIES = [math.log(2) ** n / math.factorial(n) for n in range(DEGREE + 1)]
+DEGREE = 5
+"""Of the polynomial for 2^x, 0 <= x < 1: its error is that of float32's own rounding."""
+SERIES = Chebyshev.interpolate(np.exp2, DEGREE, domain=[0, 1]).convert(kind=Polynomial).coef.tolist()
 
 
 def attention(workers: Workers, query: Array, key: Array, value: Array) -> Array:
@@ -36,7 +36,7 @@ def attention(workers: Workers, query: Array, key: Array, value: Array) -> Array
     n, channels = query.shape
     groups = -(-n // TOGETHER)
     padded = np.zeros((groups * TOGETHER, channels), np.float32)
-    padded[:n] = query * np.float32(1 / math.log(2))
+    padded[:n] = query * np.float32(1 / np.log(2))
     lanes = this_processor().lanes
     keys = np.zeros((channels, -(-len(key) // lanes) * lanes), np.float32)
     values, hidden = np.zeros_like(keys), np.zeros(keys.shape[1], np.float32)
@@ -195,11 +195,10 @@ def join_lanes(scratch: Scratch, group: ir.Value, out: ir.Value) -> None:
 
 
 def power_of_two(code: Code, x: ir.Value) -> ir.Value:
-    """2^x of x <= 0: 2^n times a short series of what is left."""
-    x = code.largest(x, code.constant(LEAST_EXPONENT))
-    n = code.call(code.intrinsic("rint", 1), [x])
-    rest = code.fsub(x, n)
-    *others, last = map(code.constant, SERIES)
+    """2^x of x <= 0: a short polynomial of x - floor(x), times 2^floor(x)."""
+    if not code.processor.exponents:
+        x = code.largest(x, code.constant(LEAST_EXPONENT))
+    rest, (*others, last) = code.fraction(x), map(code.constant, SERIES)
     for factor in reversed(others):
         last = code.multiply_add(last, rest, factor)
-    return code.fmul(last, code.power_of_two(n))
+    return code.scaled_by_power_of_two(last, x)

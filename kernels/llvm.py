@@ -25,6 +25,8 @@ PAIRS_FEATURE = {16: "avx512bw", 8: "avx2", 4: "sse2"}
 """By lanes of float32."""
 NEAREST, DATA = 3, 1
 """Of llvm.prefetch: into the first cache, of data."""
+DOWN, AS_USUAL = 1, 4
+"""Modes of rounding of AVX-512's intrinsics."""
 LINE = 64
 """Bytes of a line of the cache."""
 DIGEST = hashlib.sha256().digest_size
@@ -52,6 +54,8 @@ class Processor:
     """Vector registers."""
     pairs: str = ""
     """The intrinsic that multiplies 16-bit integers and adds neighbouring products; empty where there is none."""
+    exponents: bool = False
+    """Whether one instruction takes the fraction of a float32, and one scales by a power of two (AVX-512DQ)."""
 
 
 @cache
@@ -61,7 +65,8 @@ def this_processor() -> Processor:
     lanes = 16 if found.get("avx512f") else 8 if found.get("avx2") and found.get("fma") else 4
     registers = 32 if lanes == 16 or found.get("neon") else 16
     pairs = PAIRS[lanes] if binding.get_default_triple().startswith("x86_64") and found.get(PAIRS_FEATURE[lanes]) else ""
-    return Processor(binding.get_host_cpu_name(), found.flatten(), lanes, registers, pairs)
+    exponents = lanes == 16 and bool(found.get("avx512dq"))
+    return Processor(binding.get_host_cpu_name(), found.flatten(), lanes, registers, pairs, exponents)
 
 
 class Code(ir.IRBuilder):  # type: ignore[misc]
@@ -173,10 +178,27 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
         """The larger of two, lane by lane; a where either is NaN, so that NaN in a stays visible."""
         return self.select(self.fcmp_ordered("<", a, b), b, a)
 
-    def power_of_two(self, whole: ir.Value) -> ir.Value:
-        """2^n of whole numbers from -126 to 127, by float32's exponent bits."""
-        exponent = self.add(self.fptosi(whole, self.integers), ir.Constant(self.integers, [127] * self.lanes))
-        return self.bitcast(self.shl(exponent, ir.Constant(self.integers, [23] * self.lanes)), self.vector)
+    def fraction(self, value: ir.Value) -> ir.Value:
+        """x - floor(x)."""
+        if not self.processor.exponents:
+            return self.fsub(value, self.call(self.intrinsic("floor", 1), [value]))
+        mode, *masked = ir.Constant(WORD, DOWN), *self.unmasked()
+        name, operands = "llvm.x86.avx512.mask.reduce.ps.512", [self.vector, WORD, self.vector, SHORT, WORD]
+        return self.call(self.declared(name, self.vector, operands), [value, mode, *masked])
+
+    def scaled_by_power_of_two(self, value: ir.Value, exponent: ir.Value) -> ir.Value:
+        """value * 2^floor(exponent); without the processor's own instruction only for exponents from -126 to 127."""
+        if self.processor.exponents:
+            name, operands = "llvm.x86.avx512.mask.scalef.ps.512", [self.vector, self.vector, self.vector, SHORT, WORD]
+            return self.call(self.declared(name, self.vector, operands), [value, exponent, *self.unmasked()])
+        whole = self.fptosi(self.call(self.intrinsic("floor", 1), [exponent]), self.integers)
+        biased = self.add(whole, ir.Constant(self.integers, [127] * self.lanes))
+        power = self.shl(biased, ir.Constant(self.integers, [23] * self.lanes))
+        return self.fmul(value, self.bitcast(power, self.vector))
+
+    def unmasked(self) -> list[ir.Value]:
+        """What the intrinsics of AVX-512 want besides: every lane, and rounding as usual."""
+        return [ir.Constant(self.vector, ir.Undefined), ir.Constant(SHORT, -1), ir.Constant(WORD, AS_USUAL)]
 
     def intrinsic(self, name: str, operands: int) -> ir.Function:
         """An LLVM intrinsic of vectors, such as llvm.fma.v16f32."""
