@@ -17,13 +17,15 @@ from sanrt.model.spec import Precision
 from sanrt.runtime import machine
 from sanrt.runtime.backends import BACKENDS, RunOptions, load_backend, status
 from sanrt.runtime.memory import free_host_memory
-from sanrt.runtime.ways import PAPER_REGIONS
+from sanrt.runtime.ways import PAPER_REGIONS, choose_regions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Array = npt.NDArray[np.float32]
 
+AUTO = "auto"
+"""The row that the others are compared with."""
 STEADY, STEADY_RUNS, MOST_WARM_UPS = 1.1, 3, 20
 """Warm-up ends when the last STEADY_RUNS times lie within this ratio, or after this many."""
 CENTRING_COPIES = 3
@@ -105,10 +107,17 @@ def steady(times: list[float]) -> bool:
 
 
 def open_backend(name: str, precision: Precision | None, model: Path, threads: int | None) -> Running:
-    """One of sanrt's backends, as `sanrt run` uses it."""
+    """One of sanrt's backends; `auto` as `sanrt run` uses it, with regions by the picture's size, the others with k = 2."""
     backend = load_backend(name, model, RunOptions(threads=threads, precision=precision))
-    on_gpu = backend.memory is not None
-    return Running(backend.infer, backend.spec.precision, f"{backend.name} on {backend.device}", on_gpu)
+    infer, chosen = backend.infer, backend.infer_with_regions if name == AUTO else None
+    if chosen:
+        infer = partial(by_size, chosen)
+    return Running(infer, backend.spec.precision, f"{backend.name} on {backend.device}", backend.memory is not None)
+
+
+def by_size(infer: Callable[[Array, int], Array], x: Array) -> Array:
+    """With the regions that `sanrt run` chooses."""
+    return infer(x, choose_regions(*x.shape[2:]))
 
 
 def open_torch(variant: str, device: str, model: Path, threads: int | None) -> Running:
@@ -205,7 +214,7 @@ SLOW_TO_START = ("torch-compile", "gpu-torch-compile")
 
 def chosen(names: list[str], precisions: list[Precision]) -> list[Contender]:
     """The named contenders in each precision, or everything that is installed; raises UsageError for an unknown name."""
-    known = ("auto", *BACKENDS, *BASELINES)
+    known = (AUTO, *BACKENDS, *BASELINES)
     if unknown := set(names) - set(known):
         raise UsageError(f"unknown backend {min(unknown)!r}; expected {', '.join(known)}")
     names = list(dict.fromkeys(names)) or [name for name in known if runs_here(name)]
@@ -234,7 +243,7 @@ def runs_here(name: str) -> bool:
         return status(name).usable
     if name in BASELINES and BASELINES[name].needs_gpu:
         return name not in SLOW_TO_START and events_usable()
-    return name == "auto" or (name not in SLOW_TO_START and status(name.split("-")[0]).usable)
+    return name == AUTO or (name not in SLOW_TO_START and status(name.split("-")[0]).usable)
 
 
 def require_memory(contender: Contender, size: Size) -> None:

@@ -22,7 +22,7 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
-from benchmarks.contenders import Array, Contender, LeftOut, Session, chosen, open_backend, require_memory
+from benchmarks.contenders import AUTO, Array, Contender, LeftOut, Session, chosen, open_backend, require_memory
 from benchmarks.measure import (
     Interval,
     Limits,
@@ -46,8 +46,8 @@ SIZES = ("160x90", "320x180")
 LEAST_RUNS, MOST_RUNS = 3, 200
 REST = 0.05
 """Seconds between runs: the threads of the one before stop spinning."""
-AUTO, GPU = "auto", "gpu "
-"""The row that the others are compared with; before a GPU's limits."""
+GPU = "gpu "
+"""Before a GPU's limits."""
 LIKE = {Precision.INT16: Precision.BF16}
 """PyTorch multiplies no matrices of 16-bit integers: their limit is that of the other 16-bit type."""
 

@@ -21,7 +21,7 @@ from sanrt.runtime.derived import FOLDER, file_digest
 from sanrt.runtime.engines import SUFFIX
 from sanrt.runtime.jobs import Job
 from sanrt.runtime.pictures import open_picture, plan_output
-from sanrt.runtime.upscale import UpscaleOptions, choose_way, room_of
+from sanrt.runtime.upscale import UpscaleOptions, by_stages, choose_way, room_of
 from sanrt.runtime.ways import Tiling, Way, network_bytes, result_bytes
 
 SIDES = (64, 192)
@@ -125,7 +125,7 @@ def estimate(backend: Backend, speeds: Mapping[str, Speed], height: int, width: 
     """What one picture takes on one backend."""
     arch, way = backend.spec.architecture, choose_way(backend, height, width, options)
     speed = speeds[backend.name]
-    if way.tiling is Tiling.EXACT or way.regions != backend.spec.regions:
+    if by_stages(way, backend):
         speed = speeds.get(backend.name + BY_STAGES, speed)
     maps = 3 * 4 * arch.channels * height * width if way.tiling is Tiling.EXACT else 0
     tile = min(height, way.tile) * min(width, way.tile) * network_bytes(arch)

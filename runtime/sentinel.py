@@ -22,51 +22,61 @@ log = logging.getLogger(__name__)
 class Sentinel:
     """A backend whose results are finite, or an error: what is not is computed again by another one in fp32."""
 
-    def __init__(self, backend: Backend, exact: Callable[[], Backend]) -> None:
-        """`exact` loads the fp32 backend, when it is first needed."""
+    def __init__(self, backend: Backend, exact: Callable[[int], Backend]) -> None:
+        """`exact` loads the fp32 backend for k x k regions, when it is first needed."""
         self.backend, self.load_exact = backend, exact
+        self.loaded: dict[int, Backend] = {}
         self.name, self.device, self.spec, self.streams = backend.name, backend.device, backend.spec, backend.streams
         self.memory, self.limits, self.engine_digest = backend.memory, backend.limits, backend.engine_digest
 
-    @cached_property
-    def exact(self) -> Backend:
-        """The fp32 backend; raises BackendError where this one is in fp32 already."""
+    def exact(self, regions: int) -> Backend:
+        """The fp32 backend for k x k regions; raises BackendError where this one is in fp32 already."""
         if self.spec.precision == Precision.FP32:
             raise BackendError(f"backend {self.name} gave NaN or infinity in fp32; the weights or the picture are unsound")
-        return self.load_exact()
+        if regions not in self.loaded:
+            self.loaded[regions] = self.load_exact(regions)
+        return self.loaded[regions]
 
     def infer(self, pictures: Array) -> Array:
-        output = self.backend.infer(pictures)
+        return self.watched(self.backend.infer(pictures), pictures, self.spec.regions)
+
+    @property
+    def infer_with_regions(self) -> Callable[[Array, int], Array] | None:
+        infer = self.backend.infer_with_regions
+        return infer and (lambda pictures, regions: self.watched(infer(pictures, regions), pictures, regions))
+
+    def watched(self, output: Array, pictures: Array, regions: int) -> Array:
+        """The output where it is finite, or the fp32 backend's."""
         if np.isfinite(output).all():
             return output
-        self.tell(pictures)
-        return self.checked(self.exact.infer(pictures))
+        exact = self.exact(regions)
+        self.tell(pictures, exact)
+        return checked(exact, exact.infer(pictures))
 
     def stages(self) -> Stages:
         return SentinelStages(self)
 
-    def tell(self, given: Array) -> None:
+    def tell(self, given: Array, exact: Backend) -> None:
         """Log what is computed again, and by what."""
-        size = f"{given.shape[-1]} x {given.shape[-2]}"
-        precision, exact = self.spec.precision, self.exact
+        size, precision = f"{given.shape[-1]} x {given.shape[-2]}", self.spec.precision
         log.warning("%s: a %s tile overflowed in %s; computing it in fp32 on %s", self.name, size, precision, exact.name)
 
-    def checked(self, output: Array) -> Array:
-        """The fp32 result; raises BackendError when that is not finite either."""
-        if not np.isfinite(output).all():
-            raise BackendError(f"backend {self.exact.name} gave NaN or infinity in fp32 too; the weights are unsound")
-        return output
-
     def close(self) -> None:
-        self.backend.close()
-        if "exact" in self.__dict__:
-            self.exact.close()
+        for backend in (self.backend, *self.loaded.values()):
+            backend.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def checked(exact: Backend, output: Array) -> Array:
+    """The fp32 result; raises BackendError when that is not finite either."""
+    if not np.isfinite(output).all():
+        raise BackendError(f"backend {exact.name} gave NaN or infinity in fp32 too; the weights are unsound")
+    return output
 
 
 class SentinelStages:
@@ -77,17 +87,19 @@ class SentinelStages:
         self.maps = self.stages.maps
 
     @cached_property
-    def exact(self) -> Stages:
-        """The fp32 backend's stages."""
-        return self.owner.exact.stages()
+    def exact(self) -> tuple[Backend, Stages]:
+        """The fp32 backend and its stages, which are the same for all regions."""
+        exact = self.owner.exact(self.owner.spec.regions)
+        return exact, exact.stages()
 
     def run(self, stage: str, *inputs: Any) -> list[Any]:
         outputs = self.stages.run(stage, *inputs)
         if all(map(self.finite, outputs)):
             return outputs
         given = [array if isinstance(array, np.ndarray) else self.on_device.fetch(array) for array in inputs]
-        self.owner.tell(given[0])
-        return [self.owner.checked(output) for output in self.exact.run(stage, *given)]
+        backend, stages = self.exact
+        self.owner.tell(given[0], backend)
+        return [checked(backend, output) for output in stages.run(stage, *given)]
 
     def finite(self, output: Any) -> bool:
         """Whether an array, or a map on a GPU, is finite everywhere."""
@@ -103,10 +115,10 @@ class SentinelStages:
 def watched(backend: Backend, model: Path, options: RunOptions) -> Sentinel:
     """The backend of a model (ONNX, engine or checkpoint) with fp32 on the CPU behind it."""
 
-    def exact() -> Backend:
+    def exact(regions: int) -> Backend:
         onnx = read_engine(model).model_path if model.suffix == SUFFIX else model
         name = "onnxruntime" if onnx.suffix == ".onnx" and status("onnxruntime").usable else "torch"
-        threads = RunOptions(threads=options.threads, precision=Precision.FP32, regions=backend.spec.regions)
+        threads = RunOptions(threads=options.threads, precision=Precision.FP32, regions=regions)
         return load_backend(name, onnx, threads)
 
     return Sentinel(backend, exact)

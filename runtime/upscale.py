@@ -130,7 +130,7 @@ def takes_whole(backend: Backend, height: int, width: int, options: UpscaleOptio
 def within_limits(way: Way, backend: Backend, height: int, width: int, options: UpscaleOptions) -> Way:
     """The way with tiles that the backend takes; raises BackendError for a picture and UsageError for tiles too large."""
     limits = backend.limits
-    streams = way.tiling is Tiling.EXACT or way.regions != backend.spec.regions
+    streams = by_stages(way, backend)
     if way.tiling is Tiling.WHOLE and not streams and not takes_whole(backend, height, width, options):
         raise BackendError(
             f"{backend.name}: {width} x {height} pixels as a whole, its engine takes {limits}; "
@@ -150,6 +150,12 @@ def within_limits(way: Way, backend: Backend, height: int, width: int, options: 
             f"tiles of {options.tile} pixels: the engines take {most}; use --tile {most}, or rebuild with --max"
         )
     return replace(way, tile=most)
+
+
+def by_stages(way: Way, backend: Backend) -> bool:
+    """Whether a picture goes through the backend's stages: in exact tiles, or for regions that its `infer` does not have."""
+    other = way.regions != backend.spec.regions and not backend.infer_with_regions
+    return way.tiling is Tiling.EXACT or other
 
 
 def room_of(backend: Backend, options: UpscaleOptions) -> Room:
@@ -231,10 +237,12 @@ def infer_by(backend: Backend, way: Way, options: UpscaleOptions, x: Array) -> A
     """One picture (1, 3, H, W) the given way."""
     spec = backend.spec
     if way.tiling is Tiling.OVERLAP:
-        tiles: Infer = partial(infer_padded, backend)
+        tiles: Infer = partial(infer_padded, backend, backend.infer)
         return infer_tiled(tiles, x, spec.architecture.scale, way.tile, options.overlap_of(way.tile))
     if way.tiling is Tiling.WHOLE and way.regions == spec.regions:
-        return infer_padded(backend, x)
+        return infer_padded(backend, backend.infer, x)
+    if way.tiling is Tiling.WHOLE and (infer := backend.infer_with_regions):
+        return infer_padded(backend, lambda pictures: infer(pictures, way.regions), x)
     return stream_array(backend, way, options, x)
 
 
@@ -324,11 +332,11 @@ def network_output(y: Array, like: Picture, value_range: float) -> Picture:
     return np.ascontiguousarray(y.astype(like.dtype).transpose(1, 2, 0))
 
 
-def infer_padded(backend: Backend, x: Array) -> Array:
+def infer_padded(backend: Backend, infer: Infer, x: Array) -> Array:
     """Run a picture of any size, padded to what the graph takes, and crop the result; BackendError if it is not finite."""
     spec = backend.spec
     height, width = (spec.architecture.scale * side for side in x.shape[2:])
-    y = backend.infer(pad(x, spec.min_side, spec.multiple))[..., :height, :width]
+    y = infer(pad(x, spec.min_side, spec.multiple))[..., :height, :width]
     if not np.isfinite(y).all():
         raise BackendError(f"backend {backend.name} gave values that are not finite ({spec.precision}); try fp32")
     return y

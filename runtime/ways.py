@@ -12,7 +12,7 @@ from sanrt.model.spec import Architecture
 PAPER_REGIONS = 2
 """k of the paper and of the official checkpoints."""
 
-AFFORDABLE = 2**18
+AFFORDABLE = 2**17
 """Pixels of the largest picture that `--regions auto` gives the paper's regions: their cost grows with the square."""
 
 MAX_REGION = 2**14

@@ -127,19 +127,19 @@ class Network:
 
     # --- the whole picture ------------------------------------------------------------------------------------------
 
-    def upscale(self, picture: Array) -> Array:
-        """(1, 3, H, W) float32 -> (1, 3, sH, sW), not clipped."""
+    def upscale(self, picture: Array, regions: int) -> Array:
+        """(1, 3, H, W) float32 -> (1, 3, sH, sW), not clipped; with regions x regions of attention."""
         height, width = picture.shape[2:]
         with TURN, self.one_thread():
             trunk = self.held = self.held if self.held and self.held.fits(height, width) else self.trunk(height, width)
             self.first(picture, trunk.first)
-            self.region_attention(trunk.first, trunk.shared)
+            self.region_attention(trunk.first, trunk.shared, regions)
             self.by_rows(len(trunk.x.array), partial(self.begin, trunk))
             for group, steps in enumerate(trunk.programs):
                 steps.run()
                 if group < self.arch.groups:
                     self.gates[group](trunk.moments, trunk.gates[group])
-            self.region_attention(trunk.x, trunk.features)
+            self.region_attention(trunk.x, trunk.features, regions)
             x, first = trunk.features.array, trunk.first.array
             self.by_rows(len(x), lambda rows: np.add(x[rows], first[rows], out=x[rows]))
             return self.pixels(trunk.features, Box(0, 0, height, width))
@@ -172,12 +172,12 @@ class Network:
         shifted.pixels[..., :3] = channels_last(picture) @ weight[:, :, 0, 0].T + bias
         self.run(Step(self.head, shifted, out))
 
-    def region_attention(self, x: Map, out: Map) -> None:
+    def region_attention(self, x: Map, out: Map, regions: int) -> None:
         """Every region attending to itself."""
         pixels = x.pixels[..., : self.arch.channels]
         query, key, value = self.projected(pixels)
         y = np.empty_like(query, order="C")
-        for box in Box(0, 0, x.height, x.width).grid(self.spec.regions, self.spec.regions):
+        for box in Box(0, 0, x.height, x.width).grid(regions, regions):
             cell = np.s_[box.top : box.bottom, box.left : box.right]
             y[cell] = self.attended(query[cell], pooled(key[cell]), pooled(value[cell]))
         self.restored(y, pixels, out.pixels[..., : self.arch.channels])

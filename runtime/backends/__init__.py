@@ -75,6 +75,11 @@ class Backend(Protocol):
         """
         ...
 
+    @property
+    def infer_with_regions(self) -> Callable[[Array, int], Array] | None:
+        """As `infer`, for k x k attention regions; None where the model was loaded for its spec's alone."""
+        ...
+
     def stages(self) -> Stages:
         """The network stage by stage, for exact streaming; raises BackendError where the backend has none."""
         ...

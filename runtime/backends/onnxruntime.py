@@ -42,6 +42,7 @@ class OnnxRuntimeBackend:
     streams = True
     memory = None
     engine_digest = None
+    infer_with_regions = None
     limits = Limits()
     device = "CPU"
 

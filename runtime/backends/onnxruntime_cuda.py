@@ -49,7 +49,7 @@ class OnnxRuntimeCudaBackend:
 
     name = NAME
     engine_digest = None
-    streams = True
+    infer_with_regions = None
     limits = Limits()
 
     def __init__(self, model: Path, options: RunOptions) -> None:
@@ -58,6 +58,7 @@ class OnnxRuntimeCudaBackend:
         variant = GraphOptions(precision=precision, attention=Attention.MULTI_HEAD, regions=options.regions)
         graph = derived_model(model, variant)
         self.model, self.options = model, options
+        self.streams = precision is Precision.FP32
         self.device = device_name(options.device)
         self.memory = machine.free_gpu_memory(options.device)
         self.session = open_cuda_session(graph, options)
@@ -91,7 +92,7 @@ class OnnxRuntimeCudaBackend:
 
     def stages(self) -> Stages:
         """As every backend's; feature maps live on the host, so every stage copies its tile to the GPU and back."""
-        if self.options.precision not in (None, Precision.FP32):
+        if not self.streams:
             raise BackendError(f"{NAME} streams in fp32 only, {self.options.precision} was asked for; use --precision fp32")
         return OnnxRuntimeStages(self.model, self.options, GraphOptions(attention=Attention.MULTI_HEAD), open_cuda_session)
 

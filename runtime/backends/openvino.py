@@ -66,6 +66,7 @@ class OpenVinoBackend:
     streams = True
     memory = None
     engine_digest = None
+    infer_with_regions = None
     limits = Limits()
     device = "CPU"
 

@@ -159,6 +159,7 @@ class TensorRTBackend:
     """An engine with a few lanes: that many `infer` calls from different threads run at once."""
 
     name = NAME
+    infer_with_regions = None
 
     def __init__(self, info: EngineInfo, gpu: Device, contexts: int = CONTEXTS) -> None:
         flavor = info.identity.options.flavor

@@ -53,6 +53,10 @@ class TorchBackend:
         self.net, self.spec = network(model, options.regions)
 
     def infer(self, pictures: Array) -> Array:
+        return self.infer_with_regions(pictures, self.spec.regions)
+
+    def infer_with_regions(self, pictures: Array, regions: int) -> Array:
+        self.net.attention.regions = regions
         return call(lambda x: [self.net(x)], pictures)[0]
 
     def stages(self) -> Stages:

@@ -66,10 +66,13 @@ class TorchCudaBackend:
         self.spec = replace(spec, precision=precision)
 
     def infer(self, pictures: Array) -> Array:
+        return self.infer_with_regions(pictures, self.spec.regions)
+
+    def infer_with_regions(self, pictures: Array, regions: int) -> Array:
         import torch
 
         with told(self.device):
-            output: Array = self.net(torch.from_numpy(pictures)).cpu().numpy()
+            output: Array = self.net(torch.from_numpy(pictures), regions).cpu().numpy()
         return output
 
     def stages(self) -> Stages:
@@ -203,21 +206,23 @@ class CudaNetwork:
         if not torch.cuda.is_available():
             raise BackendError("torch: no CUDA GPU here, or a PyTorch built without CUDA; run it on the CPU")
         self.device = torch.device("cuda", device)
-        self.net: Callable[[Tensor], Tensor] = prepared(net, dtype or torch.float16, exact_as).to(self.device)
-        if compiled:
-            self.net = torch.compile(self.net, fullgraph=True, dynamic=False)
+        own = prepared(net, dtype or torch.float16, exact_as).to(self.device)
+        self.attention, self.regions = own.attention, own.attention.regions
+        self.net: Callable[[Tensor], Tensor] = torch.compile(own, fullgraph=True, dynamic=False) if compiled else own
         self.graphs = Graphs(self.captured, MOST_GRAPHS)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, regions: int | None = None) -> Tensor:
+        """regions: k of the k x k attention regions, the network's own if left out."""
         import torch
 
         with torch.inference_mode(), torch.cuda.device(self.device), without_tf32():
-            return self.graphs(x)
+            return self.graphs(x, regions or self.regions)
 
-    def captured(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function that replays the network as recorded for x's shape."""
+    def captured(self, x: Tensor, regions: int) -> Callable[[Tensor], Tensor]:
+        """A function that replays the network as recorded for x's shape and for such regions."""
         import torch
 
+        self.attention.regions = regions
         given = torch.empty(x.shape, dtype=torch.float32, device=self.device)
         given.copy_(x)
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -240,20 +245,20 @@ class CudaNetwork:
 
 
 class Graphs:
-    """One recording for each shape, made by `capture` when it is first seen; the least recently used ones are dropped."""
+    """One recording for each shape and k, made by `capture` when first seen; the least recently used ones are dropped."""
 
-    def __init__(self, capture: Callable[[Tensor], Callable[[Tensor], Tensor]], most: int) -> None:
+    def __init__(self, capture: Callable[[Tensor, int], Callable[[Tensor], Tensor]], most: int) -> None:
         self.capture, self.most = capture, most
         self.replays: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {}
 
-    def __call__(self, x: Tensor) -> Tensor:
-        shape = tuple(x.shape)
+    def __call__(self, x: Tensor, regions: int) -> Tensor:
+        shape = *x.shape, regions
         replay = self.replays.pop(shape, None)
         if replay is None:
             # Dropped before the new one is made, so that its memory can be used.
             while len(self.replays) >= self.most:
                 del self.replays[next(iter(self.replays))]
-            replay = self.capture(x)
+            replay = self.capture(x, regions)
         self.replays[shape] = replay
         return replay(x)
 

@@ -85,8 +85,11 @@ class WinogradBackend:
         return self.network if self.spec.precision == Precision.FP32 else self.computing(Precision.FP32)
 
     def infer(self, pictures: Array) -> Array:
+        return self.infer_with_regions(pictures, self.spec.regions)
+
+    def infer_with_regions(self, pictures: Array, regions: int) -> Array:
         with memory_told(self.network):
-            return np.concatenate([self.network.upscale(picture) for picture in pictures[:, None]])
+            return np.concatenate([self.network.upscale(picture, regions) for picture in pictures[:, None]])
 
     def stages(self) -> Stages:
         if self.exact is not self.network:

@@ -29,6 +29,11 @@ class Overflowing:
     def infer(self, pictures):
         return self.spoilt([self.inner.infer(pictures)], pictures)[0]
 
+    @property
+    def infer_with_regions(self):
+        infer = self.inner.infer_with_regions
+        return infer and (lambda pictures, k: self.spoilt([infer(pictures, k)], pictures)[0])
+
     def stages(self):
         stages = self.inner.stages()
 
@@ -62,14 +67,14 @@ def picture():
 def test_an_overflowed_tile_is_computed_in_fp32_and_told(backend, caplog, tiling):
     options = UpscaleOptions(tile=16, tiling=tiling, memory=2**30)
     with caplog.at_level(logging.WARNING):
-        result = upscale(Sentinel(Overflowing(backend), lambda: backend), picture(), options)
+        result = upscale(Sentinel(Overflowing(backend), lambda _: backend), picture(), options)
     np.testing.assert_array_equal(result, upscale(backend, picture(), options))
     assert "overflowed in fp16; computing it in fp32 on onnxruntime" in caplog.text
 
 
 @pytest.mark.parametrize("tiling", [Tiling.WHOLE, Tiling.EXACT])
 def test_what_is_not_finite_in_fp32_is_an_error(backend, tiling):
-    def unsound():
+    def unsound(_=2):
         return Overflowing(backend, Precision.FP32)
 
     options = UpscaleOptions(tile=16, tiling=tiling, memory=2**30)
@@ -79,8 +84,24 @@ def test_what_is_not_finite_in_fp32_is_an_error(backend, tiling):
 
 
 def test_finite_results_load_no_second_backend(backend):
-    def never():
+    def never(_):
         raise AssertionError
 
     with Sentinel(backend, never) as watched:
         np.testing.assert_array_equal(upscale(watched, picture()), upscale(backend, picture()))
+
+
+def test_other_regions_are_computed_in_fp32_with_the_same_regions(tiny_model, caplog):
+    loaded = []
+
+    def exact(regions):
+        loaded.append(load_backend("onnxruntime", tiny_model(2), RunOptions(threads=1, regions=regions)))
+        return loaded[-1]
+
+    inner, options = load_backend("torch", tiny_model(2), RunOptions()), UpscaleOptions(regions=3, tiling=Tiling.WHOLE)
+    with Sentinel(Overflowing(inner), exact) as watched:
+        for _ in range(2):
+            result = upscale(watched, picture(), options)
+        np.testing.assert_array_equal(result, upscale(loaded[0], picture(), options))
+        assert abs(result.astype(int) - upscale(inner, picture(), options)).max() <= 1
+    assert [backend.spec.regions for backend in loaded] == [3]

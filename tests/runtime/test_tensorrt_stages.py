@@ -218,7 +218,7 @@ def test_a_tile_that_overflows_on_the_gpu_is_computed_in_fp32(rig: StageRig, cap
     whole = rig.whole(Precision.FP16)
     rig.build_stages(whole)
     with load_backend("onnxruntime", rig.model, RunOptions(threads=1)) as exact, rig.open(whole) as backend:
-        watched = Sentinel(backend, lambda: exact)
+        watched = Sentinel(backend, lambda _: exact)
         plain = upscale(watched, picture(), EXACT)
         assert not caplog.records
         real = StageContext.execute_async_v3

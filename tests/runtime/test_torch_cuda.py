@@ -66,18 +66,18 @@ def test_maps_say_whether_they_are_finite(net: SAN) -> None:
         assert stages.fetch(part).dtype == np.float32
 
 
-def test_each_shape_is_captured_once_and_the_least_recent_is_dropped() -> None:
-    captured: list[tuple[int, ...]] = []
+def test_each_shape_and_k_is_captured_once_and_the_least_recent_is_dropped() -> None:
+    captured: list[tuple[int, int]] = []
 
-    def capture(x: Tensor):
-        captured.append(tuple(x.shape))
+    def capture(x: Tensor, regions: int):
+        captured.append((len(x), regions))
         return lambda y: y + len(captured)
 
     graphs = Graphs(capture, most=2)
-    a, b, c = (torch.zeros(1, 3, n, n) for n in (4, 5, 6))
-    for x in (a, b, a, c, a, b):
-        assert graphs(x).shape == x.shape
-    assert captured == [tuple(x.shape) for x in (a, b, c, b)]
+    a, b, c = (torch.zeros(n, 4) for n in (4, 5, 6))
+    for x, regions in ((a, 2), (b, 2), (a, 2), (c, 2), (a, 2), (a, 3), (a, 2)):
+        assert graphs(x, regions).shape == x.shape
+    assert captured == [(4, 2), (5, 2), (6, 2), (4, 3)]
     assert len(graphs.replays) == 2
 
 
@@ -119,6 +119,7 @@ def test_the_backend_agrees_with_the_reference_on_a_gpu(tiny_model, precision: P
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_replays_on_a_gpu_give_what_the_reference_gives(net: SAN) -> None:
     fast = CudaNetwork(net, dtype=torch.float32)
-    for size in ((24, 31), (40, 40), (24, 31)):
+    for size, regions in (((24, 31), 2), ((40, 40), 2), ((24, 31), 3), ((24, 31), 2)):
         x = 255 * torch.rand(1, 3, *size)
-        assert rms(fast(x).cpu() - net(x)) < 1e-3
+        net.attention.regions = regions
+        assert rms(fast(x, regions).cpu() - net(x)) < 1e-3
