@@ -443,7 +443,7 @@ def _saver_options(output: Output) -> dict[str, Any]:
     """
     match output.format:
         case Format.PNG:
-            return {"compression": 3, "filter": "all"}
+            return {"compression": 3, "filter": "paeth"}
         case Format.JPEG:
             # Optimised Huffman tables make libjpeg hold all coefficients, 6 bytes a pixel.
             optimised = output.width * output.height <= _OPTIMISED_PIXELS
