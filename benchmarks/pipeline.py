@@ -23,7 +23,7 @@ from benchmarks.measure import Size, environment, found_model, picture, run_comm
 from sanrt.errors import PictureError, SanrtError, UsageError
 from sanrt.runtime.backends import Array, Backend, RunOptions, load_backend
 from sanrt.runtime.jobs import Job, Naming, find_pictures
-from sanrt.runtime.pipeline import Outcome, PipelineOptions, Upscale, Written, enlarge, read, run, write
+from sanrt.runtime.pipeline import Outcome, PipelineOptions, Upscale, Written, encoders, enlarge, read, run, write
 from sanrt.runtime.upscale import Streamer, UpscaleOptions, upscale
 from sanrt.runtime.ways import Tiling
 
@@ -71,12 +71,12 @@ class Measured:
 
     @property
     def slowest(self) -> float:
-        """Seconds of the slowest of the three threads: the one that decodes, the one that computes, the one that encodes."""
-        return max(self.steps["read"], self.steps["convert"] + self.steps["infer"], self.steps["write"])
+        """Seconds of the slowest: the thread that decodes, the one that computes, those that encode together."""
+        return max(self.steps["read"], self.steps["convert"] + self.steps["infer"], self.steps["write"] / encoders())
 
     @property
     def closeness(self) -> float:
-        """Of the overlapped run to its slowest thread; 1 is as fast as it can be."""
+        """Of the overlapped run to its slowest step; 1 is as fast as it can be."""
         return self.slowest / self.overlapped
 
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from sanrt.errors import SanrtError
+from sanrt.runtime import machine
 from sanrt.runtime.jobs import Job
 from sanrt.runtime.pictures import (
     Encoding,
@@ -45,7 +46,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 WAITING = 2
-"""Upscaled pictures that wait for the encoder, at most: they are large."""
+"""Upscaled pictures that wait for an encoder, at most: they are large."""
+MOST_ENCODERS, CORES_PER_ENCODER = 4, 4
+"""A GPU outruns one encoder; on few cores the network needs them itself."""
 
 
 class Streamer(Protocol):
@@ -205,19 +208,25 @@ def run(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) -> Gene
     yield from overlapped(without_leftovers(jobs), upscale, options)
 
 
+def encoders() -> int:
+    """Threads that encode, a picture each."""
+    return max(1, min(MOST_ENCODERS, machine.cores() // CORES_PER_ENCODER))
+
+
 def overlapped(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) -> Generator[Outcome, None, None]:
-    """Every job's outcome, in order; the next picture is decoded and the last encoded while this thread runs the network."""
+    """Every job's outcome, in order; the next picture is decoded and the last ones encoded while this thread computes."""
 
     def finish(picture: Loaded | Skipped | Failed) -> Outcome:
         return then(picture, lambda picture: write(picture, options))
 
-    reader, writer = ThreadPoolExecutor(1, "sanrt-read"), ThreadPoolExecutor(1, "sanrt-write")
+    writers = encoders()
+    reader, writer = ThreadPoolExecutor(1, "sanrt-read"), ThreadPoolExecutor(writers, "sanrt-write")
     writing: deque[Future[Outcome]] = deque()
     try:
         for reading in ahead(reader, lambda job: unless_done(job, read, options), jobs):
             enlarged = then(reading.result(), lambda picture: enlarge(picture, upscale, options.streamer))
             writing.append(writer.submit(finish, enlarged))
-            while len(writing) > WAITING or (writing and writing[0].done()):
+            while len(writing) >= WAITING + writers or (writing and writing[0].done()):
                 yield writing.popleft().result()
         while writing:
             yield writing.popleft().result()

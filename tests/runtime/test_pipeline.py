@@ -112,12 +112,30 @@ def test_the_next_picture_is_read_and_the_last_written_while_the_network_runs(jo
     assert all(isinstance(outcome, Written) for outcome in pipeline.run(jobs, waiting, OPTIONS))
 
 
+def test_many_cores_encode_several_pictures_at_once_and_the_order_stays(jobs, monkeypatch):
+    monkeypatch.setattr(pipeline.machine, "cores", lambda: 3 * pipeline.CORES_PER_ENCODER)
+    together, real_write = threading.Barrier(3), pipeline.write
+
+    def meeting_write(picture, options):
+        together.wait(20)
+        return real_write(picture, options)
+
+    monkeypatch.setattr(pipeline, "write", meeting_write)
+    assert list(pipeline.run(jobs, double, OPTIONS)) == [Written(job, pixels=120) for job in jobs]
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 1), (8, 2), (16, 4), (64, 4)])
+def test_encoders_leave_most_cores_to_the_network(cores, expected, monkeypatch):
+    monkeypatch.setattr(pipeline.machine, "cores", lambda: cores)
+    assert pipeline.encoders() == expected
+
+
 def test_pictures_are_not_read_far_ahead_of_the_network(jobs, monkeypatch):
     seen, real_read = [], pipeline.read
     monkeypatch.setattr(pipeline, "read", lambda job, options: seen.append(job) or real_read(job, options))
     with closing(pipeline.run(jobs, double, OPTIONS)) as outcomes:
         next(outcomes)
-        assert len(seen) <= pipeline.WAITING + 4
+        assert len(seen) <= pipeline.WAITING + pipeline.encoders() + 3
 
 
 def test_an_interruption_leaves_whole_results_and_nothing_else(jobs):
