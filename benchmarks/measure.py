@@ -201,7 +201,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def timed_by_events(work: Callable[[], object]) -> float:
-    """Seconds between two CUDA events around one run. Never run on hardware yet."""
+    """Seconds between two CUDA events around one run."""
     import torch
 
     event: Any = torch.cuda.Event

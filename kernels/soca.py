@@ -107,7 +107,7 @@ def soca_gate(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: T
         gate = sigmoid(W_U relu(W_D z + b_D) + b_U),  z = sqrt(tr Sigma) Y 1 / C
 
     x, weights, biases and the result have one number format: float16, bfloat16 or float32. For float16, no
-    |x - shift| may exceed 65504. Compiled for every architecture and run by emulation on the CPU; never run on a GPU.
+    |x - shift| may exceed 65504. Compiled for every architecture, emulated on the CPU, and run on an H200.
     """
     import torch
 

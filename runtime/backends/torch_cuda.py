@@ -45,7 +45,7 @@ def load(model: Path, options: RunOptions) -> TorchCudaBackend:
 
 
 class TorchCudaBackend:
-    """The network on a GPU, fp16 unless another precision is asked for. Never run on hardware yet."""
+    """The network on a GPU, fp16 unless another precision is asked for."""
 
     name = NAME
     engine_digest = None
