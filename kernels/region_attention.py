@@ -94,7 +94,7 @@ def region_attention(maps: Tensor, regions: int) -> Tensor:
     a running maximum m and sum l (online softmax): m' = max(m, s), l <- l 2^(m - m') + sum 2^(s - m'), and so y; scores
     s = q . k log2(e) and sums in fp32. Products are on tensor cores, in the maps' format; each of fp32 is three of TF32.
 
-    Regions are cut at floor(i H / k), floor(i W / k). Compiled for every architecture, emulated on the CPU, and run on an H200.
+    Regions are cut at floor(i H / k), floor(i W / k). Compiled for every architecture, emulated on the CPU, run on an H200.
     """
     maps = dense(maps)
     plan = AttentionLaunch.of(maps, regions)
