@@ -17,7 +17,7 @@ from sanrt.model.spec import Precision
 from sanrt.runtime import machine
 from sanrt.runtime.backends import BACKENDS, RunOptions, load_backend, status
 from sanrt.runtime.memory import free_host_memory
-from sanrt.runtime.ways import PAPER_REGIONS, choose_regions
+from sanrt.runtime.ways import PAPER_REGIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +47,8 @@ class Running:
     on: str
     """What runs it, and where."""
     on_gpu: bool = False
+    infer_with_regions: Callable[[Array, int], Array] | None = None
+    """As of a `Backend`."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,15 @@ class Session:
         """Precision, and what runs it."""
         return self.running.precision, self.running.on
 
-    def warm_up(self, picture: Array, patience: float) -> Array:
+    def takes(self, regions: int) -> bool:
+        """Whether it runs with k x k regions."""
+        return regions == PAPER_REGIONS or self.running.infer_with_regions is not None
+
+    def warm_up(self, picture: Array, patience: float, regions: int = PAPER_REGIONS) -> Array:
         """Run a new picture until its times are steady, or for `patience` seconds; its output."""
-        self.picture = picture
+        self.picture, self.infer = picture, self.running.infer
+        if regions != PAPER_REGIONS and (other := self.running.infer_with_regions):
+            self.infer = lambda picture: other(picture, regions)
         times = [self.run()]
         while not steady(times) and sum(times) < patience:
             times.append(self.run())
@@ -86,7 +94,7 @@ class Session:
         """Seconds of one run; backends return arrays on the host, so on a GPU both copies are in it."""
 
         def infer() -> None:
-            self.output = self.running.infer(self.picture)
+            self.output = self.infer(self.picture)
 
         return self.time(infer)
 
@@ -107,17 +115,10 @@ def steady(times: list[float]) -> bool:
 
 
 def open_backend(name: str, precision: Precision | None, model: Path, threads: int | None) -> Running:
-    """One of sanrt's backends; `auto` as `sanrt run` uses it, with regions by the picture's size, the others with k = 2."""
+    """One of sanrt's backends, as `sanrt run` uses it."""
     backend = load_backend(name, model, RunOptions(threads=threads, precision=precision))
-    infer, chosen = backend.infer, backend.infer_with_regions if name == AUTO else None
-    if chosen:
-        infer = partial(by_size, chosen)
-    return Running(infer, backend.spec.precision, f"{backend.name} on {backend.device}", backend.memory is not None)
-
-
-def by_size(infer: Callable[[Array, int], Array], x: Array) -> Array:
-    """With the regions that `sanrt run` chooses."""
-    return infer(x, choose_regions(*x.shape[2:]))
+    on, on_gpu = f"{backend.name} on {backend.device}", backend.memory is not None
+    return Running(backend.infer, backend.spec.precision, on, on_gpu, backend.infer_with_regions)
 
 
 def open_torch(variant: str, device: str, model: Path, threads: int | None) -> Running:

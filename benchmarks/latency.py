@@ -41,6 +41,7 @@ from sanrt.export.metrics import psnr
 from sanrt.extras import extra
 from sanrt.model.spec import GRAPH_PRECISIONS, SCALES, Architecture, Precision
 from sanrt.runtime.models import read_spec
+from sanrt.runtime.ways import PAPER_REGIONS, choose_regions
 
 SIZES = ("160x90", "320x180")
 LEAST_RUNS, MOST_RUNS = 3, 200
@@ -50,6 +51,16 @@ GPU = "gpu "
 """Before a GPU's limits."""
 LIKE = {Precision.INT16: Precision.BF16}
 """PyTorch multiplies no matrices of 16-bit integers: their limit is that of the other 16-bit type."""
+
+
+@dataclass(frozen=True)
+class Case(Size):
+    """A size, and the k of its k x k attention regions."""
+
+    regions: int = PAPER_REGIONS
+
+    def __str__(self) -> str:
+        return super().__str__() + (f", k={self.regions}" if self.regions != PAPER_REGIONS else "")
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class Measured:
 class Row:
     """A line of the table."""
 
-    size: Size
+    size: Case
     name: str
     measured: Measured | None
     reason: str = ""
@@ -104,7 +115,7 @@ class Entrant:
         except BackendError as error:
             self.stopped = error
 
-    def enter(self, size: Size, x: Array, reference: Array, peak: float, patience: float) -> None:
+    def enter(self, size: Case, x: Array, reference: Array, peak: float, patience: float) -> None:
         """Warm up on a new picture, and compare its output with the reference, whose values run from 0 to `peak`."""
         self.times, self.stopped = [], None
         try:
@@ -112,7 +123,10 @@ class Entrant:
         except LeftOut as reason:
             self.stopped = reason
             return
-        output = self.attempt("warm_up", x, patience)
+        if not self.attempt("takes", size.regions):
+            self.stopped = self.stopped or LeftOut(f"has the paper's {PAPER_REGIONS} x {PAPER_REGIONS} regions only")
+            return
+        output = self.attempt("warm_up", x, patience, size.regions)
         if self.stopped is None and not np.isfinite(output).all():
             self.stopped = BackendError("its output has values that are not finite")
         if self.stopped is None:
@@ -141,6 +155,9 @@ def latency(
     ] = None,
     precision: Annotated[list[Precision] | None, typer.Option(help="Of sanrt's backends; repeated.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT, repeated; 160x90 and 320x180 if left out.")] = None,
+    regions: Annotated[
+        str, typer.Option(help="k of the k x k attention regions, or auto: by the picture's size, as in `sanrt run`.")
+    ] = str(PAPER_REGIONS),
     seconds: Annotated[float, typer.Option(min=0, help="Of measured runs in all.")] = 30,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if left out.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
@@ -153,7 +170,7 @@ def latency(
     if paper and model:
         raise UsageError("--paper and --model: expected one of them")
     require_writable(json_, plot)
-    sizes = sorted({Size.parse(text) for text in size or SIZES}, key=lambda each: each.pixels)
+    sizes = sorted({case(text, regions) for text in size or SIZES}, key=lambda each: each.pixels)
     contenders = chosen(backend or [], precision or [])
     old = read_report(compare) if compare else None
     before = environment(threads)
@@ -172,6 +189,16 @@ def latency(
     raise typer.Exit(int(any(row.failed for row in rows)))
 
 
+def case(size: str, regions: str) -> Case:
+    """A size of the command line with its regions; raises UsageError."""
+    parsed = Size.parse(size)
+    if regions == "auto":
+        return Case(parsed.width, parsed.height, choose_regions(parsed.height, parsed.width))
+    if not regions.isdecimal() or not 1 <= int(regions) <= min(parsed.width, parsed.height) // 2:
+        raise UsageError(f"--regions {regions}: expected auto, or a k of at least 1 whose regions have 2 x 2 pixels or more")
+    return Case(parsed.width, parsed.height, int(regions))
+
+
 def require_writable(report: Path | None, plot: Path | None) -> None:
     """Raise before anything is measured where the results could not be written afterwards."""
     for path in filter(None, (report, plot)):
@@ -186,7 +213,7 @@ def require_writable(report: Path | None, plot: Path | None) -> None:
 
 
 def race(
-    contenders: list[Contender], model: Path, arch: Architecture, sizes: list[Size], seconds: float, threads: int | None
+    contenders: list[Contender], model: Path, arch: Architecture, sizes: list[Case], seconds: float, threads: int | None
 ) -> tuple[list[Row], dict[str, float]]:
     """Every contender on every size, from the smallest, and this machine's limits."""
     rows = []
@@ -200,7 +227,7 @@ def race(
         share = seconds / len(entrants)
         for size in sizes:
             x = network_input(size, arch.value_range)
-            reference = judge.call("warm_up", x, 0.0)
+            reference = judge.call("warm_up", x, 0.0, size.regions)
             for entrant in entrants:
                 entrant.enter(size, x, reference, arch.value_range, share / 2)
             run_rounds(entrants, share)
@@ -233,7 +260,7 @@ def measure_limits(worker: Worker) -> dict[str, float]:
     return limits
 
 
-def row(entrant: Entrant, size: Size, arch: Architecture) -> Row:
+def row(entrant: Entrant, size: Case, arch: Architecture) -> Row:
     """What an entrant reached."""
     name, stopped = entrant.contender.name, entrant.stopped
     if stopped:
@@ -241,7 +268,7 @@ def row(entrant: Entrant, size: Size, arch: Architecture) -> Row:
     precision, on = entrant.worker.call("facts")
     p50, p90, p99 = intervals(entrant.times)
     closeness = None if np.isinf(entrant.psnr) else entrant.psnr
-    rate = operations(arch, size) / p50.value
+    rate = operations(arch, size, size.regions) / p50.value
     memory = entrant.worker.call("peak"), entrant.worker.call("gpu_memory")
     return Row(size, name, Measured(precision, on, p50, p90, p99, len(entrant.times), rate, None, *memory, closeness))
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import pyvips
 import typer
@@ -37,21 +38,28 @@ STEPS = {
 
 @dataclass
 class Stopwatch:
-    """A backend's `infer` with its time kept."""
+    """A backend with the time of its `infer` kept, for whatever regions."""
 
     backend: Backend
     seconds: float = field(default=0.0, init=False)
+    running: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.plain = self.backend.infer
-        self.backend.infer = self.infer  # type: ignore[method-assign]
+        backend: Any = self.backend
+        for name in ("infer", "infer_with_regions"):
+            if plain := getattr(backend, name):
+                setattr(backend, name, partial(self.timed, plain))
 
-    def infer(self, pictures: Array) -> Array:
-        started = time.perf_counter()
+    def timed(self, infer: Callable[..., Array], *arguments: Any) -> Array:
+        """What `infer` returns; calls within calls count once."""
+        if self.running:
+            return infer(*arguments)
+        started, self.running = time.perf_counter(), True
         try:
-            return self.plain(pictures)
+            return infer(*arguments)
         finally:
             self.seconds += time.perf_counter() - started
+            self.running = False
 
 
 @dataclass(frozen=True)

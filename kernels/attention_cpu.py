@@ -196,8 +196,7 @@ def join_lanes(scratch: Scratch, group: ir.Value, out: ir.Value) -> None:
 
 def power_of_two(code: Code, x: ir.Value) -> ir.Value:
     """2^x of x <= 0: a short polynomial of x - floor(x), times 2^floor(x)."""
-    if not code.processor.exponents:
-        x = code.largest(x, code.constant(LEAST_EXPONENT))
+    x = code.largest(x, code.constant(LEAST_EXPONENT))
     rest, (*others, last) = code.fraction(x), map(code.constant, SERIES)
     for factor in reversed(others):
         last = code.multiply_add(last, rest, factor)

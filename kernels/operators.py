@@ -7,8 +7,9 @@ On the CPU the operators are plain PyTorch. On CUDA they are the kernels of soca
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -95,9 +96,26 @@ def _(y: Tensor, bias: Tensor, x: Tensor) -> Tensor:
 
 @residual.register_kernel("cuda")
 def _(y: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    if residual_kernels.takes(y) and residual_kernels.takes(x):
+    if residual_kernels.takes(y, bias, x):
         return residual_kernels.residual(y, bias, x)
     return y + bias[:, None, None] + x
+
+
+@torch.library.custom_op("sanrt::rectified_convolution", mutates_args=(), device_types="cpu")
+def rectified_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """relu of a 3 x 3 convolution with zero padding; on a GPU cuDNN's convolution does all of it."""
+    return F.relu(F.conv2d(x, weight, bias, padding=1))
+
+
+@rectified_convolution.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+@rectified_convolution.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y: Tensor = torch.cudnn_convolution_relu(x, weight, bias, [1, 1], [1, 1], [1, 1], 1)
+    return y
 
 
 class KernelBlock(nn.Module):
@@ -108,17 +126,9 @@ class KernelBlock(nn.Module):
         self.conv1, self.conv2 = reference.conv1, reference.conv2
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = residual(unbiased(self.conv2, rectified_convolution(self.conv1, x)), self.conv2.bias, x)
+        hidden = rectified_convolution(x, self.conv1.weight, self.conv1.bias)
+        y: Tensor = residual(unbiased(self.conv2, hidden), self.conv2.bias, x)
         return y
-
-
-def rectified_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """relu(conv(x)); on a GPU cuDNN's convolution does all of it."""
-    if not x.is_cuda:
-        return torch.relu(conv(x))
-    convolve: Any = torch.cudnn_convolution_relu
-    y: Tensor = convolve(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return y
 
 
 def unbiased(conv: nn.Conv2d, x: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -153,7 +163,7 @@ class KernelGroup(nn.Module):
 
     def __init__(self, reference: ResidualGroup, exact_as: int | None = None) -> None:
         super().__init__()
-        blocks = (block for block in reference.blocks if isinstance(block, ResidualBlock))
+        blocks = cast(Iterable[ResidualBlock], reference.blocks)
         self.blocks, self.conv = nn.Sequential(*map(KernelBlock, blocks)), reference.conv
         self.soca = KernelSOCA(reference.soca, exact_as)
 

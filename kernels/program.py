@@ -224,7 +224,7 @@ def tickets(
 
 
 @cache
-def kernels(products: Products, vectors: int, taps: int = 3) -> dict[str, Callable[..., None]]:
+def kernels(products: Products, vectors: int, taps: int) -> dict[str, Callable[..., None]]:
     """The kernels with so many vectors of outputs in registers; compiled once per process."""
     module, method = Module(this_processor()), method_of(products, taps)
     spreads = {gated: write_spread(module, products, method, gated) for gated in (False, True)}
@@ -294,7 +294,9 @@ def write_products(
     next_source, far, *where = ahead
     output, added, null = step["output"], step["added"], ir.Constant(POINTER, None)
     near = code.icmp_signed("==", far, code.index(0))
-    fetched = code.select(near, null, output), added, next_source
+    same = code.icmp_signed("==", code.ptrtoint(added, INT), code.ptrtoint(output, INT))
+    twice = code.and_(same, code.not_(near))
+    fetched = code.select(near, null, output), code.select(twice, null, added), next_source
     sizes = [tiles[-1], step["inputs"], step["outputs"], step["spread_stride"], step["product_stride"]]
     code.call(product, [spread, step["weight"], products_at, *fetched, *sizes, step["target_row"], *where])
     read = output, added, step["also"], step["bias"], step["scale"], peaks, held

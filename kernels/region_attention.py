@@ -17,6 +17,8 @@ KEYS = 128
 THREADS = 256
 QUERIES = THREADS // 2
 """Queries of a block."""
+MOST_REGIONS = 255
+"""k: a grid has no more than 65,535 blocks along its second axis, and a region is one of them."""
 
 
 def program(inner: int, dtype: torch.dtype) -> Program:
@@ -42,6 +44,8 @@ class AttentionLaunch:
     def of(cls, maps: Tensor, regions: int) -> AttentionLaunch:
         """For dense maps (B, 3 I, H, W): queries, keys and values."""
         batch, channels, height, width = maps.shape
+        if regions > MOST_REGIONS:
+            raise BackendError(f"CUDA kernels: attention over {regions} x {regions} regions; expected at most {MOST_REGIONS}")
         if channels % 3 or min(height, width) < 2 * regions:
             raise BackendError(
                 f"CUDA kernels: attention over {regions} x {regions} regions of maps {list(maps.shape)}; "

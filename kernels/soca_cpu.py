@@ -92,7 +92,9 @@ def write_covariance(module: Module) -> ir.Function:
             weight = code.spread(code.fmul(apart, code.load(row)))
             scatter = code.at(row, code.mul(channels, code.add(a, code.index(2))))
             line = code.at(out, code.mul(a, channels))
-            with code.loop(channels, code.lanes) as (b, _):
+            begin = code.mul(code.sdiv(a, code.index(code.lanes)), code.index(code.lanes))
+            with code.loop(code.sub(channels, begin), code.lanes) as (further, _):
+                b = code.add(begin, further)
                 other = code.fsub(code.read(code.at(row, channels, b)), code.read(code.at(mean, b)))
                 added = code.multiply_add(weight, other, code.read(code.at(scatter, b)))
                 code.write(code.fadd(code.read(code.at(line, b)), added), code.at(line, b))
@@ -217,9 +219,9 @@ def write_moments(module: Module, vectors: int, tile_side: int) -> ir.Function:
                 write_scatter(code, held, scatter, channels, pixels, a, b, ROWS, vectors)
             for v in range(vectors):  # on the diagonal: what is to the left of it is known from above
                 rows = max(n for n in (1, 2, 4, 8, 16) if n <= code.lanes and n * (vectors - v) <= ROWS * vectors)
-                first = code.add(b, code.index(v * code.lanes))
+                left = code.add(b, code.index(v * code.lanes))
                 with code.loop(code.index(code.lanes), rows) as (a, _):
-                    write_scatter(code, held, scatter, channels, pixels, code.add(first, a), first, rows, vectors - v)
+                    write_scatter(code, held, scatter, channels, pixels, code.add(left, a), left, rows, vectors - v)
     return function
 
 

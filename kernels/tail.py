@@ -126,6 +126,8 @@ class Edge:
         """Those of features with REACH zeros around them, (h + 4, w + 4, channels at least C), into out (h, w, 3 s s)."""
         height, width = out.shape[:2]
         rows, columns = self.rows.slice(height), self.columns.slice(width)
+        if not out[rows, columns].size:
+            return  # two pixels have nothing between them
         part = padded[rows.start : rows.stop + 2 * REACH, columns.start : columns.stop + 2 * REACH, : self.channels]
         windows = np.lib.stride_tricks.sliding_window_view(part, (TAPS, TAPS), axis=(0, 1)).transpose(0, 1, 3, 4, 2)
         count = windows.shape[0] * windows.shape[1]

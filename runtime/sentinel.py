@@ -34,8 +34,15 @@ class Sentinel:
         if self.spec.precision == Precision.FP32:
             raise BackendError(f"backend {self.name} gave NaN or infinity in fp32; the weights or the picture are unsound")
         if regions not in self.loaded:
+            self.forget()
             self.loaded[regions] = self.load_exact(regions)
         return self.loaded[regions]
+
+    def forget(self) -> None:
+        """Close the fp32 backend: one at a time is held, whatever the regions."""
+        for backend in self.loaded.values():
+            backend.close()
+        self.loaded.clear()
 
     def infer(self, pictures: Array) -> Array:
         return self.watched(self.backend.infer(pictures), pictures, self.spec.regions)
@@ -62,8 +69,8 @@ class Sentinel:
         log.warning("%s: a %s tile overflowed in %s; computing it in fp32 on %s", self.name, size, precision, exact.name)
 
     def close(self) -> None:
-        for backend in (self.backend, *self.loaded.values()):
-            backend.close()
+        self.backend.close()
+        self.forget()
 
     def __enter__(self) -> Self:
         return self

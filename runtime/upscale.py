@@ -239,11 +239,11 @@ def infer_by(backend: Backend, way: Way, options: UpscaleOptions, x: Array) -> A
     if way.tiling is Tiling.OVERLAP:
         tiles: Infer = partial(infer_padded, backend, backend.infer)
         return infer_tiled(tiles, x, spec.architecture.scale, way.tile, options.overlap_of(way.tile))
-    if way.tiling is Tiling.WHOLE and way.regions == spec.regions:
-        return infer_padded(backend, backend.infer, x)
-    if way.tiling is Tiling.WHOLE and (infer := backend.infer_with_regions):
+    if by_stages(way, backend):
+        return stream_array(backend, way, options, x)
+    if infer := backend.infer_with_regions:
         return infer_padded(backend, lambda pictures: infer(pictures, way.regions), x)
-    return stream_array(backend, way, options, x)
+    return infer_padded(backend, backend.infer, x)
 
 
 def stream_array(backend: Backend, way: Way, options: UpscaleOptions, x: Array) -> Array:

@@ -97,10 +97,13 @@ class TorchCudaBackend:
 @contextmanager
 def without_tf32() -> Iterator[None]:
     """fp32 convolutions in fp32: PyTorch's own choice on a GPU is TF32, whose products have ten bits."""
-    import torch
+    from torch.backends import cudnn
 
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # type: ignore[no-untyped-call]
+    allowed, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
         yield
+    finally:
+        cudnn.allow_tf32 = allowed
 
 
 @contextmanager
@@ -189,7 +192,7 @@ class CudaNetwork:
 
     Convolutions and attention run in `dtype`, SOCA's statistics and square root and the mean shifts in float32. The first
     picture of a shape is run, then captured; later ones replay its graph. Not for use by two threads at once.
-    dtype: float16 if left out. compiled: through torch.compile as well. exact_as: as in `use_kernels`.
+    dtype: float16 if left out. exact_as: as in `use_kernels`.
     Raises BackendError without a GPU; torch's own OutOfMemoryError passes through.
     """
 
@@ -198,7 +201,6 @@ class CudaNetwork:
         net: SAN,
         device: int = 0,
         dtype: torch.dtype | None = None,
-        compiled: bool = False,
         exact_as: int | None = None,
     ) -> None:
         import torch
@@ -206,9 +208,8 @@ class CudaNetwork:
         if not torch.cuda.is_available():
             raise BackendError("torch: no CUDA GPU here, or a PyTorch built without CUDA; run it on the CPU")
         self.device = torch.device("cuda", device)
-        own = prepared(net, dtype or torch.float16, exact_as).to(self.device)
-        self.attention, self.regions = own.attention, own.attention.regions
-        self.net: Callable[[Tensor], Tensor] = torch.compile(own, fullgraph=True, dynamic=False) if compiled else own
+        self.net = prepared(net, dtype or torch.float16, exact_as).to(self.device)
+        self.regions = self.net.attention.regions
         self.graphs = Graphs(self.captured, MOST_GRAPHS)
 
     def __call__(self, x: Tensor, regions: int | None = None) -> Tensor:
@@ -222,7 +223,7 @@ class CudaNetwork:
         """A function that replays the network as recorded for x's shape and for such regions."""
         import torch
 
-        self.attention.regions = regions
+        self.net.attention.regions = regions
         given = torch.empty(x.shape, dtype=torch.float32, device=self.device)
         given.copy_(x)
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]

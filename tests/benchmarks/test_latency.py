@@ -85,6 +85,23 @@ def test_a_failing_backend_is_a_row_that_says_why_and_the_rest_go_on(measure, mo
     assert "no such instruction" in shown.out
 
 
+def test_other_regions_are_those_of_the_reference_too_and_leave_out_who_has_the_paper_s_alone(measure, tiny_model):
+    backends = "--backend", "winograd", "--precision", "fp32", "--backend", "onnxruntime-plain"
+    status, report, _ = measure("--model", tiny_model(), *backends, "--regions", "4")
+    assert status == 0
+    ours, plain = report["rows"]
+    assert (ours["size"], plain["measured"]) == ("20x16, k=4", None)
+    assert ours["measured"]["psnr"] > 80
+    assert ours["measured"]["rate"] == pytest.approx(operations(ARCH, SMALL, 4) / ours["measured"]["p50"]["value"])
+    assert plain["reason"] == "has the paper's 2 x 2 regions only"
+
+
+@pytest.mark.parametrize(("size", "k"), [("160x90", 2), ("640x360", 4)])
+def test_regions_by_size_are_those_of_a_run(size, k):
+    assert latency.case(size, "auto").regions == k
+    assert latency.case(size, "2") == latency.Case(*map(int, size.split("x")))
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -97,6 +114,8 @@ def test_a_failing_backend_is_a_row_that_says_why_and_the_rest_go_on(measure, mo
         (["--plot", "nowhere/plot.png"], "nowhere/plot.png"),
         (["--plot", "plot.doc"], "--plot plot.doc"),
         (["--paper", "--model", "some.onnx"], "expected one of them"),
+        (["--regions", "many"], "--regions many"),
+        (["--regions", "9"], "--regions 9"),
     ],
 )
 def test_bad_arguments_are_told_in_one_line(measure, arguments, told):

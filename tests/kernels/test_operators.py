@@ -47,6 +47,7 @@ def test_the_operators_keep_to_their_declared_shapes_and_layouts(channels_last: 
     maps = maps.contiguous(memory_format=torch.channels_last) if channels_last else maps
     torch.library.opcheck(region_attention, (maps, 2))
     torch.library.opcheck(soca_gate, (*gate_arguments()[2], 5))
+    torch.library.opcheck(rectified_convolution, (maps, torch.randn(8, 12, 3, 3), torch.randn(8)))
     torch.library.opcheck(residual, (maps, torch.randn(12), torch.randn_like(maps)))
     assert region_attention(maps, 2).is_contiguous(memory_format=torch.channels_last) == channels_last
 
@@ -100,7 +101,8 @@ def test_scaling_the_weights_by_the_gate_is_scaling_the_input(batch: int) -> Non
 
 def test_a_rectified_convolution_is_both() -> None:
     conv, x = convolution()
-    assert torch.equal(rectified_convolution(conv, x), torch.relu(conv(x)))
+    assert conv.bias is not None
+    torch.testing.assert_close(rectified_convolution(x, conv.weight, conv.bias), torch.relu(conv(x)))
 
 
 def test_a_network_with_the_exact_square_root_is_refused() -> None:

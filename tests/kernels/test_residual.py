@@ -22,7 +22,13 @@ def test_the_emulated_kernel_adds_in_float32_and_rounds_once(dtype: torch.dtype,
 
 
 def test_only_whole_vectors_of_channels_last_maps_are_taken() -> None:
-    assert takes(maps(16, torch.float16))
-    assert takes(maps(4, torch.float32))
-    assert not takes(maps(4, torch.float16))
-    assert not takes(maps(16, torch.float16).contiguous())
+    def taken(y: Tensor, x: Tensor | None = None, offset: int = 0) -> bool:
+        bias = torch.zeros(len(y[0]) + offset, dtype=y.dtype)[offset:]
+        return takes(y, bias, y if x is None else x)
+
+    assert taken(maps(16, torch.float16))
+    assert taken(maps(4, torch.float32))
+    assert not taken(maps(4, torch.float16))
+    assert not taken(maps(16, torch.float16).contiguous())
+    assert not taken(maps(16, torch.float16), maps(16, torch.float16)[:1])
+    assert not taken(maps(16, torch.float16), offset=1)

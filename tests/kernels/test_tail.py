@@ -9,7 +9,7 @@ from sanrt.kernels.tail import EDGES, REACH, Edge, Side, Tail, edges  # noqa: E4
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4, 8])
-@pytest.mark.parametrize(("height", "width"), [(7, 9), (4, 4)])
+@pytest.mark.parametrize(("height", "width"), [(7, 9), (4, 4), (2, 3), (3, 2)])
 def test_the_composed_convolution_and_its_edges_give_what_the_layers_give(live_network, scale, height, width):
     net = live_network(scale=scale)
     tail = Tail({name: tensor.numpy() for name, tensor in net.state_dict().items()}, 16)

@@ -113,13 +113,15 @@ def assert_close(got, want, products):
     assert np.abs(errors).max() < WORST * allowed
 
 
-def block_steps(height, width, products):
+def block_steps(height, width, products, channels=16):
     """Two residual blocks in place and a last convolution, as a group of the network; and what they give by PyTorch."""
-    x, method = filled(height, width, 16, products), method_of(products)
-    hidden, features = (Map.zeros(height, width, 16, method) for _ in range(2))
-    weights, bias = [random(16, 16, 3, 3, seed=seed) / 15 for seed in range(5)], random(16) / 10
+    x, method = filled(height, width, channels, products), method_of(products)
+    hidden, features = (Map.zeros(height, width, channels, method) for _ in range(2))
+    spread = 15 * (channels / 16) ** 0.5
+    weights = [random(channels, channels, 3, 3, seed=seed) / spread for seed in range(5)]
+    bias = random(channels) / 10
     conv = [Convolution(weight, bias, products) for weight in weights]
-    f = want = np.array(x.pixels[..., :16])
+    f = want = np.array(x.pixels[..., :channels])
     for first, second in (weights[:2], weights[2:4]):
         f = f + expected(np.maximum(expected(f, first, bias), 0).astype(np.float32), second, bias).astype(np.float32)
     want = want + expected(f, weights[4], bias)
@@ -135,17 +137,20 @@ def block_steps(height, width, products):
 
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize(("height", "width"), [(3, 4), (50, 7), (61, 75)])
-def test_steps_follow_each_other_in_place_on_any_number_of_threads(processor, height, width, products, threads):
+@pytest.mark.parametrize(
+    ("height", "width", "channels"), [(3, 4, 16), (50, 7, 16), (61, 75, 16), (20, 26, 48), (20, 26, 64), (14, 20, 128)]
+)
+def test_steps_follow_each_other_in_place_on_any_number_of_threads(processor, height, width, channels, products, threads):
     workers = Workers(threads)
-    steps, want, features = block_steps(height, width, products)
+    steps, want, features = block_steps(height, width, products, channels)
     Program(steps, workers).run()
     workers.close()
-    assert_close(steps[-1].output.pixels[..., :16], want, products)
+    assert_close(steps[-1].output.pixels[..., :channels], want, products)
     moments = steps[3].moments
-    counts, means, scatter = moments[:, 0, 0], moments[:, 1, :16], np.triu(moments[:, 2:18, :16].sum(0, dtype=np.float64))
+    counts, means = moments[:, 0, 0], moments[:, 1, :channels]
+    scatter = np.triu(moments[:, 2 : 2 + channels, :channels].sum(0, dtype=np.float64))
     scatter += np.triu(scatter, 1).T
-    rows = features.reshape(-1, 16)
+    rows = features.reshape(-1, channels)
     assert counts.sum() == len(rows)
     mean = counts @ means / len(rows)
     scatter += (means - mean).T @ np.diag(counts) @ (means - mean)
@@ -153,13 +158,23 @@ def test_steps_follow_each_other_in_place_on_any_number_of_threads(processor, he
     assert_close(scatter / len(rows), np.cov(rows.T, bias=True), products)
 
 
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of three strips, two steps at a time."""
+    for name, value in (("PART", 3), ("MOST_LAG", 2), ("STRIP", 50_000)):
+        monkeypatch.setattr(program, name, value)
+    program.tickets.cache_clear()
+    yield
+    program.tickets.cache_clear()
+
+
 @pytest.mark.parametrize("products", PRODUCTS)
-def test_the_result_depends_neither_on_the_number_of_threads_nor_on_the_order_of_the_strips(products, monkeypatch):
+def test_the_result_depends_neither_on_the_number_of_threads_nor_on_the_order_of_the_strips(
+    products, monkeypatch, small_parts
+):
     results = []
     for threads, near in ((1, 2**40), (2, 2**40), (5, 2**40), (1, 0), (2, 0), (5, 0)):
         monkeypatch.setattr(program, "NEAR", near)
-        monkeypatch.setattr(program, "PART", 3)
-        monkeypatch.setattr(program, "STRIP", 50_000)
         workers = Workers(threads)
         steps, _, _ = block_steps(61, 75, products)
         Program(steps, workers).run()
@@ -194,7 +209,6 @@ def test_in_large_maps_a_thread_takes_a_part_through_several_steps_and_waits_for
     rows, columns, threads
 ):
     def taken(far):
-        program.tickets.cache_clear()
         return [part[:-1] for part in program.tickets(rows, columns, 6, 12, 21, threads, far)]
 
     step, flag, first, last = (program.TICKET.index(name) for name in ("step", "flag", "first_needed", "last_needed"))

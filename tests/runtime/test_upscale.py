@@ -27,6 +27,7 @@ class Nearest:
     """A backend without stages that repeats every pixel, and remembers what sizes it was given."""
 
     name, device, streams, memory, limits, engine_digest = "nearest", "CPU", False, None, Limits(), None
+    infer_with_regions = None
 
     def __init__(self, most=None, spec=SPEC):
         self.spec, self.most, self.sizes = spec, most, []
@@ -252,3 +253,20 @@ def test_tiles_and_overlaps_that_make_no_sense_are_refused(tile, overlap):
 def test_regions_that_a_backend_without_stages_has_not_are_refused_not_ignored(options):
     with pytest.raises(UsageError, match=r"3 x 3 regions.*leave --regions out"):
         upscale(Nearest(), noise(24, 24), options)
+
+
+@pytest.mark.parametrize("name", ["winograd", "torch"])
+@pytest.mark.parametrize("regions", [1, 3])
+def test_whole_pictures_with_other_regions_are_what_a_model_loaded_with_them_gives(name, regions, tiny_model):
+    x = 255 * np.random.default_rng(1).random((2, 3, 21, 30), np.float32)
+    with (
+        load_backend(name, tiny_model(), RunOptions(threads=1)) as any_regions,
+        load_backend(name, tiny_model(), RunOptions(threads=1, regions=regions)) as own,
+    ):
+        before = any_regions.infer(x)
+        np.testing.assert_array_equal(any_regions.infer_with_regions(x, regions), own.infer(x))
+        assert np.abs(before - own.infer(x)).max() > 0.01
+        np.testing.assert_array_equal(any_regions.infer(x), before)
+        picture = noise(21, 30)
+        expected = upscale(own, picture, UpscaleOptions(regions=regions))
+        np.testing.assert_array_equal(upscale(any_regions, picture, UpscaleOptions(regions=regions)), expected)
