@@ -351,19 +351,35 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def comparison(subject: str, rows: list[Row], old: dict[str, Any]) -> Table:
-    """p50 now and then, for the rows that both runs have; apart where the intervals do not touch."""
-    shown = Table("size", "backend", "p50 then, ms", "p50 now, ms", "now / then", "", title=Text(f"then: {old['subject']}"))
-    for row in rows:
-        before = (old["rows"].get((str(row.size), row.name)) or {}).get("measured")
-        if row.measured is None or before is None:
-            continue
-        now, then = row.measured.p50, Interval(**before["p50"])
-        apart = now.low > then.high or now.high < then.low
-        values = f"{then.value * 1e3:.1f}", f"{now.value * 1e3:.1f}", f"{now.value / then.value:.2f}"
-        shown.add_row(*map(Text, (str(row.size), row.name, *values, "apart" if apart else "within intervals")))
+    """p50 now and then, and its ratio to that of `auto`, for the rows that both runs have; apart where intervals do not touch.
+
+    A machine that is slower as a whole moves all times, but not their ratios.
+    """
+    titles = "p50 then, ms", "p50 now, ms", "now / then", "", "x auto then", "x auto now", ""
+    shown = Table("size", "backend", *titles, title=Text(f"then: {old['subject']}"))
+    now = {(str(row.size), row.name): row.measured.p50 for row in rows if row.measured}
+    then = {key: Interval(**row["measured"]["p50"]) for key, row in old["rows"].items() if row["measured"]}
+    for key in filter(then.__contains__, now):
+        autos = now.get((key[0], AUTO)), then.get((key[0], AUTO))
+        times = f"{then[key].value * 1e3:.1f}", f"{now[key].value * 1e3:.1f}", f"{now[key].value / then[key].value:.2f}"
+        ratios: tuple[str, ...] = ()
+        if autos[0] and autos[1] and key[1] != AUTO:
+            slower = ratio(now[key], autos[0]), ratio(then[key], autos[1])
+            ratios = f"{slower[1].value:.2f}", f"{slower[0].value:.2f}", agreement(*slower)
+        shown.add_row(*map(Text, (*key, *times, agreement(now[key], then[key]), *ratios)))
     if subject != old["subject"]:
         shown.caption = "the networks differ"
     return shown
+
+
+def ratio(a: Interval, b: Interval) -> Interval:
+    """a / b, as far as both intervals allow."""
+    return Interval(a.value / b.value, a.low / b.high, a.high / b.low)
+
+
+def agreement(a: Interval, b: Interval) -> str:
+    """Whether two intervals touch."""
+    return "apart" if a.low > b.high or a.high < b.low else "within intervals"
 
 
 def draw(rows: list[Row], subject: str, path: Path) -> None:

@@ -183,18 +183,25 @@ def test_a_worker_tells_why_a_call_failed_and_lives_on():
         assert worker.call("pop", 0) == "a"
 
 
-def row(seconds, spread=0.0, on="torch on CPU"):
+def row(seconds, spread=0.0, on="torch on CPU", name="torch"):
     p50 = Interval(seconds, seconds - spread, seconds + spread)
-    return Row(SMALL, "torch", Measured("fp32", on, p50, p50, p50, 3, 1e9, None, 2**20, None, None))
+    return Row(SMALL, name, Measured("fp32", on, p50, p50, p50, 3, 1e9, None, 2**20, None, None))
 
 
-def test_comparison_tells_the_ratio_and_whether_intervals_are_apart(tmp_path):
+def test_comparison_tells_ratios_and_whether_intervals_are_apart(tmp_path):
     path = tmp_path / "old.json"
-    path.write_text(json.dumps(latency.report("net", {}, {}, [row(0.1, 0.01)])))
+    path.write_text(json.dumps(latency.report("net", {}, {}, [row(0.1, 0.01), row(0.05, name="auto")])))
     old = read_report(path)
-    columns = [list(each.cells) for each in comparison("net", [row(0.2, 0.01)], old).columns]
-    assert [str(column[0]) for column in columns[-2:]] == ["2.00", "apart"]
-    assert str(next(comparison("net", [row(0.115, 0.01)], old).columns[-1].cells)) == "within intervals"
+
+    def compared(*rows):
+        columns = [map(str, column.cells) for column in comparison("net", list(rows), old).columns]
+        return [cells[1:] for cells in zip(*columns, strict=True)]
+
+    slower = compared(row(0.2, 0.01), row(0.1, name="auto"))
+    assert slower[0][3:] == ("2.00", "apart", "2.00", "2.00", "within intervals")
+    assert slower[1][3:] == ("2.00", "apart", "", "", "")
+    assert compared(row(0.2, 0.01), row(0.05, name="auto"))[0][5:] == ("2.00", "4.00", "apart")
+    assert compared(row(0.115, 0.01))[0][3:] == ("1.15", "within intervals", "", "", "")
     path.write_text("[]")
     with pytest.raises(UsageError, match="not a report"):
         read_report(path)
