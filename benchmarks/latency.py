@@ -44,7 +44,7 @@ from sanrt.runtime.models import read_spec
 from sanrt.runtime.ways import PAPER_REGIONS, choose_regions
 
 SIZES = ("160x90", "320x180")
-LEAST_RUNS, MOST_RUNS = 3, 200
+LEAST_RUNS, MOST_RUNS = 5, 200
 REST = 0.05
 """Seconds between runs: the threads of the one before stop spinning."""
 GPU = "gpu "
@@ -351,7 +351,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def comparison(subject: str, rows: list[Row], old: dict[str, Any]) -> Table:
-    """p50 now and then, and its ratio to that of `auto`, for the rows that both runs have; apart where intervals do not touch.
+    """p50 now and then, and its ratio to `auto`'s, for the rows that both runs have; apart where intervals do not touch.
 
     A machine that is slower as a whole moves all times, but not their ratios.
     """

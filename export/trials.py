@@ -107,7 +107,7 @@ def score(backend: Backend, sample: Sample) -> float:
     """Y-PSNR of one crop, dB."""
     arch = backend.spec.architecture
     assert sample.high is not None
-    y = infer_padded(backend, backend.infer, network_input(sample.low, arch.value_range))
+    y = infer_padded(backend, network_input(sample.low, arch.value_range))
     return y_psnr(network_output(y, sample.high, arch.value_range), sample.high, arch.scale)
 
 

@@ -45,7 +45,9 @@ class AttentionLaunch:
         """For dense maps (B, 3 I, H, W): queries, keys and values."""
         batch, channels, height, width = maps.shape
         if regions > MOST_REGIONS:
-            raise BackendError(f"CUDA kernels: attention over {regions} x {regions} regions; expected at most {MOST_REGIONS}")
+            raise BackendError(
+                f"CUDA kernels: {regions} x {regions} regions; expected at most {MOST_REGIONS} x {MOST_REGIONS}"
+            )
         if channels % 3 or min(height, width) < 2 * regions:
             raise BackendError(
                 f"CUDA kernels: attention over {regions} x {regions} regions of maps {list(maps.shape)}; "

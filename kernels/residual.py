@@ -14,7 +14,7 @@ VECTOR = 16
 
 
 def takes(y: Tensor, bias: Tensor, x: Tensor) -> bool:
-    """Whether the kernel takes them: channels-last maps of one shape, a pixel's channels in whole 16 bytes, all on 16 bytes."""
+    """Whether the kernel takes them: channels-last maps of one shape, pixels in whole 16 bytes, all begin on 16 bytes."""
     whole = y.shape == x.shape and y.shape[1] * y.element_size() % VECTOR == 0
     last = all(each.is_contiguous(memory_format=torch.channels_last) for each in (y, x))
     return whole and last and all(each.data_ptr() % VECTOR == 0 for each in (y, bias, x))

@@ -237,13 +237,13 @@ def infer_by(backend: Backend, way: Way, options: UpscaleOptions, x: Array) -> A
     """One picture (1, 3, H, W) the given way."""
     spec = backend.spec
     if way.tiling is Tiling.OVERLAP:
-        tiles: Infer = partial(infer_padded, backend, backend.infer)
+        tiles: Infer = partial(infer_padded, backend)
         return infer_tiled(tiles, x, spec.architecture.scale, way.tile, options.overlap_of(way.tile))
     if by_stages(way, backend):
         return stream_array(backend, way, options, x)
     if infer := backend.infer_with_regions:
-        return infer_padded(backend, lambda pictures: infer(pictures, way.regions), x)
-    return infer_padded(backend, backend.infer, x)
+        return infer_padded(backend, x, lambda pictures: infer(pictures, way.regions))
+    return infer_padded(backend, x)
 
 
 def stream_array(backend: Backend, way: Way, options: UpscaleOptions, x: Array) -> Array:
@@ -332,11 +332,14 @@ def network_output(y: Array, like: Picture, value_range: float) -> Picture:
     return np.ascontiguousarray(y.astype(like.dtype).transpose(1, 2, 0))
 
 
-def infer_padded(backend: Backend, infer: Infer, x: Array) -> Array:
-    """Run a picture of any size, padded to what the graph takes, and crop the result; BackendError if it is not finite."""
+def infer_padded(backend: Backend, x: Array, infer: Infer | None = None) -> Array:
+    """Run a picture of any size, padded to what the graph takes, and crop the result; BackendError if it is not finite.
+
+    infer: what runs it, the backend's own if left out.
+    """
     spec = backend.spec
     height, width = (spec.architecture.scale * side for side in x.shape[2:])
-    y = infer(pad(x, spec.min_side, spec.multiple))[..., :height, :width]
+    y = (infer or backend.infer)(pad(x, spec.min_side, spec.multiple))[..., :height, :width]
     if not np.isfinite(y).all():
         raise BackendError(f"backend {backend.name} gave values that are not finite ({spec.precision}); try fp32")
     return y

@@ -100,5 +100,5 @@ def test_shapes_the_kernels_cannot_take_are_refused() -> None:
         program(9, torch.float16)
     with pytest.raises(BackendError, match=r"2 x 2 regions of maps \[1, 24, 3, 9\]"):
         AttentionLaunch.of(torch.zeros(1, 24, 3, 9), 2)
-    with pytest.raises(BackendError, match="256 x 256 regions; expected at most 255"):
+    with pytest.raises(BackendError, match="256 x 256 regions; expected at most 255 x 255"):
         AttentionLaunch.of(torch.zeros(1, 24, 512, 512), 256)
