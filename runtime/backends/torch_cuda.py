@@ -235,7 +235,7 @@ class CudaNetwork:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            result = self.net(given)
+            result: Tensor = self.net(given)
 
         def replay(x: Tensor) -> Tensor:
             given.copy_(x)
