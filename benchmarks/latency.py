@@ -1,7 +1,7 @@
 """Latency of every way of running SAN that is installed here, side by side: `python benchmarks/latency.py`.
 
-Candidates take turns (A B C A B C), so that whatever else the machine does hits all of them alike; each lives in a process
-of its own. How to read the table: benchmarks/README.md.
+Candidates take turns, spread evenly over the whole time, so that whatever else the machine does hits all of them alike; each
+lives in a process of its own. How to read the table: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -132,11 +132,12 @@ class Entrant:
         if self.stopped is None:
             self.psnr = psnr(output, reference, peak)
 
-    def hungry(self, seconds: float) -> bool:
-        """Whether it goes on: it has used less than its seconds, or has not run often enough."""
-        if self.stopped or len(self.times) >= MOST_RUNS:
-            return False
-        return len(self.times) < LEAST_RUNS or sum(self.times) < seconds
+    def progress(self, seconds: float) -> float:
+        """How much of its runs it has done, 1 is all: it has used its seconds, in LEAST_RUNS to MOST_RUNS runs."""
+        if self.stopped:
+            return 1.0
+        runs, used = len(self.times), sum(self.times) / seconds if seconds else 1.0
+        return max(runs / MOST_RUNS, min(runs / LEAST_RUNS, used))
 
     def go(self) -> None:
         """One run."""
@@ -238,10 +239,9 @@ def race(
 
 
 def run_rounds(entrants: list[Entrant], seconds: float) -> None:
-    """All in turns, until each has used its seconds."""
-    while hungry := [entrant for entrant in entrants if entrant.hungry(seconds)]:
-        for entrant in hungry:
-            entrant.go()
+    """Whoever has done least of its runs goes next: all begin in turns, and fast ones run between the runs of slow ones."""
+    while (behind := min(entrants, key=lambda entrant: entrant.progress(seconds))).progress(seconds) < 1:
+        behind.go()
 
 
 def network_input(size: Size, value_range: float) -> Array:

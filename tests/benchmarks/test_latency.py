@@ -169,11 +169,28 @@ def test_warm_up_goes_on_until_times_agree():
 
 def test_an_entrant_runs_often_enough_and_not_much_longer_than_its_seconds():
     entrant = Entrant(Contender("any", failing), worker=None, times=[5.0] * (latency.LEAST_RUNS - 1))
-    assert entrant.hungry(1)
+    assert entrant.progress(1) < 1
     entrant.times.append(5.0)
-    assert not entrant.hungry(1)
-    entrant.stopped = BackendError("failed")
-    assert not entrant.hungry(100)
+    assert entrant.progress(1) == 1
+    assert entrant.progress(100) == sum(entrant.times) / 100
+    entrant.times = [1e-9] * latency.MOST_RUNS
+    assert entrant.progress(1) == 1
+    entrant.times, entrant.stopped = [], BackendError("failed")
+    assert entrant.progress(100) == 1
+
+
+def test_a_fast_entrant_s_runs_lie_between_a_slow_one_s():
+    order = []
+
+    class Timed(Entrant):
+        def go(self):
+            order.append(self.contender.name)
+            self.times.append({"a": 1.0, "b": 4.0}[self.contender.name])
+
+    latency.run_rounds([Timed(Contender(name, failing), worker=None) for name in "ab"], 24.0)
+    assert (order[:2], order.count("a"), order.count("b")) == (["a", "b"], 24, 6)
+    slow = [place for place, name in enumerate(order) if name == "b"]
+    assert set(np.diff(slow)) == {5}
 
 
 def test_a_worker_tells_why_a_call_failed_and_lives_on():
