@@ -61,6 +61,8 @@ class Contender:
     needed: Callable[[Size], int] | None = None
     """Bytes without which it is left out at a size."""
     needs_gpu: bool = False
+    slow_to_start: bool = False
+    """It only takes part when asked for."""
 
 
 class Session:
@@ -133,9 +135,11 @@ def open_torch(variant: str, device: str, model: Path, threads: int | None) -> R
     torch.set_num_threads(threads or machine.cores())
     net = network(model, PAPER_REGIONS)[0].to(device)
     function: Callable[[Tensor], Tensor] = net
-    half = {"cpu": torch.bfloat16, "cuda": torch.float16}[device]
+    precision = Precision.FP32
     if variant == "half":
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        precision = Precision.BF16 if device == "cpu" else Precision.FP16
+        half = torch.bfloat16 if device == "cpu" else torch.float16
 
         def function(x: Tensor) -> Tensor:
             with torch.autocast(device, half):
@@ -151,9 +155,6 @@ def open_torch(variant: str, device: str, model: Path, threads: int | None) -> R
         output: Array = call(lambda x: [function(x.to(device)).cpu()], x)[0]
         return output
 
-    precision = (
-        {torch.bfloat16: Precision.BF16, torch.float16: Precision.FP16}[half] if variant == "half" else Precision.FP32
-    )
     on = "CPU" if device == "cpu" else torch.cuda.get_device_name()
     return Running(infer, precision, f"torch on {on}", device == "cuda")
 
@@ -196,21 +197,18 @@ def open_openvino_plain(model: Path, threads: int | None) -> Running:
 def baselines() -> Iterator[Contender]:
     """What sanrt's backends are compared with."""
     yield Contender("torch-bf16", partial(open_torch, "half", "cpu"))
-    yield Contender("torch-compile", partial(open_torch, "compile", "cpu"))
+    yield Contender("torch-compile", partial(open_torch, "compile", "cpu"), slow_to_start=True)
     yield Contender("torch-mxm", partial(open_torch, "mxm", "cpu"), matrix_bytes)
     yield Contender("onnxruntime-plain", open_onnxruntime_plain)
     yield Contender("openvino-plain", open_openvino_plain)
     yield Contender("gpu-torch", partial(open_torch, "eager", "cuda"), needs_gpu=True)
     yield Contender("gpu-torch-fp16", partial(open_torch, "half", "cuda"), needs_gpu=True)
-    yield Contender("gpu-torch-compile", partial(open_torch, "compile", "cuda"), needs_gpu=True)
+    yield Contender("gpu-torch-compile", partial(open_torch, "compile", "cuda"), needs_gpu=True, slow_to_start=True)
     yield Contender("gpu-torch-mxm", partial(open_torch, "mxm", "cuda"), matrix_bytes, needs_gpu=True)
 
 
 BASELINES = {each.name: each for each in baselines()}
 """By the names that `--backend` takes beside sanrt's own."""
-
-SLOW_TO_START = ("torch-compile", "gpu-torch-compile")
-"""Only run when asked for."""
 
 
 def chosen(names: list[str], precisions: list[Precision]) -> list[Contender]:
@@ -240,11 +238,11 @@ def own_precisions(name: str) -> list[Precision | None]:
 
 def runs_here(name: str) -> bool:
     """Whether a contender takes part unasked: what is behind it is installed, and starts within seconds."""
-    if name in BACKENDS:
-        return status(name).usable
-    if name in BASELINES and BASELINES[name].needs_gpu:
-        return name not in SLOW_TO_START and events_usable()
-    return name == AUTO or (name not in SLOW_TO_START and status(name.split("-")[0]).usable)
+    if name not in BASELINES:
+        return name == AUTO or status(name).usable
+    baseline = BASELINES[name]
+    there = events_usable() if baseline.needs_gpu else status(name.split("-")[0]).usable
+    return there and not baseline.slow_to_start
 
 
 def require_memory(contender: Contender, size: Size) -> None:

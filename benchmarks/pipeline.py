@@ -42,24 +42,19 @@ class Stopwatch:
 
     backend: Backend
     seconds: float = field(default=0.0, init=False)
-    running: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        backend: Any = self.backend
-        for name in ("infer", "infer_with_regions"):
-            if plain := getattr(backend, name):
-                setattr(backend, name, partial(self.timed, plain))
+        # Where there is the second, the first one calls it.
+        name = "infer_with_regions" if self.backend.infer_with_regions else "infer"
+        setattr(self.backend, name, partial(self.timed, getattr(self.backend, name)))
 
     def timed(self, infer: Callable[..., Array], *arguments: Any) -> Array:
-        """What `infer` returns; calls within calls count once."""
-        if self.running:
-            return infer(*arguments)
-        started, self.running = time.perf_counter(), True
+        """What `infer` returns."""
+        started = time.perf_counter()
         try:
             return infer(*arguments)
         finally:
             self.seconds += time.perf_counter() - started
-            self.running = False
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Backend(Protocol):
 
     @property
     def infer_with_regions(self) -> Callable[[Array, int], Array] | None:
-        """As `infer`, for k x k attention regions; None where the model was loaded for its spec's alone."""
+        """For k x k attention regions: `infer` calls it with its spec's. None where the model was loaded for those alone."""
         ...
 
     def stages(self) -> Stages:

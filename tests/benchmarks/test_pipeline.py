@@ -1,14 +1,18 @@
 """The pipeline benchmark: its steps add up, and a bad picture or argument ends it with one line."""
 
 import sys
+import time
 
 import numpy as np
 import pytest
 import pyvips
 
 from benchmarks.measure import run_command
-from benchmarks.pipeline import Measured, pipeline
+from benchmarks.pipeline import Measured, Stopwatch, pipeline
+from sanrt.runtime.backends import RunOptions, load_backend
 from sanrt.runtime.pipeline import Written
+from sanrt.runtime.upscale import UpscaleOptions, upscale
+from sanrt.runtime.ways import Tiling
 
 
 @pytest.fixture
@@ -37,6 +41,21 @@ def test_every_step_of_a_folder_is_told(measure):
     lines = [line for line in shown.out.splitlines() if line.endswith("%") and " s " in line]
     assert len(lines) == 4
     assert sum(float(line.split()[-1].rstrip("%")) for line in lines) == pytest.approx(100, abs=0.3)
+
+
+@pytest.mark.parametrize("name", ["winograd", "onnxruntime"])
+def test_computing_is_timed_once_with_whatever_regions(name, tiny_model):
+    picture = np.full((20, 24, 3), 90, np.uint8)
+    with load_backend(name, tiny_model(), RunOptions(threads=1)) as backend:
+        watch = Stopwatch(backend)
+        for options in (UpscaleOptions(), UpscaleOptions(tile=16, tiling=Tiling.OVERLAP)):
+            before, started = watch.seconds, time.perf_counter()
+            upscale(backend, picture, options)
+            assert 0 < watch.seconds - before < time.perf_counter() - started
+        if backend.infer_with_regions:
+            before = watch.seconds
+            upscale(backend, picture, UpscaleOptions(regions=3, tiling=Tiling.WHOLE))
+            assert watch.seconds > before
 
 
 def test_the_measured_results_are_written_where_nothing_of_the_users_lies(measure, tmp_path):
