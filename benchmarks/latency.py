@@ -168,8 +168,6 @@ def latency(
     """Measure backends x precisions x sizes; exit 1 when one of them failed."""
     if scale not in SCALES:
         raise UsageError(f"--scale {scale}: expected {', '.join(map(str, SCALES))}")
-    if paper and model:
-        raise UsageError("--paper and --model: expected one of them")
     require_writable(json_, plot)
     sizes = sorted({case(text, regions) for text in size or SIZES}, key=lambda each: each.pixels)
     contenders = chosen(backend or [], precision or [])

@@ -263,6 +263,8 @@ def picture(size: Size) -> Pixels:
 @contextmanager
 def found_model(model: Path | None, scale: int, paper: bool = False) -> Iterator[Path]:
     """The model to measure: the named one, the paper's network with random weights, the exported one, or the bundled one."""
+    if paper and model:
+        raise UsageError("--paper and --model: expected one of them")
     if paper:
         with TemporaryDirectory() as folder:
             yield random_model(Architecture(scale, **PAPER), Path(folder) / f"paper_x{scale}.onnx")

@@ -86,6 +86,7 @@ class Measured:
 def pipeline(
     folder: Annotated[Path | None, typer.Argument(help="Pictures; generated PNG files if left out.")] = None,
     model: Annotated[Path | None, typer.Option(help="Exported ONNX; else models/'s, else the bundled weights.")] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's network (G=20, m=10), random weights.")] = False,
     backend: Annotated[str, typer.Option(help="What runs it.")] = "auto",
     tiling: Annotated[
         Tiling, typer.Option(help="As of `sanrt run`, but for exact: its stages are not timed.")
@@ -101,7 +102,7 @@ def pipeline(
         scratch = Path(stack.enter_context(TemporaryDirectory()))
         source = folder or generated(scratch / "pictures", count, Size.parse(size))
         jobs = find_pictures([source], scratch / "results", Naming())
-        path = stack.enter_context(found_model(model, 4))
+        path = stack.enter_context(found_model(model, 4, paper))
         network = stack.enter_context(load_backend(backend, path, RunOptions(threads=threads)))
         found = measure(jobs, network, UpscaleOptions(tiling=tiling))
         subject = f"{path.name}, {network.name} on {network.device}, {network.spec.precision}"
