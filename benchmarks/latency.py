@@ -44,9 +44,10 @@ from sanrt.runtime.models import read_spec
 from sanrt.runtime.ways import PAPER_REGIONS, choose_regions
 
 SIZES = ("160x90", "320x180")
-LEAST_RUNS, MOST_RUNS = 5, 200
+LEAST_TURNS, TURN = 5, 1.0
+"""Of a contender, and how many seconds one takes at least where its share of the time allows that."""
 REST = 0.05
-"""Seconds between runs: the threads of the one before stop spinning."""
+"""Seconds between turns: the threads of the one before stop spinning."""
 GPU = "gpu "
 """Before a GPU's limits."""
 LIKE = {Precision.INT16: Precision.BF16}
@@ -100,11 +101,14 @@ class Row:
 
 @dataclass
 class Entrant:
-    """A contender during the rounds of one size."""
+    """A contender on one size."""
 
     contender: Contender
     worker: Worker
-    times: list[float] = field(default_factory=list)
+    turns: list[list[float]] = field(default_factory=list)
+    """Seconds of the runs that count, turn by turn."""
+    used: float = 0.0
+    """Seconds of all runs."""
     psnr: float = 0.0
     stopped: Exception | None = None
 
@@ -117,7 +121,7 @@ class Entrant:
 
     def enter(self, size: Case, x: Array, reference: Array, peak: float, patience: float) -> None:
         """Warm up on a new picture, and compare its output with the reference, whose values run from 0 to `peak`."""
-        self.times, self.stopped = [], None
+        self.turns, self.used, self.stopped = [], 0.0, None
         try:
             require_memory(self.contender, size)
         except LeftOut as reason:
@@ -133,18 +137,22 @@ class Entrant:
             self.psnr = psnr(output, reference, peak)
 
     def progress(self, seconds: float) -> float:
-        """How much of its runs it has done, 1 is all: it has used its seconds, in LEAST_RUNS to MOST_RUNS runs."""
+        """How much it has done, 1 is all: it has used its seconds, in LEAST_TURNS turns or more."""
         if self.stopped:
             return 1.0
-        runs, used = len(self.times), sum(self.times) / seconds if seconds else 1.0
-        return max(runs / MOST_RUNS, min(runs / LEAST_RUNS, used))
+        return min(len(self.turns) / LEAST_TURNS, self.used / seconds if seconds else 1.0)
 
-    def go(self) -> None:
-        """One run."""
+    def go(self, seconds: float) -> None:
+        """One turn; where it has several runs the first does not count: its caches are full of others' data."""
         time.sleep(REST)
-        seconds = self.attempt("run")
-        if self.stopped is None:
-            self.times.append(seconds)
+        times: list[float] = []
+        while not times or sum(times) < min(TURN, seconds / LEAST_TURNS):
+            run = self.attempt("run")
+            if self.stopped:
+                return
+            times.append(run)
+        self.turns.append(times[1:] or times)
+        self.used += sum(times)
 
 
 def latency(
@@ -229,17 +237,17 @@ def race(
             reference = judge.call("warm_up", x, 0.0, size.regions)
             for entrant in entrants:
                 entrant.enter(size, x, reference, arch.value_range, share / 2)
-            run_rounds(entrants, share)
-            # Again after the rounds: the better of all is nearest to the machine's limit.
+            take_turns(entrants, share)
+            # Again after the turns: the better of all is nearest to the machine's limit.
             limits = {name: max(value, limits[name]) for name, value in measure_limits(limit).items()}
             rows += [row(entrant, size, arch) for entrant in entrants]
     return [with_share(each, limits) for each in rows], limits
 
 
-def run_rounds(entrants: list[Entrant], seconds: float) -> None:
-    """Whoever has done least of its runs goes next: all begin in turns, and fast ones run between the runs of slow ones."""
+def take_turns(entrants: list[Entrant], seconds: float) -> None:
+    """Whoever has done least goes next: all begin one after the other, fast ones' turns then lie between slow ones'."""
     while (behind := min(entrants, key=lambda entrant: entrant.progress(seconds))).progress(seconds) < 1:
-        behind.go()
+        behind.go(seconds)
 
 
 def network_input(size: Size, value_range: float) -> Array:
@@ -264,11 +272,12 @@ def row(entrant: Entrant, size: Case, arch: Architecture) -> Row:
     if stopped:
         return Row(size, name, None, str(stopped), not isinstance(stopped, LeftOut))
     precision, on = entrant.worker.call("facts")
-    p50, p90, p99 = intervals(entrant.times)
+    p50, p90, p99 = intervals(entrant.turns)
     closeness = None if np.isinf(entrant.psnr) else entrant.psnr
     rate = operations(arch, size, size.regions) / p50.value
     memory = entrant.worker.call("peak"), entrant.worker.call("gpu_memory")
-    return Row(size, name, Measured(precision, on, p50, p90, p99, len(entrant.times), rate, None, *memory, closeness))
+    runs = sum(map(len, entrant.turns))
+    return Row(size, name, Measured(precision, on, p50, p90, p99, runs, rate, None, *memory, closeness))
 
 
 def with_share(row: Row, limits: dict[str, float]) -> Row:

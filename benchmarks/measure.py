@@ -73,13 +73,16 @@ class Interval:
     high: float
 
 
-def intervals(seconds: list[float], percentiles: tuple[int, ...] = (50, 90, 99)) -> list[Interval]:
-    """Percentiles of the times and their bootstrapped intervals; of few times, the high percentiles are the slowest one."""
-    times = np.asarray(seconds)
-    drawn = np.random.default_rng(0).choice(times, (RESAMPLES, len(times)))
-    edges = (100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2
-    low, high = np.percentile(np.percentile(drawn, percentiles, axis=1), edges, axis=1)
-    return [Interval(*map(float, each)) for each in zip(np.percentile(times, percentiles), low, high, strict=True)]
+def intervals(turns: list[list[float]], percentiles: tuple[int, ...] = (50, 90, 99)) -> list[Interval]:
+    """Percentiles of the times of all turns, and their intervals; of few times, the high percentiles are the slowest one.
+
+    Whole turns are drawn for the bootstrap, since the runs of one are alike: they share the machine's state.
+    """
+    values = np.percentile(np.concatenate(turns), percentiles)
+    drawn = np.random.default_rng(0).integers(len(turns), size=(RESAMPLES, len(turns)))
+    found = [np.percentile(np.concatenate([turns[turn] for turn in each]), percentiles) for each in drawn]
+    low, high = np.percentile(found, [(100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2], axis=0)
+    return [Interval(*map(float, each)) for each in zip(values, low, high, strict=True)]
 
 
 class Worker:

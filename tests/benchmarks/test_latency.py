@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import cycle, repeat
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_a_report_holds_a_row_with_its_accuracy_memory_and_share(measure, tiny_m
     (row,) = report["rows"]
     found = row["measured"]
     assert (row["name"], row["size"], found["precision"]) == ("onnxruntime", "20x16", "fp32")
-    assert found["runs"] == latency.LEAST_RUNS
+    assert found["runs"] == latency.LEAST_TURNS
     assert found["psnr"] > 80
     assert found["peak"] > 2**24
     assert found["share"] == pytest.approx(found["rate"] / report["limits"]["fp32"])
@@ -152,12 +153,19 @@ def test_a_baseline_computes_the_network(tiny_model, name):
 
 
 def test_intervals_enclose_their_percentiles_and_are_the_same_again():
-    times = list(np.random.default_rng(1).gamma(9, 0.01, 40))
-    found = intervals(times)
-    assert [each.value for each in found] == pytest.approx(np.percentile(times, [50, 90, 99]))
+    turns = np.random.default_rng(1).gamma(9, 0.01, (10, 4)).tolist()
+    turns[0].append(0.1)
+    found = intervals(turns)
+    assert [each.value for each in found] == pytest.approx(np.percentile(np.concatenate(turns), [50, 90, 99]))
     assert all(each.low <= each.value <= each.high for each in found)
-    assert found == intervals(times)
-    assert intervals([2.0]) == [Interval(2.0, 2.0, 2.0)] * 3
+    assert found == intervals(turns)
+    assert intervals([[2.0]]) == [Interval(2.0, 2.0, 2.0)] * 3
+
+
+def test_runs_that_share_the_state_of_their_turn_tell_no_more_than_one():
+    alone = np.random.default_rng(1).gamma(9, 0.01, 12).tolist()
+    together, one = (intervals([[each] * count for each in alone])[0] for count in (50, 1))
+    assert (together.low, together.high) == pytest.approx((one.low, one.high), rel=0.02)
 
 
 def test_warm_up_goes_on_until_times_agree():
@@ -167,27 +175,58 @@ def test_warm_up_goes_on_until_times_agree():
     assert steady([1.0, 2.0] * 10)
 
 
-def test_an_entrant_runs_often_enough_and_not_much_longer_than_its_seconds():
-    entrant = Entrant(Contender("any", failing), worker=None, times=[5.0] * (latency.LEAST_RUNS - 1))
-    assert entrant.progress(1) < 1
-    entrant.times.append(5.0)
-    assert entrant.progress(1) == 1
-    assert entrant.progress(100) == sum(entrant.times) / 100
-    entrant.times = [1e-9] * latency.MOST_RUNS
-    assert entrant.progress(1) == 1
-    entrant.times, entrant.stopped = [], BackendError("failed")
-    assert entrant.progress(100) == 1
-
-
-def test_a_fast_entrant_s_runs_lie_between_a_slow_one_s():
+@pytest.fixture
+def entrant(monkeypatch):
+    """An entrant whose runs take what is said, and the order in which such entrants run."""
+    monkeypatch.setattr(latency, "REST", 0)
     order = []
 
-    class Timed(Entrant):
-        def go(self):
-            order.append(self.contender.name)
-            self.times.append({"a": 1.0, "b": 4.0}[self.contender.name])
+    def make(name, seconds):
+        def call(_):
+            order.append(name)
+            return next(seconds)
 
-    latency.run_rounds([Timed(Contender(name, failing), worker=None) for name in "ab"], 24.0)
+        return Entrant(Contender(name, failing), SimpleNamespace(call=call))
+
+    return make, order
+
+
+def test_the_first_run_of_a_turn_does_not_count_unless_it_is_the_only_one(entrant):
+    make, _ = entrant
+    fast, slow = make("fast", cycle([0.5, 0.25, 0.125, 0.125])), make("slow", repeat(3.0))
+    for each in (fast, slow):
+        each.go(5 * latency.TURN)
+    assert (fast.turns, fast.used) == ([[0.25, 0.125, 0.125]], 1.0)
+    assert (slow.turns, slow.used) == ([[3.0]], 3.0)
+    hurried = make("fast", cycle([0.5, 0.25, 0.125]))
+    hurried.go(latency.TURN)
+    assert hurried.turns == [[0.5]]
+
+
+def test_an_entrant_has_turns_enough_and_not_much_longer_than_its_seconds(entrant):
+    slow = entrant[0]("slow", repeat(5.0))
+    for turns in range(latency.LEAST_TURNS):
+        assert slow.progress(1) == turns / latency.LEAST_TURNS
+        slow.go(1)
+    assert slow.progress(1) == 1
+    assert slow.progress(100) == 5 * latency.LEAST_TURNS / 100
+    slow.turns, slow.stopped = [], BackendError("failed")
+    assert slow.progress(100) == 1
+
+
+def test_a_failed_run_is_no_turn(entrant):
+    def failing_at_last():
+        yield 0.5
+        raise BackendError("out of memory")
+
+    broken = entrant[0]("broken", failing_at_last())
+    broken.go(10)
+    assert (broken.turns, str(broken.stopped)) == ([], "out of memory")
+
+
+def test_a_fast_entrant_s_turns_lie_between_a_slow_one_s(entrant):
+    make, order = entrant
+    latency.take_turns([make("a", repeat(1.0)), make("b", repeat(4.0))], 24.0)
     assert (order[:2], order.count("a"), order.count("b")) == (["a", "b"], 24, 6)
     slow = [place for place, name in enumerate(order) if name == "b"]
     assert set(np.diff(slow)) == {5}
