@@ -28,6 +28,8 @@ AUTO = "auto"
 """The row that the others are compared with."""
 STEADY, STEADY_RUNS, MOST_WARM_UPS = 1.1, 3, 20
 """Warm-up ends when the last STEADY_RUNS times lie within this ratio, or after this many."""
+LONG = 5.0
+"""Seconds of a run that cold caches and a processor at rest, a few hundredths of a second, do not change."""
 CENTRING_COPIES = 3
 """M x M matrices that exist at once while the official formula is evaluated."""
 
@@ -90,7 +92,17 @@ class Session:
         times = [self.run()]
         while not steady(times) and sum(times) < patience:
             times.append(self.run())
+        self.long = times[-1] > LONG
         return self.output
+
+    def turn(self, seconds: float) -> list[float]:
+        """Times of runs one after the other that together take `seconds`; unless they are LONG, the first does not count."""
+        if not self.long:
+            self.run()
+        times = [self.run()]
+        while sum(times) < seconds:
+            times.append(self.run())
+        return times
 
     def run(self) -> float:
         """Seconds of one run; backends return arrays on the host, so on a GPU both copies are in it."""

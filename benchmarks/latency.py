@@ -45,7 +45,7 @@ from sanrt.runtime.ways import PAPER_REGIONS, choose_regions
 
 SIZES = ("160x90", "320x180")
 LEAST_TURNS, TURN = 5, 1.0
-"""Of a contender, and how many seconds one takes at least where its share of the time allows that."""
+"""Turns of a contender at the least, and seconds of a turn where its share of the time allows that."""
 REST = 0.05
 """Seconds between turns: the threads of the one before stop spinning."""
 GPU = "gpu "
@@ -75,6 +75,8 @@ class Measured:
     p90: Interval
     p99: Interval
     runs: int
+    turns: int
+    """In which these runs were."""
     rate: float
     """Operations per second at p50."""
     share: float | None
@@ -106,9 +108,7 @@ class Entrant:
     contender: Contender
     worker: Worker
     turns: list[list[float]] = field(default_factory=list)
-    """Seconds of the runs that count, turn by turn."""
-    used: float = 0.0
-    """Seconds of all runs."""
+    """Seconds of the runs, turn by turn."""
     psnr: float = 0.0
     stopped: Exception | None = None
 
@@ -121,7 +121,7 @@ class Entrant:
 
     def enter(self, size: Case, x: Array, reference: Array, peak: float, patience: float) -> None:
         """Warm up on a new picture, and compare its output with the reference, whose values run from 0 to `peak`."""
-        self.turns, self.used, self.stopped = [], 0.0, None
+        self.turns, self.stopped = [], None
         try:
             require_memory(self.contender, size)
         except LeftOut as reason:
@@ -137,22 +137,18 @@ class Entrant:
             self.psnr = psnr(output, reference, peak)
 
     def progress(self, seconds: float) -> float:
-        """How much it has done, 1 is all: it has used its seconds, in LEAST_TURNS turns or more."""
+        """How much it has done, 1 is all: its runs took its seconds, in LEAST_TURNS turns or more."""
         if self.stopped:
             return 1.0
-        return min(len(self.turns) / LEAST_TURNS, self.used / seconds if seconds else 1.0)
+        used = sum(map(sum, self.turns)) / seconds if seconds else 1.0
+        return min(len(self.turns) / LEAST_TURNS, used)
 
     def go(self, seconds: float) -> None:
-        """One turn; where it has several runs the first does not count: its caches are full of others' data."""
+        """One turn."""
         time.sleep(REST)
-        times: list[float] = []
-        while not times or sum(times) < min(TURN, seconds / LEAST_TURNS):
-            run = self.attempt("run")
-            if self.stopped:
-                return
-            times.append(run)
-        self.turns.append(times[1:] or times)
-        self.used += sum(times)
+        times = self.attempt("turn", min(TURN, seconds / LEAST_TURNS))
+        if self.stopped is None:
+            self.turns.append(times)
 
 
 def latency(
@@ -276,8 +272,8 @@ def row(entrant: Entrant, size: Case, arch: Architecture) -> Row:
     closeness = None if np.isinf(entrant.psnr) else entrant.psnr
     rate = operations(arch, size, size.regions) / p50.value
     memory = entrant.worker.call("peak"), entrant.worker.call("gpu_memory")
-    runs = sum(map(len, entrant.turns))
-    return Row(size, name, Measured(precision, on, p50, p90, p99, runs, rate, None, *memory, closeness))
+    counts = sum(map(len, entrant.turns)), len(entrant.turns)
+    return Row(size, name, Measured(precision, on, p50, p90, p99, *counts, rate, None, *memory, closeness))
 
 
 def with_share(row: Row, limits: dict[str, float]) -> Row:

@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from functools import partial
-from itertools import cycle, repeat
+from itertools import cycle
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +13,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmarks.contenders
 import benchmarks.measure
-from benchmarks import latency
+from benchmarks import contenders, latency
 from benchmarks.contenders import Contender, Running, Session, centred_by_matrix, open_backend, steady
 from benchmarks.latency import Entrant, Interval, Measured, Row, comparison, read_report, with_share
 from benchmarks.measure import Limits, Size, Worker, intervals, operations, picture, run_command
@@ -175,58 +174,78 @@ def test_warm_up_goes_on_until_times_agree():
     assert steady([1.0, 2.0] * 10)
 
 
+def session(*seconds):
+    """A session whose runs take the given times, again and again; and the list of the runs so far."""
+    runs, times = [], cycle(seconds)
+    made = Session(lambda *_: Running(infer=lambda x: x, precision=Precision.FP32, on="CPU"), None, 1)
+
+    def timed(_):
+        runs.append(next(times))
+        return runs[-1]
+
+    made.time, made.output = timed, None
+    return made, runs
+
+
+def test_the_first_run_of_a_turn_does_not_count():
+    fast, runs = session(0.75, 0.5, 0.25)
+    fast.warm_up(None, 0)
+    assert (fast.turn(1.0), len(runs)) == ([0.25, 0.75], 4)
+    assert (fast.turn(0), len(runs)) == ([0.25], 6)
+
+
+def test_a_long_run_counts_at_once():
+    slow, runs = session(2 * contenders.LONG)
+    slow.warm_up(None, 0)
+    assert (slow.turn(1.0), len(runs)) == ([2 * contenders.LONG], 2)
+
+
 @pytest.fixture
 def entrant(monkeypatch):
-    """An entrant whose runs take what is said, and the order in which such entrants run."""
+    """An entrant whose turns take what is said, and the order in which such entrants have theirs."""
     monkeypatch.setattr(latency, "REST", 0)
     order = []
 
-    def make(name, seconds):
-        def call(_):
+    def make(name, *turns):
+        times = cycle(turns)
+
+        def call(method, seconds):
+            assert (method, seconds) == ("turn", latency.TURN)
             order.append(name)
-            return next(seconds)
+            if (run := next(times)) is None:
+                raise BackendError("out of memory")
+            return [run]
 
         return Entrant(Contender(name, failing), SimpleNamespace(call=call))
 
     return make, order
 
 
-def test_the_first_run_of_a_turn_does_not_count_unless_it_is_the_only_one(entrant):
-    make, _ = entrant
-    fast, slow = make("fast", cycle([0.5, 0.25, 0.125, 0.125])), make("slow", repeat(3.0))
-    for each in (fast, slow):
-        each.go(5 * latency.TURN)
-    assert (fast.turns, fast.used) == ([[0.25, 0.125, 0.125]], 1.0)
-    assert (slow.turns, slow.used) == ([[3.0]], 3.0)
-    hurried = make("fast", cycle([0.5, 0.25, 0.125]))
-    hurried.go(latency.TURN)
-    assert hurried.turns == [[0.5]]
-
-
 def test_an_entrant_has_turns_enough_and_not_much_longer_than_its_seconds(entrant):
-    slow = entrant[0]("slow", repeat(5.0))
+    slow = entrant[0]("slow", 5.0)
     for turns in range(latency.LEAST_TURNS):
-        assert slow.progress(1) == turns / latency.LEAST_TURNS
-        slow.go(1)
-    assert slow.progress(1) == 1
+        assert slow.progress(20) == turns / latency.LEAST_TURNS
+        slow.go(20)
+    assert slow.progress(20) == 1
     assert slow.progress(100) == 5 * latency.LEAST_TURNS / 100
-    slow.turns, slow.stopped = [], BackendError("failed")
-    assert slow.progress(100) == 1
 
 
-def test_a_failed_run_is_no_turn(entrant):
-    def failing_at_last():
-        yield 0.5
-        raise BackendError("out of memory")
+def test_a_turn_is_a_fifth_of_the_seconds_where_these_are_few():
+    asked = []
+    hurried = Entrant(Contender("any", failing), SimpleNamespace(call=lambda _, seconds: asked.append(seconds) or [1.0]))
+    hurried.go(1.0)
+    assert asked == [1.0 / latency.LEAST_TURNS]
 
-    broken = entrant[0]("broken", failing_at_last())
-    broken.go(10)
-    assert (broken.turns, str(broken.stopped)) == ([], "out of memory")
+
+def test_a_failed_turn_is_the_last(entrant):
+    broken = entrant[0]("broken", 0.5, None)
+    latency.take_turns([broken], 20)
+    assert (broken.turns, str(broken.stopped), broken.progress(20)) == ([[0.5]], "out of memory", 1)
 
 
 def test_a_fast_entrant_s_turns_lie_between_a_slow_one_s(entrant):
     make, order = entrant
-    latency.take_turns([make("a", repeat(1.0)), make("b", repeat(4.0))], 24.0)
+    latency.take_turns([make("a", 1.0), make("b", 4.0)], 24.0)
     assert (order[:2], order.count("a"), order.count("b")) == (["a", "b"], 24, 6)
     slow = [place for place, name in enumerate(order) if name == "b"]
     assert set(np.diff(slow)) == {5}
@@ -241,7 +260,7 @@ def test_a_worker_tells_why_a_call_failed_and_lives_on():
 
 def row(seconds, spread=0.0, on="torch on CPU", name="torch"):
     p50 = Interval(seconds, seconds - spread, seconds + spread)
-    return Row(SMALL, name, Measured("fp32", on, p50, p50, p50, 3, 1e9, None, 2**20, None, None))
+    return Row(SMALL, name, Measured("fp32", on, p50, p50, p50, 3, 3, 1e9, None, 2**20, None, None))
 
 
 def test_comparison_tells_ratios_and_whether_intervals_are_apart(tmp_path):
@@ -281,12 +300,12 @@ def test_a_share_is_of_the_limit_of_what_it_ran_on():
 
 def test_a_gpu_s_memory_is_what_is_taken_since_before_the_model_was_loaded(monkeypatch):
     free = [9 * 2**30, 7 * 2**30, 8 * 2**30]
-    monkeypatch.setattr(benchmarks.contenders, "free_on_gpu", lambda: free.pop(0))
+    monkeypatch.setattr(contenders, "free_on_gpu", lambda: free.pop(0))
     session = Session(lambda *_: Running(lambda x: x, Precision.FP16, "any on GPU", on_gpu=True), None, None)
     assert session.gpu_memory() == 2 * 2**30
     session = Session(lambda *_: Running(lambda x: x, Precision.FP32, "any on CPU"), None, None)
     assert (session.warm_up(1, 0), session.run() >= 0) == (1, True)
-    monkeypatch.setattr(benchmarks.contenders, "free_on_gpu", lambda: None)
+    monkeypatch.setattr(contenders, "free_on_gpu", lambda: None)
     assert session.gpu_memory() is None
 
 

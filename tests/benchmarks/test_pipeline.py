@@ -77,7 +77,12 @@ def test_a_bad_picture_ends_it_with_one_line(measure, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [(["--tiling", "exact"], "not timed"), (["--size", "0x9"], "size '0x9'"), (["nowhere"], "nowhere")],
+    [
+        (["--tiling", "exact"], "not timed"),
+        (["--size", "0x9"], "size '0x9'"),
+        (["nowhere"], "nowhere"),
+        (["--paper"], "expected one of them"),
+    ],
 )
 def test_bad_arguments_are_told_in_one_line(measure, arguments, told):
     status, shown = measure(*arguments)
