@@ -163,7 +163,7 @@ def latency(
     regions: Annotated[
         str, typer.Option(help="k of the k x k attention regions, or auto: by the picture's size, as in `sanrt run`.")
     ] = str(PAPER_REGIONS),
-    seconds: Annotated[float, typer.Option(min=0, help="Of measured runs in all.")] = 30,
+    seconds: Annotated[float, typer.Option(min=0, help="Of measured runs in all.")] = 20,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if left out.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw latency over size into this picture.")] = None,
