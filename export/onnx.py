@@ -22,10 +22,11 @@ from sanrt.export.squareroot import SquareRootReport, iterations_for, square_roo
 from sanrt.model.checkpoint import Checkpoint
 from sanrt.model.graph import Weights, san_model
 from sanrt.model.san import SAN
-from sanrt.model.spec import ModelSpec
+from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.backends import RunOptions
 from sanrt.runtime.backends.onnxruntime import CPU_FORM, open_session
 from sanrt.runtime.derived import FOLDER, derived_model
+from sanrt.runtime.models import read_spec
 
 Array = npt.NDArray[np.float32]
 
@@ -45,6 +46,8 @@ class ExportOptions:
     picture_name: str = "a generated scene"
     check: bool = True
     """Compare the ONNX with PyTorch, and write nothing when they differ."""
+    overwrite: bool = False
+    """Replace whatever file is there, not only an earlier export of the same weights."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,19 @@ class ExportReport:
     square_root: SquareRootReport
     parity: Difference | None
     """The worst over every checked input; None when not checked."""
+    replaced: str
+    """What was there before, for people; empty where nothing was."""
 
 
 @torch.inference_mode()
 def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None = None) -> ExportReport:
     """Write a checkpoint as fp32 ONNX with dynamic batch, height and width, standard operators only.
 
-    Raises ParityError, and leaves nothing under the final name, when ONNX Runtime's output differs from PyTorch's.
+    Raises ModelError before any work where `out` is something else than an earlier export of the same weights, and
+    ParityError when ONNX Runtime's output differs from PyTorch's; then what was there is left as it was.
     """
     options = options or ExportOptions()
+    replaced = present(out, checkpoint, options.overwrite)
     arch = checkpoint.architecture
     pixels = network_input(options.picture, arch.value_range)
     try:
@@ -84,7 +91,29 @@ def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None
         # The same nodes as those just checked: only the metadata gained the measurements.
         staged.write_bytes(san_model(spec, weights).SerializeToString())
         derived_model(staged, CPU_FORM)
-    return ExportReport(out, spec, root, parity)
+    return ExportReport(out, spec, root, parity, replaced)
+
+
+def present(out: Path, checkpoint: Checkpoint, overwrite: bool) -> str:
+    """What an export to `out` replaces, for people; empty where nothing is there.
+
+    Raises ModelError for what is not an export of the same weights, unless that may be overwritten.
+    """
+    if not out.exists():
+        return ""
+    try:
+        spec = read_spec(out)
+    except ModelError:
+        found, same = "a file that `sanrt export` did not write", False
+    else:
+        found = f"{spec.architecture.name}, {spec.iterations} Newton-Schulz steps, {spec.weights_origin}"
+        same = spec.weights_digest == checkpoint.digest and spec.coarsest == Precision.FP32
+        found += f" ({'the same weights' if same else f'other weights: sha256 {spec.weights_digest[:12]}'})"
+    if same or overwrite:
+        return found
+    raise ModelError(
+        f"{out}: is there already and would be lost: {found}; choose another place with -o PATH, or add --overwrite"
+    )
 
 
 def network_input(picture: npt.NDArray[np.uint8], value_range: float) -> torch.Tensor:

@@ -27,6 +27,7 @@ from sanrt.export.calibration import (
 from sanrt.model.graph import Weights, read_model, san_model
 from sanrt.model.spec import ModelSpec, Quantisation, QuantisedType
 from sanrt.runtime.derived import FOLDER, file_digest
+from sanrt.runtime.models import read_spec
 
 MAX_PSNR_DROP = 0.1
 """dB of Y-PSNR that quantisation may cost, unless said otherwise."""
@@ -69,6 +70,9 @@ def quantise(model: Path, options: QuantiseOptions, track: Track = untracked) ->
     spec, weights = read_model(model)
     if spec.quantisation:
         raise UsageError(f"{model}: is {spec.quantisation.type} already; name the fp32 model it was made of")
+    path = quantised_path(model, options.type)
+    if path.exists() and not is_quantised(path):
+        raise ModelError(f"{path}: is in the way and would be lost: no quantised model; move it, or name {model.name} anew")
     all_parts = parts(spec)
     kept = kept_parts(all_parts, options.keep)
     pictures = calibration_set(options.calibration, spec.architecture.scale, track)
@@ -82,9 +86,16 @@ def quantise(model: Path, options: QuantiseOptions, track: Track = untracked) ->
         raise nothing_fits(model, options, plan)
     report = {**spec.report, "quantisation": facts(options, pictures, plan)}
     spec = replace(spec, quantisation=of_parts(quantisation, plan.parts), report=report)
-    path = quantised_path(model, options.type)
     write(path, san_model(spec, weights).SerializeToString())
     return Quantised(path, spec, plan, pictures)
+
+
+def is_quantised(path: Path) -> bool:
+    """Whether a file is what `quantise` writes."""
+    try:
+        return read_spec(path).quantisation is not None
+    except ModelError:
+        return False
 
 
 def kept_parts(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 from sanrt.errors import ModelError
-from sanrt.model.spec import ModelSpec
+from sanrt.model.spec import ModelSpec, QuantisedType
 
 MODELS = Path("models")
 """The folder, in the working folder, that export, build and run share by default."""
+DEFAULT_SCALE = 4
+BUNDLED_NAME = re.compile(r"san_x\d+(_.*)?", re.IGNORECASE)
+"""File names, without their suffix, that are for the weights that ship with sanrt alone."""
 METADATA_PROPS = 14
 """Field number in ONNX's ModelProto."""
 REMEDY = "make a model with `sanrt export --scale 4`"
 
 
-def exported_path(models: Path, scale: int) -> Path:
-    """Where `sanrt export` writes the model of a scale."""
-    return models / f"san_x{scale}.onnx"
+def exported_path(models: Path, scale: int | None = None) -> Path:
+    """The model that every command takes where none is named: that of the bundled weights of a scale."""
+    return models / f"san_x{scale or DEFAULT_SCALE}.onnx"
+
+
+def checkpoint_path(models: Path, checkpoint: Path, digest: str) -> Path:
+    """Where `sanrt export` writes the model of a checkpoint: under the checkpoint's name.
+
+    A name that belongs to bundled weights is told apart by the beginning of the checkpoint's digest.
+    """
+    bundled = BUNDLED_NAME.fullmatch(checkpoint.stem)
+    return models / f"{checkpoint.stem}{f'-{digest[:8]}' if bundled else ''}.onnx"
+
+
+def other_models(models: Path) -> str:
+    """What else lies in a folder of models, for messages about a model that does not; quantised ones are left out."""
+    exported = (path for path in models.glob("*.onnx") if path.stem.rpartition(".")[2] not in tuple(QuantisedType))
+    names = ", ".join(map(str, sorted(exported)))
+    return f" (there are others, which must be named: {names})" if names else ""
 
 
 def find_model(models: Path, scale: int) -> Path:
@@ -27,7 +47,8 @@ def find_model(models: Path, scale: int) -> Path:
     path = exported_path(models, scale)
     if not path.is_file():
         folder = "" if models == MODELS else f" --models {models}"
-        raise ModelError(f"{path}: no such model; make it with `sanrt export --scale {scale}{folder}`")
+        others = other_models(models)
+        raise ModelError(f"{path}: no such model{others}; make it with `sanrt export --scale {scale}{folder}`")
     return path
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sanrt.cli.models import default_model, known_scale, require_scale
 from sanrt.errors import UsageError
 from sanrt.extras import extra
-from sanrt.runtime.models import MODELS
+from sanrt.runtime.models import MODELS, read_spec
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -20,8 +21,13 @@ if TYPE_CHECKING:
 
 
 def build(
-    model: Annotated[Path | None, typer.Argument(help="An exported ONNX; the newest one in --models if left out.")] = None,
-    models: Annotated[Path, typer.Option(help="Where `sanrt export` wrote.")] = MODELS,
+    model: Annotated[
+        Path | None, typer.Argument(help="An exported ONNX, instead of the one that `sanrt run` takes by itself.")
+    ] = None,
+    models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
+    scale: Annotated[
+        int | None, typer.Option(help="2, 3, 4 or 8; 4 unless MODEL says otherwise.", callback=known_scale)
+    ] = None,
     fp32: Annotated[bool, typer.Option("--fp32", help="Everything in fp32, TF32 off.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Convolutions and attention in half, SOCA's root in fp32.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="The same in bfloat16.")] = False,
@@ -66,7 +72,9 @@ def build(
         raise typer.BadParameter(f"--kernels {kernels}: expected none or fused")
     if int8 + fp8 + auto > 1:
         raise typer.BadParameter("choose one of --int8, --fp8 and --auto")
-    model = model or newest_model(models)
+    if model and scale:
+        require_scale(model, read_spec(model).architecture.scale, scale)
+    model = model or default_model(models, scale, print)
     if int8 or fp8 or auto:
         from sanrt.cli.quantise import choose_automatically, quantise_options, quantised_model
 
@@ -92,17 +100,6 @@ def build(
     with BuildProgress() as progress:
         info, built = build_engine(model, options, output, progress)
     return report(info, built)
-
-
-def newest_model(models: Path) -> Path:
-    """The ONNX that was exported last; quantised ones are made of it, and named explicitly."""
-    from sanrt.model.spec import QuantisedType
-
-    exported = (path for path in models.glob("*.onnx") if path.stem.rpartition(".")[2] not in tuple(QuantisedType))
-    found = sorted(exported, key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UsageError(f"{models}: no exported ONNX; make one with `sanrt export --scale 4`, or name a file")
-    return found[-1]
 
 
 def profiles(smallest: list[str], best: list[str], largest: list[str], default: Profile) -> tuple[Profile, ...]:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sanrt.model.spec import SCALES
+from sanrt.cli.models import known_scale
 from sanrt.runtime.formats import Format
-from sanrt.runtime.models import MODELS, exported_path
+from sanrt.runtime.models import DEFAULT_SCALE, MODELS, exported_path
 from sanrt.runtime.ways import Tiling
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ def plan(
     ] = None,
     model: Annotated[Path | None, typer.Option(help="The model, instead of the one that `sanrt export` wrote.")] = None,
     models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
-    scale: Annotated[int, typer.Option(help="2, 3, 4 or 8, where no --model is given.")] = 4,
+    scale: Annotated[
+        int, typer.Option(help="2, 3, 4 or 8, where no --model is given.", callback=known_scale)
+    ] = DEFAULT_SCALE,
     tiling: Annotated[Tiling, typer.Option(help="As for `sanrt run`.")] = Tiling.AUTO,
     tile: Annotated[int | None, typer.Option(min=16, help="As for `sanrt run`.")] = None,
     memory: Annotated[str | None, typer.Option(help="As for `sanrt run`, such as 4G.")] = None,
@@ -38,8 +40,6 @@ def plan(
     from sanrt.runtime.upscale import UpscaleOptions
     from sanrt.runtime.ways import parse_memory
 
-    if scale not in SCALES:
-        raise typer.BadParameter(f"--scale {scale}: expected {', '.join(map(str, SCALES))}")
     jobs = find_pictures(inputs, output or Path("results.sanrt-plan"), Naming(suffix, format))
     remaining = [job for job in jobs if not job.done]
     if output:

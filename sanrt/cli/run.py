@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from sanrt.cli.export import chosen_checkpoint
+from sanrt.cli.models import default_model, known_scale, require_scale
 from sanrt.errors import UsageError
-from sanrt.extras import extra
-from sanrt.model.spec import SCALES, Precision
+from sanrt.model.spec import Precision
 from sanrt.runtime.formats import Format
-from sanrt.runtime.models import MODELS, exported_path
+from sanrt.runtime.models import DEFAULT_SCALE, MODELS, exported_path, other_models
 from sanrt.runtime.storage import check_buckets, located
 from sanrt.runtime.ways import Tiling
 
@@ -41,19 +40,19 @@ class ModelChoice:
     """None is the exported model of the scale in `models`."""
     models: Path
     scale: int | None
-    """None is the named model's, or 4."""
+    """None is the named model's, or DEFAULT_SCALE."""
     backend: str
     options: RunOptions
 
     @property
     def expected(self) -> int:
         """The scale that is looked for where no model is named."""
-        return self.scale or 4
+        return self.scale or DEFAULT_SCALE
 
     @property
     def path(self) -> Path:
         """The model's file, whether it is there or not."""
-        return self.named or exported_path(self.models, self.expected)
+        return self.named or exported_path(self.models, self.scale)
 
     def absolute(self) -> ModelChoice:
         """The same, wherever the working folder is."""
@@ -93,7 +92,9 @@ def run(
     output: Annotated[Path, typer.Argument(parser=located, metavar="OUTPUT", help="A folder, or a file for one picture.")],
     model: Annotated[Path | None, typer.Option(help="The model, instead of the one that `sanrt export` wrote.")] = None,
     models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
-    scale: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; 4 unless --model says otherwise.")] = None,
+    scale: Annotated[
+        int | None, typer.Option(help="2, 3, 4 or 8; 4 unless --model says otherwise.", callback=known_scale)
+    ] = None,
     backend: Annotated[str, typer.Option(help="What runs the network; auto takes the first that is usable.")] = "auto",
     precision: Annotated[
         Precision | None, typer.Option(help="Of convolutions and attention; the backend's own choice if left out.")
@@ -140,8 +141,6 @@ def run(
     from sanrt.runtime.upscale import Streamer, UpscaleOptions, upscale
     from sanrt.runtime.ways import parse_memory
 
-    if scale not in (None, *SCALES):
-        raise typer.BadParameter(f"--scale {scale}: expected {', '.join(map(str, SCALES))}")
     if format and format.written_as is not format:
         raise typer.BadParameter(f"--format {format}: sanrt reads it, and writes {format.written_as} instead")
     k = region_count(regions)
@@ -154,10 +153,12 @@ def run(
     jobs = find_pictures(inputs, output, Naming(suffix, format))
     with Reporter(len(jobs), quiet, verbose) as reporter:
         if dry_run and choice.missing:
-            reporter.say(f"{choice.path}: not there yet; would export the bundled x{choice.expected} weights first")
+            others = other_models(models)
+            reporter.say(f"{choice.path}: not there yet{others}; would export the bundled x{choice.expected} weights first")
             reporter.follow(pipeline.plan(jobs, PipelineOptions(choice.expected, encoding, overwrite)))
             raise typer.Exit(reporter.status)
-        make_missing(choice, reporter)
+        if choice.missing:
+            default_model(choice.models, choice.scale, reporter.say)
         choice = choice.preferred()
         if ray and not (dry_run or explain_tiles):
             task = Task(choice.path, choice.backend, choice.options, upscaling, encoding, overwrite, record)
@@ -241,18 +242,8 @@ def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
     return watched(network, choice.path, choice.options)
 
 
-def make_missing(choice: ModelChoice, reporter: Reporter) -> None:
-    """Export the bundled weights where no model was made yet."""
-    if choice.missing:
-        reporter.say(f"{choice.path}: not there yet; exporting the bundled x{choice.expected} weights first")
-        with extra("export", "making a model"):
-            from sanrt.export.onnx import export_onnx
-        export_onnx(chosen_checkpoint(choice.expected, None), choice.path)
-
-
 def tell_model(choice: ModelChoice, network: Backend | Ready, reporter: Reporter) -> None:
     """What runs, and on what; UsageError if it is not of the scale that was asked for."""
     spec = network.spec
-    if choice.scale not in (None, spec.architecture.scale):
-        raise UsageError(f"{choice.path}: a x{spec.architecture.scale} model, but --scale {choice.scale} was asked for")
+    require_scale(choice.path, spec.architecture.scale, choice.scale)
     reporter.say(f"{choice.path}: {spec.architecture.name}, {spec.computes}, {network.name} on {network.device}")

@@ -223,7 +223,7 @@ def test_a_model_of_another_scale_than_asked_for_is_refused(sanrt, tmp_path, tin
     noise(tmp_path / "a.png")
     status, _, err = sanrt("a.png", "b.png", "--model", tiny_model(3), scale=2)
     assert status == 1
-    assert "x3 model, but --scale 2" in err
+    assert "is for x3, but --scale 2 was asked for" in err
 
 
 def claims(width: int, height: int) -> bytes:
