@@ -243,7 +243,7 @@ def in_precision(name: str, precision: Precision | None) -> Contender:
 
 def own_precisions(name: str) -> list[Precision | None]:
     """What a backend is measured in unless told: its own choice, and both where that is a choice of two."""
-    fast = {"openvino": (Precision.BF16, {"AMX-BF16", "AVX512-BF16"}), "winograd": (Precision.INT16, {"AVX512-VNNI"})}
+    fast = {"openvino": (Precision.BF16, {"AMX-BF16", "AVX512-BF16"}), "native": (Precision.INT16, {"AVX512-VNNI"})}
     precision, features = fast.get(name, (None, set[str]()))
     return [Precision.FP32, precision] if features & set(machine.cpu_features()) else [None]
 

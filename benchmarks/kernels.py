@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sanrt.errors import SanrtError
-from sanrt.kernels.operators import attend, edges, region_attention, soca_gate
-from sanrt.kernels.soca import SocaLaunch
+from sanrt.kernels.cuda.operators import attend, edges, region_attention, soca_gate
+from sanrt.kernels.cuda.soca import SocaLaunch
 from sanrt.model.san import SAN
 from sanrt.model.soca import SOCA, covariance
 from sanrt.model.spec import Architecture

@@ -37,8 +37,8 @@ from sanrt.runtime.upscale import network_input, network_output
 
 TIMED = (1, 3, 128, 128)
 TIMED_WAYS = (
-    *((name, Precision.FP32) for name in ("openvino", "onnxruntime", "winograd")),
-    ("winograd", Precision.INT16),
+    *((name, Precision.FP32) for name in ("openvino", "onnxruntime", "native")),
+    ("native", Precision.INT16),
 )
 ROUNDS = 7
 
@@ -86,7 +86,7 @@ def variants(model: Path, spec: ModelSpec, calibration: Path, folder: Path, thre
     yield Way("bf16", probe(san_model(spec, weights, GraphOptions(precision=Precision.BF16))))
     yield Way("bf16, openvino", load_backend("openvino", model, RunOptions(threads, Precision.BF16)).infer)
     with suppress(BackendError):
-        yield Way("int16, winograd", load_backend("winograd", model, RunOptions(threads, Precision.INT16)).infer)
+        yield Way("int16, native", load_backend("native", model, RunOptions(threads, Precision.INT16)).infer)
     int8 = model.with_name(f"{model.stem}.int8.onnx")
     if int8.exists():
         quantised, its_weights = read_model(int8)

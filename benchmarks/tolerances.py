@@ -107,7 +107,7 @@ def ways(model: Path) -> Iterator[tuple[Kind, Infer]]:
         yield precision, typed(spec, weights, precision)
     for precision in (Precision.FP32, Precision.BF16):
         yield from runnable(model, precision, precision)
-    yield from runnable(model, Precision.INT16, Precision.INT16, ("winograd",))
+    yield from runnable(model, Precision.INT16, Precision.INT16, ("native",))
     for kind in QuantisedType:
         if (quantised := quantised_path(model, kind)).exists():
             yield from runnable(quantised, Precision.FP32, kind)

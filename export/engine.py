@@ -167,7 +167,7 @@ def register_kernels(trt: Any, flavor: Flavor) -> None:
     """Make sanrt's plugins known to TensorRT; raises UsageError for TensorRT-RTX, which has no plugins in Python."""
     if flavor != Flavor.TENSORRT:
         raise UsageError("--kernels fused: TensorRT-RTX takes no plugins; use --flavor tensorrt, or --kernels none")
-    from sanrt.kernels.plugins import register
+    from sanrt.kernels.cuda.plugins import register
 
     register(trt)
 

@@ -1,1 +1,1 @@
-"""CUDA kernels and their TensorRT plugins; vector kernels for the CPU."""
+"""Hand-written kernels, a folder for each kind of processor: `cpu` (LLVM IR) and `cuda`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from sanrt.errors import ModelError
 from sanrt.model.spec import Precision
 from sanrt.runtime import machine
-from sanrt.runtime.backends import Backend, RunOptions, load_backend, status
+from sanrt.runtime.backends import ALIASES, Backend, RunOptions, load_backend, status
 from sanrt.runtime.derived import file_digest
 
 
@@ -46,7 +46,8 @@ def preferred(model: Path) -> Preference | None:
     """The choice that was measured for this very model on this machine, where its file and its backend are still there."""
     try:
         choice = Preference(**json.loads(preference_path(model).read_text()))
-        choice = replace(choice, precision=choice.precision and Precision(choice.precision))
+        backend, precision = ALIASES.get(choice.backend, choice.backend), choice.precision and Precision(choice.precision)
+        choice = replace(choice, backend=backend, precision=precision)
     except (OSError, ValueError, TypeError):
         return None
     fits = choice.machine == machine.cpu_name() and (model.parent / choice.model).is_file() and status(choice.backend).usable

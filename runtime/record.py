@@ -7,7 +7,7 @@ import platform
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from sanrt import __version__
 from sanrt.errors import ModelError, SanrtError, UsageError
 from sanrt.model.spec import Precision
-from sanrt.runtime.backends import Backend, RunOptions, load_backend, status
+from sanrt.runtime.backends import ALIASES, Backend, RunOptions, load_backend, status
 from sanrt.runtime.derived import file_digest
 from sanrt.runtime.jobs import Job
 from sanrt.runtime.pictures import Encoding, Pixels, open_picture
@@ -180,6 +180,7 @@ def read_record(path: Path) -> list[Entry]:
 def read_entry(line: str) -> Entry:
     """An entry whose settings sanrt has; raises ValueError or TypeError for any other line."""
     entry = Entry(**json.loads(line))
+    entry = replace(entry, backend=ALIASES.get(entry.backend, entry.backend))
     entry.loading(), entry.upscaling()
     return entry
 

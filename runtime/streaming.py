@@ -13,20 +13,17 @@ from math import isqrt
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from sanrt.errors import BackendError
+from sanrt.geometry import Box
+from sanrt.model.contract import HEAD_HALO, JOIN_HALO, TAIL_HALO, Moments
 from sanrt.model.spec import Architecture, ModelSpec
 from sanrt.runtime.backends import Array, Stages
-from sanrt.runtime.featuremaps import Box, FeatureMap, FeatureStore
+from sanrt.runtime.featuremaps import FeatureMap, FeatureStore
 from sanrt.runtime.pictures import SourcePicture
 
 MAX_PAIRS = 2**26
 """Pairs of a query and a key in one call, for backends that form their matrix (256 MiB of float32)."""
-
-HEAD_HALO, JOIN_HALO, TAIL_HALO = 1, 1, 2
-"""Pixels that a result reaches to each side; the tail's 1 + 1/2 + ... + 1/scale is below 2 for every scale."""
-
 
 STRIP = 256
 """Rows that are decoded at a time, about."""
@@ -50,28 +47,6 @@ class PixelSource(Protocol):
 
 PixelSink = Callable[[Box, Array], None]
 """Takes finished pixels (1, 3, h, w), not clipped, and where they go in the output; in reading order of tiles."""
-
-
-@dataclass
-class Moments:
-    """Mean and centred scatter of the pixels seen so far, merged pairwise (Chan, Golub, LeVeque) in float64."""
-
-    mean: npt.NDArray[np.float64]
-    scatter: npt.NDArray[np.float64]
-    count: int = 0
-
-    def add(self, mean: Array, scatter: Array, count: int) -> None:
-        """Merge the moments of `count` more pixels: mean (C,), scatter (C, C)."""
-        total = self.count + count
-        delta = mean.astype(np.float64) - self.mean
-        self.scatter += scatter + np.outer(delta, delta) * (self.count * count / total)
-        self.mean += delta * (count / total)
-        self.count = total
-
-    @property
-    def covariance(self) -> Array:
-        """(1, C, C) float32."""
-        return (self.scatter / self.count).astype(np.float32)[None]
 
 
 @dataclass

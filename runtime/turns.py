@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from sanrt.runtime.featuremaps import Box
+from sanrt.geometry import Box
 from sanrt.runtime.streaming import PixelSource
 
 Array = npt.NDArray[np.float32]

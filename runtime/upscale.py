@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sanrt.errors import BackendError, OutOfMemoryError, PictureError, UsageError
+from sanrt.geometry import Box
 from sanrt.runtime.backends import Array, Backend, Stages
-from sanrt.runtime.featuremaps import Box, FeatureStore
+from sanrt.runtime.featuremaps import FeatureStore
 from sanrt.runtime.memory import free_host_memory
 from sanrt.runtime.pictures import SourcePicture
 from sanrt.runtime.scratch import ScratchPicture

@@ -31,9 +31,9 @@ OPTIONAL = (
 )
 NEEDS = {
     "sanrt.export": {"torch", "safetensors", "onnx"},
-    "sanrt.kernels": {"torch", "llvmlite"},
+    "sanrt.kernels.cpu": {"llvmlite", "threadpoolctl"},
+    "sanrt.kernels.cuda": {"torch"},
     "sanrt.model": {"torch", "safetensors", "onnx"},
-    "sanrt.runtime.winograd": {"llvmlite", "threadpoolctl"},
 }
 """The only packages that may need an extra when they are imported, and which."""
 

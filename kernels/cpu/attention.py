@@ -11,8 +11,8 @@ import numpy.typing as npt
 from llvmlite import ir
 from numpy.polynomial import Chebyshev, Polynomial
 
-from sanrt.kernels.llvm import Code, Module, this_processor
-from sanrt.kernels.threads import Workers
+from sanrt.kernels.cpu.ir import Code, Module, this_processor
+from sanrt.kernels.cpu.workers import Workers
 
 Array = npt.NDArray[np.float32]
 

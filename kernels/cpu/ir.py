@@ -16,7 +16,7 @@ import numpy.typing as npt
 from llvmlite import binding, ir
 
 from sanrt import __version__
-from sanrt.kernels.compile import cache_folder, write_whole
+from sanrt.kernels.cuda.nvrtc import cache_folder, write_whole
 
 INT, FLOAT, WORD, SHORT = ir.IntType(64), ir.FloatType(), ir.IntType(32), ir.IntType(16)
 POINTER = FLOAT.as_pointer()

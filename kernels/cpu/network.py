@@ -13,17 +13,16 @@ import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from sanrt.errors import BackendError
-from sanrt.kernels import attention_cpu, program, soca_cpu
-from sanrt.kernels.attention_cpu import attention
-from sanrt.kernels.llvm import aligned, this_processor
-from sanrt.kernels.program import Program, Step, moments_of
-from sanrt.kernels.soca_cpu import Gate, moments_rows
-from sanrt.kernels.tail import REACH, TAPS, Tail, edges
-from sanrt.kernels.threads import Workers
-from sanrt.kernels.winograd import Convolution, Map, Products, method_of, product_shape, whole_vectors
+from sanrt.geometry import Box
+from sanrt.kernels.cpu import attention, schedule, soca
+from sanrt.kernels.cpu.ir import aligned, this_processor
+from sanrt.kernels.cpu.schedule import Program, Step, moments_of
+from sanrt.kernels.cpu.soca import Gate, moments_rows
+from sanrt.kernels.cpu.tail import REACH, TAPS, Tail, edges
+from sanrt.kernels.cpu.winograd import Convolution, Map, Products, method_of, product_shape, whole_vectors
+from sanrt.kernels.cpu.workers import Workers
+from sanrt.model.contract import TAIL_HALO, Moments
 from sanrt.model.spec import ModelSpec
-from sanrt.runtime.featuremaps import Box
-from sanrt.runtime.streaming import TAIL_HALO, Moments
 
 Array = npt.NDArray[np.float32]
 
@@ -58,9 +57,7 @@ class Network:
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Array], threads: int, products: Products) -> None:
         if products is Products.INT16 and not this_processor().pairs:
-            raise BackendError(
-                "winograd has no int16 on this processor (on x86-64 it needs AVX-512BW); use --precision fp32"
-            )
+            raise BackendError("native has no int16 on this processor (on x86-64 it needs AVX-512BW); use --precision fp32")
         self.spec, self.arch, self.weights, self.products = spec, spec.architecture, weights, products
         # NumPy's own threads would fight with ours.
         self.one_thread = partial(ThreadpoolController().limit, limits=1, user_api="blas")
@@ -80,10 +77,10 @@ class Network:
         self.inner_bias = np.concatenate([weights[f"attention.{part}.bias"] for part in ("query", "key", "value")])
         self.held: Trunk | None = None
         # Compiled now, so that every failure to compile is one to load.
-        attention_cpu.kernels(self.arch.attention_channels)
-        soca_cpu.kernels(whole_vectors(self.arch.channels))
+        attention.kernels(self.arch.attention_channels)
+        soca.kernels(whole_vectors(self.arch.channels))
         for outputs, taps in {(each.outputs, each.method.taps) for each in (*conv.values(), self.tail)}:
-            program.kernels(products, product_shape(outputs)[0], taps)
+            schedule.kernels(products, product_shape(outputs)[0], taps)
         self.workers = Workers(threads)
 
     def names(self) -> list[str]:
@@ -191,7 +188,7 @@ class Network:
     def attended(self, query: Array, key: Array, value: Array) -> Array:
         """softmax(query key^T) value, of the queries' shape (h, w, C / 8); keys and values of any shape (..., C / 8)."""
         parts = (part.reshape(-1, part.shape[-1]) for part in (query, key, value))
-        return attention(self.workers, *parts).reshape(query.shape)
+        return attention.attention(self.workers, *parts).reshape(query.shape)
 
     def restored(self, y: Array, x: Array, out: Array) -> None:
         """W(y) + x into out, of (h, w, C / 8) and (h, w, C)."""

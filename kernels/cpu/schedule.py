@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 
-from sanrt.kernels.llvm import INT, LINE, POINTER, Code, Module, aligned, this_processor
-from sanrt.kernels.soca_cpu import moments_rows, write_moments
-from sanrt.kernels.threads import Workers
-from sanrt.kernels.winograd import (
+from sanrt.kernels.cpu.ir import INT, LINE, POINTER, Code, Module, aligned, this_processor
+from sanrt.kernels.cpu.soca import moments_rows, write_moments
+from sanrt.kernels.cpu.winograd import (
     Array,
     Convolution,
     End,
@@ -29,6 +28,7 @@ from sanrt.kernels.winograd import (
     write_product,
     write_spread,
 )
+from sanrt.kernels.cpu.workers import Workers
 
 STRIP = 300_000
 """Bytes of a strip, transformed, and of its products: with the weights they stay in a core's own cache."""

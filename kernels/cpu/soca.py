@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 
-from sanrt.kernels.attention_cpu import power_of_two
-from sanrt.kernels.llvm import FLOAT, Code, Module, aligned, this_processor
-from sanrt.kernels.winograd import tile_corner
+from sanrt.kernels.cpu.attention import power_of_two
+from sanrt.kernels.cpu.ir import FLOAT, Code, Module, aligned, this_processor
+from sanrt.kernels.cpu.winograd import tile_corner
 
 Array = npt.NDArray[np.float32]
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 
-from sanrt.kernels.llvm import FLOAT, SHORT, WORD, Code, Module, aligned, this_processor
+from sanrt.kernels.cpu.ir import FLOAT, SHORT, WORD, Code, Module, aligned, this_processor
 
 Array = npt.NDArray[np.float32]
 Matrix = npt.NDArray[np.float64]

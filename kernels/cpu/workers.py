@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sanrt.errors import BackendError
-from sanrt.kernels.llvm import aligned
+from sanrt.kernels.cpu.ir import aligned
 
 Outcomes = list[BaseException | None]
 Job = tuple[Callable[[int], object], Outcomes]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sanrt.errors import BackendError
-from sanrt.kernels.compile import INSTALL, Program, checked
+from sanrt.kernels.cuda.nvrtc import INSTALL, Program, checked
 
 
 def import_driver() -> Any:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sanrt.errors import BackendError
-from sanrt.kernels import region_attention as attention_kernels
-from sanrt.kernels import residual as residual_kernels
-from sanrt.kernels import soca as soca_kernels
+from sanrt.kernels.cuda import region_attention as attention_kernels
+from sanrt.kernels.cuda import residual as residual_kernels
+from sanrt.kernels.cuda import soca as soca_kernels
 from sanrt.model.attention import RegionAttention
 from sanrt.model.san import SAN, ResidualBlock, ResidualGroup
 from sanrt.model.soca import SOCA, covariance, newton_schulz_sqrt

@@ -11,8 +11,8 @@ Annotations are evaluated here (no `from __future__ import annotations`): Tensor
 from typing import Any
 
 from sanrt.errors import BackendError
-from sanrt.kernels.compile import ARCHITECTURES, Program
-from sanrt.kernels.soca import CHANNELS, GATE_THREADS, most_merged, partial_size
+from sanrt.kernels.cuda.nvrtc import ARCHITECTURES, Program
+from sanrt.kernels.cuda.soca import CHANNELS, GATE_THREADS, most_merged, partial_size
 
 NAMESPACE = "sanrt"
 

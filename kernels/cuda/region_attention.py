@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sanrt.errors import BackendError
-from sanrt.kernels.compile import Program, scalar
-from sanrt.kernels.launch import dense, launch
+from sanrt.kernels.cuda.launch import dense, launch
+from sanrt.kernels.cuda.nvrtc import Program, scalar
 
 DEPTH = 8
 """Inner channels that the kernels compute; fewer are padded with zeros."""

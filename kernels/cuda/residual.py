@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sanrt.kernels.compile import Program, scalar
-from sanrt.kernels.launch import launch
+from sanrt.kernels.cuda.launch import launch
+from sanrt.kernels.cuda.nvrtc import Program, scalar
 
 THREADS = 256
 VECTOR = 16

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sanrt.errors import BackendError
-from sanrt.kernels.compile import Program, scalar
+from sanrt.kernels.cuda.nvrtc import Program, scalar
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ def soca_gate(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: T
     """
     import torch
 
-    from sanrt.kernels.launch import cleared, dense, launch
+    from sanrt.kernels.cuda.launch import cleared, dense, launch
 
     x = dense(x)
     plan = SocaLaunch.of(x)

@@ -129,10 +129,13 @@ BACKENDS = {
     "onnxruntime": "sanrt.runtime.backends.onnxruntime",
     "onnxruntime-cuda": "sanrt.runtime.backends.onnxruntime_cuda",
     "openvino": "sanrt.runtime.backends.openvino",
-    "winograd": "sanrt.runtime.backends.winograd",
+    "native": "sanrt.runtime.backends.native",
     "tensorrt": "sanrt.runtime.backends.tensorrt",
 }
 """Every backend's module; each has `status() -> BackendStatus` and `load(model: Path, options: RunOptions) -> Backend`."""
+
+ALIASES = {"winograd": "native"}
+"""Earlier names, as records, preferences and scripts may have them."""
 
 CHECKPOINT_BACKENDS = ("torch-cuda", "torch")
 """Those that load checkpoints too; the others load exported models only."""
@@ -140,7 +143,7 @@ CHECKPOINT_BACKENDS = ("torch-cuda", "torch")
 EIGHT_BIT_BACKENDS = ("tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime")
 """Those that run models with convolutions in 8 bits."""
 
-AUTO_ORDER = ("tensorrt", "torch-cuda", "onnxruntime-cuda", "openvino", "winograd", "onnxruntime", "torch")
+AUTO_ORDER = ("tensorrt", "torch-cuda", "onnxruntime-cuda", "openvino", "native", "onnxruntime", "torch")
 """The order in which `auto` looks for a usable backend."""
 
 OPEN_STAGES = 4
@@ -156,6 +159,9 @@ def load_backend(name: str, model: Path, options: RunOptions) -> Backend:
     """Load a model with the named backend, or with the first usable one for `auto`; never another than asked for."""
     if model.suffix == STAGES_SUFFIX:
         raise UsageError(f"{model}: stage engines run beside a whole one; name its {SUFFIX}, or the ONNX of both")
+    if name in ALIASES:
+        log.warning("backend %s is called %s now", name, ALIASES[name])
+        name = ALIASES[name]
     names = candidates(model, options) if name == "auto" else (name,)
     chosen = automatic_choice(names) if name == "auto" else status(name)
     if chosen is None:
@@ -219,7 +225,8 @@ def require_precision(name: str, options: RunOptions, *known: Precision) -> None
 
 
 def backend_module(name: str) -> Any:
-    """The module behind a backend's name."""
+    """The module behind a backend's name, or behind an earlier one."""
+    name = ALIASES.get(name, name)
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}; expected auto, {', '.join(BACKENDS)}")
     return import_module(BACKENDS[name])

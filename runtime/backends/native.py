@@ -21,9 +21,9 @@ from sanrt.runtime.engines import Limits
 from sanrt.runtime.models import read_spec
 
 if TYPE_CHECKING:
-    from sanrt.runtime.winograd import Network
+    from sanrt.kernels.cpu.network import Network
 
-NAME = "winograd"
+NAME = "native"
 
 
 def status() -> BackendStatus:
@@ -37,20 +37,20 @@ def status() -> BackendStatus:
     return BackendStatus(NAME, installed, False, f"{missing} is not installed", "pip install 'sanrt[cpu]'")
 
 
-def load(model: Path, options: RunOptions) -> WinogradBackend:
+def load(model: Path, options: RunOptions) -> NativeBackend:
     """Load an exported fp32 ONNX: its weights, not its graph."""
-    return WinogradBackend(model, options)
+    return NativeBackend(model, options)
 
 
 def chosen_precision() -> Precision:
     """int16 where the processor multiplies and adds 16-bit integers in one instruction, twice as many as fp32."""
-    from sanrt.kernels.llvm import this_processor
+    from sanrt.kernels.cpu.ir import this_processor
 
     fast = "AVX512-VNNI" in machine.cpu_features() and this_processor().pairs
     return Precision.INT16 if fast else Precision.FP32
 
 
-class WinogradBackend:
+class NativeBackend:
     """The network on the CPU. Its stages are fp32 in either precision: exact streaming promises the same pixels."""
 
     name = NAME
@@ -65,7 +65,7 @@ class WinogradBackend:
         spec, k = read_spec(model), options.regions
         if spec.quantisation:
             raise BackendError(
-                f"{model}: winograd runs no {spec.quantisation.type} model; expected the fp32 one it was made of"
+                f"{model}: native runs no {spec.quantisation.type} model; expected the fp32 one it was made of"
             )
         precision = options.precision or chosen_precision()
         self.spec = replace(spec, precision=precision, regions=k, min_side=k * MIN_SIDE // 2)
@@ -74,8 +74,8 @@ class WinogradBackend:
 
     def computing(self, precision: Precision) -> Network:
         """The network in a precision."""
-        from sanrt.kernels.winograd import Products
-        from sanrt.runtime.winograd import Network
+        from sanrt.kernels.cpu.network import Network
+        from sanrt.kernels.cpu.winograd import Products
 
         return Network(self.spec, self.weights, self.threads, Products(precision))
 
@@ -94,7 +94,7 @@ class WinogradBackend:
     def stages(self) -> Stages:
         if self.exact is not self.network:
             self.network.clear()
-        return WinogradStages(self.exact)
+        return NativeStages(self.exact)
 
     def close(self) -> None:
         self.network.close()
@@ -108,7 +108,7 @@ class WinogradBackend:
         self.close()
 
 
-class WinogradStages:
+class NativeStages:
     """The network's stages, which are its own."""
 
     maps = None
@@ -128,4 +128,4 @@ def memory_told(network: Network) -> Iterator[None]:
         yield
     except MemoryError as error:
         network.clear()
-        raise OutOfMemoryError("winograd ran out of memory") from error
+        raise OutOfMemoryError("native ran out of memory") from error

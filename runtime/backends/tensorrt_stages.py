@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from sanrt.errors import ModelError
+from sanrt.geometry import Box
 from sanrt.model.spec import STAGE_INPUTS, STAGE_MAPS
 from sanrt.runtime.derived import replace_file
 from sanrt.runtime.device import FLOAT_BYTES, Buffer, Device, Grid, HostBuffer
 from sanrt.runtime.engines import EngineInfo, read_plan, stage_archive
-from sanrt.runtime.featuremaps import Array, Box, FeatureMap
+from sanrt.runtime.featuremaps import Array, FeatureMap
 from sanrt.runtime.flavors import Flavor, Watch, engine_from_plan
 
 MOST_TENSORS = 4

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from sanrt.errors import BackendError, OutOfMemoryError
+from sanrt.geometry import Box
 from sanrt.model.spec import GRAPH_PRECISIONS, STAGE_INPUTS, STAGE_MAPS, Precision
 from sanrt.runtime import machine
 from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version, require_precision
 from sanrt.runtime.backends.torch import network
 from sanrt.runtime.engines import Limits
-from sanrt.runtime.featuremaps import Box, FeatureMap
+from sanrt.runtime.featuremaps import FeatureMap
 
 if TYPE_CHECKING:
     import torch
@@ -266,7 +267,7 @@ class Graphs:
 
 def prepared(net: SAN, dtype: torch.dtype, exact_as: int | None = None) -> SAN:
     """A copy of `net` with the kernels' operators, channels-last, in `dtype` but for its two mean shifts (float32)."""
-    from sanrt.kernels.operators import use_kernels
+    from sanrt.kernels.cuda.operators import use_kernels
 
     return typed(use_kernels(net, exact_as), dtype)
 

@@ -306,7 +306,7 @@ class GraphWriter:
         return self.op("Identity", [self.cast(gate, self.options.precision, f"{prefix}.gate.typed")], out)
 
     def kernel_gate(self, features: str, group: int, out: str) -> str:
-        """The same gates from the features themselves, by the two plugins of `sanrt.kernels.plugins`."""
+        """The same gates from the features themselves, by the two plugins of `sanrt.kernels.cuda.plugins`."""
         prefix = f"groups.{group}.soca"
         plugin: dict[str, Any] = {"domain": "sanrt", "plugin_namespace": "sanrt", "plugin_version": "1", "aot": 1}
         plugin["channels"] = self.arch.channels

@@ -72,7 +72,7 @@ class GraphOptions:
     """Pad the inner attention channels with zeros to at least this (TensorRT fuses from 16)."""
     regions: int = 2
     kernels: bool = False
-    """SOCA by sanrt's own CUDA kernels: nodes that only TensorRT with `sanrt.kernels.plugins` registered understands."""
+    """SOCA by sanrt's own CUDA kernels: nodes that only TensorRT with `sanrt.kernels.cuda.plugins` understands."""
     requantised: bool = False
     """int8 in ONNX Runtime's form: unsigned, the outputs rounded too; only between such does it convolve in 8 bits."""
     stage: str = ""

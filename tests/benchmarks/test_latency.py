@@ -86,7 +86,7 @@ def test_a_failing_backend_is_a_row_that_says_why_and_the_rest_go_on(measure, mo
 
 
 def test_other_regions_are_those_of_the_reference_too_and_leave_out_who_has_the_paper_s_alone(measure, tiny_model):
-    backends = "--backend", "winograd", "--precision", "fp32", "--backend", "onnxruntime-plain"
+    backends = "--backend", "native", "--precision", "fp32", "--backend", "onnxruntime-plain"
     status, report, _ = measure("--model", tiny_model(), *backends, "--regions", "4")
     assert status == 0
     ours, plain = report["rows"]

@@ -26,7 +26,7 @@ from sanrt.runtime.machine import Gpu, Gpus
 
 ONE_THREAD = RunOptions(threads=1, precision=Precision.FP32)
 RANGES = {"groups.0.blocks.0.conv1": 9.0}
-CPU_BACKENDS = ("onnxruntime", "openvino", "winograd")
+CPU_BACKENDS = ("onnxruntime", "openvino", "native")
 
 STARVED = """
 import resource, sys
@@ -97,15 +97,15 @@ def test_results_are_not_overwritten_by_the_next_run(name, tiny_model):
 
 
 @pytest.mark.parametrize("scale", [2, 8])
-def test_winograd_takes_channels_that_fill_no_vector(tiny_model, scale):
+def test_native_takes_channels_that_fill_no_vector(tiny_model, scale):
     model, pixels = tiny_model(scale, channels=24), picture(1, 3, 10, 13)
-    with loaded("torch", model) as reference, loaded("winograd", model) as backend:
+    with loaded("torch", model) as reference, loaded("native", model) as backend:
         assert psnr(backend.infer(pixels), reference.infer(pixels)) > 85
 
 
-def test_a_bad_picture_leaves_nothing_behind_in_winograd_s_maps(tiny_model):
+def test_a_bad_picture_leaves_nothing_behind_in_native_s_maps(tiny_model):
     box, x = np.array([0, 0, 8, 8]), picture(1, 24, 8, 8)
-    with loaded("winograd", tiny_model(channels=24)) as backend:
+    with loaded("native", tiny_model(channels=24)) as backend:
         expected, *_ = backend.stages().run("body.0", x, box)
         backend.stages().run("head", np.full((1, 3, 8, 8), np.inf, np.float32), box)
         got, *_ = backend.stages().run("body.0", x, box)
@@ -115,15 +115,15 @@ def test_a_bad_picture_leaves_nothing_behind_in_winograd_s_maps(tiny_model):
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT16])
 def test_a_bad_picture_leaves_nothing_behind_for_the_next(tiny_model, precision):
     options, good = RunOptions(threads=2, precision=precision), picture(1, 3, 17, 21)
-    with loaded("winograd", tiny_model(channels=24), options) as fresh:
+    with loaded("native", tiny_model(channels=24), options) as fresh:
         expected = fresh.infer(good)
-    with loaded("winograd", tiny_model(channels=24), options) as backend:
+    with loaded("native", tiny_model(channels=24), options) as backend:
         assert not np.isfinite(backend.infer(np.full_like(good, np.inf))).all()
         np.testing.assert_array_equal(backend.infer(good), expected)
 
 
 def test_a_whole_picture_s_maps_are_freed_when_streaming_begins(tiny_model):
-    with loaded("winograd", tiny_model(), RunOptions(threads=1)) as backend:
+    with loaded("native", tiny_model(), RunOptions(threads=1)) as backend:
         backend.infer(picture(1, 3, 17, 21))
         backend.stages().run("head", picture(1, 3, 8, 8), np.array([0, 0, 8, 8]))
         assert backend.network.held is None
@@ -131,15 +131,15 @@ def test_a_whole_picture_s_maps_are_freed_when_streaming_begins(tiny_model):
 
 def test_what_a_stage_gave_is_not_overwritten_even_where_it_is_one_pixel(tiny_model):
     box = np.array([0, 0, 1, 1])
-    with loaded("winograd", tiny_model()) as backend:
+    with loaded("native", tiny_model()) as backend:
         (first,) = backend.stages().run("head", picture(1, 3, 8, 8), box)
         kept = first.copy()
         backend.stages().run("head", 255 - picture(1, 3, 8, 8), box)
         np.testing.assert_array_equal(first, kept)
 
 
-def test_winograd_s_maps_do_not_pile_up_over_pictures_of_many_sizes(tiny_model):
-    with loaded("winograd", tiny_model()) as backend:
+def test_native_s_maps_do_not_pile_up_over_pictures_of_many_sizes(tiny_model):
+    with loaded("native", tiny_model()) as backend:
         held = []
         for side in range(8, 20):
             backend.infer(picture(1, 3, side, side))
@@ -150,19 +150,24 @@ def test_winograd_s_maps_do_not_pile_up_over_pictures_of_many_sizes(tiny_model):
 def test_a_damaged_file_of_weights_is_told(tiny_model, tmp_path):
     model = tmp_path / "san_x2.onnx"
     model.write_bytes(tiny_model().read_bytes())
-    with loaded("winograd", model):
+    with loaded("native", model):
         pass
     (weights,) = (tmp_path / ".derived").glob("*.npz")
     weights.write_bytes(weights.read_bytes()[:999])
-    with pytest.raises(ModelError, match=r"damaged .*; remove it"), loaded("winograd", model):
+    with pytest.raises(ModelError, match=r"damaged .*; remove it"), loaded("native", model):
         pass
 
 
-def test_winograd_without_all_it_needs_is_not_usable(monkeypatch):
-    monkeypatch.setattr(
-        "sanrt.runtime.backends.winograd.library_version", lambda name: "0.50" if name == "llvmlite" else None
-    )
-    found = status("winograd")
+def test_the_earlier_name_of_a_backend_works_and_says_so_in_one_line(tiny_model, caplog):
+    with loaded("winograd", tiny_model()) as backend:
+        assert backend.name == "native"
+    assert caplog.messages == ["backend winograd is called native now"]
+    assert status("winograd") == status("native")
+
+
+def test_native_without_all_it_needs_is_not_usable(monkeypatch):
+    monkeypatch.setattr("sanrt.runtime.backends.native.library_version", lambda name: "0.50" if name == "llvmlite" else None)
+    found = status("native")
     assert (found.usable, found.reason) == (False, "threadpoolctl is not installed")
 
 
@@ -175,9 +180,9 @@ def test_auto_runs_an_8_bit_model_on_a_backend_that_can(tiny_model, tmp_path):
         assert backend.spec.quantisation
 
 
-def test_winograd_may_be_called_from_several_threads(tiny_model):
+def test_native_may_be_called_from_several_threads(tiny_model):
     pictures = [picture(1, 3, 12 + i % 3, 20) for i in range(12)]
-    with loaded("winograd", tiny_model(), replace(ONE_THREAD, threads=2)) as backend, ThreadPoolExecutor(4) as pool:
+    with loaded("native", tiny_model(), replace(ONE_THREAD, threads=2)) as backend, ThreadPoolExecutor(4) as pool:
         expected = list(map(backend.infer, pictures))
         for got, want in zip(pool.map(backend.infer, pictures), expected, strict=True):
             assert np.array_equal(got, want)
@@ -218,7 +223,7 @@ def test_an_unusable_backend_is_not_replaced_by_another(tiny_model, monkeypatch)
         load_backend("openvino", tiny_model(), ONE_THREAD)
 
 
-@pytest.mark.parametrize(("name", "known"), [("torch", "fp32"), ("onnxruntime", "fp32"), ("winograd", "fp32 or int16")])
+@pytest.mark.parametrize(("name", "known"), [("torch", "fp32"), ("onnxruntime", "fp32"), ("native", "fp32 or int16")])
 def test_a_precision_that_a_backend_has_not_is_refused(name, known, tiny_model):
     with pytest.raises(BackendError, match=f"{name} runs in {known}, bf16 was asked for; use --precision fp32"):
         load_backend(name, tiny_model(), replace(ONE_THREAD, precision=Precision.BF16))
@@ -234,9 +239,9 @@ def test_int16_is_refused_where_it_is_not(name, tiny_model):
 
 
 @pytest.mark.parametrize(("features", "precision"), [(("AVX-512",), "fp32"), (("AVX-512", "AVX512-VNNI"), "int16")])
-def test_winograd_computes_in_int16_where_the_processor_has_its_instruction(features, precision, monkeypatch, tiny_model):
+def test_native_computes_in_int16_where_the_processor_has_its_instruction(features, precision, monkeypatch, tiny_model):
     monkeypatch.setattr(machine, "cpu_features", lambda: features)
-    with loaded("winograd", tiny_model(), RunOptions(threads=1)) as backend:
+    with loaded("native", tiny_model(), RunOptions(threads=1)) as backend:
         assert backend.spec.precision == precision
 
 
@@ -247,8 +252,8 @@ def test_int16_lies_within_55_db_of_fp32_on_natural_pictures(scale, tmp_path):
     scenes = [natural_scene(61, 83, seed).transpose(2, 0, 1)[None].astype(np.float32) for seed in range(2)]
     with (
         loaded("torch", model) as reference,
-        loaded("winograd", model, RunOptions(threads=2, precision=Precision.INT16)) as backend,
-        loaded("winograd", model, RunOptions(threads=2, precision=Precision.FP32)) as exact,
+        loaded("native", model, RunOptions(threads=2, precision=Precision.INT16)) as backend,
+        loaded("native", model, RunOptions(threads=2, precision=Precision.FP32)) as exact,
     ):
         unit = reference.spec.architecture.value_range / 255
         for scene in scenes:
@@ -262,7 +267,7 @@ def test_stages_are_fp32_in_either_precision(tiny_model):
     options = [RunOptions(threads=1, precision=precision) for precision in (Precision.FP32, Precision.INT16)]
     features = []
     for each in options:
-        with loaded("winograd", tiny_model(), each) as backend:
+        with loaded("native", tiny_model(), each) as backend:
             features.append(backend.stages().run("body.0", x[:, : backend.spec.architecture.channels], box)[0])
     np.testing.assert_array_equal(*features)
 
@@ -310,11 +315,11 @@ def test_openvino_is_automatic_where_bf16_is_faster_by_far(features, automatic, 
 
 
 @pytest.mark.parametrize(("features", "automatic"), [((), False), (("AVX2",), True), (("AVX2", "AVX-512"), True)])
-def test_winograd_is_automatic_where_it_was_measured(features, automatic, monkeypatch):
+def test_native_is_automatic_where_it_was_measured(features, automatic, monkeypatch):
     monkeypatch.setattr(machine, "cpu_features", lambda: features)
-    monkeypatch.setattr("sanrt.runtime.backends.winograd.library_version", lambda _: "0.50")
-    assert status("winograd").automatic is automatic
-    assert status("winograd").usable
+    monkeypatch.setattr("sanrt.runtime.backends.native.library_version", lambda _: "0.50")
+    assert status("native").automatic is automatic
+    assert status("native").usable
 
 
 # --- bf16 or fp32 -------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sanrt.errors import OutOfMemoryError, ScratchError
-from sanrt.runtime.featuremaps import BAND, Box, FeatureStore, Fetched, MemoryMap, ScratchMap
+from sanrt.geometry import Box
+from sanrt.runtime.featuremaps import BAND, FeatureStore, Fetched, MemoryMap, ScratchMap
 
 
 def test_tiles_cover_every_pixel_once_and_none_is_larger_than_asked():
@@ -108,7 +109,8 @@ def test_a_disk_that_fills_up_while_writing_is_told(tmp_path):
         from pathlib import Path
         import numpy as np
         from sanrt.errors import ScratchError
-        from sanrt.runtime.featuremaps import Box, ScratchMap
+        from sanrt.geometry import Box
+        from sanrt.runtime.featuremaps import ScratchMap
         m = ScratchMap(4, 64, 64, np.float32, Path({str(tmp_path)!r}))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -126,7 +128,8 @@ def test_a_killed_process_leaves_no_scratch_file(tmp_path):
         import os
         from pathlib import Path
         import numpy as np
-        from sanrt.runtime.featuremaps import Box, FeatureStore
+        from sanrt.geometry import Box
+        from sanrt.runtime.featuremaps import FeatureStore
         with FeatureStore(0, Path({str(tmp_path)!r})) as store:
             store.new(4, 64, 64).write(Box(0, 0, 64, 64), np.ones((1, 4, 64, 64), np.float32))
             os.kill(os.getpid(), {int(signal.SIGKILL)})

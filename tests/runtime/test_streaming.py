@@ -1,14 +1,15 @@
 import numpy as np
 import pytest
 
+from sanrt.model.contract import Moments
 from sanrt.model.spec import Precision
 from sanrt.runtime.backends import RunOptions, load_backend, status
 from sanrt.runtime.featuremaps import FeatureStore
-from sanrt.runtime.streaming import ArraySource, Moments, Streaming
+from sanrt.runtime.streaming import ArraySource, Streaming
 from sanrt.runtime.ways import MAX_REGION, choose_regions
 
 NEEDS_OPENVINO = pytest.mark.skipif(not status("openvino").usable, reason="openvino is not installed")
-BACKENDS = ["torch", "onnxruntime", "winograd", pytest.param("openvino", marks=NEEDS_OPENVINO)]
+BACKENDS = ["torch", "onnxruntime", "native", pytest.param("openvino", marks=NEEDS_OPENVINO)]
 
 
 def stream(backend, pixels, tile, regions=2, store=None, progress=lambda share: None):
@@ -121,7 +122,7 @@ def test_regions_follow_the_picture_s_size_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["torch", "onnxruntime", "winograd"])
+@pytest.mark.parametrize("name", ["torch", "onnxruntime", "native"])
 @pytest.mark.parametrize("which", ["bundled", "random"])
 def test_exact_to_2e_4_of_the_value_range_on_a_photo_sized_picture(live_model, tmp_path, name, which):
     if which == "bundled":

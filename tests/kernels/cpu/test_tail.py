@@ -5,7 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sanrt.kernels.tail import EDGES, REACH, Edge, Side, Tail, edges  # noqa: E402
+from sanrt.kernels.cpu.tail import EDGES, REACH, Edge, Side, Tail, edges  # noqa: E402
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4, 8])

@@ -15,15 +15,15 @@ from sanrt.errors import BackendError
 torch = pytest.importorskip("torch")
 pytest.importorskip("llvmlite")
 
-from sanrt.kernels import attention_cpu, llvm, program, soca_cpu, winograd  # noqa: E402
-from sanrt.kernels.program import Program, Step, moments_of  # noqa: E402
-from sanrt.kernels.soca_cpu import Gate, moments_rows  # noqa: E402
-from sanrt.kernels.threads import Workers  # noqa: E402
-from sanrt.kernels.winograd import Convolution, Map, Products, method_of  # noqa: E402
+from sanrt.kernels.cpu import attention, ir, schedule, soca, winograd  # noqa: E402
+from sanrt.kernels.cpu.schedule import Program, Step, moments_of  # noqa: E402
+from sanrt.kernels.cpu.soca import Gate, moments_rows  # noqa: E402
+from sanrt.kernels.cpu.winograd import Convolution, Map, Products, method_of  # noqa: E402
+from sanrt.kernels.cpu.workers import Workers  # noqa: E402
 from sanrt.model.soca import SOCA  # noqa: E402
 
-PAIRS = llvm.this_processor().pairs and llvm.PAIRS[4]
-NARROW = llvm.Processor("", "", lanes=4, registers=16, pairs=PAIRS)
+PAIRS = ir.this_processor().pairs and ir.PAIRS[4]
+NARROW = ir.Processor("", "", lanes=4, registers=16, pairs=PAIRS)
 """Any processor of this family: LLVM's plainest code."""
 INT16 = pytest.param(Products.INT16, marks=pytest.mark.skipif(not PAIRS, reason="no 16-bit products on this processor"))
 PRODUCTS = (Products.FP32, INT16)
@@ -43,9 +43,9 @@ def cache(tmp_path_factory):
 @pytest.fixture(params=["this processor", "narrow vectors"])
 def processor(request, monkeypatch):
     if request.param == "narrow vectors":
-        for module in (llvm, winograd, attention_cpu, program, soca_cpu):
+        for module in (ir, winograd, attention, schedule, soca):
             monkeypatch.setattr(module, "this_processor", lambda: NARROW)
-        for module in (program, attention_cpu, soca_cpu):
+        for module in (schedule, attention, soca):
             monkeypatch.setattr(module, "kernels", module.kernels.__wrapped__)
 
 
@@ -162,10 +162,10 @@ def test_steps_follow_each_other_in_place_on_any_number_of_threads(processor, he
 def small_parts(monkeypatch):
     """Parts of three strips, two steps at a time."""
     for name, value in (("PART", 3), ("MOST_LAG", 2), ("STRIP", 50_000)):
-        monkeypatch.setattr(program, name, value)
-    program.tickets.cache_clear()
+        monkeypatch.setattr(schedule, name, value)
+    schedule.tickets.cache_clear()
     yield
-    program.tickets.cache_clear()
+    schedule.tickets.cache_clear()
 
 
 @pytest.mark.parametrize("products", PRODUCTS)
@@ -174,7 +174,7 @@ def test_the_result_depends_neither_on_the_number_of_threads_nor_on_the_order_of
 ):
     results = []
     for threads, near in ((1, 2**40), (2, 2**40), (5, 2**40), (1, 0), (2, 0), (5, 0)):
-        monkeypatch.setattr(program, "NEAR", near)
+        monkeypatch.setattr(schedule, "NEAR", near)
         workers = Workers(threads)
         steps, _, _ = block_steps(61, 75, products)
         Program(steps, workers).run()
@@ -209,9 +209,9 @@ def test_in_large_maps_a_thread_takes_a_part_through_several_steps_and_waits_for
     rows, columns, threads
 ):
     def taken(far):
-        return [part[:-1] for part in program.tickets(rows, columns, 6, 12, 21, threads, far)]
+        return [part[:-1] for part in schedule.tickets(rows, columns, 6, 12, 21, threads, far)]
 
-    step, flag, first, last = (program.TICKET.index(name) for name in ("step", "flag", "first_needed", "last_needed"))
+    step, flag, first, last = (schedule.TICKET.index(name) for name in ("step", "flag", "first_needed", "last_needed"))
     todo, done = [list(part) for part in taken(far=True)], set()
     while any(todo):
         ready = [part for part in todo if part and done.issuperset(range(part[0][first], part[0][last]))]
@@ -280,7 +280,7 @@ def test_a_map_of_zeros_gives_the_bias(products):
 @pytest.mark.parametrize("iterations", [1, 5, 12])
 def test_the_gate_is_that_of_the_reference(processor, channels, reduction, iterations):
     torch.manual_seed(channels)
-    soca = SOCA(channels, reduction, iterations).double()
+    reference = SOCA(channels, reduction, iterations).double()
     x = torch.randn(1, channels, 20, 30, dtype=torch.float64) @ torch.randn(30, 30, dtype=torch.float64) + 3
     padded = winograd.whole_vectors(channels)
     moments, parts = moments_rows(3, padded), np.split(x[0].reshape(channels, -1).numpy(), [70, 500], axis=1)
@@ -293,11 +293,11 @@ def test_the_gate_is_that_of_the_reference(processor, channels, reduction, itera
         padding = [(0, 0)] * (values.ndim - 1) + [(0, padded - channels)]
         return np.ascontiguousarray(np.pad(values, padding), np.float32)
 
-    down, up = soca.down.weight[:, :, 0, 0], soca.up.weight[:, :, 0, 0]
-    bias = soca.down.bias.detach().numpy().astype(np.float32)
-    out = llvm.aligned((padded,))
-    Gate(channels, iterations, pad(down), bias, pad(up.T), pad(soca.up.bias))(moments, out)
-    want = (soca(x) / x)[0, :, 0, 0].detach().numpy()
+    down, up = reference.down.weight[:, :, 0, 0], reference.up.weight[:, :, 0, 0]
+    bias = reference.down.bias.detach().numpy().astype(np.float32)
+    out = ir.aligned((padded,))
+    Gate(channels, iterations, pad(down), bias, pad(up.T), pad(reference.up.bias))(moments, out)
+    want = (reference(x) / x)[0, :, 0, 0].detach().numpy()
     np.testing.assert_allclose(out[:channels], want, atol=2e-6)
 
 
@@ -308,7 +308,7 @@ def test_attention_gives_what_pytorch_gives(processor, queries, keys, channels, 
     scores = torch.from_numpy(query * factor).double() @ torch.from_numpy(key).double().T
     want = (torch.softmax(scores, -1) @ torch.from_numpy(value).double()).numpy()
     for threads in (1, 3):
-        got = attention_cpu.attention(Workers(threads), query * np.float32(factor), key, value)
+        got = attention.attention(Workers(threads), query * np.float32(factor), key, value)
         np.testing.assert_allclose(got, want, atol=2e-6 * factor)
 
 
@@ -318,13 +318,13 @@ def test_the_largest_score_may_come_in_any_block(order):
     key = np.repeat(np.linspace(0, 60, 1300, dtype=np.float32)[::order, None], 2, axis=1)
     weights = np.exp((query.astype(np.float64) @ key.T) - 120)
     want = weights / weights.sum(1, keepdims=True) @ value
-    np.testing.assert_allclose(attention_cpu.attention(Workers(2), query, key, value), want, atol=1e-4)
+    np.testing.assert_allclose(attention.attention(Workers(2), query, key, value), want, atol=1e-4)
 
 
 def test_attention_with_a_score_that_is_no_number_gives_none():
     query, key = random(4, 4), random(9, 4)
     key[5, 0] = np.nan
-    assert np.isnan(attention_cpu.attention(Workers(1), query, key, random(9, 4))).all()
+    assert np.isnan(attention.attention(Workers(1), query, key, random(9, 4))).all()
 
 
 def test_an_error_in_any_thread_reaches_the_caller_and_the_threads_live_on():
@@ -375,7 +375,7 @@ def test_compiled_code_is_kept_and_used_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code = []
     for _ in range(2):
-        module = llvm.Module(llvm.this_processor())
+        module = ir.Module(ir.this_processor())
         with module.function("nothing", 1, 0):
             pass
         code.append(module.machine_code())
@@ -392,4 +392,4 @@ def test_compiled_code_is_kept_and_used_again(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert llvm.Module(llvm.this_processor()).machine_code()
+    assert ir.Module(ir.this_processor()).machine_code()

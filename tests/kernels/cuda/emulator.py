@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sanrt.kernels import compile as kernels
-from sanrt.kernels.launch import dense
-from sanrt.kernels.region_attention import AttentionLaunch
-from sanrt.kernels.residual import VECTOR
-from sanrt.kernels.soca import SocaLaunch
+from sanrt.kernels.cuda import nvrtc
+from sanrt.kernels.cuda.launch import dense
+from sanrt.kernels.cuda.region_attention import AttentionLaunch
+from sanrt.kernels.cuda.residual import VECTOR
+from sanrt.kernels.cuda.soca import SocaLaunch
 
 HERE = Path(__file__).parent
 BARRIER = "__syncthreads();"
@@ -27,13 +27,13 @@ BARRIER = "__syncthreads();"
 @cache
 def library(kernel: str, scalar: str, define: str) -> ctypes.CDLL:
     """The emulated kernels of `kernel`.cu with its two definitions."""
-    return built((kernels.HERE / f"{kernel}.cu").read_text(), kernel, scalar, define)
+    return built((nvrtc.HERE / f"{kernel}.cu").read_text(), kernel, scalar, define)
 
 
 @cache
 def without_barrier(kernel: str, scalar: str, define: str, number: int) -> ctypes.CDLL:
     """The same with the `number`-th `__syncthreads()` of the source left out."""
-    pieces = (kernels.HERE / f"{kernel}.cu").read_text().split(BARRIER)
+    pieces = (nvrtc.HERE / f"{kernel}.cu").read_text().split(BARRIER)
     return built(BARRIER.join(pieces[:number]) + BARRIER.join(pieces[number:]), kernel, scalar, define)
 
 
@@ -44,7 +44,7 @@ def built(source: str, kernel: str, scalar: str, define: str) -> ctypes.CDLL:
         pytest.skip("emulating the kernels needs g++")
     parts = [
         (HERE / "emulation.h").read_text(),
-        (kernels.HERE / "formats.cuh").read_text(),
+        (nvrtc.HERE / "formats.cuh").read_text(),
         source,
         (HERE / f"emulate_{kernel}.cpp").read_text(),
     ]
@@ -79,7 +79,7 @@ def soca(
     partials = poisoned(*launch.partials, dtype=torch.float32)
     counters = torch.zeros(len(x) * launch.merged, dtype=torch.int32)
     gates = poisoned(len(x), x.shape[1], dtype=x.dtype)
-    run = library("soca", kernels.scalar(x.dtype), f"CHANNELS={x.shape[1]}").emulate_soca
+    run = library("soca", nvrtc.scalar(x.dtype), f"CHANNELS={x.shape[1]}").emulate_soca
     run(
         *(pointer(t) for t in (x, *down, *up)), len(x), launch.pixels, int(launch.channels_last),
         launch.blocks, launch.group, launch.rows, launch.merged, steps, len(down[0]), seed,
@@ -94,7 +94,7 @@ def region_attention(maps: Tensor, regions: int, seed: int = 0) -> Tensor:
     assert dense(maps) is maps
     keys, values = (poisoned(*launch.workspace, dtype=maps.dtype) for _ in range(2))
     y = torch.full_like(maps[:, : launch.inner], float("nan"), memory_format=launch.memory_format)
-    run = library("region_attention", kernels.scalar(maps.dtype), f"INNER={launch.inner}").emulate_region_attention
+    run = library("region_attention", nvrtc.scalar(maps.dtype), f"INNER={launch.inner}").emulate_region_attention
     run(
         pointer(maps), len(maps), *maps.shape[2:], regions, launch.padded, int(launch.channels_last),
         launch.grid[0], seed, pointer(keys), pointer(values), pointer(y),
@@ -105,6 +105,6 @@ def region_attention(maps: Tensor, regions: int, seed: int = 0) -> Tensor:
 def residual(y: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     """y + bias + x of channels-last maps."""
     total = torch.full_like(y, float("nan"))
-    run = library("residual", kernels.scalar(y.dtype), f"CHANNELS={y.shape[1]}").emulate_residual
+    run = library("residual", nvrtc.scalar(y.dtype), f"CHANNELS={y.shape[1]}").emulate_residual
     run(pointer(y), pointer(bias), pointer(x), y.nbytes // VECTOR, pointer(total))
     return total

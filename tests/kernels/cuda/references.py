@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sanrt.kernels.operators import edges
+from sanrt.kernels.cuda.operators import edges
 
 
 def attention(maps: Tensor, regions: int) -> Tensor:

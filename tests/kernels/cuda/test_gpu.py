@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sanrt.kernels.operators import rectified_convolution, region_attention, residual, soca_gate
-from sanrt.kernels.residual import takes
+from sanrt.kernels.cuda.operators import rectified_convolution, region_attention, residual, soca_gate
+from sanrt.kernels.cuda.residual import takes
 from sanrt.model.san import SAN
 from sanrt.model.soca import SOCA, covariance
 from sanrt.model.spec import Architecture
 from sanrt.runtime.backends.torch_cuda import CudaNetwork, without_tf32
-from tests.kernels.references import allowed_error, rms
+from tests.kernels.cuda.references import allowed_error, rms
 
 pytestmark = [
     pytest.mark.gpu,

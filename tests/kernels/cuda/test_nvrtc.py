@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from sanrt.errors import BackendError
-from sanrt.kernels import compile as kernels
-from sanrt.kernels.compile import ARCHITECTURES, Program
+from sanrt.kernels.cuda import nvrtc
+from sanrt.kernels.cuda.nvrtc import ARCHITECTURES, Program
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and nvidia-cuda-nvrtc: pip install 'sanrt[kernels]'")
 
@@ -68,7 +68,7 @@ def test_a_kernel_is_compiled_once_and_found_by_its_digest_again(tmp_path: Path,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     calls = []
     monkeypatch.setattr(
-        kernels, "compiled", lambda name, source, options, kind: (calls.append(options), (kind.encode(), ""))[1]
+        nvrtc, "compiled", lambda name, source, options, kind: (calls.append(options), (kind.encode(), ""))[1]
     )
     program = ATTENTION["Half"]
     assert program.cubin(80) == b"CUBIN"
@@ -96,4 +96,4 @@ ptxas info    : Used 75 registers, used 1 barriers, 49152 bytes smem
 ptxas info    : Compiling entry function 'two' for 'sm_90'
 ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 8 registers"""
-    assert kernels.reports(log) == {"one": kernels.Report(75, 20, 49152), "two": kernels.Report(8, 0, 0)}
+    assert nvrtc.reports(log) == {"one": nvrtc.Report(75, 20, 49152), "two": nvrtc.Report(8, 0, 0)}

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from sanrt.errors import BackendError
-from sanrt.kernels.operators import rectified_convolution, region_attention, residual, soca_gate, unbiased, use_kernels
+from sanrt.kernels.cuda.operators import rectified_convolution, region_attention, residual, soca_gate, unbiased, use_kernels
 from sanrt.model.attention import RegionAttention
 from sanrt.model.san import SAN
 from sanrt.model.soca import SOCA, covariance

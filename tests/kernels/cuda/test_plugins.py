@@ -12,8 +12,8 @@ import pytest
 from onnx import TensorProto
 
 from sanrt.errors import BackendError
-from sanrt.kernels import plugins
-from sanrt.kernels.soca import most_merged, partial_size
+from sanrt.kernels.cuda import plugins
+from sanrt.kernels.cuda.soca import most_merged, partial_size
 from sanrt.model.graph import san_model
 from sanrt.model.spec import Architecture, GraphOptions, ModelSpec, Precision
 

@@ -3,9 +3,9 @@ import torch
 from torch import Tensor
 
 from sanrt.errors import BackendError
-from sanrt.kernels.region_attention import DEPTH, KEYS, AttentionLaunch, program
-from tests.kernels import emulator
-from tests.kernels.references import allowed_error, rms
+from sanrt.kernels.cuda.region_attention import DEPTH, KEYS, AttentionLaunch, program
+from tests.kernels.cuda import emulator
+from tests.kernels.cuda.references import allowed_error, rms
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sanrt.kernels.residual import takes
-from tests.kernels import emulator
+from sanrt.kernels.cuda.residual import takes
+from tests.kernels.cuda import emulator
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

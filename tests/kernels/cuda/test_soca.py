@@ -3,10 +3,10 @@ import torch
 from torch import Tensor
 
 from sanrt.errors import BackendError
-from sanrt.kernels.soca import CHANNELS, SocaLaunch, most_merged, program
+from sanrt.kernels.cuda.soca import CHANNELS, SocaLaunch, most_merged, program
 from sanrt.model.soca import SOCA, covariance
-from tests.kernels import emulator
-from tests.kernels.references import rms
+from tests.kernels.cuda import emulator
+from tests.kernels.cuda.references import rms
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 STEPS = 5
