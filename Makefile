@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Folders that are installed as parts of the package sanrt; mypy finds them through a tree of links.
-PARTS := export runtime kernels
 
 .PHONY: demo test check clean
 
@@ -17,8 +15,7 @@ test: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/types && mkdir -p build/types/sanrt && ln -s $(CURDIR)/sanrt/* $(addprefix $(CURDIR)/,$(PARTS)) build/types/sanrt
-	MYPYPATH=build/types:. $(BIN)/mypy --package sanrt --package benchmarks --package training
+	$(BIN)/mypy --package sanrt --package benchmarks --package training
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

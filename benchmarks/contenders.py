@@ -14,10 +14,11 @@ import numpy.typing as npt
 from benchmarks.measure import Size, events_usable, free_on_gpu, peak_memory, timed, timed_by_events
 from sanrt.errors import UsageError
 from sanrt.model.spec import Precision
-from sanrt.runtime import machine
-from sanrt.runtime.backends import BACKENDS, RunOptions, load_backend, status
-from sanrt.runtime.memory import free_host_memory
-from sanrt.runtime.ways import PAPER_REGIONS
+from sanrt.runtime import host as machine
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import BACKENDS, load_backend, status
+from sanrt.runtime.host import free_host_memory
+from sanrt.runtime.tiling.plan import PAPER_REGIONS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -40,8 +40,8 @@ from sanrt.errors import BackendError, UsageError
 from sanrt.export.metrics import psnr
 from sanrt.extras import extra
 from sanrt.model.spec import GRAPH_PRECISIONS, SCALES, Architecture, Precision
-from sanrt.runtime.models import read_spec
-from sanrt.runtime.ways import PAPER_REGIONS, choose_regions
+from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.tiling.plan import PAPER_REGIONS, choose_regions
 
 SIZES = ("160x90", "320x180")
 LEAST_TURNS, TURN = 5, 1.0

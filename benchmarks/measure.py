@@ -26,8 +26,8 @@ from rich.console import Console
 from sanrt.errors import BackendError, ModelError, SanrtError, UsageError
 from sanrt.extras import extra
 from sanrt.model.spec import MIN_SIDE, Architecture, Precision
-from sanrt.runtime import machine
-from sanrt.runtime.models import MODELS, exported_path
+from sanrt.runtime import host as machine
+from sanrt.runtime.artifacts.models import MODELS, exported_path
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path 
 
 from benchmarks.measure import peak_memory, random_model
 from sanrt.model.spec import Architecture
-from sanrt.runtime.backends import RunOptions, load_backend
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import load_backend
 
 
 def main(

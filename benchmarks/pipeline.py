@@ -21,12 +21,14 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
 from benchmarks.measure import Size, environment, found_model, picture, run_command
+from sanrt.arrays import Array
 from sanrt.errors import PictureError, SanrtError, UsageError
-from sanrt.runtime.backends import Array, Backend, RunOptions, load_backend
-from sanrt.runtime.jobs import Job, Naming, find_pictures
-from sanrt.runtime.pipeline import Outcome, PipelineOptions, Upscale, Written, encoders, enlarge, read, run, write
-from sanrt.runtime.upscale import Streamer, UpscaleOptions, upscale
-from sanrt.runtime.ways import Tiling
+from sanrt.runtime.backends.protocol import Backend, RunOptions
+from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.pictures.jobs import Job, Naming, find_pictures
+from sanrt.runtime.runs.pipeline import Outcome, PipelineOptions, Upscale, Written, encoders, enlarge, read, run, write
+from sanrt.runtime.tiling.plan import Tiling
+from sanrt.runtime.tiling.upscaling import Streamer, UpscaleOptions, upscale
 
 STEPS = {
     "read": "decode",

@@ -24,16 +24,18 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
+from sanrt.arrays import Array
 from sanrt.errors import BackendError, SanrtError
-from sanrt.export.calibration import Array, calibration_set
 from sanrt.export.metrics import y_psnr
 from sanrt.export.parity import compare, worst
+from sanrt.export.quantise.calibration import calibration_set
 from sanrt.export.samples import Sample, samples
 from sanrt.export.tensors import Probe
 from sanrt.model.graph import read_model, san_model
 from sanrt.model.spec import GraphOptions, ModelSpec, Precision
-from sanrt.runtime.backends import RunOptions, load_backend
-from sanrt.runtime.upscale import network_input, network_output
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.tiling.upscaling import network_input, network_output
 
 TIMED = (1, 3, 128, 128)
 TIMED_WAYS = (

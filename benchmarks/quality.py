@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path 
 from sanrt.errors import PictureError, SanrtError, UsageError
 from sanrt.export.metrics import Score, y_score
 from sanrt.model.spec import SCALES
-from sanrt.runtime.backends import Backend, RunOptions, load_backend
+from sanrt.runtime.backends.protocol import Backend, RunOptions
+from sanrt.runtime.backends.registry import load_backend
 from training.data import Picture, picture_files, read_rgb
 from training.degrade import bicubic
 

@@ -19,12 +19,13 @@ import numpy as np
 import pyvips
 import typer
 
-from sanrt.runtime import pipeline
-from sanrt.runtime.backends import Backend, RunOptions, load_backend
-from sanrt.runtime.cluster import LOCAL, Pool, Task, connected
-from sanrt.runtime.jobs import Job, Naming, find_pictures
-from sanrt.runtime.pipeline import PipelineOptions, Written
-from sanrt.runtime.upscale import Streamer, UpscaleOptions, upscale
+from sanrt.runtime.backends.protocol import Backend, RunOptions
+from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.pictures.jobs import Job, Naming, find_pictures
+from sanrt.runtime.runs import pipeline
+from sanrt.runtime.runs.pipeline import PipelineOptions, Written
+from sanrt.runtime.runs.ray_pool import LOCAL, Pool, Task, connected
+from sanrt.runtime.tiling.upscaling import Streamer, UpscaleOptions, upscale
 
 
 def pictures(folder: Path, count: int, side: int) -> Path:

@@ -12,7 +12,8 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
 from benchmarks.quality import Method, model_method, picture_set, score_all, short_name
-from sanrt.runtime.backends import RunOptions, load_backend
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import load_backend
 
 
 def regions(

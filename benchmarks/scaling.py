@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path 
 
 from benchmarks.measure import Size, Worker, console, environment, found_model, peak_memory, picture, run_command
 from sanrt.errors import BackendError, UsageError
-from sanrt.runtime.backends import RunOptions, load_backend
-from sanrt.runtime.upscale import UpscaleOptions, upscale
-from sanrt.runtime.ways import PAPER_REGIONS, Tiling
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.tiling.plan import PAPER_REGIONS, Tiling
+from sanrt.runtime.tiling.upscaling import UpscaleOptions, upscale
 
 SMALLEST = 64
 TILINGS = (Tiling.WHOLE, Tiling.EXACT)

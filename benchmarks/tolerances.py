@@ -23,17 +23,19 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
+from sanrt.arrays import Array
 from sanrt.errors import BackendError, SanrtError
-from sanrt.export.calibration import spread
 from sanrt.export.parity import TOLERANCES, Tolerance
-from sanrt.export.quantise import quantised_path
+from sanrt.export.quantise.calibration import spread
+from sanrt.export.quantise.quantised import quantised_path
 from sanrt.export.samples import Sample, degraded, pictures_in, read_rgb
-from sanrt.export.tensors import Array, Probe
+from sanrt.export.tensors import Probe
 from sanrt.export.validate import picture_result, reference_network, reference_output, source_checkpoint
 from sanrt.model.graph import read_model, san_model
 from sanrt.model.spec import GraphOptions, ModelSpec, Precision, QuantisedType
-from sanrt.runtime.backends import RunOptions, load_backend
-from sanrt.runtime.upscale import network_input
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.tiling.upscaling import network_input
 
 DIFFERENCE_MARGIN, DROP_MARGIN = 4.0, 2.0
 """For other weights and pictures; the largest of all differences varies more than a mean."""

@@ -15,14 +15,12 @@ from typing import Any, Protocol
 
 import onnx
 
-from sanrt import __version__
 from sanrt.errors import BackendError, BuildError, ModelError, UsageError
 from sanrt.export import proof as proofs
 from sanrt.export.stages import stage_ranges
 from sanrt.model.graph import read_model, san_model, stage_model
 from sanrt.model.spec import GraphOptions, ModelSpec, Precision
-from sanrt.runtime.derived import FOLDER, file_digest
-from sanrt.runtime.engines import (
+from sanrt.runtime.artifacts.engines import (
     BuildOptions,
     EngineInfo,
     Identity,
@@ -34,7 +32,10 @@ from sanrt.runtime.engines import (
     save_engine,
     stage_archive,
 )
-from sanrt.runtime.flavors import TITLES, Flavor, Watch, import_flavor, installed_version
+from sanrt.runtime.artifacts.flavors import TITLES, Flavor, installed_version
+from sanrt.runtime.artifacts.variants import FOLDER, file_digest
+from sanrt.runtime.backends.tensorrt.library import Watch, import_flavor
+from sanrt.version import __version__
 
 FUSED_WIDTH = 16
 """Inner attention channels from which TensorRT has one kernel for the whole attention."""
@@ -81,7 +82,7 @@ def choose_flavor() -> Flavor:
 
 def gpu_present() -> bool:
     """Whether a CUDA device can be opened."""
-    from sanrt.runtime.device import open_device
+    from sanrt.runtime.backends.tensorrt.device import open_device
 
     try:
         open_device(0).close()
@@ -177,7 +178,7 @@ def target(trt: Any, options: BuildOptions) -> str:
     if options.flavor == Flavor.TENSORRT:
         if options.gpus:
             raise UsageError("--gpu: TensorRT builds for the GPU it runs on; only --flavor rtx takes targets")
-        from sanrt.runtime.device import open_device
+        from sanrt.runtime.backends.tensorrt.device import open_device
 
         with open_device(0) as device:
             return f"{device.name} {device.capability}"

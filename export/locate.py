@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 from torch import Tensor, nn
 
+from sanrt.arrays import Array
 from sanrt.errors import UsageError
 from sanrt.export.samples import Picture
 from sanrt.export.squareroot import socas
@@ -22,10 +22,8 @@ from sanrt.model.graph import QUANTISED_LARGEST
 from sanrt.model.san import SAN
 from sanrt.model.soca import covariance
 from sanrt.model.spec import Precision, Quantisation, QuantisedType
-from sanrt.runtime.models import read_spec
-from sanrt.runtime.upscale import network_input
-
-Array = npt.NDArray[np.float32]
+from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.tiling.upscaling import network_input
 
 JUMP = 10.0
 """A stage is to blame when its error is this many times that of every stage before it."""

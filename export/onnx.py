@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sanrt import __version__
+from sanrt.arrays import Array
 from sanrt.errors import CheckpointError, ModelError
 from sanrt.export.parity import Difference, Tolerance, compare, require, worst
 from sanrt.export.rounding import rounding_tolerance
@@ -23,12 +23,11 @@ from sanrt.model.checkpoint import Checkpoint
 from sanrt.model.graph import Weights, san_model
 from sanrt.model.san import SAN
 from sanrt.model.spec import ModelSpec, Precision
-from sanrt.runtime.backends import RunOptions
+from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.artifacts.variants import FOLDER, derived_model
 from sanrt.runtime.backends.onnxruntime import CPU_FORM, open_session
-from sanrt.runtime.derived import FOLDER, derived_model
-from sanrt.runtime.models import read_spec
-
-Array = npt.NDArray[np.float32]
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.version import __version__
 
 REMEDY = "nothing was written; check the checkpoint's values, or report it"
 CHECKED_SIZES = ((1, 4, 4), (2, 5, 7), (1, 17, 23), (2, 32, 24))

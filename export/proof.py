@@ -13,7 +13,7 @@ import onnx
 
 from sanrt.errors import BuildError
 from sanrt.model.spec import Precision
-from sanrt.runtime.engines import Proof
+from sanrt.runtime.artifacts.engines import Proof
 
 DATATYPES = {
     "Half": "fp16",

@@ -6,15 +6,12 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from sanrt.arrays import Array
 from sanrt.export.parity import TOLERANCES, Tolerance, compare, worst
 from sanrt.model.san import SAN
 from sanrt.model.spec import Precision
-
-Array = npt.NDArray[np.float32]
 
 ROUNDING_MARGIN = 4.0
 """Two fp32 implementations may differ by this many times the rounding of one."""

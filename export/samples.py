@@ -12,8 +12,8 @@ import numpy.typing as npt
 from sanrt.errors import PictureError
 from sanrt.export.bicubic import degrade
 from sanrt.export.scene import natural_scene
-from sanrt.runtime.formats import Format
-from sanrt.runtime.pictures import open_picture
+from sanrt.runtime.pictures.codec import open_picture
+from sanrt.runtime.pictures.formats import Format
 
 Picture = npt.NDArray[np.uint8]
 

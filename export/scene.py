@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from sanrt.errors import PictureError
 from sanrt.model.spec import MIN_SIDE
-from sanrt.runtime.pictures import open_picture
+from sanrt.runtime.pictures.codec import open_picture
 
 LEAVES = 1200
 MAX_SIDE = 192

@@ -6,9 +6,9 @@ import json
 
 import onnx
 
-from sanrt.model.contract import HEAD_HALO, JOIN_HALO, TAIL_HALO
-from sanrt.model.spec import STAGE_INPUTS, Architecture, ModelSpec
-from sanrt.runtime.engines import MAX_KEYS, Profile, Size
+from sanrt.model.contract import HEAD_HALO, JOIN_HALO, STAGE_INPUTS, TAIL_HALO
+from sanrt.model.spec import Architecture, ModelSpec
+from sanrt.runtime.artifacts.sizes import MAX_KEYS, Profile, Size
 
 KEYS = 1, 2**14, MAX_KEYS
 """Smallest, usual and largest number of a region's keys."""

@@ -11,26 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from sanrt.arrays import Array
 from sanrt.errors import ParityError, UsageError
 from sanrt.export.metrics import ssim, y_channel, y_psnr
 from sanrt.export.parity import TOLERANCES, Difference, Tolerance, compare, require, worst
 from sanrt.export.rounding import rounding_tolerance
 from sanrt.export.samples import Picture, Sample
 from sanrt.export.squareroot import with_root
+from sanrt.geometry import pad
 from sanrt.model.checkpoint import Checkpoint, bundled_checkpoint, load_checkpoint
 from sanrt.model.san import SAN
 from sanrt.model.spec import ModelSpec, Precision
-from sanrt.runtime.backends import RunOptions, load_backend
 from sanrt.runtime.backends.onnxruntime import open_session
-from sanrt.runtime.formats import Format
-from sanrt.runtime.pictures import Output, write_picture
-from sanrt.runtime.tiling import pad
-from sanrt.runtime.upscale import infer_padded, network_input, network_output
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.pictures.codec import Output, write_picture
+from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.tiling.upscaling import infer_padded, network_input, network_output
 
-Array = npt.NDArray[np.float32]
 Infer = Callable[[Array], Array]
 """float32 (1, 3, H, W) -> (1, 3, sH, sW)."""
 

@@ -17,7 +17,7 @@ from sanrt.model.san import SAN
 from training.command import run
 from training.data import Picture, read_rgb, to_tensor
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "sanrt" / "model" / "weights"
+WEIGHTS = Path(__file__).resolve().parents[1] / "src" / "sanrt" / "model" / "weights"
 
 SAME = 60.0
 """PSNR in dB that rounding the weights must leave between the outputs: an RMS difference of a quarter of a grey level."""
@@ -29,7 +29,7 @@ def ship(
     checkpoint: Annotated[Path, typer.Argument(help="checkpoint.pt of `python -m training.train`.")],
     scale: Annotated[int, typer.Option(help="The scale it must be of; names the output.")],
     origin: Annotated[str, typer.Option(help="What the file says of itself.")] = ORIGIN,
-    out: Annotated[Path | None, typer.Option(help="[default: sanrt/model/weights/san_xSCALE.safetensors]")] = None,
+    out: Annotated[Path | None, typer.Option(help="[default: src/sanrt/model/weights/san_xSCALE.safetensors]")] = None,
     picture: Annotated[Path | None, typer.Option(help="Picture to verify on. [default: a generated one]")] = None,
 ) -> None:
     """Write the network as fp16 safetensors, load that file again and compare both on a picture."""

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 from llvmlite import ir
 from numpy.polynomial import Chebyshev, Polynomial
 
+from sanrt.arrays import Array
 from sanrt.kernels.cpu.ir import Code, Module, this_processor
 from sanrt.kernels.cpu.workers import Workers
-
-Array = npt.NDArray[np.float32]
 
 TOGETHER = 3
 """Queries that share each read of the keys and values."""

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import binding, ir
 
-from sanrt import __version__
 from sanrt.kernels.cuda.nvrtc import cache_folder, write_whole
+from sanrt.version import __version__
 
 INT, FLOAT, WORD, SHORT = ir.IntType(64), ir.FloatType(), ir.IntType(32), ir.IntType(16)
 POINTER = FLOAT.as_pointer()

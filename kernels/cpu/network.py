@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
+from sanrt.arrays import Array
 from sanrt.errors import BackendError
 from sanrt.geometry import Box
 from sanrt.kernels.cpu import attention, schedule, soca
@@ -23,8 +24,6 @@ from sanrt.kernels.cpu.winograd import Convolution, Map, Products, method_of, pr
 from sanrt.kernels.cpu.workers import Workers
 from sanrt.model.contract import TAIL_HALO, Moments
 from sanrt.model.spec import ModelSpec
-
-Array = npt.NDArray[np.float32]
 
 BAND = 256
 """Rows of the trunk that are turned to pixels together."""

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 
+from sanrt.arrays import Array
 from sanrt.kernels.cpu.ir import INT, LINE, POINTER, Code, Module, aligned, this_processor
 from sanrt.kernels.cpu.soca import moments_rows, write_moments
 from sanrt.kernels.cpu.winograd import (
-    Array,
     Convolution,
     End,
     Map,

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 from llvmlite import ir
 
+from sanrt.arrays import Array
 from sanrt.kernels.cpu.attention import power_of_two
 from sanrt.kernels.cpu.ir import FLOAT, Code, Module, aligned, this_processor
 from sanrt.kernels.cpu.winograd import tile_corner
-
-Array = npt.NDArray[np.float32]
 
 MIN_TRACE = 1e-10
 """As in `sanrt.model.soca`: below this a covariance counts as zero."""

@@ -15,7 +15,8 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float32]
+from sanrt.arrays import Array
+
 Matrix = npt.NDArray[np.float64]
 
 TAPS = 5

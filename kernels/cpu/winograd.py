@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 
+from sanrt.arrays import Array
 from sanrt.kernels.cpu.ir import FLOAT, SHORT, WORD, Code, Module, aligned, this_processor
 
-Array = npt.NDArray[np.float32]
 Matrix = npt.NDArray[np.float64]
 
 LARGEST = 32760.0

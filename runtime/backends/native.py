@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.model.spec import MIN_SIDE, Precision
-from sanrt.runtime import machine
-from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version, require_precision
-from sanrt.runtime.derived import derived_weights
-from sanrt.runtime.engines import Limits
-from sanrt.runtime.models import read_spec
+from sanrt.runtime import host as machine
+from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.artifacts.sizes import Limits
+from sanrt.runtime.artifacts.variants import derived_weights
+from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version, require_precision
 
 if TYPE_CHECKING:
     from sanrt.kernels.cpu.network import Network

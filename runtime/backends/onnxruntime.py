@@ -11,12 +11,14 @@ from typing import Any, Self
 
 import numpy.typing as npt
 
+from sanrt.arrays import Array
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError
 from sanrt.model.spec import Attention, GraphOptions, ModelSpec, Precision, QuantisedType
-from sanrt.runtime.backends import OPEN_STAGES, Array, BackendStatus, RunOptions, Stages, library_version, require_precision
-from sanrt.runtime.derived import derived_model
-from sanrt.runtime.engines import Limits
-from sanrt.runtime.models import read_spec
+from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.artifacts.sizes import Limits
+from sanrt.runtime.artifacts.variants import derived_model
+from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version, require_precision
+from sanrt.runtime.backends.registry import OPEN_STAGES
 
 NAME = "onnxruntime"
 CPU_FORM = GraphOptions(attention=Attention.MULTI_HEAD, requantised=True)

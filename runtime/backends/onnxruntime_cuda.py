@@ -9,14 +9,15 @@ from typing import Any, Self
 
 import numpy as np
 
+from sanrt.arrays import Array
 from sanrt.errors import BackendError
 from sanrt.model.spec import GRAPH_PRECISIONS, Attention, GraphOptions, Precision
-from sanrt.runtime import machine
-from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version, require_precision
+from sanrt.runtime import host as machine
+from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.artifacts.sizes import Limits
+from sanrt.runtime.artifacts.variants import derived_model
 from sanrt.runtime.backends.onnxruntime import OnnxRuntimeStages, run_error, session_on
-from sanrt.runtime.derived import derived_model
-from sanrt.runtime.engines import Limits
-from sanrt.runtime.models import read_spec
+from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version, require_precision
 
 NAME = "onnxruntime-cuda"
 PROVIDER = "CUDAExecutionProvider"

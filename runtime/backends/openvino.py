@@ -19,13 +19,15 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 
+from sanrt.arrays import Array
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError
 from sanrt.model.spec import Attention, GraphOptions, Precision
-from sanrt.runtime import machine
-from sanrt.runtime.backends import OPEN_STAGES, Array, BackendStatus, RunOptions, Stages, library_version
-from sanrt.runtime.derived import derived_model
-from sanrt.runtime.engines import Limits
-from sanrt.runtime.models import read_spec
+from sanrt.runtime import host as machine
+from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.artifacts.sizes import Limits
+from sanrt.runtime.artifacts.variants import derived_model
+from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version
+from sanrt.runtime.backends.registry import OPEN_STAGES
 
 NAME = "openvino"
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy.typing as npt
 
+from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.model.spec import MIN_SIDE, ModelSpec, Precision
-from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version, require_precision
-from sanrt.runtime.engines import Limits
+from sanrt.runtime.artifacts.sizes import Limits
+from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version, require_precision
 
 if TYPE_CHECKING:
     from sanrt.model.san import SAN

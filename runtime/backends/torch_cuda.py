@@ -9,14 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.geometry import Box
-from sanrt.model.spec import GRAPH_PRECISIONS, STAGE_INPUTS, STAGE_MAPS, Precision
-from sanrt.runtime import machine
-from sanrt.runtime.backends import Array, BackendStatus, RunOptions, Stages, library_version, require_precision
+from sanrt.model.contract import STAGE_INPUTS, STAGE_MAPS
+from sanrt.model.spec import GRAPH_PRECISIONS, Precision
+from sanrt.runtime import host as machine
+from sanrt.runtime.artifacts.sizes import Limits
+from sanrt.runtime.backends.protocol import BackendStatus, FeatureMap, RunOptions, Stages, library_version, require_precision
 from sanrt.runtime.backends.torch import network
-from sanrt.runtime.engines import Limits
-from sanrt.runtime.featuremaps import FeatureMap
 
 if TYPE_CHECKING:
     import torch

@@ -9,10 +9,11 @@ import pyvips
 
 from benchmarks.measure import run_command
 from benchmarks.pipeline import Measured, Stopwatch, pipeline
-from sanrt.runtime.backends import RunOptions, load_backend
-from sanrt.runtime.pipeline import Written
-from sanrt.runtime.upscale import UpscaleOptions, upscale
-from sanrt.runtime.ways import Tiling
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.runs.pipeline import Written
+from sanrt.runtime.tiling.plan import Tiling
+from sanrt.runtime.tiling.upscaling import UpscaleOptions, upscale
 
 
 @pytest.fixture

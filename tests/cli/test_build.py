@@ -12,7 +12,7 @@ from sanrt.cli import app
 from sanrt.export import engine
 from sanrt.model import checkpoint as checkpoints
 from sanrt.model.checkpoint import save_checkpoint
-from sanrt.runtime.models import read_spec
+from sanrt.runtime.artifacts.models import read_spec
 
 
 class Stopped(Exception):

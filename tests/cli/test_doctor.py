@@ -9,16 +9,18 @@ import pytest
 from typer.testing import CliRunner
 
 from sanrt.cli import app
-from sanrt.runtime import doctor, machine
-from sanrt.runtime.backends import BACKENDS, BackendStatus
-from sanrt.runtime.machine import Gpu, Gpus
+from sanrt.runtime import host as machine
+from sanrt.runtime.backends.protocol import BackendStatus
+from sanrt.runtime.backends.registry import BACKENDS
+from sanrt.runtime.host import Gpu, Gpus
+from sanrt.runtime.runs import doctor
 
 
 @pytest.fixture
 def statuses(monkeypatch):
     """Every backend not installed, but for those that the test adds."""
     found = {name: BackendStatus(name, None, False, f"{name} is not installed", f"pip install {name}") for name in BACKENDS}
-    monkeypatch.setattr("sanrt.runtime.backends.status", lambda name: found[name])
+    monkeypatch.setattr("sanrt.runtime.backends.registry.status", lambda name: found[name])
     monkeypatch.setattr(doctor, "status", lambda name: found[name])
     return found
 
@@ -58,7 +60,7 @@ def test_the_machine_is_described(statuses, monkeypatch, tmp_path):
 
 def test_it_imports_no_network_library():
     code = (
-        "import sys; from pathlib import Path; from sanrt.runtime.doctor import diagnose; diagnose(Path());"
+        "import sys; from pathlib import Path; from sanrt.runtime.runs.doctor import diagnose; diagnose(Path());"
         "assert not {'torch', 'onnx', 'openvino'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

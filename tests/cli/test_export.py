@@ -12,7 +12,7 @@ import torch
 from sanrt.cli import main
 from sanrt.model import checkpoint as checkpoints
 from sanrt.model.checkpoint import save_checkpoint
-from sanrt.runtime.models import read_spec
+from sanrt.runtime.artifacts.models import read_spec
 
 
 @pytest.fixture

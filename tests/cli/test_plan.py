@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 
 from sanrt.cli import app
 from sanrt.errors import ModelError
-from sanrt.runtime.plan import Speed
-from sanrt.runtime.ways import Tiling, Way
+from sanrt.runtime.runs.estimate import Speed
+from sanrt.runtime.tiling.plan import Tiling, Way
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_model_that_is_not_there_is_an_error_not_an_empty_plan(folder, named):
 
 
 def test_an_estimate_grows_with_pixels_halos_and_pairs(tiny_model):
-    from sanrt.runtime.models import read_spec
+    from sanrt.runtime.artifacts.models import read_spec
 
     arch = read_spec(tiny_model(2)).architecture
     whole, tiled = Way(Tiling.WHOLE, 400, 2), Way(Tiling.EXACT, 100, 2)
@@ -79,11 +79,12 @@ def test_an_estimate_grows_with_pixels_halos_and_pairs(tiny_model):
 
 def test_a_backend_that_cannot_do_a_picture_says_why_beside_the_others(folder, tiny_model):
     from sanrt.cli.plan import lines
-    from sanrt.runtime.backends import RunOptions, load_backend
-    from sanrt.runtime.engines import Limits, Profile, Size
-    from sanrt.runtime.jobs import Job
-    from sanrt.runtime.plan import picture_plan
-    from sanrt.runtime.upscale import UpscaleOptions
+    from sanrt.runtime.artifacts.sizes import Limits, Profile, Size
+    from sanrt.runtime.backends.protocol import RunOptions
+    from sanrt.runtime.backends.registry import load_backend
+    from sanrt.runtime.pictures.jobs import Job
+    from sanrt.runtime.runs.estimate import picture_plan
+    from sanrt.runtime.tiling.upscaling import UpscaleOptions
 
     job, speeds = Job(folder / "small.png", folder / "out.png"), {"torch": Speed(1.0, 0), "onnxruntime": Speed(1.0, 0)}
     loaded = [load_backend(name, tiny_model(2), RunOptions(threads=1)) for name in speeds]
@@ -96,9 +97,10 @@ def test_a_backend_that_cannot_do_a_picture_says_why_beside_the_others(folder, t
 
 @pytest.mark.parametrize(("tiling", "measured"), [(Tiling.WHOLE, "torch"), (Tiling.EXACT, "torch by stages")])
 def test_streamed_pictures_are_planned_at_the_speed_of_the_stages(tiny_model, tiling, measured):
-    from sanrt.runtime.backends import RunOptions, load_backend
-    from sanrt.runtime.plan import BY_STAGES, estimate
-    from sanrt.runtime.upscale import UpscaleOptions
+    from sanrt.runtime.backends.protocol import RunOptions
+    from sanrt.runtime.backends.registry import load_backend
+    from sanrt.runtime.runs.estimate import BY_STAGES, estimate
+    from sanrt.runtime.tiling.upscaling import UpscaleOptions
 
     speeds = {"torch": Speed(1e-2, 0), "torch" + BY_STAGES: Speed(3e-2, 0)}
     with load_backend("torch", tiny_model(2), RunOptions(threads=1)) as backend:

@@ -16,7 +16,8 @@ import pyvips
 from typer.testing import CliRunner
 
 from sanrt.cli import app, main
-from sanrt.runtime.backends import RunOptions, load_backend
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import load_backend
 from tests.mutate import mutated
 
 

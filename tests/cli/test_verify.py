@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 
 from sanrt.cli import app
 from sanrt.errors import UsageError
-from sanrt.runtime import record as records
-from sanrt.runtime.backends import load_backend
-from sanrt.runtime.preference import prefer
+from sanrt.runtime.backends.default_variant import prefer
+from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.runs import record as records
 
 
 @pytest.fixture

@@ -26,10 +26,14 @@ from sanrt.export import engine
 from sanrt.export.engine import build_engine, choose_flavor
 from sanrt.model.graph import san_model
 from sanrt.model.spec import GRAPH_PRECISIONS, Architecture, ModelSpec, Precision
-from sanrt.runtime.backends import RunOptions, load_backend, tensorrt
-from sanrt.runtime.device import open_device
-from sanrt.runtime.engines import TILES, BuildOptions, EngineInfo, Profile, Size, choose_engine, read_engine, read_plan
-from sanrt.runtime.flavors import Flavor, import_flavor
+from sanrt.runtime.artifacts.engines import BuildOptions, EngineInfo, choose_engine, read_engine, read_plan
+from sanrt.runtime.artifacts.flavors import Flavor
+from sanrt.runtime.artifacts.sizes import TILES, Profile, Size
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.backends.tensorrt import backend as tensorrt
+from sanrt.runtime.backends.tensorrt.device import open_device
+from sanrt.runtime.backends.tensorrt.library import import_flavor
 
 needs_rtx = pytest.mark.skipif(
     not find_spec("tensorrt_rtx_bindings"), reason="TensorRT-RTX is not installed (pip install 'sanrt[rtx]')"

@@ -18,8 +18,9 @@ from sanrt.export.rounding import rounding_tolerance
 from sanrt.export.scene import natural_scene
 from sanrt.model import graph
 from sanrt.model.checkpoint import load_checkpoint
-from sanrt.runtime.backends import RunOptions, load_backend
-from sanrt.runtime.models import read_spec
+from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import load_backend
 
 QUICK = ExportOptions(picture=natural_scene(40, 40))
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from sanrt.export import engine
-from sanrt.runtime import flavors
-from sanrt.runtime.backends import tensorrt, tensorrt_stages
+from sanrt.runtime.backends.tensorrt import backend as tensorrt
+from sanrt.runtime.backends.tensorrt import library as flavors
+from sanrt.runtime.backends.tensorrt import stages as tensorrt_stages
 
 API = json.loads(Path(__file__).with_name("tensorrt_api.json").read_text())
 OBJECTS = {

@@ -12,15 +12,15 @@ from typer.testing import CliRunner
 
 from sanrt.cli import app
 from sanrt.errors import ModelError, ParityError, PictureError, SanrtError, UsageError
-from sanrt.export.calibration import Method, calibrated
 from sanrt.export.locate import locate
+from sanrt.export.quantise.calibration import Method, calibrated
 from sanrt.export.samples import Sample, samples
 from sanrt.export.scene import natural_scene
 from sanrt.export.validate import ValidateOptions, validate
 from sanrt.model.graph import read_model, san_model
 from sanrt.model.spec import Quantisation, QuantisedType
-from sanrt.runtime.formats import Format
-from sanrt.runtime.pictures import Output, open_picture, write_picture
+from sanrt.runtime.pictures.codec import Output, open_picture, write_picture
+from sanrt.runtime.pictures.formats import Format
 
 SMALL = partial(natural_scene, 32, 40)
 

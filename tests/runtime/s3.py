@@ -11,7 +11,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from sanrt.runtime.storage import file_system
+from sanrt.runtime.pictures.storage import file_system
 
 BUCKET = "pictures"
 KEEP = 2000

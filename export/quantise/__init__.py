@@ -1,0 +1,1 @@
+"""Models with convolutions in 8 bits, as many as a loss of quality allows."""

@@ -1,0 +1,1 @@
+"""What lies on disk: exported models, their variants, engines, and the sizes these take."""

@@ -1,0 +1,101 @@
+"""Sizes of pictures and tiles that an engine is built for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sanrt.errors import UsageError
+
+
+class Size(NamedTuple):
+    """Pictures per batch, and their height and width in pixels."""
+
+    batch: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        """NCHW, RGB."""
+        return self.batch, 3, self.height, self.width
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """Read `1x180x320`; raises UsageError for anything else."""
+        parts = text.split("x")
+        if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+            raise UsageError(f"size {text!r}: expected BATCHxHEIGHTxWIDTH, positive whole numbers such as 1x180x320")
+        return cls(*map(int, parts))
+
+
+SMALLEST, USUAL, LARGEST = Size(1, 4, 4), Size(1, 180, 320), Size(4, 1080, 1920)
+"""The sizes of the default profile; memory is only taken for the size that runs."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The sizes one optimisation profile takes: from `min` to `max`, fastest at `opt`."""
+
+    min: Size = SMALLEST
+    opt: Size = USUAL
+    max: Size = LARGEST
+
+    def __post_init__(self) -> None:
+        if any(not low <= best <= high for low, best, high in zip(self.min, self.opt, self.max, strict=True)):
+            raise UsageError(f"profile {self}: expected min <= opt <= max in batch, height and width")
+
+    def __str__(self) -> str:
+        return f"{self.min} .. {self.opt} .. {self.max}"
+
+    def takes(self, size: Size) -> bool:
+        """Whether pictures of this size are within the profile."""
+        return all(low <= n <= high for low, n, high in zip(self.min, size, self.max, strict=True))
+
+    def distance(self, size: Size) -> float:
+        """How far the size is from the one that the profile is tuned for, as a ratio of pixels (1 is none)."""
+        ratio = (size.batch * size.height * size.width) / (self.opt.batch * self.opt.height * self.opt.width)
+        return max(ratio, 1 / ratio)
+
+
+TILES = Profile(Size(1, 1, 1), Size(1, 256, 256), Size(1, 512, 512))
+"""The default tiles of stage engines, without their halo."""
+
+
+MAX_KEYS = 2**18
+"""Of a region that stage engines take: a quarter of its pixels."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The sizes that a backend takes, where they were settled when it was built."""
+
+    profiles: tuple[Profile, ...] = ()
+    """Of whole pictures; none where any will do."""
+    tiles: Profile | None = None
+    """Of the tiles of its stages, without their halo; None where any will do, or there are no stages."""
+
+    def take(self, height: int, width: int) -> bool:
+        """Whether a whole picture may have this size."""
+        return not self.profiles or any(profile.takes(Size(1, height, width)) for profile in self.profiles)
+
+    @property
+    def side(self) -> int | None:
+        """Of the largest square picture."""
+        return max((min(profile.max[1:]) for profile in self.profiles), default=None)
+
+    @property
+    def tile(self) -> int | None:
+        """Side of the largest tile of its stages."""
+        return min(self.tiles.max[1:]) if self.tiles else None
+
+    @property
+    def keys(self) -> int | None:
+        """Of a region, at most, in its stages."""
+        return MAX_KEYS if self.tiles else None
+
+    def __str__(self) -> str:
+        return ", ".join(f"{p.min.width} x {p.min.height} to {p.max.width} x {p.max.height}" for p in self.profiles)

@@ -1,0 +1,109 @@
+"""Backends: independent ways to run one exported model, chosen by name or by `auto`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from sanrt.errors import BackendError, ModelError, UsageError
+from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, engines_of
+from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.backends.protocol import Backend, BackendStatus, RunOptions
+
+log = logging.getLogger(__name__)
+
+
+BACKENDS = {
+    "torch": "sanrt.runtime.backends.torch",
+    "torch-cuda": "sanrt.runtime.backends.torch_cuda",
+    "onnxruntime": "sanrt.runtime.backends.onnxruntime",
+    "onnxruntime-cuda": "sanrt.runtime.backends.onnxruntime_cuda",
+    "openvino": "sanrt.runtime.backends.openvino",
+    "native": "sanrt.runtime.backends.native",
+    "tensorrt": "sanrt.runtime.backends.tensorrt.backend",
+}
+"""Every backend's module; each has `status() -> BackendStatus` and `load(model: Path, options: RunOptions) -> Backend`."""
+
+ALIASES = {"winograd": "native"}
+"""Earlier names, as records, preferences and scripts may have them."""
+
+CHECKPOINT_BACKENDS = ("torch-cuda", "torch")
+"""Those that load checkpoints too; the others load exported models only."""
+
+EIGHT_BIT_BACKENDS = ("tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime")
+"""Those that run models with convolutions in 8 bits."""
+
+AUTO_ORDER = ("tensorrt", "torch-cuda", "onnxruntime-cuda", "openvino", "native", "onnxruntime", "torch")
+"""The order in which `auto` looks for a usable backend."""
+
+OPEN_STAGES = 4
+"""Stages to keep open: the widest pass over a picture takes turns between so many (head, keys and values, attention)."""
+
+
+def status(name: str) -> BackendStatus:
+    """Whether a backend can run here; raises BackendError for a name that is none."""
+    return backend_module(name).status()  # type: ignore[no-any-return]
+
+
+def load_backend(name: str, model: Path, options: RunOptions) -> Backend:
+    """Load a model with the named backend, or with the first usable one for `auto`; never another than asked for."""
+    if model.suffix == STAGES_SUFFIX:
+        raise UsageError(f"{model}: stage engines run beside a whole one; name its {SUFFIX}, or the ONNX of both")
+    if name in ALIASES:
+        log.warning("backend %s is called %s now", name, ALIASES[name])
+        name = ALIASES[name]
+    names = candidates(model, options) if name == "auto" else (name,)
+    chosen = automatic_choice(names) if name == "auto" else status(name)
+    if chosen is None:
+        reasons = "; ".join(f"{s.name}: {s.reason}, {s.remedy}".rstrip(", ") for s in map(status, names))
+        raise BackendError(f"no backend can run {model} here ({reasons})")
+    if not chosen.usable:
+        remedy = f"; to fix it: {chosen.remedy}" if chosen.remedy else ""
+        usable = ", ".join(s.name for s in map(status, BACKENDS) if s.usable) or "none"
+        raise BackendError(f"backend {name} is not usable here: {chosen.reason}{remedy} (usable: {usable})")
+    load: Callable[[Path, RunOptions], Backend] = backend_module(chosen.name).load
+    return load(model, options)
+
+
+def candidates(model: Path, options: RunOptions) -> tuple[str, ...]:
+    """What `auto` may choose for a model: only TensorRT runs engines, and it runs a model only by an engine that fits."""
+    if model.suffix == SUFFIX:
+        return ("tensorrt",)
+    if model.suffix != ".onnx":
+        return CHECKPOINT_BACKENDS
+    names = EIGHT_BIT_BACKENDS if computes_in_8_bits(model) else AUTO_ORDER
+    return tuple(name for name in names if name != "tensorrt" or engine_fits(model, options))
+
+
+def computes_in_8_bits(model: Path) -> bool:
+    """Whether an exported model has convolutions in 8 bits; one that cannot be read is told when it is loaded."""
+    try:
+        return read_spec(model).quantisation is not None
+    except ModelError:
+        return False
+
+
+def engine_fits(model: Path, options: RunOptions) -> bool:
+    """Whether a model has engines, and one of them runs here (unknown without TensorRT and a GPU); why not is logged."""
+    if not engines_of(model):
+        return False
+    refusal = backend_module("tensorrt").refusal(model, options) if status("tensorrt").usable else None
+    if refusal:
+        log.warning("tensorrt passed over: %s", refusal)
+    return refusal is None
+
+
+def automatic_choice(names: Iterable[str]) -> BackendStatus | None:
+    """The first of these backends that `auto` may take here."""
+    return next((s for s in map(status, names) if s.usable and s.automatic), None)
+
+
+def backend_module(name: str) -> Any:
+    """The module behind a backend's name, or behind an earlier one."""
+    name = ALIASES.get(name, name)
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}; expected auto, {', '.join(BACKENDS)}")
+    return import_module(BACKENDS[name])

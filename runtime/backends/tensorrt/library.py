@@ -1,0 +1,109 @@
+"""TensorRT and TensorRT-RTX: two libraries with almost one Python interface, found and imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from sanrt.errors import BackendError, OutOfMemoryError
+from sanrt.runtime.artifacts.flavors import MODULES, REMEDIES, TITLES, Flavor
+
+
+def import_flavor(flavor: Flavor) -> Any:
+    """The Python module; raises BackendError when it is missing or broken."""
+    try:
+        return import_module(MODULES[flavor])
+    except ImportError as error:
+        title, remedy = TITLES[flavor], REMEDIES[flavor]
+        reason = "is not installed" if error.name == MODULES[flavor] else f"cannot be imported ({error})"
+        raise BackendError(f"{title} {reason}; {remedy}") from error
+
+
+class Watch:
+    """What TensorRT says: a logger and an error recorder for its objects, and what both were told.
+
+    TensorRT keeps bare pointers to the two, so a Watch must outlive every object it was given to.
+    """
+
+    def __init__(self, trt: Any, keep: bool = False) -> None:
+        self.errors: list[tuple[int, str]] = []
+        """TensorRT's error code (0 from the log) and the message, oldest first."""
+        self.messages: list[str] = []
+        """Everything else that was logged, when `keep` asks for it."""
+        self.keep, self.no_memory = keep, int(trt.ErrorCodeTRT.FAILED_ALLOCATION)
+        self.logger = logger_class(trt)(self)
+        self.recorder = recorder_class(trt)(self)
+
+    @property
+    def first(self) -> str:
+        """The first error, which the later ones follow from, as one line."""
+        return " ".join(self.errors[0][1].split()) if self.errors else "no reason given"
+
+    def failure(self, subject: Path, what: str) -> BackendError:
+        """OutOfMemoryError or BackendError, in TensorRT's words."""
+        memory = self.no_memory in {code for code, _ in self.errors} or "out of memory" in self.first.lower()
+        kind = OutOfMemoryError if memory else BackendError
+        return kind(f"{subject}: {what} failed ({self.first})")
+
+
+def engine_from_plan(trt: Any, watch: Watch, plan: bytes) -> Any:
+    """The engine, ready to run; None where TensorRT refuses it, which `watch` is told."""
+    runtime = trt.Runtime(watch.logger)
+    runtime.error_recorder = watch.recorder
+    return runtime.deserialize_cuda_engine(plan)
+
+
+@cache
+def recorder_class(trt: Any) -> Callable[[Watch], Any]:
+    """An IErrorRecorder that fills a Watch."""
+
+    class Recorder(trt.IErrorRecorder):  # type: ignore[misc]
+        """TensorRT may call it from any thread; list operations are atomic."""
+
+        def __init__(self, watch: Watch) -> None:
+            trt.IErrorRecorder.__init__(self)
+            self.watch = watch
+
+        def num_errors(self) -> int:
+            return len(self.watch.errors)
+
+        def get_error_code(self, index: int) -> Any:
+            return trt.ErrorCodeTRT(self.watch.errors[index][0])
+
+        def get_error_desc(self, index: int) -> str:
+            return self.watch.errors[index][1]
+
+        def has_overflowed(self) -> bool:
+            return False
+
+        def clear(self) -> None:
+            self.watch.errors.clear()
+
+        def report_error(self, code: Any, description: str) -> bool:
+            self.watch.errors.append((int(code), description))
+            return False
+
+    return Recorder
+
+
+@cache
+def logger_class(trt: Any) -> Callable[[Watch], Any]:
+    """An ILogger that fills a Watch."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """Prints nothing: what matters is raised, or read back, by whoever owns the Watch."""
+
+        def __init__(self, watch: Watch) -> None:
+            trt.ILogger.__init__(self)
+            self.watch = watch
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+                self.watch.errors.append((0, message))
+            elif self.watch.keep:
+                self.watch.messages.append(message)
+
+    return Logger

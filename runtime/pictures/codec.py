@@ -1,0 +1,512 @@
+"""Reading and writing picture files with libvips: what the network sees, and what must survive it.
+
+The network sees the numbers as they are stored, as RGB: an ICC profile is not applied but kept, and embedded again. Only
+CMYK is converted (by its profile, else libvips' own), to sRGB.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sanrt.errors import PictureError
+from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.scratch import ScratchPicture
+
+if TYPE_CHECKING:
+    import pyvips
+
+MAX_PIXELS = 1_000_000_000
+"""A picture whose header claims more is refused, unless the caller allows it."""
+MAX_SIDE = 1_000_000
+"""Wider or higher ones are refused always: strips of such rows would not be small."""
+
+Pixels = NDArray[np.uint8] | NDArray[np.uint16]
+
+_KEPT = ("icc-profile-data", "exif-data", "xmp-data", "iptc-data")
+_PIECE_ROWS = 64
+_OPTIMISED_PIXELS = 20_000_000
+_UNKNOWN_RESOLUTION, _SCREEN_RESOLUTION = 1.0, 72 / 25.4
+
+
+@dataclass(frozen=True)
+class PictureInfo:
+    """What a picture file's header says."""
+
+    path: Path
+    format: Format
+    """By its content, whatever its name."""
+    width: int
+    """Pixels, after the EXIF orientation is applied."""
+    height: int
+    bits: int = 8
+    """Significant bits per sample: 8 (also for fewer), 10, 12 or 16."""
+    grey: bool = False
+    alpha: bool = False
+    lossless: bool = False
+    """For WebP: whether it is compressed without loss."""
+    resolution: tuple[float, float] = (_SCREEN_RESOLUTION, _SCREEN_RESOLUTION)
+    """Pixels per millimetre, x and y."""
+    metadata: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """ICC profile, EXIF, XMP and IPTC, as stored and by libvips' names."""
+    notes: tuple[str, ...] = ()
+    """What of the file is not taken over, one line each, for people."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of its samples in memory: uint8, or uint16 over the whole 0..65535."""
+        return np.dtype(np.uint8 if self.bits == 8 else np.uint16)
+
+    @property
+    def channels(self) -> int:
+        """1 or 3, and one more with alpha."""
+        return (1 if self.grey else 3) + self.alpha
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What the user may choose about written files."""
+
+    quality: int | None = None
+    """1 to 100 for JPEG, WebP and AVIF; None is 95 (AVIF: 90)."""
+    lossless: bool = False
+    """WebP and AVIF without loss; a lossless WebP stays so anyway."""
+    background: tuple[int, int, int] | None = None
+    """8-bit RGB to lay transparent pictures onto; None keeps the transparency."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """How one result will be written: settled, and checked, before the network runs."""
+
+    path: Path
+    format: Format
+    width: int
+    height: int
+    bits: int = 8
+    grey: bool = False
+    alpha: bool = False
+    lossless: bool = False
+    quality: int = 95
+    background: tuple[int, int, int] | None = None
+    resolution: tuple[float, float] = (_SCREEN_RESOLUTION, _SCREEN_RESOLUTION)
+    metadata: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+    """What the format cannot hold and the user asked to go without, one line each."""
+
+
+class SourcePicture:
+    """An opened picture file; pixels are decoded as they are asked for.
+
+    Rows asked for from top to bottom, overlapping or not, are decoded once and only the last ones asked for are held. Rows
+    above those start the decoding over. Not for several threads at once.
+    """
+
+    def __init__(self, info: PictureInfo) -> None:
+        self.info = info
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._region: pyvips.Region | None = None
+        self._held, self._top = np.empty((0, 0, 0), self.info.dtype), 0
+
+    def rgb(self, top: int = 0, height: int | None = None) -> Pixels:
+        """Rows `top` to `top + height` (all by default) as (height, W, 3) in the file's depth; grey is in all three.
+
+        PictureError if the file is truncated or damaged there.
+        """
+        rows = self._rows(top, height)[..., : 1 if self.info.grey else 3]
+        return rows.repeat(3, axis=2) if self.info.grey else np.ascontiguousarray(rows)
+
+    def alpha(self, top: int = 0, height: int | None = None) -> Pixels:
+        """The same rows' opacity as (height, W), full for a picture without transparency."""
+        rows = self._rows(top, height)
+        if not self.info.alpha:
+            return np.full(rows.shape[:2], np.iinfo(rows.dtype).max, rows.dtype)
+        return np.ascontiguousarray(rows[..., -1])
+
+    def _rows(self, top: int, height: int | None) -> NDArray[Any]:
+        bottom = self.info.height if height is None else top + height
+        if not 0 <= top < bottom <= self.info.height:
+            raise ValueError(f"rows {top} to {bottom} of a picture with {self.info.height}")
+        if top < self._top:
+            self._start_over()
+        held = self._held[top - self._top :]
+        if top + len(held) < bottom:
+            fresh = self._decode(top + len(held), bottom)
+            held = np.concatenate([held, fresh]) if len(held) else fresh
+        self._held, self._top = held, top
+        return held[: bottom - top]
+
+    def _decode(self, top: int, bottom: int) -> NDArray[Any]:
+        """In pieces, so that a damaged file with a large header fails soon: libvips tries again for every few rows asked."""
+        info, step = self.info, _PIECE_ROWS
+        with _vips_told_as(f"{info.path}: damaged"):
+            if self._region is None:
+                self._region = _vips().Region.new(_decoded(_loaded(info.path, info.format)))
+            pieces = [self._region.fetch(0, at, info.width, min(step, bottom - at)) for at in range(top, bottom, step)]
+        rows = [np.frombuffer(piece, info.dtype).reshape(-1, info.width, info.channels) for piece in pieces]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+    def close(self) -> None:
+        """Let go of the file and of the held rows."""
+        self._start_over()
+
+    def __enter__(self) -> SourcePicture:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> SourcePicture:
+    """Open a picture and check its header; no pixel is decoded yet.
+
+    PictureError if it cannot be opened, is no supported picture, or claims more than `max_pixels`.
+    """
+    head = _head(path)
+    form = Format.of_content(head)
+    if form is None:
+        raise PictureError(f"{path}: {_unknown(head)}; expected {', '.join(form.upper() for form in Format)}")
+    with _vips_told_as(f"{path}: damaged {form.upper()} file"):
+        image = _loaded(path, form)
+        _check_header(path, image, max_pixels)
+        return SourcePicture(_info(path, form, image))
+
+
+def _head(path: Path) -> bytes:
+    try:
+        if path.exists() and not path.is_file():
+            raise PictureError(f"{path}: not a regular file; expected a picture")
+        with path.open("rb") as file:
+            return file.read(4096)
+    except OSError as error:
+        raise PictureError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _unknown(head: bytes) -> str:
+    return "unknown content, no picture that sanrt reads" if head else "empty file"
+
+
+@cache
+def _vips() -> Any:
+    """pyvips, its process-wide settings made once: no cache of operations (it would hold files and pixels), two threads."""
+    import pyvips
+
+    pyvips.cache_set_max(0)
+    if "VIPS_CONCURRENCY" not in os.environ:
+        pyvips.concurrency_set(2)
+    return pyvips
+
+
+@contextmanager
+def _vips_told_as(subject: str) -> Iterator[None]:
+    """Errors of libvips as one line about `subject`, with the last things that libvips said."""
+    pyvips = _vips()
+    pyvips.vips_lib.vips_error_clear()
+    try:
+        yield
+    except pyvips.Error as error:
+        lines = list(dict.fromkeys(line.strip() for line in error.detail.splitlines() if line.strip()))
+        raise PictureError(f"{subject} ({'; '.join(lines[-2:]) or error.message})") from None
+    except UnicodeDecodeError:
+        raise PictureError(f"{subject} (its text is not UTF-8)") from None
+
+
+def _loaded(path: Path, form: Format) -> pyvips.Image:
+    """The file as stored, by the loader of its format and no other, so that no untrusted loader is ever tried.
+
+    Decoded once from top to bottom if its orientation allows, else as a whole (libvips uses a nameless file above 100 MB).
+    Warnings of libjpeg mean pixels made up; those of other formats are about metadata.
+    """
+    load = getattr(_vips().Image, f"{form.facts.libvips}load_source")
+    fail_on = "warning" if form is Format.JPEG else "error"
+
+    def opened(access: str) -> pyvips.Image:
+        return load(_vips().Source.new_from_file(os.fsencode(path)), access=access, fail_on=fail_on)
+
+    image = opened("sequential")
+    return image if _orientation(image) in (1, 2) else opened("random")
+
+
+def _orientation(image: pyvips.Image) -> int:
+    return image.get("orientation") if image.get_typeof("orientation") else 1
+
+
+def _check_header(path: Path, image: pyvips.Image, max_pixels: int) -> None:
+    """PictureError unless it is of a size, sample type and colour space that sanrt reads."""
+    if image.width * image.height > max_pixels or max(image.width, image.height) > MAX_SIDE:
+        raise PictureError(
+            f"{path}: claims {image.width} x {image.height} pixels; "
+            f"at most {max_pixels / 1e6:.0f} megapixels and {MAX_SIDE} a side are allowed"
+        )
+    if image.format not in ("uchar", "ushort"):
+        raise PictureError(f"{path}: samples are {image.format}; expected 8 or 16 bit unsigned, convert it to 16 bit first")
+    colours = image.bands - image.hasalpha()
+    if colours != {"b-w": 1, "grey16": 1, "srgb": 3, "rgb": 3, "rgb16": 3, "cmyk": 4}.get(image.interpretation):
+        raise PictureError(f"{path}: {image.interpretation} with {image.bands} channels; expected grey, RGB or CMYK")
+
+
+def _decoded(image: pyvips.Image) -> pyvips.Image:
+    """Upright, CMYK converted."""
+    if _orientation(image) != 1:
+        image = image.autorot()
+    if image.interpretation == "cmyk":
+        depth = 8 if image.format == "uchar" else 16
+        image = image.icc_transform("srgb", embedded=True, input_profile="cmyk", intent="relative", depth=depth)
+    return image
+
+
+def _info(path: Path, form: Format, image: pyvips.Image) -> PictureInfo:
+    turned = _orientation(image) >= 5
+    return PictureInfo(
+        path,
+        form,
+        width=image.height if turned else image.width,
+        height=image.width if turned else image.height,
+        bits=8 if image.format == "uchar" else image.get("bits-per-sample") if form is Format.AVIF else 16,
+        grey=image.bands - image.hasalpha() == 1,
+        alpha=bool(image.hasalpha()),
+        lossless=form is Format.WEBP and _is_lossless_webp(path),
+        resolution=_resolution(image),
+        metadata=_metadata(image),
+        notes=tuple(_notes(form, image)),
+    )
+
+
+def _metadata(image: pyvips.Image) -> dict[str, bytes]:
+    """What is kept; a CMYK profile is used up in the conversion."""
+    kept = {name: bytes(image.get(name)) for name in _KEPT if image.get_typeof(name)}
+    if image.interpretation == "cmyk":
+        kept.pop("icc-profile-data", None)
+    return kept
+
+
+def _resolution(image: pyvips.Image) -> tuple[float, float]:
+    """Pixels per millimetre, x and y, upright; a file that does not say gets the 72 dpi that EXIF takes for granted."""
+    if image.xres == image.yres == _UNKNOWN_RESOLUTION:
+        return _SCREEN_RESOLUTION, _SCREEN_RESOLUTION
+    return (image.yres, image.xres) if _orientation(image) >= 5 else (image.xres, image.yres)
+
+
+def _notes(form: Format, image: pyvips.Image) -> Iterator[str]:
+    pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
+    if pages > 1:
+        yield f"only the first of its {pages} frames"
+    if image.interpretation == "cmyk":
+        yield "CMYK converted to sRGB"
+    if form.written_as is not form:
+        yield f"{form.upper()} is written as {form.written_as.upper()}"
+
+
+def _is_lossless_webp(path: Path) -> bool:
+    """Whether the first frame's chunk is VP8L (RFC 9649, section 2); an animation counts as lossy."""
+    with path.open("rb") as file:
+        file.seek(12)
+        while len(header := file.read(8)) == 8:
+            if header[:4] in (b"VP8L", b"VP8 ", b"ANMF"):
+                return header[:4] == b"VP8L"
+            size = int.from_bytes(header[4:], "little")
+            file.seek(size + size % 2, os.SEEK_CUR)
+    return False
+
+
+def plan_output(
+    source: PictureInfo, path: Path, scale: int, encoding: Encoding = Encoding(), bits: int | None = None
+) -> Output:
+    """How the result for `source`, `scale` times as large, is written to `path`: the format is by the path's suffix.
+
+    PictureError if that format cannot hold the size or the transparency. Depth it cannot hold is reduced, with a note.
+    """
+    form = Format.of_suffix(path)
+    if form is None or form is Format.GIF:
+        names = ", ".join(suffix for form in Format if form is not Format.GIF for suffix in form.facts.suffixes)
+        raise PictureError(f"{path}: cannot be written as '{path.suffix}'; expected a name ending in one of {names}")
+    width, height = source.width * scale, source.height * scale
+    if max(width, height) > form.facts.max_side:
+        raise PictureError(
+            f"{path}: {form.upper()} holds at most {form.facts.max_side} pixels a side, the result has {width} x {height}; "
+            "choose PNG or TIFF"
+        )
+    alpha = source.alpha and encoding.background is None
+    if alpha and not form.facts.alpha:
+        raise PictureError(f"{path}: {form.upper()} holds no transparency, {source.path} has it; choose PNG or a background")
+    wanted = bits or source.bits
+    return Output(
+        path,
+        form,
+        width,
+        height,
+        bits=min(wanted, form.facts.max_bits),
+        grey=source.grey and form.facts.grey and encoding.background is None,
+        alpha=alpha,
+        lossless=encoding.lossless or (source.lossless and form is Format.WEBP),
+        quality=encoding.quality or form.facts.quality or 100,
+        background=encoding.background if source.alpha else None,
+        resolution=source.resolution,
+        metadata=source.metadata,
+        notes=tuple(_losses(source, form, wanted)),
+    )
+
+
+def _losses(source: PictureInfo, form: Format, bits: int) -> Iterator[str]:
+    if bits > form.facts.max_bits:
+        yield f"{bits}-bit samples become {form.facts.max_bits}-bit: {form.upper()} holds no more"
+    if source.grey and not form.facts.grey and "icc-profile-data" in source.metadata:
+        yield f"the grey ICC profile is not kept: {form.upper()} is written as RGB"
+    if "exif-data" in source.metadata and not form.facts.exif:
+        yield f"EXIF is not kept: libvips writes none into {form.upper()}"
+
+
+def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | pyvips.Image | None = None) -> None:
+    """Encode (H, W, 3) pixels, uint8 or uint16, and (H, W) opacity to `output.path`, whole or not at all.
+
+    Grey outputs get the mean of the three channels. `alpha` is needed if the output has alpha, or a background to lay it
+    onto. PictureError if the file cannot be written.
+    """
+    with _vips_told_as(f"{output.path}: cannot be written"):
+        image = _with_metadata(_encodable(output, rgb, alpha), output)
+        with _replacing(output.path) as descriptor:
+            target = _vips().Target.new_to_descriptor(descriptor)
+            try:
+                getattr(image, f"{output.format.facts.libvips}save_target")(target, **_saver_options(output))
+            except _vips().Error:
+                _raise_if_full(descriptor)
+                raise
+
+
+def _raise_if_full(descriptor: int) -> None:
+    """The system's own error if no more can be written, which libvips tells as an unknown one."""
+    with open(descriptor, "ab", closefd=False) as file:
+        file.write(bytes(1 << 16))
+
+
+def _encodable(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | pyvips.Image | None) -> pyvips.Image:
+    image = _image(rgb)
+    if (image.width, image.height) != (output.width, output.height):
+        raise ValueError(f"pixels are {image.width} x {image.height}, the output {output.width} x {output.height}")
+    sixteen = output.bits > 8
+    image = _in_depth(image, sixteen)
+    if output.grey and image.bands == 3:
+        image = image.bandmean()
+    if output.alpha or output.background:
+        if alpha is None:
+            raise ValueError("an output with transparency needs alpha")
+        image = image.bandjoin(_in_depth(_image(alpha), sixteen))
+    grey, colour = ("grey16", "rgb16") if sixteen else ("b-w", "srgb")
+    image = image.copy(interpretation=grey if image.bands < 3 else colour)
+    if output.background:
+        image = image.flatten(background=[value * (257 if sixteen else 1) for value in output.background])
+    return image
+
+
+def _image(pixels: Pixels | ScratchPicture | pyvips.Image) -> pyvips.Image:
+    if isinstance(pixels, ScratchPicture):
+        return pixels.image()
+    return _vips().Image.new_from_array(np.ascontiguousarray(pixels)) if isinstance(pixels, np.ndarray) else pixels
+
+
+def _in_depth(image: pyvips.Image, sixteen: bool) -> pyvips.Image:
+    """The samples scaled to 8 or 16 bit, rounded."""
+    if sixteen == (image.format == "ushort"):
+        return image
+    return (image * 257).cast("ushort") if sixteen else (image / 257).rint().cast("uchar")
+
+
+def _with_metadata(image: pyvips.Image, output: Output) -> pyvips.Image:
+    """The metadata, its EXIF without thumbnail and orientation; libvips itself sets the EXIF size on writing."""
+    image = image.copy()
+    for name, value in output.metadata.items():
+        image.set_type(_vips().GValue.blob_type, name, value)
+    for name in image.get_fields():
+        if name == "jpeg-thumbnail-data" or name.startswith("exif-ifd1"):
+            image.remove(name)
+    image.set_type(_vips().GValue.gint_type, "orientation", 1)
+    return image.copy(xres=output.resolution[0], yres=output.resolution[1])
+
+
+def _saver_options(output: Output) -> dict[str, Any]:
+    """PNG and TIFF: quick compression, a few per cent larger than the slowest. Lossy formats: full colour resolution.
+
+    PNG, TIFF and large JPEG are encoded strip by strip; libwebp and the AV1 encoder hold the whole picture.
+    """
+    match output.format:
+        case Format.PNG:
+            return {"compression": 3, "filter": "paeth"}
+        case Format.JPEG:
+            # Optimised Huffman tables make libjpeg hold all coefficients, 6 bytes a pixel.
+            optimised = output.width * output.height <= _OPTIMISED_PIXELS
+            return {"Q": output.quality, "subsample_mode": "off", "optimize_coding": optimised}
+        case Format.WEBP:
+            return {"Q": output.quality, "lossless": output.lossless, "exact": output.lossless, "effort": 2}
+        case Format.TIFF:
+            bigtiff = output.width * output.height * 8 > 1 << 32
+            return {"compression": "deflate", "predictor": "horizontal", "bigtiff": bigtiff}
+        case _:
+            depth = {"bitdepth": 8 if output.bits == 8 else max(10, output.bits)}
+            quality = {"Q": output.quality, "lossless": output.lossless, "subsample_mode": "off"}
+            return {"compression": "av1", "effort": 2, **quality, **depth}
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[int]:
+    """Descriptor of a new file beside `path`, which takes its place if the body succeeds and is removed if not.
+
+    The file is locked while its writer lives: that tells `remove_leftovers` which ones are nobody's.
+    """
+    partial = path.with_name(f".{path.name[:50]}.sanrt-{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield descriptor
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+            os.close(descriptor)
+    except OSError as error:
+        raise PictureError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what killed runs left half-written in `folder` (not below), sparing files whose writer lives; the removed."""
+    removed = []
+    for partial in folder.glob(".*.sanrt-*.partial"):
+        with suppress(OSError), partial.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
+            removed.append(partial)
+    return removed
+
+
+def upscale_alpha(alpha: Pixels, scale: int) -> Pixels:
+    """(H, W) opacity to (scale*H, scale*W) by bicubic interpolation, clipped; where all is opaque it stays exactly so."""
+    upscaled: Pixels = _bicubic(_image(alpha), scale).numpy()
+    return upscaled.reshape(scale * alpha.shape[0], scale * alpha.shape[1])
+
+
+def streamed_alpha(path: Path, scale: int) -> pyvips.Image:
+    """The same of a picture file with opacity, decoded and upscaled only as it is written, from top to bottom."""
+    info = open_picture(path).info
+    with _vips_told_as(f"{path}: damaged"):
+        image = _decoded(_loaded(path, info.format))
+        return _bicubic(image.extract_band(image.bands - 1), scale)
+
+
+def _bicubic(image: pyvips.Image, scale: int) -> pyvips.Image:
+    area = [0, 0, scale * image.width, scale * image.height]
+    centred = {"idx": 0.5, "idy": 0.5, "odx": -0.5, "ody": -0.5, "oarea": area, "extend": "copy"}
+    return image.affine([scale, 0, 0, scale], interpolate=_vips().Interpolate.new("bicubic"), **centred)

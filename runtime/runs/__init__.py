@@ -1,0 +1,1 @@
+"""Runs over many pictures: the pipeline, its record, Ray, estimates, and what this machine can do."""

@@ -1,0 +1,175 @@
+"""What a run would do and take: each picture's size, tiling, regions, memory and time on every backend."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sanrt.errors import BackendError, SanrtError
+from sanrt.model.spec import Architecture, Precision
+from sanrt.runtime import host as machine
+from sanrt.runtime.artifacts.engines import SUFFIX
+from sanrt.runtime.artifacts.variants import FOLDER, file_digest
+from sanrt.runtime.backends.protocol import Backend, RunOptions
+from sanrt.runtime.backends.registry import BACKENDS, load_backend, status
+from sanrt.runtime.pictures.codec import open_picture, plan_output
+from sanrt.runtime.pictures.jobs import Job
+from sanrt.runtime.tiling.plan import Tiling, Way, network_bytes, result_bytes
+from sanrt.runtime.tiling.upscaling import UpscaleOptions, by_stages, choose_way, room_of
+
+SIDES = (64, 192)
+"""Of the two pictures that a backend's speed is measured on: attention's share is small in one and large in the other."""
+
+ROUNDS = 3
+
+
+BY_STAGES = " by stages"
+"""Behind a backend's name: its speed where that is another than of whole pictures."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long a backend takes, measured once on this machine."""
+
+    pixel: float
+    """Seconds per input pixel, of all convolutions."""
+    pair: float
+    """Seconds per pair of a query and a key."""
+
+    def seconds(self, height: int, width: int, way: Way, arch: Architecture) -> float:
+        """An estimate for one picture, the halos of its tiles included."""
+        halo = 0 if way.tiling is Tiling.WHOLE else 2 * (2 * arch.blocks)
+        grown = (1 + halo / way.tile) ** 2
+        return height * width * self.pixel * grown + pairs(height, width, way.regions) * self.pair
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One picture on one backend."""
+
+    backend: str
+    way: Way
+    memory: int
+    """Bytes beside the process itself, a GPU's included."""
+    scratch: int
+    """Bytes of scratch files."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PicturePlan:
+    """One picture: what would become of it."""
+
+    path: Path
+    width: int = 0
+    height: int = 0
+    skipped: str = ""
+    """Why it would be left out; empty if it would not."""
+    estimates: tuple[Estimate, ...] = ()
+    refusals: tuple[str, ...] = ()
+    """Why a backend cannot do it, one line each."""
+
+
+def pairs(height: int, width: int, regions: int) -> float:
+    """Pairs of queries and pooled keys in both region attentions."""
+    return 2 * height * width * (height * width / regions**2 / 4)
+
+
+def usable_backends(model: Path, options: RunOptions) -> Iterator[Backend]:
+    """Every backend that can run the model here, loaded one after another."""
+    for name in ("tensorrt",) if model.suffix == SUFFIX else BACKENDS:
+        if status(name).usable:
+            with suppress(SanrtError):
+                yield load_backend(name, model, options)
+
+
+def plan(jobs: Iterable[Job], model: Path, loading: RunOptions, upscaling: UpscaleOptions) -> Iterator[PicturePlan]:
+    """A plan for every picture; its header alone is read. Raises SanrtError when no backend can load the model."""
+    loaded = list(usable_backends(model, loading)) or [load_backend("auto", model, loading)]  # which says why none can
+    speeds = {backend.name: speed_of(backend, model, loading) for backend in loaded}
+    fp32 = replace(loading, precision=Precision.FP32)
+    for backend in loaded:
+        if backend.spec.precision is Precision.INT16:  # whole pictures only: its stages are fp32
+            with load_backend(backend.name, model, fp32) as exact:
+                speeds[backend.name + BY_STAGES] = speed_of(exact, model, fp32)
+    for job in jobs:
+        yield picture_plan(job, loaded, speeds, upscaling)
+
+
+def picture_plan(job: Job, loaded: list[Backend], speeds: Mapping[str, Speed], options: UpscaleOptions) -> PicturePlan:
+    """One picture on each of the loaded backends."""
+    try:
+        with open_picture(job.source) as source:
+            info = source.info
+            for scale in {backend.spec.architecture.scale for backend in loaded}:
+                plan_output(info, job.destination, scale)
+    except SanrtError as error:
+        return PicturePlan(job.source, skipped=str(error))
+    estimates, refusals = [], []
+    for backend in loaded:
+        try:
+            estimates.append(estimate(backend, speeds, info.height, info.width, options))
+        except BackendError as error:
+            refusals.append(str(error))
+    return PicturePlan(job.source, info.width, info.height, "", tuple(estimates), tuple(refusals))
+
+
+def estimate(backend: Backend, speeds: Mapping[str, Speed], height: int, width: int, options: UpscaleOptions) -> Estimate:
+    """What one picture takes on one backend."""
+    arch, way = backend.spec.architecture, choose_way(backend, height, width, options)
+    speed = speeds[backend.name]
+    if by_stages(way, backend):
+        speed = speeds.get(backend.name + BY_STAGES, speed)
+    maps = 3 * 4 * arch.channels * height * width if way.tiling is Tiling.EXACT else 0
+    tile = min(height, way.tile) * min(width, way.tile) * network_bytes(arch)
+    held = 0 if way.tiling is Tiling.EXACT else height * width * result_bytes(arch)
+    scratch = max(0, maps - sum(room_of(backend, options).maps(arch, way.tile)))
+    return Estimate(backend.name, way, tile + held + maps - scratch, scratch, speed.seconds(height, width, way, arch))
+
+
+def speed_of(backend: Backend, model: Path, options: RunOptions) -> Speed:
+    """The kept measurement of this backend, model and machine, or a new one."""
+    facts = [backend.name, str(status(backend.name).version), machine.cpu_name(), str(machine.cores()), str(options)]
+    tag = hashlib.sha256("\n".join([file_digest(model), str(backend.spec.precision), *facts]).encode()).hexdigest()[:16]
+    path = model.parent / FOLDER / f"{model.stem}-{backend.name}-speed-{tag}.json"
+    try:
+        return Speed(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        speed = measured(backend)
+    with suppress(OSError):  # a folder that cannot be written costs a second the next time, nothing else
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps({"pixel": speed.pixel, "pair": speed.pair}))
+        partial.replace(path)
+    return speed
+
+
+def measured(backend: Backend) -> Speed:
+    """Solve the times of two square pictures for the cost of a pixel and of a pair."""
+    k = backend.spec.regions
+    times = [best_time(backend, side) for side in SIDES]
+    costs = np.array([[side**2, pairs(side, side, k)] for side in SIDES], np.float64)
+    pixel, pair = np.linalg.solve(costs, times)
+    if pair < 0 or pixel < 0:  # noise: one of the two is too small to be seen here
+        pixel, pair = times[1] / costs[1, 0], 0.0
+    return Speed(float(pixel), float(pair))
+
+
+def best_time(backend: Backend, side: int) -> float:
+    """Seconds of the fastest of a few runs, after one that is not counted."""
+    picture = np.zeros((1, 3, side, side), np.float32)
+    backend.infer(picture)
+    times = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        backend.infer(picture)
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -1,0 +1,415 @@
+"""The pipeline on a Ray cluster: actors that load the model once and run `pipeline.overlapped` over some pictures at a time.
+
+Ray's core does the placing, starting and watching; the few lines of scheduling here are ours, because Ray Data would
+either give up when a worker dies or send the same batch out for ever, without telling which picture kills its workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import socket
+import tempfile
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from logging.handlers import QueueHandler
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+from sanrt.errors import BackendError, PictureError, SanrtError, UsageError
+from sanrt.extras import extra
+from sanrt.model.spec import ModelSpec
+from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, engines_of, json_path, read_engine
+from sanrt.runtime.artifacts.variants import file_digest
+from sanrt.runtime.backends.fp32_fallback import watched
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.pictures.codec import Encoding, remove_leftovers
+from sanrt.runtime.pictures.jobs import Job
+from sanrt.runtime.pictures.storage import RemotePath
+from sanrt.runtime.runs import pipeline
+from sanrt.runtime.runs.pipeline import Failed, Outcome, PipelineOptions, Written
+from sanrt.runtime.runs.record import Entry, Recorder, open_record, write_entry
+from sanrt.runtime.tiling.upscaling import PROCESS_MEMORY, Streamer, UpscaleOptions, upscale
+
+log = logging.getLogger(__name__)
+
+LOCAL = "local"
+"""The address of a Ray that is started for the run and stopped after it."""
+TRIES = 3
+"""Workers that a picture may take with it before it is given up."""
+MOST = 64
+"""Pictures that a worker is given at once, at most."""
+MOST_BYTES = 4 << 20
+"""Of the files that a worker is given at once; a larger one is given alone."""
+PATIENCE = 15
+"""Seconds without a single worker after which the user is told what is waited for; again after twice as long, and so on."""
+FAREWELL = 5
+"""Seconds that idle workers are given to remove their copies of the model."""
+REACH = 5
+"""Seconds after which an address that does not answer is taken for one without a cluster."""
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+Files = Mapping[str, bytes]
+"""Names and contents of a model's files."""
+Told = tuple[Outcome, Entry | None, list[logging.LogRecord]]
+"""A picture's outcome, its line in the record, and what was logged on the way."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every worker does; it travels to them."""
+
+    model: Path
+    backend: str
+    running: RunOptions
+    upscaling: UpscaleOptions
+    encoding: Encoding = field(default_factory=Encoding)
+    overwrite: bool = False
+    record: Path | None = None
+    """Where the driver writes down what the workers say of each result."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How a cluster is shared out."""
+
+    workers: int
+    cpus: int
+    """Of each worker."""
+    gpus: int = 0
+    """Of each worker, 0 or 1."""
+    per_node: int = 1
+    """Workers on the largest node: they share its memory."""
+
+    def __str__(self) -> str:
+        each = "1 GPU" if self.gpus else f"{self.cpus} CPU{'s' * (self.cpus > 1)}"
+        return f"{self.workers} worker{'s' * (self.workers > 1)} with {each} each"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a worker says of itself once the model is loaded."""
+
+    name: str
+    """Of the backend."""
+    device: str
+    spec: ModelSpec
+    node: str
+    pid: int
+
+
+class Worker:
+    """A process of the cluster with the model in it; Ray makes an actor of it."""
+
+    def __init__(self, task: Task, files: Files, share: Share, level: int, witness: Path | None) -> None:
+        self.task, self.files, self.share, self.witness = task, files, share, witness
+        self.records: SimpleQueue[logging.LogRecord] = SimpleQueue()
+        logger = logging.getLogger("sanrt")
+        logger.setLevel(level)
+        logger.propagate = False
+        logger.addHandler(QueueHandler(self.records))  # type: ignore[arg-type]
+
+    def load(self) -> Ready:
+        """Load the model; SanrtError if this node cannot, or does not see the results' folder."""
+        import ray
+
+        node = ray.util.get_node_ip_address()
+        if self.witness and not self.witness.exists():
+            folder = self.witness.parent
+            raise UsageError(f"{folder}: not shared with the node {node}; choose a folder that every node has, or a URL")
+        task = self.task
+        self.folder, model = placed(task.model, self.files)
+        running = task.running if self.share.gpus else replace(task.running, threads=self.share.cpus)
+        network = watched(load_backend(task.backend, model, running), model, running)
+        memory = task.upscaling.memory or (task.upscaling.budget + PROCESS_MEMORY) // self.share.per_node
+        upscaling = replace(task.upscaling, memory=memory)
+        scale = network.spec.architecture.scale
+        self.options = PipelineOptions(scale, task.encoding, task.overwrite, Streamer(network, upscaling))
+        self.upscale = partial(upscale, network, options=upscaling)
+        self.recorder = Recorder(Path(), network, task.model, running, upscaling, task.encoding)
+        self.recorder.model_digest = file_digest(model)
+        return Ready(network.name, network.device, network.spec, node, os.getpid())
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Told]:
+        """Every job's outcome, in order."""
+        for outcome in pipeline.overlapped(jobs, self.upscale, self.options):
+            entry = self.recorder.entry(outcome) if self.task.record and isinstance(outcome, Written) else None
+            yield outcome, entry, [self.records.get() for _ in range(self.records.qsize())]
+
+    def leave(self) -> None:
+        """Remove the copy of the model: Ray kills processes, which removes nothing."""
+        if self.folder:
+            self.folder.cleanup()
+
+
+@dataclass(eq=False)
+class Hand:
+    """A worker, as seen from the driver."""
+
+    actor: Any
+    awaited: Any
+    """Reference to its Ready while it loads, then the generator of its chunk's outcomes; None when it is idle."""
+    left: deque[Job] = field(default_factory=deque)
+    """Jobs of its chunk whose outcome has not come."""
+    ready: Ready | None = None
+
+
+class Pool:
+    """Workers on the connected cluster; a context manager, entered when the first worker has the model."""
+
+    def __init__(self, task: Task, share: Share, witness: Path | None = None) -> None:
+        """`witness` is a file that every node must see."""
+        self.task, self.share, self.witness = task, share, witness
+        self.waiting: deque[Job] = deque()
+        self.alone: deque[Job] = deque()
+        """Jobs that may have killed a worker: each is done on its own."""
+        self.deaths: Counter[Job] = Counter()
+        self.stillborn = 0
+        """Workers that died while loading, one after the other."""
+        self.hands: list[Hand] = []
+        self.patience = PATIENCE
+
+    def __enter__(self) -> Self:
+        import ray
+
+        self.files = ray.put(model_files(self.task.model))
+        self.record = open_record(self.task.record) if self.task.record else None
+        share = self.share
+        self.kind = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=0, max_task_retries=0)(Worker)
+        self.hands = [self.hired() for _ in range(share.workers)]
+        try:
+            while not self.loaded:
+                list(self.step())
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Dismiss the workers."""
+        import ray
+
+        if leaving := [hand.actor.leave.remote() for hand in self.hands if hand.ready and not hand.left]:
+            ray.wait(leaving, num_returns=len(leaving), timeout=FAREWELL)
+        for hand in self.hands:
+            ray.kill(hand.actor)
+        if self.record:
+            self.record.close()
+
+    @property
+    def loaded(self) -> list[Ready]:
+        """What the workers that have the model say."""
+        return [hand.ready for hand in self.hands if hand.ready]
+
+    def run(self, jobs: Sequence[Job]) -> Generator[Outcome, None, None]:
+        """Every job's outcome, as they come."""
+        self.waiting.extend(pipeline.without_leftovers(jobs))
+        while self.waiting or self.alone or any(hand.left for hand in self.hands):
+            for hand in self.hands:
+                if hand.ready and hand.awaited is None and (chunk := self.chunk()):
+                    hand.left, hand.awaited = deque(chunk), hand.actor.run.remote(chunk)
+            yield from self.step()
+        for folder in {job.destination.parent for job in self.deaths if not isinstance(job.destination, RemotePath)}:
+            remove_leftovers(folder)
+
+    def chunk(self) -> list[Job]:
+        """The next jobs for one worker: fewer towards the end, so that all finish together; none if there are no more."""
+        if self.alone:
+            return [self.alone.popleft()]
+        most = min(MOST, -(-len(self.waiting) // (3 * self.share.workers)))
+        chunk: list[Job] = []
+        total = 0
+        while len(chunk) < most:
+            total += size_of(self.waiting[0])
+            if chunk and total > MOST_BYTES:
+                break
+            chunk.append(self.waiting.popleft())
+        return chunk
+
+    def step(self) -> Iterator[Outcome]:
+        """Wait for a worker to say something, and take it in."""
+        import ray
+
+        awaited = [hand for hand in self.hands if hand.awaited is not None]
+        said, _ = ray.wait([hand.awaited for hand in awaited], timeout=self.patience)
+        if not said and not self.loaded:
+            log.warning("no worker yet: waiting for a node with room for one of %s", self.share)
+            self.patience *= 2
+        for hand in awaited:
+            if any(hand.awaited is ref for ref in said):
+                yield from self.heard(hand)
+
+    def heard(self, hand: Hand) -> Iterator[Outcome]:
+        """What a worker said: that it is ready, an outcome, the end of its chunk; or that it died."""
+        import ray
+
+        try:
+            if hand.ready is None:
+                hand.ready, hand.awaited = ray.get(hand.awaited), None
+                self.stillborn = 0
+                log.debug("worker %d on %s: %s on %s", *worker_facts(hand.ready))
+                return
+            outcome, entry, records = ray.get(next(hand.awaited))
+        except StopIteration:
+            hand.awaited = None
+            if hand.left:
+                yield from self.bury(hand, "it ended early")
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, SanrtError) else worker_error(error) from None
+        except ray.exceptions.RayError as error:
+            yield from self.bury(hand, type(error).__name__)
+        else:
+            job = hand.left.popleft()
+            for record in records:
+                logging.getLogger(record.name).handle(record)
+            if entry and self.record:
+                write_entry(self.record, entry)
+            yield replace(outcome, job=job)
+
+    def bury(self, hand: Hand, why: str) -> Iterator[Failed]:
+        """Put a new worker in a dead one's place, and do its pictures again; those given up come out."""
+        import ray
+
+        log.debug("worker %s died (%s)", hand.ready and hand.ready.pid, why)
+        ray.kill(hand.actor)
+        self.stillborn += hand.ready is None
+        if self.stillborn == TRIES:
+            raise BackendError(f"{self.task.model}: {TRIES} workers in a row died while loading it ({why}); see Ray's logs")
+        self.hands[self.hands.index(hand)] = self.hired()
+        for job in hand.left:
+            self.deaths[job] += 1
+            if self.deaths[job] < TRIES:
+                self.alone.append(job)
+            else:
+                yield Failed(job, f"{job.source}: {TRIES} workers died over it; look at it, or give workers more memory")
+
+    def hired(self) -> Hand:
+        """A new worker, loading the model as soon as a node has room for it."""
+        level = logging.getLogger("sanrt").getEffectiveLevel()
+        actor = self.kind.remote(self.task, self.files, self.share, level, self.witness)
+        return Hand(actor, actor.load.remote())
+
+
+def worker_facts(ready: Ready) -> tuple[int, str, str, str]:
+    return ready.pid, ready.node, ready.name, ready.device
+
+
+def worker_error(error: Exception) -> BackendError:
+    """What only a defect, or a node without sanrt, makes a worker raise."""
+    text = str(error).strip().splitlines()[-1]
+    return BackendError(f"a worker failed ({text}); every node needs the same sanrt and Ray as this one")
+
+
+def size_of(job: Job) -> int:
+    """Bytes of the source; 0 if they cannot be told, which opening it will."""
+    try:
+        return job.source.stat().st_size
+    except OSError:
+        return 0
+
+
+def model_files(model: Path) -> Files:
+    """What loading the model takes: the ONNX, which may be named by an engine of it, and the engines built from it."""
+    onnx = read_engine(model).model_path if model.suffix == SUFFIX else model
+    engines = [info.path for suffix in (SUFFIX, STAGES_SUFFIX) for info in engines_of(onnx, suffix)]
+    paths = [onnx, *engines, *map(json_path, engines)]
+    return {path.name: path.read_bytes() for path in dict.fromkeys(paths) if path.exists()}
+
+
+def placed(model: Path, files: Files) -> tuple[tempfile.TemporaryDirectory[str] | None, Path]:
+    """The model on this node: where the driver has it if it is the same there, else a copy, gone with the folder."""
+    with contextlib.suppress(OSError):
+        if all(model.with_name(name).read_bytes() == content for name, content in files.items()):
+            return None, model
+    folder = tempfile.TemporaryDirectory(prefix="sanrt-model-")
+    for name, content in files.items():
+        Path(folder.name, name).write_bytes(content)
+    return folder, Path(folder.name, model.name)
+
+
+@contextmanager
+def witness(folder: Path) -> Iterator[Path | None]:
+    """A file by which a node sees whether it shares `folder`, locked: `remove_leftovers` spares it. None for a URL."""
+    if isinstance(folder, RemotePath):
+        yield None
+        return
+    path = folder / f".witness.sanrt-{secrets.token_hex(4)}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("wb")
+    except OSError as error:
+        raise PictureError(f"{folder}: cannot be written ({error.strerror})") from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def connected(address: str, workers: int | None = None, threads: int | None = None) -> Iterator[Share]:
+    """A connection to a cluster, and how it is shared out: one worker per GPU, or `workers` with their part of the CPUs.
+
+    LOCAL starts a Ray on this machine and stops it in the end.
+    """
+    if address.startswith("ray://"):
+        raise UsageError(f"--ray {address}: Ray's client is not supported; run on a node: ray job submit -- sanrt run ...")
+    os.environ.update(QUIET)
+    with extra("ray", "--ray"):
+        import ray
+    local = {"num_cpus": max(len(os.sched_getaffinity(0)), (workers or 0) * (threads or 1)), "include_dashboard": False}
+    try:
+        if address != LOCAL:
+            check_reachable(address)
+        quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
+        ray.init(address, **quiet, **(local | {"_node_ip_address": "127.0.0.1"} if address == LOCAL else {}))
+    except Exception as error:  # no narrower one: Ray 2.60 raises just that where a node takes too long to start
+        raise BackendError(no_cluster(address, str(error).strip().partition("\n")[0])) from None
+    try:
+        yield shared_out([node["Resources"] for node in ray.nodes() if node["Alive"]], workers, threads)
+    finally:
+        ray.shutdown()
+
+
+def no_cluster(address: str, why: str) -> str:
+    """Without a cluster: what was tried, why it failed, what to do."""
+    if address == LOCAL:
+        return f"--ray: a Ray could not be started here ({why}); free some CPU and memory, and try again"
+    remedy = "start one with ray start, or set RAY_AUTH_MODE and the token as they are there"
+    return f"--ray {address}: no Ray cluster to be reached there ({why}); {remedy}"
+
+
+def check_reachable(address: str) -> None:
+    """OSError where nothing listens: Ray itself would try for minutes. ValueError if it is no address."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    host, _, port = (canonicalize_bootstrap_address(address) or address).rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), REACH).close()
+
+
+def shared_out(nodes: Sequence[Mapping[str, float]], workers: int | None, threads: int | None) -> Share:
+    """One worker per GPU; with `workers`, or without GPUs, equal parts of the CPUs (one per node if nothing is said)."""
+    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU")]
+    gpus = [int(node.get("GPU", 0)) for node in nodes]
+    if not cpus:
+        raise BackendError("the Ray cluster has no CPUs to give; start a node with ray start")
+    if threads and threads > max(cpus):
+        raise UsageError(f"--threads {threads}: the cluster's largest node has {max(cpus)} CPUs; ask for no more")
+    if sum(gpus) and workers is None:
+        return Share(sum(gpus), threads or 1, 1, max(gpus))
+    each = threads or (max(1, min(sum(cpus) // workers, max(cpus))) if workers else min(cpus))
+    count = workers or sum(cpu // each for cpu in cpus)
+    return Share(count, each, per_node=min(count, max(cpus) // each))

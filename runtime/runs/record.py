@@ -1,0 +1,291 @@
+"""A record of a run, one JSON line per output: enough to make the output again and see whether it is the same."""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+
+from sanrt.errors import ModelError, SanrtError, UsageError
+from sanrt.model.spec import Precision
+from sanrt.runtime.artifacts.variants import file_digest
+from sanrt.runtime.backends.fp32_fallback import watched
+from sanrt.runtime.backends.protocol import Backend, RunOptions
+from sanrt.runtime.backends.registry import ALIASES, load_backend, status
+from sanrt.runtime.pictures.codec import Encoding, Pixels, open_picture
+from sanrt.runtime.pictures.jobs import Job
+from sanrt.runtime.pictures.storage import fetched, located
+from sanrt.runtime.runs.pipeline import Failed, Outcome, PipelineOptions, Written, run
+from sanrt.runtime.tiling.plan import Tiling
+from sanrt.runtime.tiling.upscaling import PROCESS_MEMORY, Streamer, UpscaleOptions, upscale
+from sanrt.version import __version__
+
+RESTORE = "put the file of the run back"
+STRIP = 256
+"""Rows that are compared at a time."""
+
+TOLERANCE = 1 / 255
+"""Of the full scale: results that differ by rounding alone are at most one 8-bit step apart."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One output and everything it depends on."""
+
+    source: str
+    """Absolute, as are the other paths."""
+    source_digest: str
+    """SHA-256 of the file."""
+    output: str
+    output_digest: str
+    model: str
+    """The ONNX or engine that ran."""
+    model_digest: str
+    weights_digest: str
+    scale: int
+    backend: str
+    backend_version: str
+    device: str
+    precision: str
+    tiling: str
+    """As chosen, never auto."""
+    tile: int
+    regions: int
+    overlap: int | None
+    self_ensemble: bool
+    memory: int
+    """Bytes that the process was to stay below."""
+    threads: int | None
+    gpu: int
+    """Index."""
+    encoding: Mapping[str, Any]
+    versions: Mapping[str, str]
+    seconds: Mapping[str, float]
+    """What reading, upscaling and writing took."""
+    engine_digest: str | None = None
+    """SHA-256 of the TensorRT engine that ran the model, where one did."""
+
+    def upscaling(self) -> UpscaleOptions:
+        """What makes the same choices again."""
+        tiling = Tiling(self.tiling)
+        tile = None if tiling is Tiling.WHOLE else self.tile
+        overlap = self.overlap if tiling is Tiling.OVERLAP else None
+        return UpscaleOptions(tile, overlap, self.self_ensemble, tiling, self.regions, self.memory)
+
+    def loading(self) -> RunOptions:
+        """How the model was loaded."""
+        return RunOptions(threads=self.threads, precision=Precision(self.precision), device=self.gpu)
+
+
+@dataclass
+class Recorder:
+    """Appends an entry for every output of a run; a context manager."""
+
+    path: Path
+    backend: Backend
+    model: Path
+    loading: RunOptions
+    upscaling: UpscaleOptions
+    encoding: Encoding
+    file: IO[str] = field(init=False)
+
+    @cached_property
+    def model_digest(self) -> str:
+        """SHA-256 of the model's file."""
+        return file_digest(self.model)
+
+    def __enter__(self) -> Self:
+        self.file = open_record(self.path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def follow(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+        """The same outcomes, each result written down before it is passed on."""
+        for outcome in outcomes:
+            if isinstance(outcome, Written):
+                write_entry(self.file, self.entry(outcome))
+            yield outcome
+
+    def entry(self, outcome: Written) -> Entry:
+        """One line of the record."""
+        job, way, spec, backend = outcome.job, outcome.way, self.backend.spec, self.backend
+        assert way
+        return Entry(
+            source=str(job.source.resolve()),
+            source_digest=file_digest(job.source, RESTORE),
+            output=str(job.destination.resolve()),
+            output_digest=file_digest(job.destination, RESTORE),
+            model=str(self.model.resolve()),
+            model_digest=self.model_digest,
+            weights_digest=spec.weights_digest,
+            scale=spec.architecture.scale,
+            backend=backend.name,
+            backend_version=status(backend.name).version or "",
+            device=backend.device,
+            precision=str(spec.precision),
+            tiling=str(way.tiling),
+            tile=way.tile,
+            regions=way.regions,
+            overlap=self.upscaling.overlap,
+            self_ensemble=self.upscaling.self_ensemble,
+            memory=self.upscaling.budget + PROCESS_MEMORY,
+            threads=self.loading.threads,
+            gpu=self.loading.device,
+            encoding=asdict(self.encoding),
+            versions={"sanrt": __version__, "python": platform.python_version(), "numpy": np.__version__},
+            seconds=outcome.seconds,
+            engine_digest=backend.engine_digest,
+        )
+
+
+def open_record(path: Path) -> IO[str]:
+    """The record, to be added to; raises UsageError when it cannot be written."""
+    try:
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another --record file") from None
+
+
+def write_entry(record: IO[str], entry: Entry) -> None:
+    """Add a line, at once; raises UsageError when it cannot be written."""
+    try:
+        print(json.dumps(asdict(entry)), file=record, flush=True)
+    except OSError as error:
+        with suppress(OSError):  # what could not be written is tried again on closing
+            record.close()
+        raise UsageError(f"{record.name}: cannot be written ({error.strerror}); choose another --record file") from None
+
+
+def read_record(path: Path) -> list[Entry]:
+    """All entries; raises UsageError when the file cannot be read or is no record."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [read_entry(line) for line in lines if line.strip()]
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); expected what `sanrt run --record` wrote") from None
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path}: not a record of this sanrt ({error}); expected what `sanrt run --record` wrote") from None
+
+
+def read_entry(line: str) -> Entry:
+    """An entry whose settings sanrt has; raises ValueError or TypeError for any other line."""
+    entry = Entry(**json.loads(line))
+    entry = replace(entry, backend=ALIASES.get(entry.backend, entry.backend))
+    entry.loading(), entry.upscaling()
+    return entry
+
+
+def sample(entries: list[Entry], count: int | None) -> list[Entry]:
+    """`count` entries spread evenly over the record; all if None."""
+    if count is None or count >= len(entries):
+        return entries
+    return [entries[i * len(entries) // count] for i in range(count)]
+
+
+class Verdict(StrEnum):
+    """What a replay showed."""
+
+    IDENTICAL = "reproduced bit for bit"
+    CLOSE = "within tolerance"
+    DIFFERENT = "differs"
+    IMPOSSIBLE = "cannot be replayed"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One output made again."""
+
+    entry: Entry
+    verdict: Verdict
+    detail: str = ""
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether the output is what it should be."""
+        return self.verdict in (Verdict.IDENTICAL, Verdict.CLOSE)
+
+
+def verify(entries: Iterable[Entry]) -> Iterator[Replay]:
+    """Make each entry's output again in a temporary folder and compare."""
+    with ExitStack() as opened:
+
+        @cache
+        def loaded(backend: str, model: Path, loading: RunOptions) -> Backend:
+            return opened.enter_context(watched(load_backend(backend, model, loading), model, loading))
+
+        for entry in entries:
+            try:
+                check_unchanged(entry)
+                backend = loaded(entry.backend, Path(entry.model), entry.loading())
+                check_engine(entry, backend)
+                with tempfile.TemporaryDirectory(prefix="sanrt-") as folder:
+                    yield compared(entry, again(entry, backend, Path(folder)))
+            except SanrtError as error:
+                yield Replay(entry, Verdict.IMPOSSIBLE, str(error))
+
+
+def check_unchanged(entry: Entry) -> None:
+    """Raise SanrtError unless picture, model and result are the files of the record."""
+    for path, digest in ((entry.source, entry.source_digest), (entry.model, entry.model_digest)):
+        if file_digest(located(path), RESTORE) != digest:
+            raise ModelError(f"{path}: changed since the run (SHA-256 {digest[:12]}... was recorded); {RESTORE}")
+    file_digest(located(entry.output), RESTORE)
+
+
+def check_engine(entry: Entry, backend: Backend) -> None:
+    """Raise ModelError unless the engine that runs the model now is the one that ran it then."""
+    if entry.engine_digest not in (None, backend.engine_digest):
+        raise ModelError(f"{entry.model}: another engine than SHA-256 {entry.engine_digest[:12]}... runs it now; {RESTORE}")
+
+
+def again(entry: Entry, backend: Backend, folder: Path) -> Path:
+    """The output, made again in `folder`."""
+    output = folder / Path(entry.output).name
+    settings = {**entry.encoding, "background": tuple(entry.encoding["background"] or ()) or None}
+    upscaling = entry.upscaling()
+    options = PipelineOptions(entry.scale, Encoding(**settings), streamer=Streamer(backend, upscaling))
+    (outcome,) = run([Job(located(entry.source), output)], partial(upscale, backend, options=upscaling), options)
+    if isinstance(outcome, Failed):
+        raise SanrtError(outcome.reason)
+    return output
+
+
+def compared(entry: Entry, output: Path) -> Replay:
+    """The recorded output against its replay: bytes first, then pixels."""
+    recorded = located(entry.output)
+    if file_digest(output) == entry.output_digest == file_digest(recorded):
+        return Replay(entry, Verdict.IDENTICAL)
+    with fetched(recorded) as local:
+        difference = largest_difference(local, output)
+    detail = f"largest difference {difference * 255:.2f} of 255"
+    if file_digest(recorded) != entry.output_digest:
+        detail += ", and the file changed since the run"
+    return Replay(entry, Verdict.CLOSE if difference <= TOLERANCE else Verdict.DIFFERENT, detail)
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    """Of the full scale, over all pixels, in strips; raises PictureError for files that are no pictures."""
+    with open_picture(first) as one, open_picture(second) as other:
+        if (one.info.height, one.info.width, one.info.dtype) != (other.info.height, other.info.width, other.info.dtype):
+            return 1.0
+        parts = ((one.rgb, other.rgb), (one.alpha, other.alpha))
+        full, height = np.iinfo(one.info.dtype).max, one.info.height
+        strips = [(top, min(STRIP, height - top)) for top in range(0, height, STRIP)]
+        steps = (step(part(*strip), same(*strip)) for strip in strips for part, same in parts)
+        return max(steps) / full
+
+
+def step(first: Pixels, second: Pixels) -> float:
+    """The largest difference of two arrays, in steps of their type."""
+    return float(np.abs(first.astype(np.int64) - second).max())

@@ -1,0 +1,1 @@
+"""How a picture goes through the network: whole, streamed exactly, or in overlapped tiles."""

@@ -1,0 +1,175 @@
+"""What a person sees: the console, progress bars on a terminal, one line per problem, a summary at the end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from sanrt.runtime.runs.pipeline import Failed, Outcome, Planned, Skipped, Written
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+Item = TypeVar("Item")
+
+
+class Reporter(logging.Handler):
+    """Follows a run. Problems and warnings go to stderr, all else to stdout; the bar is drawn only on a terminal."""
+
+    def __init__(self, total: int, quiet: bool = False, verbose: bool = False) -> None:
+        super().__init__(logging.DEBUG if verbose else logging.WARNING)
+        self.total, self.quiet, self.verbose = total, quiet, verbose
+        self.counts: Counter[type[Outcome]] = Counter()
+        self.pixels = 0
+        self.started = time.monotonic()
+        self.advance: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> Self:
+        self.logger = logging.getLogger("sanrt")
+        self.logger.addHandler(self)
+        self.logger.setLevel(self.level)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.logger.removeHandler(self)
+
+    @property
+    def status(self) -> int:
+        """The command's exit status."""
+        return 1 if self.counts[Failed] else 0
+
+    def say(self, text: str) -> None:
+        """A line for people, unless they want none."""
+        if not self.quiet:
+            print(text, flush=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A log record of sanrt's as a line on stderr."""
+        print(f"sanrt: {self.format(record)}", file=sys.stderr, flush=True)
+
+    def follow(self, outcomes: Iterable[Outcome]) -> None:
+        """Tell every outcome as it comes, and sum them up at the end."""
+        self.started = time.monotonic()
+        with self.bar():
+            try:
+                for outcome in outcomes:
+                    self.counts[type(outcome)] += 1
+                    self.pixels += outcome.pixels if isinstance(outcome, Written) else 0
+                    self.tell(outcome)
+                    self.advance()
+            except KeyboardInterrupt:
+                print(f"sanrt: {self.summary()} so far; the same command goes on from here", file=sys.stderr)
+                raise
+        self.say(self.summary())
+
+    def tell(self, outcome: Outcome) -> None:
+        """A failure, what a result lacks, and on demand everything."""
+        match outcome:
+            case Failed():
+                print(f"sanrt: {outcome.reason}", file=sys.stderr, flush=True)
+            case Planned():
+                self.say(f"{outcome.job.source} -> {outcome.job.destination} ({outcome.width} x {outcome.height})")
+            case _ if self.verbose:
+                self.say(
+                    f"{outcome.job.source} -> {outcome.job.destination}" + ", there already" * isinstance(outcome, Skipped)
+                )
+        if isinstance(outcome, Written | Planned):
+            for note in outcome.notes:
+                self.say(f"{outcome.job.destination}: {note}")
+
+    def summary(self) -> str:
+        """All in one line."""
+        counts = self.counts
+        told = [f"{counts[Planned]} to write" if counts[Planned] else f"{counts[Written]} written"]
+        told += [f"{counts[kind]} {name}" for kind, name in ((Skipped, "skipped"), (Failed, "failed")) if counts[kind]]
+        seconds = time.monotonic() - self.started
+        return ", ".join(told) + (f" in {seconds:.1f} s ({self.rates()})" if counts[Written] else "")
+
+    def rates(self) -> str:
+        """Results and their pixels per second so far."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        return f"{self.counts[Written] / seconds:.2f} pictures/s, {self.pixels / seconds / 1e6:.2f} Mpx/s"
+
+    @contextmanager
+    def bar(self) -> Iterator[None]:
+        """A progress bar on stderr, if that is a terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
+            task = bar.add_task(self.rates(), total=self.total)
+            self.advance = lambda: bar.update(task, advance=1, description=self.rates())
+            yield
+
+
+class BuildProgress:
+    """A bar on the terminal that follows TensorRT's phases; indeterminate while a phase has no steps."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(file=sys.stderr)
+        self.bar: Progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+        )
+        self.task: TaskID = self.bar.add_task("Building", total=None)
+        self.phases: list[tuple[str, int]] = []
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        self.phases.append((phase, steps))
+        self.show(0)
+
+    def step(self, phase: str, step: int) -> None:
+        if self.phases and self.phases[-1][0] == phase:
+            self.bar.update(self.task, completed=step + 1)
+
+    def finish(self, phase: str) -> None:
+        self.phases = [entry for entry in self.phases if entry[0] != phase]
+        self.show(0)
+
+    def show(self, completed: int) -> None:
+        """The innermost phase; one or two steps tell nothing, so the bar only pulses."""
+        name, steps = self.phases[-1] if self.phases else ("Building", 0)
+        self.bar.update(self.task, description=name, total=steps if steps > 2 else None, completed=completed)
+
+    def __enter__(self) -> BuildProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def plain_console() -> Console:
+    """A console that prints text as it is."""
+    from rich.console import Console
+
+    return Console(soft_wrap=True, highlight=False, markup=False)
+
+
+def track(items: Sequence[Item], description: str) -> Iterable[Item]:
+    """A progress bar on stderr, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track as follow
+
+    if not sys.stderr.isatty() or not items:
+        return items
+    return follow(items, description, console=Console(stderr=True), transient=True)

@@ -1,0 +1,88 @@
+"""`sanrt export`: a checkpoint as ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sanrt.cli.models import build_words, known_scale, require_scale, run_words
+from sanrt.extras import extra
+from sanrt.model.spec import MAX_SQRT_ITERATIONS
+from sanrt.runtime.artifacts.models import MODELS, checkpoint_path, exported_path
+
+if TYPE_CHECKING:
+    from sanrt.export.onnx import ExportReport
+    from sanrt.model.checkpoint import Checkpoint
+
+
+def export(
+    scale: Annotated[
+        int | None, typer.Option(help="2, 3, 4 or 8: export the bundled weights of that scale.", callback=known_scale)
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A SAN checkpoint: official .pt, or .safetensors.")] = None,
+    sqrt_iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAX_SQRT_ITERATIONS,
+            help="Newton-Schulz steps of the square root, instead of as many as trained with.",
+        ),
+    ] = None,
+    models: Annotated[Path, typer.Option(help="Folder for the model.")] = MODELS,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write, instead of san_xN.onnx or CHECKPOINT.onnx in MODELS."),
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Measure the square root on this picture.")] = None,
+    check: Annotated[bool, typer.Option(help="Compare the ONNX with PyTorch before it gets its name.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is not of the same weights.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the square root of every group.")] = False,
+) -> None:
+    """Write a checkpoint as an ONNX file and check it against PyTorch."""
+    if checkpoint is None and scale is None:
+        raise typer.BadParameter("say which weights: --scale 4 for the bundled ones, or --checkpoint PATH")
+    with extra("export", "sanrt export"):
+        from sanrt.export.onnx import ExportOptions, export_onnx
+    from sanrt.export.scene import natural_scene, read_scene
+
+    weights, default = chosen_weights(scale, checkpoint, models)
+    options = ExportOptions(
+        iterations=sqrt_iterations,
+        picture=read_scene(picture) if picture else natural_scene(),
+        picture_name=picture.name if picture else "a generated scene",
+        check=check,
+        overwrite=overwrite,
+    )
+    print_report(export_onnx(weights, output or default, options), verbose)
+
+
+def chosen_weights(scale: int | None, path: Path | None, models: Path) -> tuple[Checkpoint, Path]:
+    """The named checkpoint, or the bundled weights of a scale, and where their model is written."""
+    from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
+
+    if path is None:
+        assert scale is not None
+        return load_checkpoint(bundled_checkpoint(scale)), exported_path(models, scale)
+    checkpoint = load_checkpoint(path)
+    require_scale(path, checkpoint.architecture.scale, scale)
+    return checkpoint, checkpoint_path(models, path, checkpoint.digest)
+
+
+def print_report(report: ExportReport, verbose: bool) -> None:
+    """What was written, how near it is to PyTorch and to the exact root, and the next command."""
+    from rich.console import Console
+
+    from sanrt.cli.tables import parity_line, square_root_line, square_root_table
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(f"{report.path}: {report.spec.architecture.name}, {report.path.stat().st_size / 1e6:.1f} MB")
+    if report.replaced:
+        console.print(f"replaced: {report.replaced}")
+    console.print(f"weights: {report.spec.weights_origin}")
+    console.print(f"against PyTorch: {parity_line(report.spec.report['parity'])}")
+    console.print(f"square root: {square_root_line(report.spec.report['square_root'])}")
+    if verbose:
+        console.print(square_root_table(report.spec.report["square_root"]))
+    console.print(f"next: {run_words(report.path)}, or first an engine: {build_words(report.path)} --fp16")

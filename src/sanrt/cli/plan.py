@@ -1,0 +1,76 @@
+"""`sanrt plan`: what a run would do and take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sanrt.cli.models import known_scale
+from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, exported_path
+from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.tiling.plan import Tiling
+
+if TYPE_CHECKING:
+    from sanrt.runtime.runs.estimate import PicturePlan
+
+
+def plan(
+    inputs: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(help="Where `sanrt run` would write; what is there already is counted, not planned.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="The model, instead of the one that `sanrt export` wrote.")] = None,
+    models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
+    scale: Annotated[
+        int, typer.Option(help="2, 3, 4 or 8, where no --model is given.", callback=known_scale)
+    ] = DEFAULT_SCALE,
+    tiling: Annotated[Tiling, typer.Option(help="As for `sanrt run`.")] = Tiling.AUTO,
+    tile: Annotated[int | None, typer.Option(min=16, help="As for `sanrt run`.")] = None,
+    memory: Annotated[str | None, typer.Option(help="As for `sanrt run`, such as 4G.")] = None,
+    format: Annotated[Format | None, typer.Option(help="As for `sanrt run`.")] = None,
+    suffix: Annotated[str, typer.Option(help="As for `sanrt run`.")] = "",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the network; all if left out.")] = None,
+) -> None:
+    """Say how pictures would be upscaled, and what memory and time that takes on each backend; none is upscaled."""
+    from sanrt.runtime.backends.protocol import RunOptions
+    from sanrt.runtime.pictures.jobs import Naming, find_pictures
+    from sanrt.runtime.runs import estimate as plans
+    from sanrt.runtime.tiling.plan import parse_memory
+    from sanrt.runtime.tiling.upscaling import UpscaleOptions
+
+    jobs = find_pictures(inputs, output or Path("results.sanrt-plan"), Naming(suffix, format))
+    remaining = [job for job in jobs if not job.done]
+    if output:
+        done = len(jobs) - len(remaining)
+        print(f"{output}: {done} of {len(jobs)} results are there already and would be skipped; {len(remaining)} remain")
+    if not remaining:
+        return
+    options = UpscaleOptions(tile, tiling=tiling, memory=parse_memory(memory) if memory else None)
+    path = model or exported_path(models, scale)
+    totals: dict[str, float] = {}
+    for each in plans.plan(remaining, path, RunOptions(threads=threads), options):
+        print("\n".join(lines(each)), flush=True)
+        for estimate in each.estimates:
+            totals[estimate.backend] = totals.get(estimate.backend, 0) + estimate.seconds
+    for backend, seconds in totals.items():
+        print(f"all {'that remain ' if output else ''}on {backend}: about {duration(seconds)}")
+
+
+def lines(plan: PicturePlan) -> list[str]:
+    """One picture, for people."""
+    if plan.skipped:
+        return [f"skipped: {plan.skipped}"]
+    told = [f"{plan.path}: {plan.width} x {plan.height}", *(f"  {refusal}" for refusal in plan.refusals)]
+    for each in plan.estimates:
+        scratch = f" and {each.scratch / 2**30:.1f} GiB of scratch files" if each.scratch else ""
+        told.append(f"  {each.backend}: {each.way}, {each.memory / 2**30:.2f} GiB{scratch}, about {duration(each.seconds)}")
+    return told
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,249 @@
+"""`sanrt run`: upscale picture files."""
+
+from __future__ import annotations
+
+import re
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from sanrt.cli.models import default_model, known_scale, require_scale
+from sanrt.errors import UsageError
+from sanrt.model.spec import Precision
+from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, exported_path, other_models
+from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.storage import check_buckets, located
+from sanrt.runtime.tiling.plan import Tiling
+
+if TYPE_CHECKING:
+    from sanrt.cli.console import Reporter
+    from sanrt.runtime.backends.protocol import Backend, RunOptions
+    from sanrt.runtime.pictures.jobs import Job
+    from sanrt.runtime.runs.ray_pool import Ready, Task
+    from sanrt.runtime.tiling.upscaling import UpscaleOptions
+
+ADDRESS = re.compile(r"local|auto|ray://.*|[^/]+:\d+")
+"""What `--ray` takes for an address, not for the next argument."""
+COLOURS = {"white": "#ffffff", "black": "#000000"}
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model runs, and on what."""
+
+    named: Path | None
+    """None is the exported model of the scale in `models`."""
+    models: Path
+    scale: int | None
+    """None is the named model's, or DEFAULT_SCALE."""
+    backend: str
+    options: RunOptions
+
+    @property
+    def expected(self) -> int:
+        """The scale that is looked for where no model is named."""
+        return self.scale or DEFAULT_SCALE
+
+    @property
+    def path(self) -> Path:
+        """The model's file, whether it is there or not."""
+        return self.named or exported_path(self.models, self.scale)
+
+    def absolute(self) -> ModelChoice:
+        """The same, wherever the working folder is."""
+        return replace(self, named=self.named and self.named.absolute(), models=self.models.absolute())
+
+    @property
+    def missing(self) -> bool:
+        """Whether the bundled weights must be exported first."""
+        return not self.named and not self.path.exists()
+
+    def preferred(self) -> ModelChoice:
+        """What runs: for `auto` on an exported model, the variant that was measured fastest here, where there is one."""
+        from sanrt.runtime.backends.default_variant import preferred
+
+        found = preferred(self.path) if self.backend == "auto" and not self.named else None
+        if found is None:
+            return self
+        options = replace(self.options, precision=self.options.precision or found.precision)
+        return replace(self, named=self.path.parent / found.model, backend=found.backend, options=options)
+
+
+class RunCommand(TyperCommand):
+    """`sanrt run`, whose `--ray` may stand without an address."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """A local Ray where no address follows."""
+        at = args.index("--ray") + 1 if "--ray" in args else 0
+        if at and not ADDRESS.fullmatch(next(iter(args[at:]), "")):
+            args = [*args[:at], "local", *args[at:]]
+        return super().parse_args(ctx, args)
+
+
+def run(
+    inputs: Annotated[
+        list[Path], typer.Argument(parser=located, metavar="INPUTS", help="Pictures and folders of pictures; also s3://...")
+    ],
+    output: Annotated[Path, typer.Argument(parser=located, metavar="OUTPUT", help="A folder, or a file for one picture.")],
+    model: Annotated[Path | None, typer.Option(help="The model, instead of the one that `sanrt export` wrote.")] = None,
+    models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
+    scale: Annotated[
+        int | None, typer.Option(help="2, 3, 4 or 8; 4 unless --model says otherwise.", callback=known_scale)
+    ] = None,
+    backend: Annotated[str, typer.Option(help="What runs the network; auto takes the first that is usable.")] = "auto",
+    precision: Annotated[
+        Precision | None, typer.Option(help="Of convolutions and attention; the backend's own choice if left out.")
+    ] = None,
+    tiling: Annotated[
+        Tiling, typer.Option(help="Of large pictures; auto is whole if memory suffices, else exact.")
+    ] = Tiling.AUTO,
+    tile: Annotated[int | None, typer.Option(min=16, help="Cut larger pictures into tiles of this many pixels.")] = None,
+    overlap: Annotated[int | None, typer.Option(min=0, help="Pixels that overlapped tiles share.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of the host, to stay below, such as 4G; a share of what is free if left out.")
+    ] = None,
+    regions: Annotated[str, typer.Option(help="k of the k x k attention regions; auto is by the picture's size.")] = "auto",
+    self_ensemble: Annotated[bool, typer.Option("--self-ensemble", help="Average over 8 flips and rotations.")] = False,
+    format: Annotated[Format | None, typer.Option(help="Of every result; each picture's own if left out.")] = None,
+    suffix: Annotated[str, typer.Option(help="Added to every name, such as _x4.")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is done already.")] = False,
+    quality: Annotated[int | None, typer.Option(min=1, max=100, help="Of JPEG, WebP and AVIF.")] = None,
+    lossless: Annotated[bool, typer.Option("--lossless", help="WebP and AVIF without loss.")] = False,
+    flatten: Annotated[str | None, typer.Option(help="Lay transparency onto white, black or #rrggbb.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the network; all if left out.")] = None,
+    device: Annotated[int, typer.Option(min=0, help="Number of the GPU.")] = 0,
+    record: Annotated[Path | None, typer.Option(help="Append a line per result to this file, for `sanrt verify`.")] = None,
+    explain_tiles: Annotated[
+        bool, typer.Option("--explain-tiles", help="Compare the tilings on the first picture.")
+    ] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="[ADDRESS]", help="Run on the Ray cluster there; on a local Ray if left out.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="With --ray, instead of one per GPU (or node).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every picture.")] = False,
+) -> None:
+    """Upscale pictures: files, and folders with their tree kept; what is done already is skipped."""
+    from sanrt.cli.console import Reporter
+    from sanrt.runtime.backends.protocol import RunOptions
+    from sanrt.runtime.pictures.codec import Encoding
+    from sanrt.runtime.pictures.jobs import Naming, find_pictures
+    from sanrt.runtime.runs import pipeline
+    from sanrt.runtime.runs.pipeline import PipelineOptions
+    from sanrt.runtime.runs.ray_pool import Task
+    from sanrt.runtime.runs.record import Recorder
+    from sanrt.runtime.tiling.plan import parse_memory
+    from sanrt.runtime.tiling.upscaling import Streamer, UpscaleOptions, upscale
+
+    if format and format.written_as is not format:
+        raise typer.BadParameter(f"--format {format}: sanrt reads it, and writes {format.written_as} instead")
+    k = region_count(regions)
+    upscaling = UpscaleOptions(tile, overlap, self_ensemble, tiling, k, parse_memory(memory) if memory else None)
+    choice = ModelChoice(model, models, scale, backend, RunOptions(threads=threads, precision=precision, device=device))
+    encoding = Encoding(quality, lossless, colour(flatten) if flatten else None)
+    if ray:
+        inputs, output, choice = [path.absolute() for path in inputs], output.absolute(), choice.absolute()
+    check_buckets([*inputs, output])
+    jobs = find_pictures(inputs, output, Naming(suffix, format))
+    with Reporter(len(jobs), quiet, verbose) as reporter:
+        if dry_run and choice.missing:
+            others = other_models(models)
+            reporter.say(f"{choice.path}: not there yet{others}; would export the bundled x{choice.expected} weights first")
+            reporter.follow(pipeline.plan(jobs, PipelineOptions(choice.expected, encoding, overwrite)))
+            raise typer.Exit(reporter.status)
+        if choice.missing:
+            default_model(choice.models, choice.scale, reporter.say)
+        choice = choice.preferred()
+        if ray and not (dry_run or explain_tiles):
+            task = Task(choice.path, choice.backend, choice.options, upscaling, encoding, overwrite, record)
+            run_on_ray(ray, workers, choice, task, jobs, reporter)
+            raise typer.Exit(reporter.status)
+        with loaded(choice, reporter) as network:
+            if explain_tiles:
+                explain(network, choice, jobs[0].source, upscaling, reporter)
+                raise typer.Exit
+            options = PipelineOptions(network.spec.architecture.scale, encoding, overwrite, Streamer(network, upscaling))
+            enlarge = partial(upscale, network, options=upscaling)
+            recorder = None
+            if record and not dry_run:
+                recorder = Recorder(record, network, choice.path, choice.options, upscaling, encoding)
+            work = pipeline.plan(jobs, options) if dry_run else pipeline.run(jobs, enlarge, options)
+            with closing(work) as outcomes, recorder or nullcontext():
+                reporter.follow(recorder.follow(outcomes) if recorder else outcomes)
+    raise typer.Exit(reporter.status)
+
+
+def explain(network: Backend, choice: ModelChoice, picture: Path, options: UpscaleOptions, reporter: Reporter) -> None:
+    """Whole, exact and overlapped on a sample of a picture, one line each."""
+    from sanrt.runtime.backends.registry import load_backend
+    from sanrt.runtime.runs import compare_tilings as samples
+
+    if network.spec.precision == Precision.INT16:
+        reporter.say("all in fp32, as stages are, so that the tilings alone differ")
+        with load_backend(network.name, choice.path, replace(choice.options, precision=Precision.FP32)) as exact:
+            explain(exact, choice, picture, options, reporter)
+        return
+    reporter.say(f"{picture}: its centre, at most {samples.SAMPLE} pixels a side, against the whole")
+    reporter.say("tiling    largest difference       PSNR      time   memory")
+    for each in samples.explain(network, picture, options):
+        difference = f"{each.largest:11.5f} of 255 {each.psnr:10.2f} dB"
+        reporter.say(f"{each.tiling:8} {difference} {each.seconds:7.2f} s {each.peak >> 20:4} MiB")
+
+
+def run_on_ray(
+    address: str, workers: int | None, choice: ModelChoice, task: Task, jobs: list[Job], reporter: Reporter
+) -> None:
+    """The same as on one machine, by workers of a Ray cluster."""
+    from sanrt.runtime.runs.ray_pool import LOCAL, Pool, connected, witness
+
+    shared = nullcontext() if address == LOCAL else witness(jobs[0].destination.parent)
+    with shared as seen, connected(address, workers, task.running.threads) as share, Pool(task, share, seen) as pool:
+        tell_model(choice, pool.loaded[0], reporter)
+        reporter.say(f"Ray {address}: {share}")
+        with closing(pool.run(jobs)) as outcomes:
+            reporter.follow(outcomes)
+
+
+def region_count(text: str) -> int | None:
+    """k of `--regions`; None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or not 1 <= int(text) <= 1000:
+        raise typer.BadParameter(f"--regions {text}: expected auto or a number from 1 to 1000")
+    return int(text)
+
+
+def colour(text: str) -> tuple[int, int, int]:
+    """8-bit RGB of `white`, `black` or `#rrggbb`."""
+    digits = COLOURS.get(text, text)
+    if not re.fullmatch(r"#[0-9a-fA-F]{6}", digits):
+        raise typer.BadParameter(f"--flatten {text}: expected white, black or #rrggbb")
+    red, green, blue = bytes.fromhex(digits[1:])
+    return red, green, blue
+
+
+def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
+    """The chosen model on the chosen backend."""
+    from sanrt.runtime.backends.fp32_fallback import watched
+    from sanrt.runtime.backends.registry import load_backend
+
+    network = load_backend(choice.backend, choice.path, choice.options)
+    try:
+        tell_model(choice, network, reporter)
+    except UsageError:
+        network.close()
+        raise
+    return watched(network, choice.path, choice.options)
+
+
+def tell_model(choice: ModelChoice, network: Backend | Ready, reporter: Reporter) -> None:
+    """What runs, and on what; UsageError if it is not of the scale that was asked for."""
+    spec = network.spec
+    require_scale(choice.path, spec.architecture.scale, choice.scale)
+    reporter.say(f"{choice.path}: {spec.architecture.name}, {spec.computes}, {network.name} on {network.device}")

@@ -1,0 +1,179 @@
+"""What a SAN is, in numbers: read off a checkpoint, written into an ONNX, carried beside an engine. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+from sanrt.errors import ModelError
+
+SCALES = (2, 3, 4, 8)
+MIN_SIDE = 4
+"""Smallest height and width in pixels: each of the 2 x 2 regions pools its keys and values by 2."""
+
+MAX_SQRT_ITERATIONS = 22
+"""More Newton-Schulz steps than this raise float32's rounding of a rank-deficient covariance, such as a 4 x 4 picture's."""
+
+PREFIX = "sanrt."
+
+
+class Precision(StrEnum):
+    """Type of convolutions and attention; SOCA's statistics and square root are fp32 in all of them."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT16 = "int16"
+    """16-bit integers in the convolutions' products, all else fp32; stages fp32. Only sanrt's own CPU kernels have it."""
+
+
+GRAPH_PRECISIONS = (Precision.FP32, Precision.FP16, Precision.BF16)
+"""Those that graphs and engines are written in."""
+
+
+class QuantisedType(StrEnum):
+    """8-bit types of quantised convolutions: their inputs and weights; sums and biases are wider."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+    """e4m3: four bits of exponent, three of mantissa, largest magnitude 448."""
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """Which convolutions compute in 8 bits, and their ranges: the largest magnitudes represented, larger ones saturate."""
+
+    type: QuantisedType
+    ranges: Mapping[str, float]
+    """Convolution -> its input's; symmetric, so zero stays zero."""
+    outputs: Mapping[str, float]
+    """Convolution -> its output's, for backends whose convolutions put out 8 bits (`GraphOptions.requantised`)."""
+
+
+class Attention(StrEnum):
+    """How softmax(q k^T) v is written."""
+
+    MATMUL = "matmul"
+    """MatMul, Softmax, MatMul on 4-D tensors: standard operators, and the form that TensorRT fuses."""
+    MULTI_HEAD = "multi-head"
+    """ONNX Runtime's com.microsoft.MultiHeadAttention, which forms no L x L matrix."""
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """A variant of the graph; the defaults are what `sanrt export` writes."""
+
+    precision: Precision = Precision.FP32
+    attention: Attention = Attention.MATMUL
+    attention_width: int = 0
+    """Pad the inner attention channels with zeros to at least this (TensorRT fuses from 16)."""
+    regions: int = 2
+    kernels: bool = False
+    """SOCA by sanrt's own CUDA kernels: nodes that only TensorRT with `sanrt.kernels.cuda.plugins` understands."""
+    requantised: bool = False
+    """int8 in ONNX Runtime's form: unsigned, the outputs rounded too; only between such does it convolve in 8 bits."""
+    stage: str = ""
+    """One stage of the network, for exact streaming (`stage_model` in `sanrt.model.graph`); empty is the whole network."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """SAN's hyper-parameters (section 4 of the paper; its network is G=20, m=10, C=64, r=16)."""
+
+    scale: int
+    """Upscaling factor: 2, 3, 4 or 8."""
+    groups: int
+    """G, the number of local-source residual attention groups (LSRAG)."""
+    blocks: int
+    """m, the residual blocks of each group."""
+    channels: int
+    """C, the feature channels."""
+    reduction: int
+    """r, by which SOCA's hidden layer is narrower than C."""
+    value_range: float = 255.0
+    """Pixels run from 0 to this, in and out."""
+    sqrt_iterations: int | None = 5
+    """Newton-Schulz steps of SOCA's square root as trained; None is the exact root (eigendecomposition)."""
+
+    @property
+    def attention_channels(self) -> int:
+        """Inner channels of the region-level non-local module (C/8)."""
+        return self.channels // 8
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Every stage of the network, as exact streaming runs it."""
+        grouped = [f"{kind}.{g}" for g in range(self.groups) for kind in ("body", "gate", "join")]
+        return "head", "keys-values", "attend", *grouped, "tail"
+
+    @property
+    def name(self) -> str:
+        """Short name for people, such as `SAN x4 (G=4 m=4 C=64 r=16)`."""
+        return f"SAN x{self.scale} (G={self.groups} m={self.blocks} C={self.channels} r={self.reduction})"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything a runtime needs to know of an exported model; written by `export`, never guessed."""
+
+    architecture: Architecture
+    weights_digest: str
+    """SHA-256 of the checkpoint file."""
+    weights_origin: str
+    """What the checkpoint says of itself, for people."""
+    iterations: int
+    """Newton-Schulz steps in the graph."""
+    precision: Precision = Precision.FP32
+    """Of convolutions and attention; SOCA's root is always fp32."""
+    regions: int = 2
+    """k: attention works within k x k regions of the picture."""
+    min_side: int = MIN_SIDE
+    """Smallest height and width that the graph takes; pad smaller pictures and crop."""
+    multiple: int = 1
+    """Height and width must be multiples of this."""
+    version: str = ""
+    """The sanrt that wrote it."""
+    quantisation: Quantisation | None = None
+    """Convolutions in 8 bits, in every graph written for this model; the others are in `precision`."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured at export (parity, square root, quantisation); see `sanrt info`."""
+
+    @property
+    def coarsest(self) -> Precision | QuantisedType:
+        """The coarsest type that the network computes in, by which its outputs are judged."""
+        return self.quantisation.type if self.quantisation else self.precision
+
+    @property
+    def computes(self) -> str:
+        """The types that it computes in, for people: `fp32`, `int8 + fp16`."""
+        if self.precision is Precision.INT16:
+            return "int16 (fp32 by stages)"
+        return f"{self.quantisation.type} + {self.precision}" if self.quantisation else str(self.precision)
+
+    def to_metadata(self) -> dict[str, str]:
+        """Flat strings for ONNX `metadata_props`: every key begins with `sanrt.`, every value is JSON."""
+        return {PREFIX + name: json.dumps(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], subject: str) -> ModelSpec:
+        """Read what `to_metadata` wrote; `subject` names the file in errors."""
+        if PREFIX + "architecture" not in metadata:
+            raise ModelError(
+                f"{subject}: not a sanrt model (it has no sanrt.* metadata); make one with `sanrt export --scale 4`"
+            )
+        try:
+            known = {f.name: json.loads(metadata[PREFIX + f.name]) for f in fields(cls) if PREFIX + f.name in metadata}
+            known["architecture"] = Architecture(**known["architecture"])
+            known["precision"] = Precision(known.get("precision", Precision.FP32))
+            if quantised := known.get("quantisation"):
+                known["quantisation"] = Quantisation(
+                    QuantisedType(quantised["type"]), quantised["ranges"], quantised["outputs"]
+                )
+            return cls(**known)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{subject}: its sanrt.* metadata cannot be read ({error}); export it again with `sanrt export`"
+            ) from error

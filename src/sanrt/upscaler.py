@@ -1,0 +1,159 @@
+"""The library: arrays in, upscaled arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from sanrt.errors import UsageError
+from sanrt.runtime.artifacts.models import MODELS, find_model
+from sanrt.runtime.backends.default_variant import load_default
+from sanrt.runtime.backends.fp32_fallback import Sentinel, watched
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.tiling.plan import PAPER_REGIONS, Tiling
+from sanrt.runtime.tiling.upscaling import UpscaleOptions, upscale
+
+if TYPE_CHECKING:
+    from sanrt.model.spec import ModelSpec
+    from sanrt.runtime.backends.protocol import Backend
+
+Picture = npt.NDArray[Any]
+DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
+
+
+class Upscaler:
+    """A loaded SAN (Dai et al., CVPR 2019), ready to upscale; a context manager, for one thread at a time.
+
+    >>> with Upscaler.load(4) as upscaler:
+    ...     large = upscaler(picture)
+    """
+
+    def __init__(self, backend: Backend, options: UpscaleOptions) -> None:
+        self.backend, self.options = backend, options
+
+    @classmethod
+    def load(
+        cls,
+        model: int | str | Path,
+        *,
+        models: str | Path = MODELS,
+        backend: str = "auto",
+        threads: int | None = None,
+        device: int = 0,
+        tile: int | None = None,
+        overlap: int | None = None,
+        self_ensemble: bool = False,
+        tiling: str = Tiling.AUTO,
+        regions: int | None = None,
+    ) -> Self:
+        """A scale (2, 3, 4 or 8), meaning what `sanrt export` wrote into the folder `models`, or a model's path.
+
+        Pictures larger than `tile` (by default those that do not fit the memory) are cut as `tiling` says: `auto`, `whole`,
+        `exact` or `overlap`; `overlap` is in pixels. `regions` is the k of the k x k attention regions, by default chosen by
+        a picture's size; `self_ensemble` averages over the 8 flips and rotations (SAN+, section 4 of the paper).
+        Raises ModelError when the model is missing or damaged, BackendError when the backend cannot run here, UsageError
+        for options that make no sense.
+        """
+        if tiling not in list(Tiling):
+            raise UsageError(f"tiling {tiling!r}: expected {', '.join(Tiling)}")
+        options = UpscaleOptions(tile, overlap, self_ensemble, Tiling(tiling), regions)
+        run_options = RunOptions(threads=threads, device=device, regions=regions or PAPER_REGIONS)
+        path = find_model(Path(models), model) if isinstance(model, int) else Path(model)
+        automatic = isinstance(model, int) and backend == "auto"
+        network = load_default(path, run_options) if automatic else load_backend(backend, path, run_options)
+        return cls(watched(network, path, run_options), options)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the loaded model is."""
+        return self.backend.spec
+
+    @property
+    def scale(self) -> int:
+        """Upscaling factor."""
+        return self.spec.architecture.scale
+
+    @overload
+    def __call__(self, pictures: Picture) -> Picture: ...
+
+    @overload
+    def __call__(self, pictures: Sequence[Picture]) -> list[Picture]: ...
+
+    def __call__(self, pictures: Picture | Sequence[Picture]) -> Picture | list[Picture]:
+        """One picture or several, each (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, of any size from 1 x 1.
+
+        uint8, uint16 (0..65535) or float32 (0..1); the results have the same type, range and channels, `scale` times the
+        height and width. Grey goes through the network as three equal channels and comes back as their mean; opacity is
+        upscaled by bicubic interpolation. Raises UsageError for any other array, OutOfMemoryError when not even small
+        tiles fit the memory.
+        """
+        if isinstance(pictures, np.ndarray):
+            return self.one(pictures)
+        return [self.one(picture) for picture in pictures]
+
+    def on_device(self, pictures: Any) -> Any:
+        """GPU arrays in and out, never copied to the host; with `backend="tensorrt"` only.
+
+        pictures: anything with `__cuda_array_interface__` (pycuda, CuPy, torch), contiguous float32 (B, 3, H, W), RGB of
+        0..`spec.architecture.value_range`. The result is such an array, complete, (B, 3, scale * H, scale * W), not clipped
+        and not looked at: what overflowed half precision is not computed again.
+        """
+        network = self.backend.backend if isinstance(self.backend, Sentinel) else self.backend
+        infer = getattr(network, "infer_on_device", None)
+        if infer is None:
+            raise UsageError(f"backend {self.backend.name} takes no GPU arrays; load the model with backend='tensorrt'")
+        return infer(pictures)
+
+    def one(self, picture: Picture) -> Picture:
+        """One array of any supported kind."""
+        check(picture)
+        if picture.ndim == 2:
+            colours = self.rgb(np.repeat(picture[..., None], 3, axis=2))
+            return rounded(colours.mean(axis=2, dtype=np.float64), picture.dtype)
+        if picture.shape[2] == 3:
+            return self.rgb(picture)
+        return np.dstack([self.rgb(picture[..., :3]), self.opacity(picture[..., 3])])
+
+    def rgb(self, picture: Picture) -> Picture:
+        """(H, W, 3) through the network."""
+        result: Picture = upscale(self.backend, picture, self.options)
+        return result
+
+    def opacity(self, alpha: Picture) -> Picture:
+        """(H, W) by bicubic interpolation."""
+        from sanrt.runtime.pictures.codec import upscale_alpha
+
+        return upscale_alpha(alpha, self.scale).clip(0, 1 if alpha.dtype == np.float32 else None)
+
+    def close(self) -> None:
+        """Free the model; the upscaler is of no use afterwards."""
+        self.backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def check(picture: Any) -> None:
+    """Raise UsageError unless it is an array that `Upscaler` takes."""
+    if not isinstance(picture, np.ndarray):
+        raise UsageError(f"picture is {type(picture).__name__}; expected a numpy array (H, W), (H, W, 3) or (H, W, 4)")
+    if picture.dtype not in DTYPES:
+        raise UsageError(f"picture is {picture.dtype}; expected uint8, uint16, or float32 in 0..1")
+    if picture.size == 0 or not (picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))):
+        raise UsageError(f"picture has shape {picture.shape}; expected (H, W), (H, W, 3) or (H, W, 4)")
+    if picture.dtype == np.float32 and not (picture.min() >= 0 and picture.max() <= 1):
+        raise UsageError(f"picture runs from {picture.min():g} to {picture.max():g}; expected floats in 0..1")
+
+
+def rounded(values: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> Picture:
+    """As `dtype`, to the nearest integer where that is one."""
+    return (np.rint(values) if dtype.kind == "u" else values).astype(dtype)

@@ -1,0 +1,155 @@
+"""Planning: which files are read, where results go, and which plans are refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sanrt.errors import PictureError, UsageError
+from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.jobs import Job, Naming, find_pictures
+
+GIF = b"GIF89a"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The working folder, with a small tree of (empty) pictures in `in`."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.jpg", "a.PNG", "sub/c.tiff", "sub/deep/d.webp"):
+        touch(f"in/{name}")
+    return tmp_path
+
+
+def touch(name: str) -> Path:
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+def plan(*inputs: str, output: str = "out", **options: object) -> dict[str, str]:
+    jobs = find_pictures([Path(name) for name in inputs], Path(output), **options)
+    return {str(job.source): str(job.destination) for job in jobs}
+
+
+def test_a_folders_tree_is_kept_under_the_output_in_order(folder):
+    assert list(plan("in").items()) == [
+        ("in/a.PNG", "out/a.PNG"),
+        ("in/b.jpg", "out/b.jpg"),
+        ("in/sub/c.tiff", "out/sub/c.tiff"),
+        ("in/sub/deep/d.webp", "out/sub/deep/d.webp"),
+    ]
+
+
+def test_without_recursion_only_the_folder_itself_is_read(folder):
+    assert set(plan("in", recursive=False)) == {"in/a.PNG", "in/b.jpg"}
+
+
+def test_other_hidden_and_half_written_files_are_passed_over(folder):
+    for name in ("notes.txt", ".hidden.png", ".cache/x.png", ".a.png.sanrt-0123.partial", "noending"):
+        touch(f"in/{name}")
+    assert len(plan("in")) == 4
+
+
+def test_a_named_file_counts_whatever_its_name(folder):
+    touch("odd.dat").write_bytes(GIF)
+    assert plan("odd.dat") == {"odd.dat": "out/odd.png"}
+    assert plan("missing.jpg", "in/b.jpg") == {"missing.jpg": "out/missing.jpg", "in/b.jpg": "out/b.jpg"}
+
+
+def test_one_file_may_be_given_its_very_name(folder):
+    assert plan("in/b.jpg", output="x/y.png") == {"in/b.jpg": "x/y.png"}
+    Path("folder.png").mkdir()
+    assert plan("in/b.jpg", output="folder.png") == {"in/b.jpg": "folder.png/b.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("naming", "source", "result"),
+    [
+        (Naming(), "a.jpeg", "a.jpeg"),
+        (Naming(), "a.gif", "a.png"),
+        (Naming("_x4"), "a.b.JPG", "a.b_x4.JPG"),
+        (Naming("_x4"), "a.gif", "a_x4.png"),
+        (Naming("", Format.JPEG), "a.png", "a.jpg"),
+        (Naming("", Format.TIFF), "a.tiff", "a.tif"),
+    ],
+)
+def test_results_are_named_after_their_sources(naming, source, result):
+    assert naming.of(Path(source)) == result
+
+
+def test_two_sources_of_one_result_are_refused(folder):
+    touch("in/b.png")
+    with pytest.raises(UsageError, match=r"in/b\.jpg and in/b\.png would both become out/b\.webp"):
+        plan("in", naming=Naming(format=Format.WEBP))
+    touch("other/a.PNG")
+    with pytest.raises(UsageError, match="both become"):
+        plan("in", "other")
+
+
+def test_the_same_file_given_twice_is_refused(folder):
+    with pytest.raises(UsageError, match="both become"):
+        plan("in/b.jpg", "in/../in/b.jpg")
+
+
+def test_a_result_that_would_replace_its_source_is_refused(folder):
+    with pytest.raises(UsageError, match="would replace it"):
+        plan("in", output="in")
+    with pytest.raises(UsageError, match="would replace it"):
+        plan("in/b.jpg", output="./in/b.jpg")
+
+
+def test_results_inside_the_input_folder_are_not_read_again(folder):
+    first = plan("in", output="in/big")
+    for result in first.values():
+        touch(result)
+    assert plan("in", output="in/big") == first
+
+
+def test_results_beside_their_sources_are_not_read_again(folder):
+    naming = Naming("_x4")
+    first = plan("in", output="in", naming=naming)
+    for result in first.values():
+        touch(result)
+    assert plan("in", output="in", naming=naming) == first
+
+
+def test_a_source_is_never_taken_for_a_result_and_replaced(folder):
+    touch("in/b.png")
+    with pytest.raises(UsageError, match=r"in/b\.png"):
+        plan("in", output="in", naming=Naming(format=Format.PNG))
+
+
+def test_several_pictures_into_a_file_are_refused(folder):
+    touch("out")
+    with pytest.raises(UsageError, match="need a folder"):
+        plan("in")
+
+
+def test_a_folder_without_pictures_is_told(folder):
+    touch("none/readme.txt")
+    with pytest.raises(PictureError, match="none: no pictures found"):
+        plan("none")
+
+
+def test_a_job_is_done_when_its_result_is_there_whole_and_not_older(folder):
+    source, result = touch("in/b.jpg"), touch("out/b.jpg")
+    job = Job(source, result)
+    assert not job.done
+    result.write_bytes(b"x")
+    os.utime(source, ns=(1000, 1000))
+    os.utime(result, ns=(1000, 1000))
+    assert job.done
+    os.utime(source, ns=(1001, 1001))
+    assert not job.done
+    result.unlink()
+    assert not job.done
+    assert not Job(Path("missing"), source).done
+
+
+def test_a_named_file_of_another_format_than_asked_for_is_an_error(tmp_path):
+    with pytest.raises(UsageError, match="--format webp"):
+        find_pictures([tmp_path / "a.png"], tmp_path / "b.png", Naming(format=Format.WEBP))

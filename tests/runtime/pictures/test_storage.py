@@ -1,0 +1,161 @@
+"""Pictures behind URLs: a real S3 server on loopback, wrong credentials, missing buckets, connections cut in the middle."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pyvips
+
+from sanrt.errors import PictureError
+from sanrt.runtime.pictures import storage
+from sanrt.runtime.pictures.jobs import Naming, find_pictures
+from sanrt.runtime.pictures.storage import RemotePath, located
+from tests.runtime import s3 as server
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with server.serving() as store:
+        yield store
+
+
+def png(seed: int, side=40) -> bytes:
+    values = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+    return pyvips.Image.new_from_array(values).write_to_buffer(".png")
+
+
+def fill(s3, folder: Path, prefix: str, names) -> Path:
+    """The same pictures in the store and in a local folder."""
+    for seed, name in enumerate(names):
+        path = folder / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(seed))
+        s3.put(f"{prefix}/in/{name}", path.read_bytes())
+    return folder / "in"
+
+
+def test_a_store_gets_the_bytes_of_the_local_run_and_a_second_run_skips_them(s3, sanrt, tmp_path):
+    names = ["a.png", "sub/b.png", "sub/ü c.webp", ".hidden/d.png", "notes.txt"]
+    local = fill(s3, tmp_path, "good", names)
+    url = f"s3://{server.BUCKET}/good"
+    assert sanrt(local, tmp_path / "out")[0] == 0
+    status, out, err = sanrt(f"{url}/in", f"{url}/out")
+    assert (status, err) == (0, "")
+    assert "3 written" in out
+    expected = {name: (tmp_path / "out" / name).read_bytes() for name in names[:3]}
+    assert s3.tree("good/out/") == expected
+    assert "3 skipped" in sanrt(f"{url}/in", f"{url}/out")[1]
+    assert "3 written" in sanrt(f"{url}/in", tmp_path / "fetched")[1]
+    assert {name: (tmp_path / "fetched" / name).read_bytes() for name in expected} == expected
+
+
+def test_a_connection_cut_in_a_transfer_fails_that_picture_alone_and_leaves_no_half_result(s3, sanrt, tmp_path):
+    fill(s3, tmp_path, "cut", ["fine.png", "read.png", "write.png"])
+    url = f"s3://{server.BUCKET}/cut"
+    s3.proxy.cut = {b"GET /pictures/cut/in/read.png", b"PUT /pictures/cut/out/write.png"}
+    try:
+        status, out, err = sanrt(f"{url}/in", f"{url}/out")
+    finally:
+        s3.proxy.cut = set()
+    assert s3.proxy.cuts >= 2
+    assert status == 1
+    assert "1 written, 2 failed" in out
+    reading, writing = err.splitlines()
+    assert reading.startswith(f"sanrt: {url}/in/read.png: cannot be read (")
+    assert writing.startswith(f"sanrt: {url}/in/write.png: {url}/out/write.png: cannot be written (")
+    assert set(s3.tree("cut/out/")) == {"fine.png"}
+    assert "2 written, 1 skipped" in sanrt(f"{url}/in", f"{url}/out")[1]
+
+
+def test_a_large_upload_cut_in_a_later_part_leaves_nothing(s3, tmp_path):
+    (tmp_path / "large").write_bytes(np.random.default_rng(0).bytes(25 << 20))
+    target = located(f"s3://{server.BUCKET}/large")
+    s3.proxy.cut = {b"partNumber=2"}
+    try:
+        with pytest.raises(PictureError, match="cannot be written"):
+            target.upload(tmp_path / "large")
+    finally:
+        s3.proxy.cut = set()
+    assert s3.tree("large") == {}
+
+
+def test_wrong_credentials_are_told_in_one_line(s3, sanrt, tmp_path, monkeypatch):
+    fill(s3, tmp_path, "locked", ["a.png"])
+    url = f"s3://{server.BUCKET}/locked"
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    storage.file_system.cache_clear()
+    with s3.locked():
+        status, _, err = sanrt(f"{url}/in", tmp_path / "out")
+        wrote, _, why = sanrt(tmp_path / "in", f"{url}/out")
+    storage.file_system.cache_clear()
+    assert (status, wrote) == (1, 1)
+    for text in (err, why):
+        assert len(text.splitlines()) == 1
+        assert "AWS Error" in text
+        assert url in text
+    assert s3.tree("locked/out/") == {}
+
+
+def test_a_missing_bucket_is_told_before_any_work(s3, sanrt, tmp_path):
+    fill(s3, tmp_path, "missing", ["a.png"])
+    for arguments in ((f"s3://nowhere/{'in'}", tmp_path / "out"), (tmp_path / "in", "s3://nowhere/out")):
+        status, out, err = sanrt(*arguments)
+        assert (status, out) == (1, "")
+        assert err == "sanrt: s3://nowhere: no such bucket; make it first, or correct the name\n"
+
+
+def test_a_missing_or_damaged_object_is_told_by_its_url(s3, sanrt, tmp_path):
+    s3.put("bad/damaged.png", png(0)[:100])
+    for name in ("none.png", "damaged.png"):
+        url = f"s3://{server.BUCKET}/bad/{name}"
+        status, _, err = sanrt(url, tmp_path / "out")
+        assert status == 1
+        assert err.startswith(f"sanrt: {url}: ")
+        assert "/tmp" not in err
+
+
+def test_a_file_system_that_shows_files_as_they_grow_gets_them_renamed(tmp_path, monkeypatch):
+    fs = pytest.importorskip("pyarrow.fs", reason="needs the extra [ray]")
+    moved = []
+
+    class Watched:
+        """pyarrow's local file system, its renames noted."""
+
+        def __init__(self):
+            self.inner = fs.LocalFileSystem()
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def move(self, source, target):
+            moved.append((Path(source).name, Path(target).name, Path(target).exists()))
+            self.inner.move(source, target)
+
+    monkeypatch.setattr(storage, "file_system", lambda root: (Watched(), str(tmp_path)))
+    (tmp_path / "local").write_bytes(b"new")
+    target = located("hdfs://host:8020/folder/a.png")
+    target.upload(tmp_path / "local")
+    target.upload(tmp_path / "local")
+    assert [(name.endswith(".partial"), target, there) for name, target, there in moved] == [
+        (True, "a.png", False),
+        (True, "a.png", True),
+    ]
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a.png"]
+    assert [str(job.source) for job in find_pictures([located("hdfs://host:8020/folder")], tmp_path / "o", Naming())] == [
+        "hdfs://host:8020/folder/a.png"
+    ]
+
+
+def test_urls_stay_urls_as_paths_join_part_and_travel():
+    path = located("s3://bucket/folder") / Path("sub/a.png")
+    assert isinstance(path, RemotePath)
+    assert str(path) == "s3://bucket/folder/sub/a.png"
+    assert str(path.with_name("b.jpg").parent) == "s3://bucket/folder/sub"
+    assert str(path.relative_to(located("s3://bucket/folder"))) == "sub/a.png"
+    assert str(pickle.loads(pickle.dumps(path))) == str(path)
+    assert str(Path("out") / path.relative_to(located("s3://bucket"))) == "out/folder/sub/a.png"
+    assert located("file:///a/b.png") == Path("/a/b.png")
+    assert not isinstance(located("c:/a.png"), RemotePath)

@@ -1,0 +1,239 @@
+"""The pipeline with a network that only doubles: outcomes, order, overlap, stopping."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pyvips
+
+from sanrt.errors import BackendError, OutOfMemoryError
+from sanrt.runtime.pictures.codec import Encoding, SourcePicture
+from sanrt.runtime.pictures.jobs import Job, find_pictures
+from sanrt.runtime.runs import pipeline
+from sanrt.runtime.runs.pipeline import Failed, PipelineOptions, Planned, Skipped, Written
+from sanrt.runtime.tiling.plan import Tiling, Way
+
+OPTIONS = PipelineOptions(scale=2)
+
+
+def double(rgb):
+    return rgb.repeat(2, axis=0).repeat(2, axis=1)
+
+
+def save(path: Path, value=100, size=(6, 5), bands=3) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyvips.Image.new_from_array(np.full((*size, bands), value, np.uint8)).write_to_file(str(path))
+    return path
+
+
+@pytest.fixture
+def jobs(tmp_path) -> list[Job]:
+    for number in range(6):
+        save(tmp_path / "in" / f"{number}.png", 10 * number)
+    return find_pictures([tmp_path / "in"], tmp_path / "out")
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_picture_is_written_once_in_order_with_its_own_pixels(jobs):
+    outcomes = list(pipeline.run(jobs, double, OPTIONS))
+    assert outcomes == [Written(job, pixels=120) for job in jobs]
+    for number, job in enumerate(jobs):
+        assert np.array_equal(pyvips.Image.new_from_file(str(job.destination)).numpy(), np.full((12, 10, 3), 10 * number))
+
+
+def test_what_is_done_is_skipped_unless_it_is_to_be_overwritten(jobs):
+    list(pipeline.run(jobs[:2], double, OPTIONS))
+    again = list(pipeline.run(jobs, double, OPTIONS))
+    assert [type(outcome) for outcome in again] == [Skipped] * 2 + [Written] * 4
+    forced = list(pipeline.run(jobs, double, PipelineOptions(scale=2, overwrite=True)))
+    assert [type(outcome) for outcome in forced] == [Written] * 6
+
+
+@pytest.mark.parametrize(
+    "error", [BackendError("it broke"), OutOfMemoryError("none left"), MemoryError(), ValueError("odd")]
+)
+def test_a_picture_that_fails_in_the_network_is_told_and_the_others_go_on(jobs, error):
+    def failing(rgb):
+        if rgb[0, 0, 0] == 30:
+            raise error
+        return double(rgb)
+
+    outcomes = list(pipeline.run(jobs, failing, OPTIONS))
+    assert [type(outcome) for outcome in outcomes] == [Written] * 3 + [Failed] + [Written] * 2
+    assert str(jobs[3].source) in outcomes[3].reason
+    assert "\n" not in outcomes[3].reason
+    assert str(error) in outcomes[3].reason
+    assert files(jobs[0].destination.parent) == ["0.png", "1.png", "2.png", "4.png", "5.png"]
+
+
+def test_failures_in_reading_and_writing_name_the_picture_once(jobs):
+    jobs[1].source.write_bytes(b"")
+    jobs[4].destination.mkdir(parents=True)
+    outcomes = list(pipeline.run(jobs, double, OPTIONS))
+    assert [type(outcome) for outcome in outcomes] == [Written, Failed, Written, Written, Failed, Written]
+    assert outcomes[1].reason.count(str(jobs[1].source)) == 1
+    assert str(jobs[4].source) in outcomes[4].reason
+    assert files(jobs[0].destination.parent) == ["0.png", "2.png", "3.png", "5.png"]
+
+
+def test_the_next_picture_is_read_and_the_last_written_while_the_network_runs(jobs, monkeypatch):
+    read, wrote = {}, {}
+    for job in jobs:
+        read[job], wrote[job] = threading.Event(), threading.Event()
+    real_read, real_write = pipeline.read, pipeline.write
+
+    def recorded_read(job, options):
+        read[job].set()
+        return real_read(job, options)
+
+    def recorded_write(picture, options):
+        done = real_write(picture, options)
+        wrote[picture.job].set()
+        return done
+
+    monkeypatch.setattr(pipeline, "read", recorded_read)
+    monkeypatch.setattr(pipeline, "write", recorded_write)
+    started = iter(range(6))
+
+    def waiting(rgb):
+        number = next(started)
+        if number == 3:
+            assert read[jobs[4]].wait(20), "picture 4 is not read while 3 is in the network"
+            assert wrote[jobs[2]].wait(20), "picture 2 is not written while 3 is in the network"
+        return double(rgb)
+
+    assert all(isinstance(outcome, Written) for outcome in pipeline.run(jobs, waiting, OPTIONS))
+
+
+def test_many_cores_encode_several_pictures_at_once_and_the_order_stays(jobs, monkeypatch):
+    monkeypatch.setattr(pipeline.machine, "cores", lambda: 3 * pipeline.CORES_PER_ENCODER)
+    together, real_write = threading.Barrier(3), pipeline.write
+
+    def meeting_write(picture, options):
+        together.wait(20)
+        return real_write(picture, options)
+
+    monkeypatch.setattr(pipeline, "write", meeting_write)
+    assert list(pipeline.run(jobs, double, OPTIONS)) == [Written(job, pixels=120) for job in jobs]
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 1), (8, 2), (16, 4), (64, 4)])
+def test_encoders_leave_most_cores_to_the_network(cores, expected, monkeypatch):
+    monkeypatch.setattr(pipeline.machine, "cores", lambda: cores)
+    assert pipeline.encoders() == expected
+
+
+def test_pictures_are_not_read_far_ahead_of_the_network(jobs, monkeypatch):
+    seen, real_read = [], pipeline.read
+    monkeypatch.setattr(pipeline, "read", lambda job, options: seen.append(job) or real_read(job, options))
+    with closing(pipeline.run(jobs, double, OPTIONS)) as outcomes:
+        next(outcomes)
+        assert len(seen) <= pipeline.WAITING + pipeline.encoders() + 3
+
+
+def test_an_interruption_leaves_whole_results_and_nothing_else(jobs):
+    def interrupted(rgb):
+        if rgb[0, 0, 0] == 40:
+            raise KeyboardInterrupt
+        return double(rgb)
+
+    with pytest.raises(KeyboardInterrupt), closing(pipeline.run(jobs, interrupted, OPTIONS)) as outcomes:
+        list(outcomes)
+    left = files(jobs[0].destination.parent)
+    assert set(left) <= {"0.png", "1.png", "2.png", "3.png"}
+    for name in left:
+        assert pyvips.Image.new_from_file(str(jobs[0].destination.parent / name)).avg() == 10 * int(name[0])
+    assert [type(o) for o in pipeline.run(jobs, double, OPTIONS)].count(Skipped) == len(left)
+
+
+def test_leftovers_of_killed_runs_are_removed(jobs):
+    leftover = jobs[0].destination.parent / ".0.png.sanrt-0123abcd.partial"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"half")
+    list(pipeline.run(jobs, double, OPTIONS))
+    assert not leftover.exists()
+
+
+def test_opacity_goes_around_the_network(tmp_path):
+    source = save(tmp_path / "a.png", 77, bands=4)
+    job = Job(source, tmp_path / "out.png")
+    assert [type(o) for o in pipeline.run([job], double, OPTIONS)] == [Written]
+    result = pyvips.Image.new_from_file(str(job.destination))
+    assert (result.width, result.height, result.bands) == (10, 12, 4)
+    assert (result.numpy() == 77).all()
+
+
+class Streaming:
+    """Streams every picture, doubled; or none."""
+
+    def __init__(self, tiling: Tiling) -> None:
+        self.chosen = Way(tiling, 16, 2)
+
+    def way(self, height, width):
+        return self.chosen
+
+    def stream(self, source, result):
+        for top in range(0, source.info.height, 7):
+            result.put(2 * top, 0, double(source.rgb(top, min(7, source.info.height - top))))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("suffix", "dtype"), [(".png", np.uint8), (".png", np.uint16), (".tif", np.uint8)])
+@pytest.mark.parametrize("background", [None, (255, 0, 9)])
+def test_opacity_of_streamed_pictures_is_that_of_whole_ones_and_never_in_memory(
+    tmp_path, monkeypatch, orientation, suffix, dtype, background
+):
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (90, 41, 4)).astype(dtype)
+    image = pyvips.Image.new_from_array(pixels).copy(interpretation="srgb" if dtype == np.uint8 else "rgb16").copy()
+    image.set_type(pyvips.GValue.gint_type, "orientation", orientation)
+    image.write_to_file(str(tmp_path / f"in{suffix}"))
+    written = []
+    for tiling in Tiling.WHOLE, Tiling.EXACT:
+        if tiling is Tiling.EXACT:
+            monkeypatch.delattr(pipeline, "upscale_alpha")
+            monkeypatch.delattr(SourcePicture, "alpha")
+        job = Job(tmp_path / f"in{suffix}", tmp_path / f"{tiling}{suffix}")
+        options = PipelineOptions(2, Encoding(background=background), streamer=Streaming(tiling))
+        assert [type(outcome) for outcome in pipeline.run([job], double, options)] == [Written]
+        written.append(pyvips.Image.new_from_file(str(job.destination)).numpy())
+    assert written[0].shape == ((180, 82) if orientation == 1 else (82, 180)) + (3 if background else 4,)
+    assert np.array_equal(*written)
+
+
+def test_a_source_that_vanishes_before_its_opacity_is_read_leaves_nothing(tmp_path):
+    class Vanishing(Streaming):
+        def stream(self, source, result):
+            super().stream(source, result)
+            source.info.path.unlink()
+
+    job = Job(save(tmp_path / "a.png", bands=4), tmp_path / "out" / "a.png")
+    (outcome,) = pipeline.run([job], double, PipelineOptions(2, streamer=Vanishing(Tiling.EXACT)))
+    assert str(job.source) in outcome.reason
+    assert not job.destination.parent.exists() or not list(job.destination.parent.iterdir())
+
+
+def test_what_a_result_lacks_is_told(tmp_path):
+    source = tmp_path / "deep.png"
+    pyvips.Image.new_from_array(np.full((4, 4, 3), 40_000, np.uint16)).copy(interpretation="rgb16").write_to_file(
+        str(source)
+    )
+    (outcome,) = pipeline.run([Job(source, tmp_path / "out.jpg")], double, OPTIONS)
+    assert "16-bit" in outcome.notes[0]
+
+
+def test_a_plan_writes_nothing_and_foresees_sizes_and_failures(jobs, tmp_path):
+    transparent = Job(save(tmp_path / "t.png", bands=4), tmp_path / "t.jpg")
+    list(pipeline.run(jobs[:1], double, OPTIONS))
+    outcomes = list(pipeline.plan([*jobs[:2], transparent], OPTIONS))
+    assert outcomes[:2] == [Skipped(jobs[0]), Planned(jobs[1], 10, 12)]
+    assert "transparency" in outcomes[2].reason
+    assert files(tmp_path / "out") == ["0.png"]
+    flattened = PipelineOptions(scale=2, encoding=Encoding(background=(255, 255, 255)))
+    assert list(pipeline.plan([transparent], flattened)) == [Planned(transparent, 10, 12)]
