@@ -26,7 +26,7 @@ from sanrt.model.san import SAN
 from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.backends.onnxruntime import open_session
 from sanrt.runtime.backends.protocol import RunOptions
-from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.backends.registry import load_unguarded
 from sanrt.runtime.pictures.codec import Output, write_picture
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.tiling.upscaling import infer_padded, network_input, network_output
@@ -132,7 +132,7 @@ def validate(artifact: Path, pictures: Callable[[int], Iterable[Sample]], option
     picture. Raises UsageError when the checkpoint is not the one that the artifact was made of. The verdict is
     `.require()`'s.
     """
-    with load_backend(options.backend, artifact, RunOptions(precision=options.precision)) as backend:
+    with load_unguarded(options.backend, artifact, RunOptions(precision=options.precision)) as backend:
         spec = backend.spec
         checkpoint = source_checkpoint(spec, artifact, options.checkpoint)
         net = reference_network(checkpoint, spec)

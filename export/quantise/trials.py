@@ -18,7 +18,7 @@ from sanrt.model.spec import Precision
 from sanrt.runtime.artifacts.engines import SUFFIX
 from sanrt.runtime.artifacts.models import read_spec
 from sanrt.runtime.backends.protocol import Backend, RunOptions
-from sanrt.runtime.backends.registry import AUTO_ORDER, BACKENDS, load_backend, status
+from sanrt.runtime.backends.registry import AUTO_ORDER, BACKENDS, load_unguarded, status
 from sanrt.runtime.tiling.upscaling import infer_padded, network_input, network_output
 
 TIMED_SIDE, ROUNDS = 96, 5
@@ -62,7 +62,7 @@ def compared(models: Sequence[Path], held_out: Sequence[Sample], track: Track = 
         loaded = []
         for model, name, precision in ways(models):
             try:
-                backend = load_backend(name, model, RunOptions(precision=precision))
+                backend = load_unguarded(name, model, RunOptions(precision=precision))
             except SanrtError as error:
                 untried.setdefault(way_name(model, name, precision), str(error))
                 continue

@@ -10,7 +10,8 @@ from sanrt.errors import ModelError
 from sanrt.model.spec import Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.variants import file_digest
-from sanrt.runtime.backends.protocol import Backend, RunOptions
+from sanrt.runtime.backends.fp32_fallback import FP32Fallback
+from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import ALIASES, load_backend, status
 
 
@@ -55,7 +56,7 @@ def preferred(model: Path) -> Preference | None:
     return choice if fits and choice.exported == file_digest(model) else None
 
 
-def load_default(model: Path, options: RunOptions) -> Backend:
+def load_default(model: Path, options: RunOptions) -> FP32Fallback:
     """An exported model as `auto` runs it: in its preferred variant, or itself on the first usable backend."""
     choice = preferred(model)
     if choice is None:

@@ -29,7 +29,6 @@ from sanrt.extras import extra
 from sanrt.model.spec import ModelSpec
 from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, engines_of, json_path, read_engine
 from sanrt.runtime.artifacts.variants import file_digest
-from sanrt.runtime.backends.fp32_fallback import watched
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.pictures.codec import Encoding, remove_leftovers
@@ -129,7 +128,7 @@ class Worker:
         task = self.task
         self.folder, model = placed(task.model, self.files)
         running = task.running if self.share.gpus else replace(task.running, threads=self.share.cpus)
-        network = watched(load_backend(task.backend, model, running), model, running)
+        network = load_backend(task.backend, model, running)
         memory = task.upscaling.memory or (task.upscaling.budget + PROCESS_MEMORY) // self.share.per_node
         upscaling = replace(task.upscaling, memory=memory)
         scale = network.spec.architecture.scale

@@ -18,7 +18,6 @@ import numpy as np
 from sanrt.errors import ModelError, SanrtError, UsageError
 from sanrt.model.spec import Precision
 from sanrt.runtime.artifacts.variants import file_digest
-from sanrt.runtime.backends.fp32_fallback import watched
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import ALIASES, load_backend, status
 from sanrt.runtime.pictures.codec import Encoding, Pixels, open_picture
@@ -222,7 +221,7 @@ def verify(entries: Iterable[Entry]) -> Iterator[Replay]:
 
         @cache
         def loaded(backend: str, model: Path, loading: RunOptions) -> Backend:
-            return opened.enter_context(watched(load_backend(backend, model, loading), model, loading))
+            return opened.enter_context(load_backend(backend, model, loading))
 
         for entry in entries:
             try:

@@ -230,7 +230,6 @@ def colour(text: str) -> tuple[int, int, int]:
 
 def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
     """The chosen model on the chosen backend."""
-    from sanrt.runtime.backends.fp32_fallback import watched
     from sanrt.runtime.backends.registry import load_backend
 
     network = load_backend(choice.backend, choice.path, choice.options)
@@ -239,7 +238,7 @@ def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
     except UsageError:
         network.close()
         raise
-    return watched(network, choice.path, choice.options)
+    return network
 
 
 def tell_model(choice: ModelChoice, network: Backend | Ready, reporter: Reporter) -> None:
