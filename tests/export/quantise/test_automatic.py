@@ -70,10 +70,10 @@ def gpu(monkeypatch):
     def engines_of(path):
         return [SimpleNamespace(path=p) for p in sorted(path.parent.glob(f"{path.stem}-*{SUFFIX}"))]
 
-    def load_backend(name, path, options):
+    def load_unguarded(name, path, options):
         if name != "tensorrt":
-            return backends.load_backend(name, path, options)
-        backend = backends.load_backend("onnxruntime", path, options)
+            return backends.load_unguarded(name, path, options)
+        backend = backends.load_unguarded("onnxruntime", path, options)
         backend.name = "tensorrt"
         backend.spec = replace(backend.spec, precision=Precision(path.stem.rpartition("-")[2]))
         return backend
@@ -84,7 +84,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(automatic, "build_engine", build_engine)
     monkeypatch.setattr(automatic, "choose_flavor", lambda: "rtx")
     monkeypatch.setattr("sanrt.runtime.artifacts.engines.engines_of", engines_of)
-    monkeypatch.setattr(trials, "load_backend", load_backend)
+    monkeypatch.setattr(trials, "load_unguarded", load_unguarded)
     monkeypatch.setattr(trials, "seconds", lambda backend, _: 0.1 if backend.name == "tensorrt" else 1.0)
     return asked
 
