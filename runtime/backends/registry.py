@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sanrt.errors import BackendError, ModelError, UsageError
-from sanrt.model.spec import Precision
+from sanrt.extras import extra
+from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, engines_of, read_engine
 from sanrt.runtime.artifacts.models import read_spec
 from sanrt.runtime.backends.fp32_fallback import FP32Fallback
@@ -66,8 +67,7 @@ def load_backend(name: str, model: Path, options: RunOptions) -> FP32Fallback:
 
 def load_unguarded(name: str, model: Path, options: RunOptions) -> Backend:
     """The same without fp32 behind it, for measurements: NaN and infinity come out as they are."""
-    if model.suffix == STAGES_SUFFIX:
-        raise UsageError(f"{model}: stage engines run beside a whole one; name its {SUFFIX}, or the ONNX of both")
+    require_whole(model)
     if name in ALIASES:
         log.warning("backend %s is called %s now", name, ALIASES[name])
         name = ALIASES[name]
@@ -82,6 +82,24 @@ def load_unguarded(name: str, model: Path, options: RunOptions) -> Backend:
         raise BackendError(f"backend {name} is not usable here: {chosen.reason}{remedy} (usable: {usable})")
     load: Callable[[Path, RunOptions], Backend] = backend_module(chosen.name).load
     return load(model, options)
+
+
+def require_whole(model: Path) -> None:
+    """UsageError for the stages of a model."""
+    if model.suffix == STAGES_SUFFIX:
+        raise UsageError(f"{model}: stage engines run beside a whole one; name its {SUFFIX}, or the ONNX of both")
+
+
+def model_spec(model: Path) -> ModelSpec:
+    """What a model is by its own description, without loading it to run; SanrtError when that cannot be read."""
+    require_whole(model)
+    if model.suffix == ".onnx":
+        return read_spec(model)
+    if model.suffix == SUFFIX:
+        return read_engine(model).spec
+    with extra("export", f"{model}: reading a checkpoint"):
+        spec: ModelSpec = backend_module("torch").checkpoint_network(model)[1]
+        return spec
 
 
 def candidates(model: Path, options: RunOptions) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ from sanrt.runtime.pictures.storage import RemotePath
 from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.pipeline import Failed, Outcome, PipelineOptions, Written
 from sanrt.runtime.runs.record import Entry, Recorder, open_record, write_entry
+from sanrt.runtime.runs.results import Recipe
 from sanrt.runtime.tiling.upscaling import PROCESS_MEMORY, Streamer, UpscaleOptions, upscale
 
 log = logging.getLogger(__name__)
@@ -71,8 +72,8 @@ class Task:
     backend: str
     running: RunOptions
     upscaling: UpscaleOptions
+    recipe: Recipe
     encoding: Encoding = field(default_factory=Encoding)
-    overwrite: bool = False
     record: Path | None = None
     """Where the driver writes down what the workers say of each result."""
 
@@ -131,10 +132,9 @@ class Worker:
         network = load_backend(task.backend, model, running)
         memory = task.upscaling.memory or (task.upscaling.budget + PROCESS_MEMORY) // self.share.per_node
         upscaling = replace(task.upscaling, memory=memory)
-        scale = network.spec.architecture.scale
-        self.options = PipelineOptions(scale, task.encoding, task.overwrite, Streamer(network, upscaling))
+        self.options = PipelineOptions(task.recipe, task.encoding, Streamer(network, upscaling))
         self.upscale = partial(upscale, network, options=upscaling)
-        self.recorder = Recorder(Path(), network, task.model, running, upscaling, task.encoding)
+        self.recorder = Recorder(Path(), network, task.model, running, upscaling, task.encoding, task.recipe)
         self.recorder.model_digest = file_digest(model)
         return Ready(network.name, network.device, network.spec, node, os.getpid())
 

@@ -24,6 +24,7 @@ from sanrt.runtime.pictures.codec import Encoding, Pixels, open_picture
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.storage import fetched, located
 from sanrt.runtime.runs.pipeline import Failed, Outcome, PipelineOptions, Written, run
+from sanrt.runtime.runs.results import Recipe
 from sanrt.runtime.tiling.plan import Tiling
 from sanrt.runtime.tiling.upscaling import PROCESS_MEMORY, Streamer, UpscaleOptions, upscale
 from sanrt.version import __version__
@@ -72,6 +73,8 @@ class Entry:
     """What reading, upscaling and writing took."""
     engine_digest: str | None = None
     """SHA-256 of the TensorRT engine that ran the model, where one did."""
+    recipe: Mapping[str, Any] | None = None
+    """What the output says of its making, beside its source; None in records of a sanrt that wrote nothing of it."""
 
     def upscaling(self) -> UpscaleOptions:
         """What makes the same choices again."""
@@ -95,6 +98,7 @@ class Recorder:
     loading: RunOptions
     upscaling: UpscaleOptions
     encoding: Encoding
+    recipe: Recipe
     file: IO[str] = field(init=False)
 
     @cached_property
@@ -120,9 +124,10 @@ class Recorder:
         """One line of the record."""
         job, way, spec, backend = outcome.job, outcome.way, self.backend.spec, self.backend
         assert way
+        assert outcome.source
         return Entry(
             source=str(job.source.resolve()),
-            source_digest=file_digest(job.source, RESTORE),
+            source_digest=outcome.source.sha256,
             output=str(job.destination.resolve()),
             output_digest=file_digest(job.destination, RESTORE),
             model=str(self.model.resolve()),
@@ -145,6 +150,7 @@ class Recorder:
             versions={"sanrt": __version__, "python": platform.python_version(), "numpy": np.__version__},
             seconds=outcome.seconds,
             engine_digest=backend.engine_digest,
+            recipe=asdict(self.recipe),
         )
 
 
@@ -252,8 +258,9 @@ def again(entry: Entry, backend: Backend, folder: Path) -> Path:
     """The output, made again in `folder`."""
     output = folder / Path(entry.output).name
     settings = {**entry.encoding, "background": tuple(entry.encoding["background"] or ()) or None}
-    upscaling = entry.upscaling()
-    options = PipelineOptions(entry.scale, Encoding(**settings), streamer=Streamer(backend, upscaling))
+    encoding, upscaling = Encoding(**settings), entry.upscaling()
+    recipe = Recipe(**entry.recipe) if entry.recipe else Recipe.of(backend.spec, None, upscaling, encoding)
+    options = PipelineOptions(recipe, encoding, Streamer(backend, upscaling))
     (outcome,) = run([Job(located(entry.source), output)], partial(upscale, backend, options=upscaling), options)
     if isinstance(outcome, Failed):
         raise SanrtError(outcome.reason)

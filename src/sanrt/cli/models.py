@@ -14,6 +14,13 @@ from sanrt.model.spec import SCALES
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, exported_path, other_models
 
 
+def bundled_weights(scale: int) -> Path:
+    """The checkpoint that a missing default model is exported from."""
+    with extra("export", "making a model"):
+        from sanrt.model.checkpoint import bundled_checkpoint
+    return bundled_checkpoint(scale)
+
+
 def default_model(models: Path, scale: int | None, say: Callable[[str], None]) -> Path:
     """The model where none is named, exported from the bundled weights first if it is not there; `say` is told so."""
     path = exported_path(models, scale)

@@ -35,20 +35,29 @@ def plan(
 ) -> None:
     """Say how pictures would be upscaled, and what memory and time that takes on each backend; none is upscaled."""
     from sanrt.runtime.backends.protocol import RunOptions
+    from sanrt.runtime.backends.registry import model_spec
+    from sanrt.runtime.pictures.codec import Encoding
     from sanrt.runtime.pictures.jobs import Naming, find_pictures
     from sanrt.runtime.runs import estimate as plans
+    from sanrt.runtime.runs.results import Recipe, sort_out
     from sanrt.runtime.tiling.plan import parse_memory
     from sanrt.runtime.tiling.upscaling import UpscaleOptions
 
     jobs = find_pictures(inputs, output or Path("results.sanrt-plan"), Naming(suffix, format))
-    remaining = [job for job in jobs if not job.done]
-    if output:
-        done = len(jobs) - len(remaining)
-        print(f"{output}: {done} of {len(jobs)} results are there already and would be skipped; {len(remaining)} remain")
-    if not remaining:
-        return
     options = UpscaleOptions(tile, tiling=tiling, memory=parse_memory(memory) if memory else None)
     path = model or exported_path(models, scale)
+    remaining = jobs
+    if output:
+        found = sort_out(jobs, Recipe.of(model_spec(path), None, options, Encoding()))
+        remaining = list(found.to_do)
+        print(
+            f"{output}: {len(found.done)} of {len(jobs)} results are there already and would be skipped; "
+            f"{len(remaining)} remain",
+            *found.reasons,
+            sep="\n",
+        )
+    if not remaining:
+        return
     totals: dict[str, float] = {}
     for each in plans.plan(remaining, path, RunOptions(threads=threads), options):
         print("\n".join(lines(each)), flush=True)
