@@ -31,7 +31,8 @@ from sanrt.export.parity import compare, worst
 from sanrt.export.quantise.calibration import calibration_set
 from sanrt.export.samples import Sample, samples
 from sanrt.export.tensors import Probe
-from sanrt.model.graph import read_model, san_model
+from sanrt.model.exported import read_model
+from sanrt.model.graph import san_model
 from sanrt.model.spec import GraphOptions, ModelSpec, Precision
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_unguarded

@@ -18,7 +18,8 @@ import onnx
 from sanrt.errors import BackendError, BuildError, ModelError, UsageError
 from sanrt.export import proof as proofs
 from sanrt.export.stages import stage_ranges
-from sanrt.model.graph import read_model, san_model, stage_model
+from sanrt.model.exported import read_model
+from sanrt.model.graph import san_model, stage_model
 from sanrt.model.spec import GraphOptions, ModelSpec, Precision
 from sanrt.runtime.artifacts.engines import (
     BuildOptions,
@@ -33,7 +34,7 @@ from sanrt.runtime.artifacts.engines import (
     stage_archive,
 )
 from sanrt.runtime.artifacts.flavors import TITLES, Flavor, installed_version
-from sanrt.runtime.artifacts.variants import FOLDER, file_digest
+from sanrt.runtime.artifacts.variants import FOLDER, model_digest
 from sanrt.runtime.backends.tensorrt.library import Watch, import_flavor
 from sanrt.version import __version__
 
@@ -106,7 +107,7 @@ def build_engine(
         register_kernels(trt, options.flavor)
     spec, graphs = typed_graphs(model, options)
     identity = Identity(
-        file_digest(model), options, installed_version(options.flavor) or "", target(trt, options), __version__
+        model_digest(model), options, installed_version(options.flavor) or "", target(trt, options), __version__
     )
     path = output or default_path(model, identity)
     if (existing := reusable(path, identity)) is not None:

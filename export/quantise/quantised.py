@@ -23,10 +23,11 @@ from sanrt.export.quantise.calibration import (
     untracked,
 )
 from sanrt.export.quantise.search import Measurements, Plan, of_parts, plan_parts, table_rows
-from sanrt.model.graph import Weights, read_model, san_model
+from sanrt.model.exported import read_model
+from sanrt.model.graph import Weights, san_model
 from sanrt.model.spec import ModelSpec, Quantisation, QuantisedType
 from sanrt.runtime.artifacts.models import read_spec
-from sanrt.runtime.artifacts.variants import FOLDER, file_digest
+from sanrt.runtime.artifacts.variants import FOLDER, model_digest
 from sanrt.version import __version__
 
 MAX_PSNR_DROP = 0.1
@@ -76,7 +77,7 @@ def quantise(model: Path, options: QuantiseOptions, track: Track = untracked) ->
     all_parts = parts(spec)
     kept = kept_parts(all_parts, options.keep)
     pictures = calibration_set(options.calibration, spec.architecture.scale, track)
-    identity = [file_digest(model), __version__, pictures.digest]
+    identity = [model_digest(model), __version__, pictures.digest]
     ranges = kept_ranges(model, spec, weights, pictures, options.method, identity, track)
     quantisation = Quantisation(options.type, ranges.inputs, ranges.outputs)
     cache = cache_path(model, f"{options.type}-losses", [*identity, json.dumps(ranges.inputs)])

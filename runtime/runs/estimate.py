@@ -17,7 +17,7 @@ from sanrt.errors import BackendError, SanrtError
 from sanrt.model.spec import Architecture, Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.engines import SUFFIX
-from sanrt.runtime.artifacts.variants import FOLDER, file_digest
+from sanrt.runtime.artifacts.variants import FOLDER, model_digest
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import BACKENDS, load_unguarded, status
 from sanrt.runtime.pictures.codec import open_picture, plan_output
@@ -138,7 +138,7 @@ def estimate(backend: Backend, speeds: Mapping[str, Speed], height: int, width: 
 def speed_of(backend: Backend, model: Path, options: RunOptions) -> Speed:
     """The kept measurement of this backend, model and machine, or a new one."""
     facts = [backend.name, str(status(backend.name).version), machine.cpu_name(), str(machine.cores()), str(options)]
-    tag = hashlib.sha256("\n".join([file_digest(model), str(backend.spec.precision), *facts]).encode()).hexdigest()[:16]
+    tag = hashlib.sha256("\n".join([model_digest(model), str(backend.spec.precision), *facts]).encode()).hexdigest()[:16]
     path = model.parent / FOLDER / f"{model.stem}-{backend.name}-speed-{tag}.json"
     try:
         return Speed(**json.loads(path.read_text()))

@@ -17,7 +17,7 @@ import numpy as np
 
 from sanrt.errors import ModelError, SanrtError, UsageError
 from sanrt.model.spec import Precision
-from sanrt.runtime.artifacts.variants import file_digest
+from sanrt.runtime.artifacts.variants import file_digest, model_digest
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import ALIASES, load_backend, status
 from sanrt.runtime.pictures.codec import Encoding, Pixels, open_picture
@@ -104,7 +104,7 @@ class Recorder:
     @cached_property
     def model_digest(self) -> str:
         """SHA-256 of the model's file."""
-        return file_digest(self.model)
+        return model_digest(self.model)
 
     def __enter__(self) -> Self:
         self.file = open_record(self.path)
@@ -242,8 +242,12 @@ def verify(entries: Iterable[Entry]) -> Iterator[Replay]:
 
 def check_unchanged(entry: Entry) -> None:
     """Raise SanrtError unless picture, model and result are the files of the record."""
-    for path, digest in ((entry.source, entry.source_digest), (entry.model, entry.model_digest)):
-        if file_digest(located(path), RESTORE) != digest:
+    source, model = file_digest(located(entry.source), RESTORE), model_digest(Path(entry.model), RESTORE)
+    for path, found, digest in (
+        (entry.source, source, entry.source_digest),
+        (entry.model, model, entry.model_digest),
+    ):
+        if found != digest:
             raise ModelError(f"{path}: changed since the run (SHA-256 {digest[:12]}... was recorded); {RESTORE}")
     file_digest(located(entry.output), RESTORE)
 

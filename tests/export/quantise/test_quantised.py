@@ -22,7 +22,8 @@ from sanrt.export.scene import natural_scene
 from sanrt.export.tensors import Probe
 from sanrt.export.validate import ValidateOptions, validate
 from sanrt.model.checkpoint import load_checkpoint
-from sanrt.model.graph import read_model, san_model
+from sanrt.model.exported import read_model
+from sanrt.model.graph import san_model
 from sanrt.model.spec import GraphOptions, Precision, Quantisation, QuantisedType
 from sanrt.runtime.backends.default_variant import load_default, prefer, preference_path, preferred
 from sanrt.runtime.backends.protocol import RunOptions

@@ -18,7 +18,8 @@ from sanrt.errors import BackendError, ModelError, OutOfMemoryError
 from sanrt.export.onnx import ExportOptions, export_onnx
 from sanrt.export.scene import natural_scene
 from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
-from sanrt.model.graph import read_model, san_model
+from sanrt.model.exported import read_model
+from sanrt.model.graph import san_model
 from sanrt.model.spec import Precision, Quantisation, QuantisedType
 from sanrt.runtime import host as machine
 from sanrt.runtime.backends import registry as backends
