@@ -47,7 +47,7 @@ def chosen_precision() -> Precision:
     """int16 where the processor multiplies and adds 16-bit integers in one instruction, twice as many as fp32."""
     from sanrt.kernels.cpu.ir import this_processor
 
-    fast = "AVX512-VNNI" in machine.cpu_features() and this_processor().pairs
+    fast = "AVX512-VNNI" in machine.cpu_features() and this_processor().pmadd
     return Precision.INT16 if fast else Precision.FP32
 
 
@@ -76,9 +76,9 @@ class NativeBackend:
     def computing(self, precision: Precision) -> Network:
         """The network in a precision."""
         from sanrt.kernels.cpu.network import Network
-        from sanrt.kernels.cpu.winograd import Products
+        from sanrt.kernels.cpu.winograd import Arithmetic
 
-        return Network(self.spec, self.weights, self.threads, Products(precision))
+        return Network(self.spec, self.weights, self.threads, Arithmetic(precision))
 
     @cached_property
     def exact(self) -> Network:

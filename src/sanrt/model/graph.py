@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sanrt.model.contract import STAGE_INPUTS, STAGE_MAPS
+from sanrt.model.contract import MIN_TRACE, STAGE_INPUTS, STAGE_MAPS
 from sanrt.model.spec import (
     DESCRIPTION_DIGEST,
     MIN_SIDE,
@@ -35,8 +35,6 @@ from sanrt.model.spec import (
 OPSET = 22
 """The first opset whose convolutions take bfloat16."""
 IR_VERSION = 10
-MIN_TRACE = 1e-10
-"""As in `sanrt.model.soca`: below this a covariance counts as zero."""
 
 TYPED_DIVISOR = 16.0
 """Of queries and keys in fp16 and bf16: scores up to 16 million fit, and TensorRT still fuses the attention."""
