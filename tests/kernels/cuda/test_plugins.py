@@ -13,7 +13,7 @@ from onnx import TensorProto
 
 from sanrt.errors import BackendError
 from sanrt.kernels.cuda import plugins
-from sanrt.kernels.cuda.soca import most_merged, partial_size
+from sanrt.kernels.cuda.soca import max_merged_rows, partial_size
 from sanrt.model.graph import san_model
 from sanrt.model.spec import Architecture, GraphOptions, ModelSpec, Precision
 
@@ -98,7 +98,7 @@ def test_launches_match_the_kernels_they_name(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     x = TensorDesc(dtype=DataType.HALF, shape_expr=(3, 16, 20, 30), format=format)
     partials, counters = bindings.functions["register", "sanrt::soca_statistics"](x, 16)
-    assert partials.shape_expr == (3, most_merged(16), partial_size(16))
+    assert partials.shape_expr == (3, max_merged_rows(16), partial_size(16))
     name, ptx, launch, integers = bindings.functions["aot_impl", "sanrt::soca_statistics"](x, 16, (partials, counters), 0)
     assert (name, launch.grid_x, launch.grid_y, launch.block_x, integers) == (
         f"soca_statistics_{layout}",

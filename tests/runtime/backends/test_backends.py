@@ -131,7 +131,7 @@ def test_a_whole_picture_s_maps_are_freed_when_streaming_begins(tiny_model):
     with loaded("native", tiny_model(), RunOptions(threads=1)) as backend:
         backend.infer(picture(1, 3, 17, 21))
         backend.stages().run("head", picture(1, 3, 8, 8), np.array([0, 0, 8, 8]))
-        assert backend.network.held is None
+        assert backend.network.trunk is None
 
 
 def test_what_a_stage_gave_is_not_overwritten_even_where_it_is_one_pixel(tiny_model):
