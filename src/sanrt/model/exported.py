@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from sanrt.errors import ModelError
+from sanrt.errors import ModelError, first_line
 from sanrt.model.contract import STAGE_INPUTS
 from sanrt.model.graph import Array, Weights, made_of_weights, san_model, stage_model, tensors_digest
 from sanrt.model.spec import (
@@ -303,8 +303,3 @@ def fingerprints(graph: onnx.GraphProto, stored: Collection[str]) -> dict[str, s
 def casts_to(node: onnx.NodeProto) -> int | None:
     """The type that a Cast gives; None for other nodes."""
     return next((a.i for a in node.attribute if a.name == "to"), None) if node.op_type == "Cast" else None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type's name."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -133,9 +133,9 @@ def test_registering_twice_registers_once(bindings: Bindings) -> None:
 
 def test_formats_the_kernels_do_not_take_are_refused(bindings: Bindings) -> None:
     with pytest.raises(BackendError, match=r"64 channels of DataType\.INT8.*--kernels none"):
-        plugins.soca_program(bindings.trt, DataType.INT8, 64)
+        plugins.soca_source(bindings.trt, DataType.INT8, 64)
     with pytest.raises(BackendError, match="24 channels"):
-        plugins.soca_program(bindings.trt, DataType.HALF, 24)
+        plugins.soca_source(bindings.trt, DataType.HALF, 24)
 
 
 @pytest.mark.parametrize("version", ["10.13.3.9", "10.16.1.11", "11.4.0.106"])
