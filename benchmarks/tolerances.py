@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path 
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, SanrtError
 from sanrt.export.parity import TOLERANCES, Tolerance, worst
-from sanrt.export.quantise.calibration import spread
-from sanrt.export.quantise.quantised import quantised_path
+from sanrt.export.quantise.calibration import evenly_spread
+from sanrt.export.quantise.model import quantised_path
 from sanrt.export.samples import Sample, degraded, pictures_in, read_rgb
 from sanrt.export.tensors import Probe
 from sanrt.export.validate import picture_result, reference_network, reference_output, source_checkpoint
@@ -59,7 +59,7 @@ def tolerances(
 ) -> None:
     """Print what the rule gives for every type beside what the code has; exit 1 where they differ."""
     measured: dict[Kind, list[tuple[float, float, float]]] = defaultdict(list)
-    paths = spread(pictures_in(pictures), count)
+    paths = evenly_spread(pictures_in(pictures), count)
     for model in models:
         spec, _ = read_model(model)
         net = reference_network(source_checkpoint(spec, model, None), spec)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from sanrt.cli import app
 from sanrt.errors import ModelError, ParityError, PictureError, SanrtError, UsageError
 from sanrt.export.locate import locate
-from sanrt.export.quantise.calibration import Method, calibrated
+from sanrt.export.quantise.calibration import RangeMethod, measure_ranges
 from sanrt.export.samples import Sample, samples
 from sanrt.export.scene import natural_scene
 from sanrt.export.validate import ValidateOptions, validate
@@ -159,7 +159,7 @@ def change_type(graph, name):
 @pytest.fixture(scope="module")
 def int8(exported, tmp_path_factory):
     spec, weights = read_model(exported.onnx)
-    ranges = calibrated(spec, weights, [Sample("scene", SMALL(), None)], Method.MIN_MAX)
+    ranges = measure_ranges(spec, weights, [Sample("scene", SMALL(), None)], RangeMethod.MIN_MAX)
     path = tmp_path_factory.mktemp("int8") / "int8.onnx"
     quantisation = Quantisation(QuantisedType.INT8, ranges.inputs, ranges.outputs)
     onnx.save(san_model(replace(spec, quantisation=quantisation), weights), path)

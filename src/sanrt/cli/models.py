@@ -41,6 +41,17 @@ def known_scale(scale: int | None) -> int | None:
     return scale
 
 
+def one_of(*known: str) -> Callable[[str], str]:
+    """A typer callback: wrong usage for any other word."""
+
+    def checked(word: str) -> str:
+        if word not in known:
+            raise typer.BadParameter(f"{word}: expected {', '.join(known[:-1])} or {known[-1]}")
+        return word
+
+    return checked
+
+
 def require_scale(path: Path, found: int, asked: int | None) -> None:
     """Raise UsageError when a model or checkpoint is of another scale than was asked for."""
     if asked not in (None, found):
@@ -58,7 +69,7 @@ def build_words(model: Path) -> str:
 
 
 def default_words(model: Path, named: str) -> str:
-    """What makes a command take a model: nothing or its scale where the model is the default one, else `named`."""
+    """The words by which a command takes a model: none or its scale where it is the default one, else `named`."""
     scale = next((scale for scale in SCALES if model == exported_path(MODELS, scale)), None)
     if scale is None:
         return named

@@ -353,7 +353,7 @@ class GraphWriter:
     def tail(self, trunk: str, out: str) -> str:
         """Sub-pixel upscaling, the last convolution (fp32 in bf16 graphs, as the first), and the mean shift back in fp32."""
         x, layer = trunk, 0
-        for factor in [3] if self.arch.scale == 3 else [2] * (self.arch.scale.bit_length() - 1):
+        for factor in self.arch.upsampling:
             name = f"upsampler.{layer}"
             x = self.op("DepthToSpace", [self.conv(x, name)], f"{name}.shuffled", blocksize=factor, mode="CRD")
             layer += 2

@@ -115,6 +115,11 @@ class Architecture:
         return self.channels // 8
 
     @property
+    def upsampling(self) -> tuple[int, ...]:
+        """Factors of the sub-pixel convolutions, in order: one of 3 for x3, else one of 2 for every doubling."""
+        return (3,) if self.scale == 3 else (2,) * (self.scale.bit_length() - 1)
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """Every stage of the network, as exact streaming runs it."""
         grouped = [f"{kind}.{g}" for g in range(self.groups) for kind in ("body", "gate", "join")]
