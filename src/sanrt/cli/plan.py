@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from sanrt.runtime.runs.estimate import PicturePlan
 
 
+RUN_OPTIONS = "Options of the run"
+"""Panel of the help, after the everyday options."""
+
+
 def plan(
     inputs: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.", show_default=False)],
     output: Annotated[
@@ -26,12 +30,12 @@ def plan(
     scale: Annotated[
         int, typer.Option(help="2, 3, 4 or 8, where no --model is given.", callback=known_scale)
     ] = DEFAULT_SCALE,
-    tiling: Annotated[Tiling, typer.Option(help="As for `sanrt run`.")] = Tiling.AUTO,
-    tile: Annotated[int | None, typer.Option(min=16, help="As for `sanrt run`.")] = None,
-    memory: Annotated[str | None, typer.Option(help="As for `sanrt run`, such as 4G.")] = None,
-    format: Annotated[Format | None, typer.Option(help="As for `sanrt run`.")] = None,
-    suffix: Annotated[str, typer.Option(help="As for `sanrt run`.")] = "",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the network; all if left out.")] = None,
+    tiling: Annotated[Tiling, typer.Option(help="As for `sanrt run`.", rich_help_panel=RUN_OPTIONS)] = Tiling.AUTO,
+    tile: Annotated[int | None, typer.Option(min=16, help="As for `sanrt run`.", rich_help_panel=RUN_OPTIONS)] = None,
+    memory: Annotated[str | None, typer.Option(help="As for `sanrt run`, such as 4G.", rich_help_panel=RUN_OPTIONS)] = None,
+    format: Annotated[Format | None, typer.Option(help="As for `sanrt run`.", rich_help_panel=RUN_OPTIONS)] = None,
+    suffix: Annotated[str, typer.Option(help="As for `sanrt run`.", rich_help_panel=RUN_OPTIONS)] = "",
 ) -> None:
     """Say how pictures would be upscaled, and what memory and time that takes on each backend; none is upscaled."""
     from sanrt.runtime.backends.protocol import RunOptions

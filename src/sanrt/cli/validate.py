@@ -20,25 +20,36 @@ if TYPE_CHECKING:
     from sanrt.export.validate import Validation
 
 
+LIMITS, REPORTS = "Limits", "Reports"
+"""Panels of the help, after the everyday options."""
+
+
 def validate(
     artifact: Annotated[Path, typer.Argument(help="An ONNX or an engine.", show_default=False)],
     images: Annotated[Path | None, typer.Option(help="Folder of pictures; generated scenes if left out.")] = None,
     hr: Annotated[Path | None, typer.Option(help="Their high-resolution originals; alone, they are downscaled.")] = None,
-    backend: Annotated[str, typer.Option(help="What runs the artifact; auto takes the first that is usable.")] = "auto",
-    precision: Annotated[Precision | None, typer.Option(help="Of an ONNX, where the backend has a choice.")] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="The weights that it was exported from, if not the bundled ones.")
     ] = None,
+    backend: Annotated[str, typer.Option(help="What runs the artifact; auto takes the first that is usable.")] = "auto",
+    precision: Annotated[Precision | None, typer.Option(help="Of an ONNX, where the backend has a choice.")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(min=0, help="Largest difference, of 255; by its precision if left out.")
+        float | None,
+        typer.Option(min=0, help="Largest difference, of 255; by its precision if left out.", rich_help_panel=LIMITS),
     ] = None,
     min_psnr: Annotated[
-        float | None, typer.Option(min=0, help="Lowest PSNR to the reference, dB; by its precision if left out.")
+        float | None,
+        typer.Option(min=0, help="Lowest PSNR to the reference, dB; by its precision if left out.", rich_help_panel=LIMITS),
     ] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
-    heatmap: Annotated[Path | None, typer.Option(help="Folder for pictures of where the outputs differ.")] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Write every figure to this file.", rich_help_panel=REPORTS)
+    ] = None,
+    heatmap: Annotated[
+        Path | None, typer.Option(help="Folder for pictures of where the outputs differ.", rich_help_panel=REPORTS)
+    ] = None,
     locate: Annotated[
-        bool, typer.Option("--locate", help="Compare stage by stage; name where a difference begins.")
+        bool,
+        typer.Option("--locate", help="Compare stage by stage; name where a difference begins.", rich_help_panel=REPORTS),
     ] = False,
 ) -> None:
     """Hold an ONNX or engine against the PyTorch network of the checkpoint it came from; exit 1 outside the tolerance."""
@@ -46,9 +57,9 @@ def validate(
         from sanrt.export.locate import locate as find
         from sanrt.export.samples import samples
         from sanrt.export.validate import ValidateOptions, validate
-    from rich.console import Console
+    from sanrt.cli.console import plain_console
 
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = plain_console()
     options = ValidateOptions(backend, precision, checkpoint, tolerance, min_psnr, heatmap)
     try:
         validation = validate(artifact, partial(samples, images, hr), options)
