@@ -13,6 +13,9 @@ from training.command import run
 
 CURVES = Path(__file__).resolve().parent / "curves"
 
+Row = dict[str, float | list[float]]
+"""A line of the log."""
+
 PANELS = {"l1": "L1, share of the value range", "y_psnr": "Y-PSNR, dB"}
 """What is plotted over the iterations, as the log names it, and its axis."""
 
@@ -31,20 +34,20 @@ def curve(
     print(path)
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
+def read_log(path: Path) -> list[Row]:
     """The rows that training wrote, in order."""
     try:
-        rows: list[dict[str, float]] = [json.loads(line) for line in path.read_text().splitlines()]
+        rows: list[Row] = [json.loads(line) for line in path.read_text().splitlines()]
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); expected a log of training.train") from error
     except ValueError as error:
         raise UsageError(f"{path}: not a log of training.train ({error})") from error
     if not rows or not all(isinstance(row, dict) and "step" in row for row in rows):
-        raise UsageError(f"{path}: no rows of a training log; train until the first checkpoint")
+        raise UsageError(f"{path}: no rows of a training log; train for 200 steps")
     return rows
 
 
-def draw(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
+def draw(runs: dict[str, list[Row]], path: Path) -> None:
     """One panel for each of PANELS, one line for each run that logged it."""
     try:
         from matplotlib.figure import Figure
@@ -53,13 +56,18 @@ def draw(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for name, rows in runs.items():
-            points = [(row["step"], row[key]) for row in rows if key in row]
+            points = [(row["step"], first(row[key])) for row in rows if key in row]
             if points:
                 axes.plot(*zip(*points, strict=True), label=name)
                 axes.legend()
         axes.set(xlabel="iteration", ylabel=label)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def first(value: float | list[float]) -> float:
+    """A number, or the first of several: the clean pictures' score."""
+    return value[0] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

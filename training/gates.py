@@ -20,7 +20,8 @@ from sanrt.model.san import SAN
 from sanrt.model.soca import SOCA
 from training.command import run
 from training.data import Picture, picture_files, read_rgb
-from training.ship import trained_network, upscaled
+from training.ship import upscaled
+from training.weights import trained_network
 
 
 @dataclass(frozen=True)

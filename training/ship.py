@@ -1,9 +1,10 @@
-"""Turn a training checkpoint into the weights that ship: `python -m training.ship RUN/checkpoint.pt --scale 4`."""
+"""Turn a state of training into the weights that ship: `python -m training.ship RUN/decayed.safetensors --scale 4`."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -12,21 +13,25 @@ import typer
 
 from sanrt.errors import CheckpointError, ParityError
 from sanrt.export.metrics import psnr
-from sanrt.model.checkpoint import architecture_of, check_shapes, load_checkpoint, save_checkpoint
+from sanrt.model.checkpoint import load_checkpoint, save_checkpoint
 from sanrt.model.san import SAN
 from training.command import run
 from training.data import Picture, read_rgb, to_tensor
+from training.weights import trained_network
+
+SOURCES = Path(__file__).resolve().with_name("sources.csv")
+"""Who made the pictures: some of the licences ask that it goes where the weights go."""
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "src" / "sanrt" / "model" / "weights"
 
 SAME = 60.0
 """PSNR in dB that rounding the weights must leave between the outputs: an RMS difference of a quarter of a grey level."""
 
-ORIGIN = "trained by sanrt's recipe on 400 photographs of BSDS500 (training/README.md)"
+ORIGIN = "trained by sanrt's recipe on 110 free photographs (training/README.md, training/sources.csv)"
 
 
 def ship(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint.pt of `python -m training.train`.")],
+    checkpoint: Annotated[Path, typer.Argument(help="decayed.safetensors of `python -m training.train`.")],
     scale: Annotated[int, typer.Option(help="The scale it must be of; names the output.")],
     origin: Annotated[str, typer.Option(help="What the file says of itself.")] = ORIGIN,
     out: Annotated[Path | None, typer.Option(help="[default: src/sanrt/model/weights/san_xSCALE.safetensors]")] = None,
@@ -44,25 +49,10 @@ def ship(
         if likeness < SAME:
             raise ParityError(f"{checkpoint}: fp16 weights give {likeness:.1f} dB PSNR to the fp32 ones; expected >= {SAME}")
         partial.replace(path)
+        shutil.copyfile(SOURCES, path.with_name(SOURCES.name))
     finally:
         partial.unlink(missing_ok=True)
     print(f"{path}: {net.arch.name}, {path.stat().st_size / 1e6:.2f} MB, {likeness:.1f} dB PSNR to the fp32 outputs")
-
-
-def trained_network(path: Path) -> SAN:
-    """The network of a training checkpoint, or of any weights file that sanrt reads; float32, evaluation mode."""
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises many kinds for a file that is none of its own; load_checkpoint tells what it is
-        state = None
-    if not isinstance(state, dict) or "net" not in state:
-        return load_checkpoint(path).network()
-    tensors = {name: tensor.float() for name, tensor in state["net"].items()}
-    arch = architecture_of(path, tensors, {})
-    check_shapes(path, tensors, arch)
-    net = SAN(arch)
-    net.load_state_dict(tensors)
-    return net.eval().requires_grad_(False)
 
 
 def pattern(side: int = 96) -> Picture:

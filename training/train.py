@@ -1,200 +1,305 @@
-"""Train a SAN from a folder of pictures: `python -m training.train --help`."""
+"""Train a SAN on packed pictures, in as many runs on as many machines as it takes: `python -m training.train --help`."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
+import torch.distributed
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from torch.optim import Adam
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.multiprocessing.spawn import spawn
 
-from sanrt.model.san import RGB_MEAN, SAN, ResidualBlock, ResidualGroup
+from sanrt.errors import UsageError
+from sanrt.model.checkpoint import save_checkpoint
+from sanrt.model.san import SAN
 from sanrt.model.spec import Architecture
-from training.data import Patches, picture_files, read_rgb, to_tensor
+from training.command import run
+from training.learner import Learner, on_device
+from training.network import initialise
+from training.recording import Record, cuda_graph, plain, tape
+from training.score import scores
+from training.state import Progress, newest, restore, restore_compact, save, save_compact
+from training.tiles import BLOCK, Tiles, load_tiles
+from training.weights import start_from, trained_network
 
-INNER_RANGE = 8.0
-"""The mean shifts map 0..255 to a range of this width, in which Adam's steps suit every layer alike."""
-
-SOCA_GAIN = 128.0
-"""SOCA's first layer starts positive and this much larger: then its hidden units are alive and the gates differ between
-pictures from the start (with the usual start they stay all but constant, see training/README.md)."""
-
-
-def initialise(net: SAN) -> None:
-    """Start as a bilinear upscaler: colours pass through head and tail, every residual branch starts small."""
-    with torch.no_grad():
-        ratio = INNER_RANGE / net.arch.value_range
-        net.mean_in.weight.mul_(ratio)
-        biases(net.mean_in).copy_(-INNER_RANGE * torch.tensor(RGB_MEAN))
-        net.mean_out.weight.div_(ratio)
-        for group in cast(Iterable[ResidualGroup], net.groups):
-            group.conv.weight.mul_(0.1)
-            group.soca.down.weight.abs_().mul_(SOCA_GAIN)
-            for block in cast(Iterable[ResidualBlock], group.blocks):
-                block.conv2.weight.mul_(0.1)
-        nn.init.zeros_(net.attention.out.weight)
-        nn.init.zeros_(biases(net.attention.out))
-        pass_colours(net.head, identity_kernel())
-        for conv in (layer for layer in net.upsampler if isinstance(layer, nn.Conv2d)):
-            pass_colours(conv, bilinear_kernels(round((conv.out_channels / conv.in_channels) ** 0.5)))
-        nn.init.zeros_(biases(net.tail))
-        net.tail.weight.mul_(0.1)
-        pass_colours(net.tail, identity_kernel())
+LAST_SAVE = 30.0
+"""Seconds before the end of the budget in which a state is written in any case: whoever set the budget may be strict."""
 
 
-def biases(conv: nn.Conv2d) -> Tensor:
-    """A convolution's biases, which all of SAN's have."""
-    assert conv.bias is not None
-    return conv.bias
+@dataclass(frozen=True)
+class Schedule:
+    """The rate over a run: it rises, stays, and falls to zero over the last part."""
+
+    rate: float
+    seconds: float
+    """Budget of the run."""
+    warmup: float
+    """Seconds in which the rate rises."""
+    decay: float
+    """Share of the budget in which the rate falls, as 1 - sqrt of the way."""
+
+    def at(self, spent: float) -> float:
+        """The rate after so many seconds."""
+        fallen = max(spent - self.decay_start, 0) / max(self.seconds - self.decay_start, 1e-9)
+        return self.rate * min(spent / max(self.warmup, 1e-9), 1.0) * max(1 - math.sqrt(fallen), 0.0)
+
+    @property
+    def decay_start(self) -> float:
+        """Seconds after which the rate falls."""
+        return self.seconds * (1 - self.decay)
 
 
-def identity_kernel() -> Tensor:
-    """(1, 3, 3) with its centre set."""
-    kernel = torch.zeros(1, 3, 3)
-    kernel[0, 1, 1] = 1
-    return kernel
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run is made of, but for the pictures."""
+
+    out: Path
+    arch: Architecture
+    schedule: Schedule
+    batch: int
+    patch: int
+    """Side of a low-resolution patch, pixels."""
+    half: bool
+    seed: int = 0
+    resume: Path | None = None
+    """Compact state to go on from where OUT has none."""
+    start: Path | None = None
+    """Weights to begin with where there is no state at all."""
+    teacher: Path | None = None
+    save_every: float = 60.0
+    score_every: float = 600.0
 
 
-def bilinear_kernels(factor: int) -> Tensor:
-    """(factor^2, 3, 3): what each sub-pixel of a bilinear upscaling by 2 or 3 takes from its 3 x 3 neighbours."""
-    offset = (torch.arange(factor) + 0.5) / factor - 0.5
-    taps = (1 - (offset[:, None] - torch.tensor([-1.0, 0.0, 1.0])).abs()).clamp_min(0)
-    return torch.einsum("ay,bx->abyx", taps, taps).flatten(0, 1)
+@dataclass(frozen=True)
+class Worker:
+    """One of the processes that share a batch."""
+
+    rank: int = 0
+    workers: int = 1
+    clock: Callable[[], float] = time.monotonic
+    record: Record = plain
+
+    def share(self, batch: int) -> slice:
+        """Its part of every batch."""
+        return slice(self.rank * batch // self.workers, (self.rank + 1) * batch // self.workers)
+
+    def seconds(self) -> float:
+        """The first worker's clock, which all go by."""
+        clock = torch.tensor(self.clock(), dtype=torch.float64)
+        if self.workers > 1:
+            torch.distributed.broadcast(clock, 0)
+        return clock.item()
 
 
-def pass_colours(conv: nn.Conv2d, kernels: Tensor) -> None:
-    """Let each of the first three input channels come out as `kernels` (n, 3, 3) of itself and of nothing else."""
-    n = len(kernels)
-    conv.weight[: 3 * n] = 0
-    biases(conv)[: 3 * n] = 0
-    for colour in range(3):
-        conv.weight[colour * n : (colour + 1) * n, colour] = kernels
+class Stepper:
+    """Steps of training that a CUDA graph can hold: batches are drawn from numbers that lie on the device beforehand."""
+
+    def __init__(self, learner: Learner, tiles: Tiles, plan: Plan, worker: Worker) -> None:
+        self.learner, self.tiles, self.plan, self.worker = learner, tiles, plan, worker
+        device = tiles.high.device
+        self.block = -1
+        self.draws = self.drawn(0).to(device)
+        self.row = torch.zeros(1, dtype=torch.int64, device=device)
+        self.losses, self.norms = (torch.full((BLOCK,), torch.nan, device=device) for _ in range(2))
+        changed = [*learner.vectors().values(), *learner.scalars().values(), learner.rate, self.losses, self.norms]
+        self.run = worker.record(self.once, changed)
+
+    def drawn(self, block: int) -> torch.Tensor:
+        """This worker's random numbers of BLOCK steps."""
+        plan = self.plan
+        return self.tiles.draw(plan.batch, plan.patch, plan.seed, block)[:, self.worker.share(plan.batch)].contiguous()
+
+    def step(self, number: int, rate: float) -> None:
+        """The step of this number, counted from the first one of all runs."""
+        block, row = divmod(number, BLOCK)
+        if block != self.block:
+            self.draws.copy_(self.drawn(block))
+            self.losses.fill_(torch.nan)
+            self.norms.fill_(torch.nan)
+            self.block = block
+        self.row.fill_(row)
+        self.learner.rate.fill_(rate)
+        self.run()
+
+    def once(self) -> None:
+        """What is recorded: nothing in it depends on a value that only Python knows."""
+        draws = self.draws.index_select(0, self.row)[0]
+        loss, norm = self.learner.step(*self.tiles.patches(draws, self.plan.patch))
+        self.losses.index_copy_(0, self.row, loss[None])
+        self.norms.index_copy_(0, self.row, norm[None])
+
+    def report(self) -> dict[str, float]:
+        """Loss and gradient norm over the current block; here the host waits for the device."""
+        losses, norms = (values[~values.isnan()].cpu() for values in (self.losses, self.norms))
+        if not len(losses):
+            return {}
+        numbers = {"l1": losses.mean(), "norm": norms.mean(), "largest_norm": norms.max()}
+        return {name: round(value.item(), 6) for name, value in numbers.items()}
 
 
-def start_from(net: SAN, path: Path) -> None:
-    """Take the body (head, attention, groups) of another scale's checkpoint; upsampler and tail keep their own start."""
-    state = torch.load(path, weights_only=True)["net"]
-    net.load_state_dict(net.state_dict() | {n: t for n, t in state.items() if not n.startswith(("upsampler.", "tail."))})
+def train_on(plan: Plan, tiles: Tiles, held_out: Tiles, worker: Worker) -> Progress:
+    """Train until the budget is spent; OUT/stable holds the state before the decay, OUT/current the last one."""
+    learner, progress = prepare(plan, tiles.high.device)
+    stepper = Stepper(learner, tiles, plan, worker)
+    diary = Diary(plan, learner, stepper, held_out, progress) if worker.rank == 0 else None
+    begun = worker.seconds() - progress.spent
+    while not progress.finished:
+        before = progress.spent
+        stepper.step(progress.step, plan.schedule.at(before))
+        spent = worker.seconds() - begun
+        pixels = progress.pixels + plan.batch * plan.patch**2
+        progress = Progress(progress.step + 1, spent, spent >= plan.schedule.seconds, pixels)
+        if diary:
+            diary.write(progress, before)
+    return progress
 
 
-def y_channel(rgb: Tensor) -> Tensor:
-    """Luma of ITU-R BT.601 as MATLAB's rgb2ycbcr has it: (B, 3, H, W) 0..255 -> (B, H, W) 16..235."""
-    return (torch.tensor([65.481, 128.553, 24.966]) @ rgb.movedim(1, 0).flatten(1) / 255 + 16).view(-1, *rgb.shape[2:])
+def prepare(plan: Plan, device: torch.device) -> tuple[Learner, Progress]:
+    """The learner as the last run left it: interrupted, before its decay, as kept elsewhere; or at its beginning."""
+    torch.manual_seed(plan.seed)
+    net = SAN(plan.arch)
+    initialise(net)
+    if plan.start:
+        start_from(net, plan.start)
+    learner = Learner(net, device, plan.half, trained_network(plan.teacher) if plan.teacher else None)
+    if current := newest(plan.out / "current"):
+        progress = restore(current, learner)
+        if not progress.finished:
+            return learner, progress
+    if stable := newest(plan.out / "stable"):
+        return learner, restore(stable, learner)
+    return learner, restore_compact(plan.resume, learner) if plan.resume else Progress()
 
 
-@torch.inference_mode()
-def y_psnr(net: SAN, folder: Path, scale: int) -> float:
-    """Mean PSNR on Y over `folder`/LR against `folder`/HR, `scale` pixels shaved; in dB."""
-    values = []
-    for path in picture_files(folder / "LR"):
-        high = to_tensor(read_rgb(folder / "HR" / path.name)[None])
-        output = net(to_tensor(read_rgb(path)[None])).clamp(0, 255).round()
-        error = (y_channel(output) - y_channel(high))[:, scale:-scale, scale:-scale]
-        values.append(10 * torch.log10(255**2 / error.square().mean()).item())
-    return sum(values) / len(values)
+class Diary:
+    """What a run writes down, and when: states, scores, and a line of log for every block of steps."""
+
+    def __init__(self, plan: Plan, learner: Learner, stepper: Stepper, held_out: Tiles, progress: Progress) -> None:
+        self.plan, self.learner, self.stepper, self.held_out = plan, learner, stepper, held_out
+        self.saved = self.scored = progress.spent
+
+    def write(self, progress: Progress, before: float) -> None:
+        """Called after every step; `before` is what had been spent before it."""
+        plan, spent = self.plan, progress.spent
+        stable_end = plan.schedule.decay_start
+        if before < stable_end <= spent:
+            save(plan.out / "stable", self.learner, replace(progress, spent=0.0, finished=False))
+        near_end = plan.schedule.seconds - LAST_SAVE
+        if progress.finished or spent - self.saved >= plan.save_every or before < near_end <= spent:
+            save(plan.out / "current", self.learner, progress)
+            self.saved = spent
+        if self.saved == spent or before < stable_end <= spent:
+            self.keep(progress, decaying=before >= stable_end)
+        if progress.finished or progress.step % BLOCK == 0:
+            self.log(progress)
+
+    def keep(self, progress: Progress, decaying: bool) -> None:
+        """Write OUT/stable.safetensors to go on from elsewhere, or OUT/decayed.safetensors, ready to ship."""
+        if not decaying:
+            save_compact(self.plan.out / "stable.safetensors", self.learner, progress)
+        else:
+            partial = self.plan.out / "decayed.partial"
+            save_checkpoint(partial, self.averaged(), f"sanrt's recipe, {progress.pixels:.2g} low-resolution pixels seen")
+            partial.replace(self.plan.out / "decayed.safetensors")
+
+    def log(self, progress: Progress) -> None:
+        """Add a line to OUT/log.jsonl, now and then with a score of the averaged weights."""
+        line: dict[str, Any] = {"step": progress.step, "seconds": round(progress.spent, 1)}
+        line |= {"rate": round(self.plan.schedule.at(progress.spent), 7)} | self.stepper.report()
+        if progress.finished or progress.spent - self.scored >= self.plan.score_every:
+            line["y_psnr"] = [round(score, 3) for score in self.score()]
+            self.scored = progress.spent
+        with (self.plan.out / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def score(self) -> list[float]:
+        """Y-PSNR of the averaged weights on each version of the held-out pictures, dB."""
+        return scores(on_device(self.averaged(), self.held_out.high.device), self.held_out, self.plan.half)
+
+    def averaged(self) -> SAN:
+        """The network with the averaged weights, on the CPU."""
+        net = SAN(self.plan.arch)
+        net.load_state_dict(self.learner.weights(averaged=True))
+        return net
 
 
 def train(
-    data: Annotated[list[Path], typer.Argument(help="Folders of training pictures.")],
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the log; a run found there is resumed.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the states and the log; what is found there is gone on with.")],
+    data: Annotated[Path, typer.Option(help="Folder of pictures packed by training.pack.")],
+    seconds: Annotated[float, typer.Option(help="Budget of this run; an interrupted run goes on with what is left of it.")],
     scale: int = 4,
+    photo: Annotated[bool, typer.Option(help="Learn from JPEG, blurred and noisy pictures too.")] = False,
     groups: int = 4,
     blocks: int = 4,
-    channels: int = 32,
-    reduction: int = 8,
-    iterations: int = 10_000,
+    channels: int = 64,
+    reduction: int = 4,
     batch: int = 8,
     patch: Annotated[int, typer.Option(help="Side of a low-resolution patch, pixels.")] = 32,
-    rate: Annotated[float, typer.Option(help="Peak learning rate of the one-cycle schedule.")] = 2e-3,
-    warmup: Annotated[float, typer.Option(help="Share of the iterations in which the rate rises.")] = 0.05,
-    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 0.5,
-    start: Annotated[Path | None, typer.Option(help="Checkpoint of another scale to start the body from.")] = None,
-    evaluate: Annotated[Path | None, typer.Option(help="Folder with LR/ and HR/, scored for the curve alone.")] = None,
-    every: Annotated[int, typer.Option(help="Iterations between checkpoints and scores.")] = 500,
+    rate: Annotated[float, typer.Option(help="Rate between warm-up and decay.")] = 1e-3,
+    warmup: Annotated[float, typer.Option(help="Seconds in which the rate rises.")] = 60,
+    decay: Annotated[float, typer.Option(help="Share of the budget in which the rate falls to zero.")] = 0.3,
+    start: Annotated[Path | None, typer.Option(help="Weights to begin with; of another scale: their body.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Weights whose output is half of the target.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="stable.safetensors to go on from where OUT has no state.")] = None,
     seed: int = 0,
-    threads: int = 0,
-    compile_net: Annotated[bool, typer.Option("--compile")] = False,
-    bf16: Annotated[bool, typer.Option(help="bf16 autocast (pays on AMX and on GPUs).")] = False,
+    workers: Annotated[int, typer.Option(help="Processes of one thread each that share a batch, on a CPU.")] = 1,
+    half: Annotated[bool, typer.Option("--bf16/--fp32", help="bf16 pays on GPUs and on CPUs with AMX.")] = True,
+    save_every: Annotated[float, typer.Option(help="Seconds between states.")] = 60,
+    score_every: Annotated[float, typer.Option(help="Seconds between scores on the held-out pictures.")] = 600,
+    graph: Annotated[bool | None, typer.Option(help="Record a step and replay it. [default: on a GPU]")] = None,
 ) -> None:
-    """Train with L1, Adam and a one-cycle schedule; write OUT/checkpoint.pt and OUT/log.jsonl as it goes."""
-    torch.manual_seed(seed)
-    if threads:
-        torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Train with L1 and Adam for a budget of seconds: the rate rises, stays and falls. Write states and OUT/log.jsonl."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if workers > 1 and (device.type == "cuda" or batch % workers):
+        raise UsageError(f"--workers {workers}: expected 1 on a GPU, and a divisor of the batch of {batch} on a CPU")
     arch = Architecture(scale, groups, blocks, channels, reduction)
-    net = SAN(arch)
-    initialise(net)
-    if start:
-        start_from(net, start)
-    for shift in (net.mean_in, net.mean_out):
-        shift.requires_grad_(False)
-    net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimiser = Adam([p for p in net.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.99), fused=True)
-    schedule = OneCycleLR(optimiser, rate, iterations, pct_start=warmup, cycle_momentum=False)
+    schedule = Schedule(rate, seconds, warmup, decay)
+    plan = Plan(out, arch, schedule, batch, patch, half, seed, resume, start, teacher, save_every, score_every)
+    with locked(out):
+        tiles, held_out = (load_tiles(data, scale, photo, device, prefix) for prefix in ("", "dev-"))
+        print(f"{arch.name}: {len(tiles.high)} tiles, {len(tiles.low)} versions, on {device}", flush=True)
+        if workers > 1:
+            (out / "meeting").unlink(missing_ok=True)
+            spawn(train_together, (workers, plan, tiles, held_out), workers)  # type: ignore[no-untyped-call]
+        else:
+            train_on(plan, tiles, held_out, Worker(record=recorder(device, graph)))
+
+
+def recorder(device: torch.device, graph: bool | None) -> Record:
+    """How steps are run on a device: as CUDA graph on a GPU, unless it is refused; a CPU can rehearse that."""
+    if device.type == "cuda":
+        return plain if graph is False else cuda_graph
+    return tape if graph else plain
+
+
+def train_together(rank: int, workers: int, plan: Plan, tiles: Tiles, held_out: Tiles) -> None:
+    """One of several processes: all have the same weights and average their gradients."""
+    torch.set_num_threads(1)
+    meeting = f"file://{(plan.out / 'meeting').resolve()}"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
+    train_on(plan, tiles, held_out, Worker(rank, workers))
+    torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold a run's folder; raises UsageError where another process does."""
     out.mkdir(parents=True, exist_ok=True)
-    done = resume(out / "checkpoint.pt", net, optimiser, schedule)
-    patches = Patches(data, scale, patch, seed + done)
-    forward: Any = torch.compile(net) if compile_net else net
-    losses: list[float] = []
-    started = time.monotonic()
-    with (
-        (out / "log.jsonl").open("a") as log,
-        Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress,
-    ):
-        task = progress.add_task(arch.name, total=iterations, completed=done)
-        for step in range(done + 1, iterations + 1):
-            low, high = (t.to(device, memory_format=torch.channels_last) for t in patches.batch(batch))
-            with torch.autocast(device, torch.bfloat16) if bf16 else nullcontext():
-                loss = (forward(low).float() - high).abs().mean() / arch.value_range
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
-            optimiser.step()
-            schedule.step()
-            losses.append(loss.item())
-            progress.update(task, advance=1, description=f"{arch.name}  L1 {sum(losses[-100:]) / len(losses[-100:]):.5f}")
-            if step % every == 0 or step == iterations:
-                row = {
-                    "step": step,
-                    "seconds": round(time.monotonic() - started, 1),
-                    "l1": round(sum(losses) / len(losses), 6),
-                    "rate": schedule.get_last_lr()[0],
-                    "gradient_norm": round(float(norm), 4),
-                }
-                if evaluate:
-                    row["y_psnr"] = round(y_psnr(net.eval(), evaluate, scale), 3)
-                    net.train()
-                save(out / "checkpoint.pt", net, optimiser, step)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                losses.clear()
-
-
-def resume(path: Path, net: SAN, optimiser: Adam, schedule: OneCycleLR) -> int:
-    """Load an interrupted run, if there is one; return the iterations it has done."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True)
-    net.load_state_dict(state["net"])
-    optimiser.load_state_dict(state["optimiser"])
-    schedule.last_epoch = state["step"]
-    return int(state["step"])
-
-
-def save(path: Path, net: SAN, optimiser: Adam, step: int) -> None:
-    """Replace the checkpoint in one move, so that a kill leaves the old or the new one."""
-    partial = path.with_suffix(".partial")
-    torch.save({"net": net.state_dict(), "optimiser": optimiser.state_dict(), "step": step}, partial)
-    partial.replace(path)
+    with (out / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"{out}: another process trains there; wait for it, or end it") from error
+        yield
 
 
 if __name__ == "__main__":
-    typer.run(train)
+    run(train)

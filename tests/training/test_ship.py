@@ -14,8 +14,11 @@ from sanrt.model.spec import Architecture
 from training.curve import curve, read_log
 from training.degrade import degrade
 from training.gates import gates_on, read_pairs, report_on
-from training.ship import likeness_on, pattern, ship, trained_network
-from training.train import initialise
+from training.learner import Learner
+from training.network import initialise
+from training.ship import likeness_on, pattern, ship
+from training.state import Progress, save_compact
+from training.weights import trained_network
 
 
 def network(seed=0):
@@ -29,8 +32,8 @@ def network(seed=0):
 
 @pytest.fixture
 def trained(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    torch.save({"net": network().state_dict(), "optimiser": {}, "step": 9}, path)
+    path = tmp_path / "decayed.safetensors"
+    save_compact(path, Learner(network().requires_grad_(True), torch.device("cpu"), half=False), Progress(step=9))
     return path
 
 
@@ -42,6 +45,8 @@ def test_a_training_checkpoint_becomes_half_precision_weights(trained, tmp_path,
     assert (shipped.architecture.scale, shipped.architecture.groups) == (2, 2)
     assert out.stat().st_size < 2.5 * sum(t.numel() for t in shipped.tensors.values())
     assert 60 < likeness_on(pattern(), network(), shipped.network()) < math.inf
+    assert likeness_on(pattern(), trained_network(trained), shipped.network()) == math.inf
+    assert "author" in (tmp_path / "sources.csv").read_text(), "CC-BY asks for the names"
     assert "SAN x2 (G=2 m=1 C=16 r=4)" in capsys.readouterr().out
 
 
@@ -109,7 +114,7 @@ def test_a_curve_is_drawn_for_every_run(tmp_path, capsys):
     for name in ("x2", "x4"):
         (tmp_path / name).mkdir()
         logs.append(tmp_path / name / "log.jsonl")
-        logs[-1].write_text("".join(json.dumps({"step": s, "l1": 1 / s, "y_psnr": 20 + s}) + "\n" for s in (1, 2, 3)))
+        logs[-1].write_text("".join(json.dumps({"step": s, "l1": 1 / s, "y_psnr": [20 + s, 19]}) + "\n" for s in (1, 2, 3)))
     curve(logs, tmp_path / "curves" / "both.png")
     assert (tmp_path / "curves" / "both.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match="2 logs in folders of 1 names"):

@@ -10,7 +10,6 @@ from sanrt.cli.build import build
 from sanrt.cli.doctor import doctor
 from sanrt.cli.export import export
 from sanrt.cli.info import info
-from sanrt.cli.panels import PanelCommand
 from sanrt.cli.plan import plan
 from sanrt.cli.run import RunCommand, run
 from sanrt.cli.validate import validate
@@ -27,12 +26,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command(cls=PanelCommand)(export)
-app.command(cls=PanelCommand)(build)
+app.command()(export)
+app.command()(build)
 app.command(cls=RunCommand)(run)
-app.command(cls=PanelCommand)(plan)
+app.command()(plan)
 app.command()(info)
-app.command(cls=PanelCommand)(validate)
+app.command()(validate)
 app.command()(verify)
 app.command()(doctor)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sanrt.model.contract import MIN_TRACE
+MIN_TRACE = 1e-10
+"""Below this the covariance counts as zero: a constant feature map must give a gate, not NaN."""
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:

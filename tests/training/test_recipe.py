@@ -1,0 +1,112 @@
+"""The queue goes on where it was left, on this machine or from what the repository keeps; a GPU visit is rehearsed."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sanrt.errors import UsageError
+from training.recipe import QUEUE, best_weights, keep, named, next_item, training_command
+from training.train import Worker, train_on
+from training.visit import parsed, visit
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = "--groups 1 --blocks 1 --channels 16 --graph --save-every 1"
+
+
+def trained(plan, tiles, out, **changes):
+    """A tiny run in `out`, of ten steps."""
+    clock = iter(range(1000))
+    made = plan(seconds=10, out=out, **changes)
+    train_on(made, tiles, tiles, Worker(clock=lambda: float(next(clock))))
+    return made
+
+
+def test_everything_that_a_network_begins_with_comes_before_it():
+    names = [item.name for item in QUEUE]
+    assert len(set(names)) == len(names)
+    assert names[:4] == ["x4-clean", "x4-photo", "x2-clean", "x3-clean"]
+    for index, item in enumerate(QUEUE):
+        assert {item.start, item.teacher} - {""} <= set(names[:index])
+        assert item.name.startswith(f"x{item.scale}-")
+        assert item.photo == item.name.endswith("photo")
+        if item.start:
+            assert named(item.start).channels == item.channels
+
+
+def test_the_first_network_short_of_its_goal_is_next(plan, tiles, tmp_path, monkeypatch):
+    states, runs = tmp_path / "states", tmp_path / "runs"
+    assert next_item(states, runs).name == "x4-clean"
+    monkeypatch.setattr("training.recipe.QUEUE", (replace(QUEUE[0], goal=800), QUEUE[1]))
+    made = trained(plan, tiles, runs / "x4-clean")
+    assert next_item(states, runs).name == "x4-photo"  # 7 steps of 2 patches of 8 x 8 px: 896
+    keep(made.out, states / "x4-clean")
+    assert next_item(states, tmp_path / "none").name == "x4-photo"
+    monkeypatch.setattr("training.recipe.QUEUE", (replace(QUEUE[0], goal=800),))
+    with pytest.raises(UsageError, match="every network of the queue has reached its goal; name one of x4-clean"):
+        next_item(states, runs)
+
+
+def test_a_network_starts_from_the_best_there_is(plan, tiles, tmp_path):
+    states, runs = tmp_path / "states", tmp_path / "runs"
+    with pytest.raises(UsageError, match=r"x4-clean: no weights in .*; train it first"):
+        training_command(named("x4-photo"), tmp_path, runs, states, 10, [])
+    made = trained(plan, tiles, tmp_path / "x4-clean")
+    (made.out / "decayed.safetensors").rename(tmp_path / "decayed")
+    keep(made.out, states / "x4-clean")
+    assert best_weights("x4-clean", states, runs) == states / "x4-clean" / "stable.safetensors"
+    (tmp_path / "decayed").rename(states / "x4-clean" / "decayed.safetensors")
+    assert best_weights("x4-clean", states, runs) == states / "x4-clean" / "decayed.safetensors"
+    command = training_command(named("x4-clean"), tmp_path, runs, states, 10, ["--more"])
+    assert command[command.index("--resume") + 1] == str(states / "x4-clean" / "stable.safetensors")
+    assert "--start" not in command
+    photo = training_command(named("x4-photo"), tmp_path, runs, states, 10, [])
+    assert "--photo" in photo
+    assert photo[photo.index("--start") + 1] == str(states / "x4-clean" / "decayed.safetensors")
+
+
+def test_names_that_are_not_in_the_queue_and_odd_budgets_are_told():
+    with pytest.raises(UsageError, match="x5-clean: not in the queue; expected one of x4-clean, x4-photo"):
+        named("x5-clean")
+    with pytest.raises(UsageError, match="x4-clean=soon: expected NAME=SECONDS"):
+        parsed("x4-clean=soon")
+    assert parsed("x2-photo=12.5") == (named("x2-photo"), 12.5)
+
+
+@pytest.mark.slow
+def test_a_visit_trains_one_network_from_the_other_and_brings_both_home(packed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("training.recipe.QUEUE", [replace(item, scale=2) for item in QUEUE[:2]])
+    out = tmp_path / "out"
+    budgets = ["x4-clean=3", "x4-photo=2"]
+    folders = {"states": tmp_path / "states", "work": tmp_path / "work"}
+    visit(out, packed, budgets, batch=2, patch=8, probe_seconds=0.1, more=TINY, **folders)
+    shown = capsys.readouterr().out
+    log = (out / "visit.log").read_text()
+    assert "probe: done" in shown, log
+    assert "low resolution as on the CPU, to the bit: yes" in log
+    assert "patch 8: largest difference of losses, recorded against plain: 0.00e+00" in log
+    assert log.count("megapixels/s") == 2
+    assert "no GPU: a rehearsal" in shown
+    assert shown.count("done") == 3, shown + log
+    names = {path.name for path in out.iterdir()}
+    states = {f"x4-{kind}-{state}.safetensors" for kind in ("clean", "photo") for state in ("stable", "decayed")}
+    assert names == states | {"visit.log"}
+    assert max(path.stat().st_size for path in out.iterdir()) < 16 * 2**20
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith('{"name"')]
+    assert {line["name"] for line in lines} == {"x4-clean", "x4-photo"}
+
+
+def test_a_visit_goes_on_when_a_network_cannot_be_trained(packed, tmp_path, capsys):
+    visit(tmp_path / "out", packed, ["x4-photo=1"], probe_seconds=0, states=tmp_path / "s", work=tmp_path / "w")
+    assert "train it first" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_training_needs_no_pyvips():
+    """A GPU machine has numpy, torch, Pillow, typer, rich and safetensors."""
+    blocked = "import sys; sys.modules['pyvips'] = sys.modules['onnx'] = None; import training.visit, training.probe"
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,121 @@
+"""The network in training: how its weights start, and a forward pass that is bf16 only where that costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from sanrt.model.san import RGB_MEAN, SAN, ResidualBlock, ResidualGroup
+from sanrt.model.soca import SOCA
+
+INNER_RANGE = 8.0
+"""The mean shifts map 0..255 to a range of this width, in which Adam's steps suit every layer alike."""
+
+SOCA_GAIN = 128.0
+"""SOCA's first layer starts positive and this much larger: then its hidden units are alive and the gates differ between
+pictures from the start (with the usual start they stay all but constant, see training/README.md)."""
+
+OPEN_GATE = 2.0
+"""SOCA's last biases: its gates start near sigmoid(2) = 0.88."""
+
+
+def initialise(net: SAN) -> None:
+    """Start as a bilinear upscaler: colours pass through head and tail, every residual branch starts small."""
+    with torch.no_grad():
+        ratio = INNER_RANGE / net.arch.value_range
+        net.mean_in.weight.mul_(ratio)
+        biases(net.mean_in).copy_(-INNER_RANGE * torch.tensor(RGB_MEAN))
+        net.mean_out.weight.div_(ratio)
+        for group in cast(Iterable[ResidualGroup], net.groups):
+            group.conv.weight.mul_(0.1)
+            group.soca.down.weight.abs_().mul_(SOCA_GAIN)
+            nn.init.constant_(biases(group.soca.up), OPEN_GATE)
+            for block in cast(Iterable[ResidualBlock], group.blocks):
+                block.conv2.weight.mul_(0.1)
+        nn.init.zeros_(net.attention.out.weight)
+        nn.init.zeros_(biases(net.attention.out))
+        pass_colours(net.head, identity_kernel())
+        for conv in (layer for layer in net.upsampler if isinstance(layer, nn.Conv2d)):
+            pass_colours(conv, bilinear_kernels(round((conv.out_channels / conv.in_channels) ** 0.5)))
+        nn.init.zeros_(biases(net.tail))
+        net.tail.weight.mul_(0.1)
+        # The head's output reaches the tail twice: through the groups and past them.
+        pass_colours(net.tail, identity_kernel() / 2)
+
+
+def biases(conv: nn.Conv2d) -> Tensor:
+    """A convolution's biases, which all of SAN's have."""
+    assert conv.bias is not None
+    return conv.bias
+
+
+def identity_kernel() -> Tensor:
+    """(1, 3, 3) with its centre set."""
+    kernel = torch.zeros(1, 3, 3)
+    kernel[0, 1, 1] = 1
+    return kernel
+
+
+def bilinear_kernels(factor: int) -> Tensor:
+    """(factor^2, 3, 3): what each sub-pixel of a bilinear upscaling by 2 or 3 takes from its 3 x 3 neighbours."""
+    offset = (torch.arange(factor) + 0.5) / factor - 0.5
+    taps = (1 - (offset[:, None] - torch.tensor([-1.0, 0.0, 1.0])).abs()).clamp_min(0)
+    return torch.einsum("ay,bx->abyx", taps, taps).flatten(0, 1)
+
+
+def pass_colours(conv: nn.Conv2d, kernels: Tensor) -> None:
+    """Let each of the first three input channels come out as `kernels` (n, 3, 3) of itself and of nothing else."""
+    n = len(kernels)
+    conv.weight[: 3 * n] = 0
+    biases(conv)[: 3 * n] = 0
+    for colour in range(3):
+        conv.weight[colour * n : (colour + 1) * n, colour] = kernels
+
+
+def upscale(net: SAN, low: Tensor, half: bool) -> Tensor:
+    """`net(low)` in float32, its convolutions and attention in bf16 if `half`: (B, 3, H, W) -> (B, 3, sH, sW).
+
+    SOCA's statistics stay in float32, where the root needs them, and so do the last layers: at 128..255 bf16 knows
+    whole grey levels alone.
+    """
+    with autocast(low.device.type, half):
+        first = net.head(net.mean_in(low))
+        shared = net.attention(first)
+        features = shared
+        for group in cast(Iterable[ResidualGroup], net.groups):
+            body = group.blocks(features)
+            gated = body * soca_gate(group.soca, body).to(body.dtype)
+            features = group.conv(gated) + features + net.gamma.to(body.dtype) * shared
+        features = net.attention(features) + first
+        for layer in net.upsampler:
+            features = shuffled(features, layer.upscale_factor) if isinstance(layer, nn.PixelShuffle) else layer(features)
+    output: Tensor = net.mean_out(net.tail(features.float()))
+    return output
+
+
+def soca_gate(soca: SOCA, features: Tensor) -> Tensor:
+    """Channel gates (B, C, 1, 1) of features (B, C, H, W), in float32 throughout.
+
+    The covariance is `sanrt.model.soca.covariance`, written so that gradients too are channels last: it saves a tenth.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        x = features.permute(0, 2, 3, 1).flatten(1, 2).float()
+        x = x - x.mean(1, keepdim=True)
+        return soca.gate(x.transpose(1, 2) @ x / x.shape[1])
+
+
+def shuffled(features: Tensor, factor: int) -> Tensor:
+    """`F.pixel_shuffle`, several times as fast for channels last on a CPU: (B, r^2 C, H, W) -> (B, C, rH, rW)."""
+    batch, channels, height, width = features.shape
+    x = features.permute(0, 2, 3, 1).reshape(batch, height, width, channels // factor**2, factor, factor)
+    x = x.permute(0, 1, 4, 2, 5, 3).reshape(batch, height * factor, width * factor, -1)
+    return x.permute(0, 3, 1, 2)
+
+
+def autocast(device: str, half: bool) -> AbstractContextManager[object]:
+    """The context in which convolutions compute in bf16, if `half`."""
+    return torch.autocast(device, torch.bfloat16) if half else nullcontext()

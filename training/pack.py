@@ -1,0 +1,116 @@
+"""Pack pictures for training: `python -m training.pack PHOTOS OUT`, for `python -m training.train --data OUT`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from sanrt.errors import PictureError
+from training.command import run
+from training.data import Picture, picture_files, read_rgb
+from training.degrade import degrade, resize_matrix
+from training.tiles import read_part, write_part
+from training.wear import DEV_QUALITIES, avif, jpeg, png, worn
+
+SIDE = 480
+"""Of a tile, in high-resolution pixels: a multiple of 8 at every scale's low resolution but x8's, and of 24."""
+
+DEV_SIDE = 288
+"""Of a held-out tile: the middle of each picture."""
+
+VERSIONS = 7
+"""Worn versions of every tile: with the clean one, an eighth of the patches is clean."""
+
+SMALLEST = 24
+"""Every scale divides it, and so must the sides of tiles."""
+
+
+def pack(
+    photos: Annotated[Path, typer.Argument(help="Folder that holds train/ and dev/.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the packed pictures.")],
+    quality: Annotated[int, typer.Option(help="AVIF quality of the tiles; 0 keeps every pixel, as PNG.")] = 85,
+    detail: Annotated[float, typer.Option(help="Leave out tiles that halving and doubling keeps better, dB.")] = 37,
+    photo_scale: Annotated[list[int] | None, typer.Option(help="Pack worn pictures for this scale. Repeatable.")] = None,
+    versions: Annotated[int, typer.Option(help="Worn versions of every tile.")] = VERSIONS,
+    tiles: Annotated[int | None, typer.Option(help="Pack at most so many, chosen at random. [default: all]")] = None,
+    part_size: Annotated[float, typer.Option(help="Largest file of tiles, MB.")] = 15,
+    side: Annotated[int, typer.Option(help=f"Side of a tile, a multiple of {SMALLEST} px.")] = SIDE,
+    dev_side: Annotated[int, typer.Option(help=f"Side of a held-out tile, a multiple of {SMALLEST} px.")] = DEV_SIDE,
+    seed: int = 0,
+) -> None:
+    """Cut PHOTOS/train into tiles with detail and PHOTOS/dev into one tile each; pack them with their worn versions."""
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*.npz"):
+        old.unlink()
+    pictures = map(read_rgb, picture_files(photos / "train"))
+    found = [tile for picture in pictures for tile in detailed(picture, side, detail)]
+    held_out = [middle(read_rgb(path), dev_side) for path in picture_files(photos / "dev")]
+    if not found or not held_out:
+        raise PictureError(f"{photos}: {len(found)} tiles and {len(held_out)} held-out pictures; expected some of both")
+    random = np.random.default_rng(seed)
+    chosen = [encoded(found[i], quality) for i in random.permutation(len(found))[:tiles]]
+    for number, part in enumerate(parts(chosen, part_size * 1e6)):
+        write_part(out / f"high-{number}.npz", part)
+    write_part(out / "dev-high.npz", [png(picture) for picture in held_out])
+    for scale in photo_scale or []:
+        pack_worn(out, scale, versions, random)
+    for path in sorted(out.glob("*.npz")):
+        with np.load(path) as part:
+            print(f"{path}: {len(part['ends'])} pictures, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def detailed(picture: Picture, side: int, detail: float) -> Iterator[Picture]:
+    """The tiles of a picture that lose more than `detail` (dB, of RGB) allows when halved and doubled."""
+    there_and_back = torch.from_numpy(resize_matrix(side // 2, 2.0) @ resize_matrix(side, 0.5)).float()
+    for top in range(0, picture.shape[0] - side + 1, side):
+        for left in range(0, picture.shape[1] - side + 1, side):
+            tile = np.ascontiguousarray(picture[top : top + side, left : left + side])
+            pixels = torch.from_numpy(tile).float()
+            error = torch.einsum("yh,hwc,xw->yxc", there_and_back, pixels, there_and_back) - pixels
+            if error.square().mean() > 255**2 / 10 ** (detail / 10):
+                yield tile
+
+
+def middle(picture: Picture, side: int) -> Picture:
+    """The square in the middle of a picture."""
+    if min(picture.shape[:2]) < side:
+        raise PictureError(f"a held-out picture of {picture.shape[1]} x {picture.shape[0]} px; expected {side} px a side")
+    top, left = ((length - side) // 2 for length in picture.shape[:2])
+    return picture[top : top + side, left : left + side]
+
+
+def encoded(picture: Picture, quality: int) -> bytes:
+    """As AVIF, or as PNG when `quality` is 0."""
+    return avif(picture, quality) if quality else png(picture)
+
+
+def parts(pictures: list[bytes], largest: float) -> Iterator[list[bytes]]:
+    """Runs of pictures that hold at most `largest` bytes."""
+    part: list[bytes] = []
+    size = 0
+    for picture in pictures:
+        if part and size + len(picture) > largest:
+            yield part
+            part, size = [], 0
+        part.append(picture)
+        size += len(picture)
+    yield part
+
+
+def pack_worn(folder: Path, scale: int, versions: int, random: np.random.Generator) -> None:
+    """Write the worn low resolutions beside a pack's tiles; they are made from the tiles as packed."""
+    for path in sorted(folder.glob("high-*.npz")):
+        lows = [degrade(tile, scale) for tile in read_part(path)]
+        name = path.name.replace("high", f"photo-x{scale}")
+        write_part(folder / name, [worn(low, random) for low in lows for _ in range(versions)])
+    lows = [degrade(tile, scale) for tile in read_part(folder / "dev-high.npz")]
+    write_part(folder / f"dev-photo-x{scale}.npz", [jpeg(low, quality) for low in lows for quality in DEV_QUALITIES])
+
+
+if __name__ == "__main__":
+    run(pack)
