@@ -16,7 +16,7 @@ from sanrt.errors import UsageError
 from sanrt.model.spec import Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.backends.protocol import RunOptions
-from sanrt.runtime.backends.registry import BACKENDS, load_backend, status
+from sanrt.runtime.backends.registry import BACKENDS, load_unguarded, status
 from sanrt.runtime.host import free_host_memory
 from sanrt.runtime.tiling.plan import PAPER_REGIONS
 
@@ -131,7 +131,7 @@ def steady(times: list[float]) -> bool:
 
 def open_backend(name: str, precision: Precision | None, model: Path, threads: int | None) -> Running:
     """One of sanrt's backends, as `sanrt run` uses it."""
-    backend = load_backend(name, model, RunOptions(threads=threads, precision=precision))
+    backend = load_unguarded(name, model, RunOptions(threads=threads, precision=precision))
     on, on_gpu = f"{backend.name} on {backend.device}", backend.memory is not None
     return Running(backend.infer, backend.spec.precision, on, on_gpu, backend.infer_with_regions)
 

@@ -76,9 +76,9 @@ def soca_row(height: int, width: int) -> Row:
     """The gate of one map, statistics and all."""
     module = SOCA(CHANNELS, 16, STEPS).to("cuda", torch.float16)
     maps = cold(CHANNELS, height, width)
-    plan = SocaLaunch.of(maps[0])
-    read = maps[0].nbytes + 8 * plan.blocks * plan.partials[2]
-    products = 4 * CHANNELS**2 * plan.pixels
+    launch = SocaLaunch.of(maps[0])
+    read = maps[0].nbytes + 8 * launch.blocks * launch.partials[2]
+    products = 4 * CHANNELS**2 * launch.pixels
     targets = [torch.empty_like(x) for x in maps]
     copy = timed([partial(y.copy_, x) for x, y in zip(maps, targets, strict=True)])
     weights = module.down.weight, module.down.bias, module.up.weight, module.up.bias

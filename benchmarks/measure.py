@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -151,8 +152,7 @@ def operations(arch: Architecture, size: Size, regions: int = 2) -> float:
     keys = size.pixels / (2 * regions) ** 2
     attention = 4 * c * inner + 2 * inner * keys
     group = (2 * arch.blocks + 1) * 9 * c * c + c * c
-    enlarged = [3] if s == 3 else [2**i for i in range(1, s.bit_length())]
-    upsampling = sum(9 * c * c * side * side for side in enlarged)
+    upsampling = sum(9 * c * c * side * side for side in accumulate(arch.upsampling, int.__mul__))
     ends = 9 + 27 * c + s * s * (27 * c + 9)
     return 2.0 * size.pixels * (ends + 2 * attention + arch.groups * group + upsampling)
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path 
 from benchmarks.measure import peak_memory, random_model
 from sanrt.model.spec import Architecture
 from sanrt.runtime.backends.protocol import RunOptions
-from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.backends.registry import load_unguarded
 
 
 def main(
@@ -36,7 +36,7 @@ def main(
     arch = Architecture(scale, groups, blocks, channels, reduction)
     with TemporaryDirectory() as folder:
         model = random_model(arch, Path(folder) / "random.onnx")
-        load_backend(backend, model, RunOptions()).close()  # writes the variant that the backend derives, if any
+        load_unguarded(backend, model, RunOptions()).close()  # writes the variant that the backend derives, if any
         call = f"print(peak({backend!r}, {str(model)!r}, {height}, {width}))"
         child = [sys.executable, "-c", f"from benchmarks.memory import peak; {call}"]
         mebibytes = float(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
@@ -46,7 +46,7 @@ def main(
 def peak(backend: str, model: str, height: int, width: int) -> float:
     """Upscale one random picture; this process's largest resident size in MiB (Linux)."""
     picture = np.random.default_rng(0).uniform(0, 255, (1, 3, height, width)).astype(np.float32)
-    with load_backend(backend, Path(model), RunOptions()) as loaded:
+    with load_unguarded(backend, Path(model), RunOptions()) as loaded:
         loaded.infer(picture)
     return peak_memory() / 2**20
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,8 +25,10 @@ from sanrt.arrays import Array
 from sanrt.errors import PictureError, SanrtError, UsageError
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.jobs import Job, Naming, find_pictures
 from sanrt.runtime.runs.pipeline import Outcome, PipelineOptions, Upscale, Written, encoders, enlarge, read, run, write
+from sanrt.runtime.runs.results import Recipe
 from sanrt.runtime.tiling.plan import Tiling
 from sanrt.runtime.tiling.upscaling import Streamer, UpscaleOptions, upscale
 
@@ -130,7 +132,9 @@ def generated(folder: Path, count: int, size: Size) -> Path:
 def measure(jobs: list[Job], network: Backend, options: UpscaleOptions) -> Measured:
     """The pictures one step after the other, then overlapped; raises SanrtError when one of them fails."""
     enlarged = partial(upscale, network, options=options)
-    steps = PipelineOptions(network.spec.architecture.scale, overwrite=True, streamer=Streamer(network, options))
+    recipe = Recipe.of(network.spec, None, options, Encoding())
+    steps = PipelineOptions(recipe, streamer=Streamer(network, options))
+    jobs = [replace(job, replaces=True) for job in jobs]
     watch = Stopwatch(network)
     step_by_step(jobs[0], enlarged, steps)  # warms up, and does not count
     watch.seconds = 0.0
@@ -150,13 +154,14 @@ def step_by_step(job: Job, enlarged: Upscale, options: PipelineOptions) -> Writt
     loaded = read(job, options)
     if loaded.way and loaded.way.tiling is Tiling.EXACT:
         raise PictureError(f"{job.source}: too large to be held in memory; expected pictures that are not streamed")
-    return write(enlarge(loaded, enlarged), options)
+    return require_written(write(enlarge(loaded, enlarged), options))
 
 
-def require_written(outcome: Outcome) -> None:
-    """Raise the error of a picture that was not written."""
+def require_written(outcome: Outcome) -> Written:
+    """The outcome of a picture that was written; SanrtError for any other."""
     if not isinstance(outcome, Written):
         raise SanrtError(getattr(outcome, "reason", f"{outcome.job.source}: was not written"))
+    return outcome
 
 
 if __name__ == "__main__":

@@ -31,10 +31,11 @@ from sanrt.export.parity import compare, worst
 from sanrt.export.quantise.calibration import calibration_set
 from sanrt.export.samples import Sample, samples
 from sanrt.export.tensors import Probe
-from sanrt.model.graph import read_model, san_model
+from sanrt.model.exported import read_model
+from sanrt.model.graph import san_model
 from sanrt.model.spec import GraphOptions, ModelSpec, Precision
 from sanrt.runtime.backends.protocol import RunOptions
-from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.backends.registry import load_unguarded
 from sanrt.runtime.tiling.upscaling import network_input, network_output
 
 TIMED = (1, 3, 128, 128)
@@ -86,16 +87,16 @@ def variants(model: Path, spec: ModelSpec, calibration: Path, folder: Path, thre
     yield Way("fp32", probe(san_model(spec, weights)))
     yield Way("fp16", probe(san_model(spec, weights, GraphOptions(precision=Precision.FP16))))
     yield Way("bf16", probe(san_model(spec, weights, GraphOptions(precision=Precision.BF16))))
-    yield Way("bf16, openvino", load_backend("openvino", model, RunOptions(threads, Precision.BF16)).infer)
+    yield Way("bf16, openvino", load_unguarded("openvino", model, RunOptions(threads, Precision.BF16)).infer)
     with suppress(BackendError):
-        yield Way("int16, native", load_backend("native", model, RunOptions(threads, Precision.INT16)).infer)
+        yield Way("int16, native", load_unguarded("native", model, RunOptions(threads, Precision.INT16)).infer)
     int8 = model.with_name(f"{model.stem}.int8.onnx")
     if int8.exists():
         quantised, its_weights = read_model(int8)
         yield Way("int8, budget", probe(san_model(quantised, its_weights)))
         half = san_model(quantised, its_weights, GraphOptions(precision=Precision.FP16))
         yield Way("int8, budget, rest fp16", probe(half))
-        yield Way("int8, budget, onnxruntime", load_backend("onnxruntime", int8, RunOptions(threads)).infer)
+        yield Way("int8, budget, onnxruntime", load_unguarded("onnxruntime", int8, RunOptions(threads)).infer)
     yield Way("int8, whole network", naive(model, calibration, folder / "naive.onnx", spec))
 
 
@@ -152,7 +153,7 @@ def timed(model: Path, threads: int) -> Table:
     loaded = {}
     for path, (name, precision) in product(filter(Path.exists, (model, int8)), TIMED_WAYS):
         with suppress(BackendError):
-            loaded[path.name, f"{name}, {precision}"] = load_backend(name, path, RunOptions(threads, precision))
+            loaded[path.name, f"{name}, {precision}"] = load_unguarded(name, path, RunOptions(threads, precision))
     x = np.random.default_rng(0).uniform(0, 255, TIMED).astype(np.float32)
     least = dict.fromkeys(loaded, float("inf"))
     for _ in track(range(ROUNDS + 1), "Timing"):

@@ -20,11 +20,13 @@ import pyvips
 import typer
 
 from sanrt.runtime.backends.protocol import Backend, RunOptions
-from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.backends.registry import load_backend, model_spec
+from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.jobs import Job, Naming, find_pictures
 from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.pipeline import PipelineOptions, Written
 from sanrt.runtime.runs.ray_pool import LOCAL, Pool, Task, connected
+from sanrt.runtime.runs.results import Recipe
 from sanrt.runtime.tiling.upscaling import Streamer, UpscaleOptions, upscale
 
 
@@ -45,7 +47,9 @@ def timed(outcomes: list[pipeline.Outcome], started: float) -> float:
 
 def local_seconds(network: Backend, jobs: list[Job]) -> float:
     """What the pipeline of one machine takes."""
-    options = PipelineOptions(network.spec.architecture.scale, streamer=Streamer(network, UpscaleOptions()))
+    upscaling = UpscaleOptions()
+    recipe = Recipe.of(network.spec, None, upscaling, Encoding())
+    options = PipelineOptions(recipe, streamer=Streamer(network, upscaling))
     started = time.perf_counter()
     return timed(list(pipeline.run(jobs, partial(upscale, network), options)), started)
 
@@ -63,7 +67,9 @@ def main(
         running = RunOptions(threads=threads)
         times: list[tuple[float, float]] = []
         started = time.perf_counter()
-        task = Task(model.absolute(), "onnxruntime", running, UpscaleOptions())
+        upscaling = UpscaleOptions()
+        recipe = Recipe.of(model_spec(model), None, upscaling, Encoding())
+        task = Task(model.absolute(), "onnxruntime", running, upscaling, recipe)
         with load_backend("onnxruntime", model, running) as network, connected(LOCAL, 1, threads) as share:
             connecting = time.perf_counter() - started
             with Pool(task, share) as pool:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path 
 
 from benchmarks.quality import Method, model_method, picture_set, score_all, short_name
 from sanrt.runtime.backends.protocol import RunOptions
-from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.backends.registry import load_unguarded
 
 
 def regions(
@@ -27,7 +27,7 @@ def regions(
     first: list[float] = []
     print(" k   PSNR, dB   change   worst picture")
     for k in counts or [2, 3, 4, 8]:
-        with load_backend(backend, model, RunOptions(regions=k)) as network:
+        with load_unguarded(backend, model, RunOptions(regions=k)) as network:
             method: Method = model_method(network, f"k={k}")
             (row,), _ = score_all([method], [tested])
         psnrs = [score.psnr for score in row.pictures.values()]

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path 
 from benchmarks.measure import Size, Worker, console, environment, found_model, peak_memory, picture, run_command
 from sanrt.errors import BackendError, UsageError
 from sanrt.runtime.backends.protocol import RunOptions
-from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.backends.registry import load_unguarded
 from sanrt.runtime.tiling.plan import PAPER_REGIONS, Tiling
 from sanrt.runtime.tiling.upscaling import UpscaleOptions, upscale
 
@@ -51,7 +51,7 @@ class Upscaling:
     """A loaded backend in a process of its own."""
 
     def __init__(self, backend: str, model: Path, run_options: RunOptions, options: UpscaleOptions) -> None:
-        self.network, self.options = load_backend(backend, model, run_options), options
+        self.network, self.options = load_unguarded(backend, model, run_options), options
 
     def upscale(self, pixels: npt.NDArray[np.uint8]) -> tuple[float, int, int]:
         """Seconds, and the peak memory before and after."""

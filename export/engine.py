@@ -18,7 +18,8 @@ import onnx
 from sanrt.errors import BackendError, BuildError, ModelError, UsageError
 from sanrt.export import proof as proofs
 from sanrt.export.stages import stage_ranges
-from sanrt.model.graph import read_model, san_model, stage_model
+from sanrt.model.exported import read_model
+from sanrt.model.graph import san_model, stage_model
 from sanrt.model.spec import GraphOptions, ModelSpec, Precision
 from sanrt.runtime.artifacts.engines import (
     BuildOptions,
@@ -33,18 +34,20 @@ from sanrt.runtime.artifacts.engines import (
     stage_archive,
 )
 from sanrt.runtime.artifacts.flavors import TITLES, Flavor, installed_version
-from sanrt.runtime.artifacts.variants import FOLDER, file_digest
+from sanrt.runtime.artifacts.variants import FOLDER, model_digest
 from sanrt.runtime.backends.tensorrt.library import Watch, import_flavor
 from sanrt.version import __version__
 
 FUSED_WIDTH = 16
-"""Inner attention channels from which TensorRT has one kernel for the whole attention."""
+"""Fewest inner attention channels for which TensorRT has one kernel for the whole attention."""
 WHOLE = "network"
+"""Key of the one graph that is not a stage."""
 RTX_TARGETS = re.compile(r"SM\d+")
+"""Names of TensorRT-RTX's compute capabilities."""
 
 
-class Progress(Protocol):
-    """Told of TensorRT's nested phases while it builds."""
+class BuildProgress(Protocol):
+    """Follows TensorRT's nested phases while it builds."""
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
         """A phase of that many steps begins within `parent`."""
@@ -59,8 +62,8 @@ class Progress(Protocol):
         ...
 
 
-class Silent:
-    """Progress that nobody watches."""
+class NoProgress:
+    """A BuildProgress that shows nothing."""
 
     def start(self, phase: str, parent: str | None, steps: int) -> None: ...
 
@@ -92,7 +95,7 @@ def gpu_present() -> bool:
 
 
 def build_engine(
-    model: Path, options: BuildOptions, output: Path | None = None, progress: Progress | None = None
+    model: Path, options: BuildOptions, output: Path | None = None, progress: BuildProgress | None = None
 ) -> tuple[EngineInfo, bool]:
     """Build an exported fp32 ONNX into an engine beside it (or at `output`); False when an equal one was already there.
 
@@ -106,23 +109,23 @@ def build_engine(
         register_kernels(trt, options.flavor)
     spec, graphs = typed_graphs(model, options)
     identity = Identity(
-        file_digest(model), options, installed_version(options.flavor) or "", target(trt, options), __version__
+        model_digest(model), options, installed_version(options.flavor) or "", target(trt, options), __version__
     )
     path = output or default_path(model, identity)
     if (existing := reusable(path, identity)) is not None:
         return existing, False
     check_writable(path)
     cancel, timings = Event(), timing_cache_path(model, options, identity)
-    monitor = monitor_class(trt)(progress or Silent(), cancel)
+    monitor = monitor_class(trt)(progress or NoProgress(), cancel)
     built = [compile_proved(trt, graph, options, monitor, cancel, timings) for graph in graphs.values()]
-    plans = dict(zip(graphs, (plan for plan, _ in built), strict=True))
+    engines = dict(zip(graphs, (engine for engine, _ in built), strict=True))
     findings = proofs.check(
         proofs.merged([found for _, found in built]),
         options.precision,
         options.allow_precision,
         options.allow_unfused_attention,
     )
-    content = stage_archive(plans) if options.stages else plans[WHOLE]
+    content = stage_archive(engines) if options.stages else engines[WHOLE]
     digest = hashlib.sha256(content).hexdigest()
     beside = os.path.relpath(model.resolve(), path.parent.resolve())
     info = EngineInfo(path, spec, beside, identity, len(content), digest, findings)
@@ -133,15 +136,15 @@ def build_engine(
 def compile_proved(
     trt: Any, graph: onnx.ModelProto, options: BuildOptions, monitor: Any, cancel: Event, timings: Path | None
 ) -> tuple[bytes, Proof]:
-    """One engine, and what its layer list shows."""
+    """Compile a graph: the engine's bytes, and the proof from its layer list."""
     watch = Watch(trt, keep=True)
-    plan = interruptible(lambda: compile_plan(trt, graph, options, watch, monitor, timings), cancel)
-    layers, source = layer_list(trt, options.flavor, plan, watch)
-    return plan, proofs.prove(graph, layers, source, activation_memory(watch))
+    engine_bytes = interruptible(lambda: compile_engine(trt, graph, options, watch, monitor, timings), cancel)
+    layers, source = layer_list(trt, options.flavor, engine_bytes, watch)
+    return engine_bytes, proofs.prove(graph, layers, source, activation_memory(watch))
 
 
 def typed_graphs(model: Path, options: BuildOptions) -> tuple[ModelSpec, dict[str, onnx.ModelProto]]:
-    """What TensorRT builds, by name: the whole network, or each of its stages."""
+    """The graphs that TensorRT builds, by name: the whole network, or each of its stages."""
     if not options.stages:
         spec, graph = typed_graph(model, options.precision, options.kernels)
         return spec, {WHOLE: graph}
@@ -224,7 +227,7 @@ def interruptible(work: Callable[[], bytes], cancel: Event) -> bytes:
             raise
 
 
-def compile_plan(
+def compile_engine(
     trt: Any, graph: onnx.ModelProto, options: BuildOptions, watch: Watch, monitor: Any, timings: Path | None
 ) -> bytes:
     """The serialised engine; `watch` and `monitor` must outlive the call."""
@@ -235,21 +238,21 @@ def compile_plan(
     if not parser.parse(graph.SerializeToString()):
         raise BuildError(f"{TITLES[options.flavor]} cannot parse the graph ({parser.get_error(0).desc()})")
     config = builder.create_builder_config()
-    configure(trt, builder, config, options)
+    configure(trt, config, options)
     add_profiles(builder, config, graph, options)
     config.progress_monitor = monitor
     if timings:
         config.set_timing_cache(config.create_timing_cache(timings.read_bytes() if timings.exists() else b""), False)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
+    engine_bytes = builder.build_serialized_network(network, config)
+    if engine_bytes is None:
         raise BuildError(f"{TITLES[options.flavor]} cannot build the engine: {watch.first}")
     if timings:
         save_timing_cache(timings, config.get_timing_cache().serialize())
-    return bytes(plan)
+    return bytes(engine_bytes)
 
 
-def configure(trt: Any, builder: Any, config: Any, options: BuildOptions) -> None:
-    """Everything in the options that the graph does not say."""
+def configure(trt: Any, config: Any, options: BuildOptions) -> None:
+    """Set what the options say and the graph does not: limits, targets, how long to search."""
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     # TF32 is on by default, and would round the inputs of SOCA's fp32 products to 10 bits.
     config.clear_flag(trt.BuilderFlag.TF32)
@@ -263,7 +266,7 @@ def configure(trt: Any, builder: Any, config: Any, options: BuildOptions) -> Non
 
 
 def add_profiles(builder: Any, config: Any, graph: onnx.ModelProto, options: BuildOptions) -> None:
-    """The sizes that the engine takes."""
+    """Tell TensorRT the sizes that the engine must take."""
     for sizes in options.profiles:
         profile = builder.create_optimization_profile()
         if options.stages:
@@ -276,13 +279,13 @@ def add_profiles(builder: Any, config: Any, graph: onnx.ModelProto, options: Bui
 
 
 @cache
-def monitor_class(trt: Any) -> Callable[[Progress, Event], Any]:
-    """An IProgressMonitor that tells a Progress, and stops the build once `cancel` is set."""
+def monitor_class(trt: Any) -> Callable[[BuildProgress, Event], Any]:
+    """A class of IProgressMonitor that reports to a BuildProgress, and stops the build once `cancel` is set."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """TensorRT calls it from the building thread, and from its own."""
 
-        def __init__(self, progress: Progress, cancel: Event) -> None:
+        def __init__(self, progress: BuildProgress, cancel: Event) -> None:
             trt.IProgressMonitor.__init__(self)
             self.progress, self.cancel = progress, cancel
 
@@ -318,11 +321,11 @@ def save_timing_cache(path: Path, content: Any) -> None:
         ) from error
 
 
-def layer_list(trt: Any, flavor: Flavor, plan: bytes, watch: Watch) -> tuple[list[proofs.Layer], str]:
+def layer_list(trt: Any, flavor: Flavor, engine_bytes: bytes, watch: Watch) -> tuple[list[proofs.Layer], str]:
     """The engine's layers: from the build log of TensorRT-RTX, which needs no GPU, or TensorRT's engine inspector."""
     if flavor == Flavor.RTX:
         return proofs.layers_from_log(watch.messages), "build log"
-    engine = trt.Runtime(watch.logger).deserialize_cuda_engine(plan)
+    engine = trt.Runtime(watch.logger).deserialize_cuda_engine(engine_bytes)
     if engine is None:
         raise BuildError(f"{TITLES[flavor]} cannot load the engine it just built: {watch.first}")
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import replace
@@ -28,4 +29,8 @@ def rounding_tolerance(net: SAN, inputs: Iterable[Array]) -> Tolerance:
         compare(wide(x.double()).numpy(), net(x).numpy(), net.arch.value_range) for x in map(torch.from_numpy, inputs)
     )
     usual = TOLERANCES[Precision.FP32]
-    return replace(usual, max_abs=max(usual.max_abs, ROUNDING_MARGIN * rounding.max_abs))
+    return replace(
+        usual,
+        max_abs=max(usual.max_abs, ROUNDING_MARGIN * rounding.max_abs),
+        min_psnr=min(usual.min_psnr, rounding.psnr - 20 * math.log10(ROUNDING_MARGIN)),
+    )

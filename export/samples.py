@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +26,14 @@ class Sample:
     """What the network is given, and what it should find."""
 
     name: str
+    """A picture's path in its folder."""
     low: Picture
     high: Picture | None
     """None where the true picture is not known."""
 
 
 def samples(images: Path | None, hr: Path | None, scale: int) -> Iterator[Sample]:
-    """One at a time: pictures with their HR of the same name, HR pictures degraded by `scale`, or generated scenes.
+    """One at a time: pictures with their HR of the same relative path, HR pictures degraded by `scale`, or generated scenes.
 
     Raises PictureError for a folder without pictures, for one that cannot be read, and for pairs that do not fit.
     """
@@ -42,11 +43,12 @@ def samples(images: Path | None, hr: Path | None, scale: int) -> Iterator[Sample
     elif images is None:
         assert hr is not None
         for path in pictures_in(hr):
-            yield degraded(path.name, read_rgb(path), scale)
+            yield degraded(str(path.relative_to(hr)), read_rgb(path), scale)
     else:
-        highs = {path.stem: path for path in pictures_in(hr)} if hr else {}
+        highs = pictures_in(hr) if hr else []
         for path in pictures_in(images):
-            yield paired(path, highs.get(path.stem), scale) if hr else Sample(path.name, read_rgb(path), None)
+            name = path.relative_to(images)
+            yield paired(name, path, original_of(name, hr, highs), scale) if hr else Sample(str(name), read_rgb(path), None)
 
 
 def degraded(name: str, high: Picture, scale: int) -> Sample:
@@ -57,17 +59,24 @@ def degraded(name: str, high: Picture, scale: int) -> Sample:
     return Sample(name, degrade(high[:height, :width], scale), high[:height, :width])
 
 
-def paired(path: Path, truth: Path | None, scale: int) -> Sample:
-    """A picture and its truth; raises PictureError when there is none or it is not `scale` times as large."""
-    if truth is None:
-        raise PictureError(f"{path}: no high-resolution picture of the same name; expected one for each")
+def original_of(name: Path, folder: Path, pictures: Sequence[Path]) -> Path:
+    """The picture of the same relative path in a folder, its ending aside; raises PictureError unless there is one."""
+    found = [path for path in pictures if path.relative_to(folder).with_suffix("") == name.with_suffix("")]
+    found = [path for path in found if path.suffix == name.suffix] or found
+    if len(found) != 1:
+        raise PictureError(f"{name}: {len(found) or 'no'} high-resolution pictures of that name in {folder}; expected one")
+    return found[0]
+
+
+def paired(name: Path, path: Path, truth: Path, scale: int) -> Sample:
+    """A picture and its truth; raises PictureError when that is not `scale` times as large."""
     low, high = read_rgb(path), read_rgb(truth)
     if high.shape[:2] != (low.shape[0] * scale, low.shape[1] * scale):
         raise PictureError(
             f"{truth}: {high.shape[1]} x {high.shape[0]}, expected {low.shape[1] * scale} x {low.shape[0] * scale},"
             f" {scale} times {path}"
         )
-    return Sample(path.name, low, high)
+    return Sample(str(name), low, high)
 
 
 def pictures_in(folder: Path) -> list[Path]:

@@ -32,12 +32,17 @@ class Probe:
             settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         content = exposed.SerializeToString()
         self.session: Any = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
-        self.names = names
+        self.names, self.input_type = names, input_type(self.session)
 
     def __call__(self, x: Array) -> dict[str, Array]:
         """float32 (B, 3, H, W) -> the tensors by name, as float32."""
-        outputs = self.session.run(list(self.names), {"input": x})
+        outputs = self.session.run(list(self.names), {"input": x.astype(self.input_type)})
         return {name: np.asarray(y, np.float32) for name, y in zip(self.names, outputs, strict=True)}
+
+
+def input_type(session: Any) -> Any:
+    """NumPy's type of a graph's input: float32, unless a tool converted the whole graph."""
+    return {"tensor(float16)": np.float16, "tensor(double)": np.float64}.get(session.get_inputs()[0].type, np.float32)
 
 
 def computed_in_fp32(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -20,13 +20,16 @@ from sanrt.export.parity import TOLERANCES, Difference, Tolerance, compare, requ
 from sanrt.export.rounding import rounding_tolerance
 from sanrt.export.samples import Picture, Sample
 from sanrt.export.squareroot import with_root
+from sanrt.export.tensors import input_type
 from sanrt.geometry import pad
 from sanrt.model.checkpoint import Checkpoint, bundled_checkpoint, load_checkpoint
+from sanrt.model.exported import ExportedModel, read_exported
 from sanrt.model.san import SAN
-from sanrt.model.spec import ModelSpec, Precision
-from sanrt.runtime.backends.onnxruntime import open_session
+from sanrt.model.spec import ModelSpec, Precision, QuantisedType
+from sanrt.runtime.artifacts.engines import read_engine
+from sanrt.runtime.backends.onnxruntime import open_session, run_error
 from sanrt.runtime.backends.protocol import RunOptions
-from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.backends.registry import load_unguarded
 from sanrt.runtime.pictures.codec import Output, write_picture
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.tiling.upscaling import infer_padded, network_input, network_output
@@ -49,6 +52,8 @@ class ValidateOptions:
     """None is the bundled one; its digest must be the artifact's either way."""
     tolerance: float | None = None
     """Instead of the table's largest difference, of 255."""
+    min_psnr: float | None = None
+    """Instead of the table's lowest PSNR to the reference, dB."""
     heatmaps: Path | None = None
     """Folder for a picture of where each pair of outputs differs."""
 
@@ -58,7 +63,11 @@ class PictureResult:
     """Artifact and reference on one picture."""
 
     picture: str
+    type: Precision | QuantisedType
+    """The coarsest type in which the artifact's output was computed."""
     difference: Difference
+    tolerance: Tolerance
+    """Of that type."""
     ssim: float
     """Of the two outputs as 8-bit luma; NaN where a side is too short for SSIM's window."""
     y_psnr: float | None
@@ -76,12 +85,31 @@ class Validation:
     backend: str
     checkpoint: Path
     tolerance: Tolerance
+    """Of what the backend computed."""
     pictures: tuple[PictureResult, ...]
+    own_graph: PictureResult | None
+    """The middle of the first picture, by an ONNX's own graph."""
+    wrong: str | None
+    """What of an ONNX is not the checkpoint's; None where all is, or where an engine's ONNX is not there."""
+
+    @property
+    def rows(self) -> tuple[PictureResult, ...]:
+        """Everything that was run."""
+        return (self.own_graph, *self.pictures) if self.own_graph else self.pictures
 
     @property
     def difference(self) -> Difference:
-        """The worst over the pictures."""
+        """The worst over the pictures, as the backend computed them."""
         return worst(p.difference for p in self.pictures)
+
+    @property
+    def passed(self) -> bool:
+        """Whether `require` has nothing to raise."""
+        try:
+            self.require()
+        except ParityError:
+            return False
+        return True
 
     @property
     def y_psnr_drop(self) -> float | None:
@@ -90,14 +118,22 @@ class Validation:
         return float(np.mean(drops)) if drops else None
 
     def require(self) -> None:
-        """Raise ParityError, naming what was measured, unless the artifact is within its tolerance."""
+        """Raise ParityError, naming what was measured, unless weights are the checkpoint's and outputs within tolerances."""
+        if self.wrong:
+            raise ParityError(
+                f"{self.artifact}: its {self.wrong} is not what {self.checkpoint} has; make it again with `sanrt export`"
+            )
+        remedy = "`--locate` names the stage where it begins"
+        if self.own_graph:
+            subject = f"{self.artifact} ({self.own_graph.type}), its own graph"
+            require(self.own_graph.difference, self.own_graph.tolerance, subject, remedy)
         subject = f"{self.artifact} ({self.spec.coarsest}) on {self.backend}"
-        require(self.difference, self.tolerance, subject, "`--locate` names the stage where it begins")
+        require(self.difference, self.tolerance, subject, remedy)
         drop = self.y_psnr_drop
         if drop is not None and not drop <= self.tolerance.y_psnr_drop:
             raise ParityError(
                 f"{subject}: Y-PSNR is {drop:.3f} dB below the PyTorch reference's, expected"
-                f" {self.tolerance.y_psnr_drop:g} or less; `--locate` names the stage where it begins"
+                f" {self.tolerance.y_psnr_drop:g} or less; {remedy}"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -105,19 +141,25 @@ class Validation:
         rows = [
             {
                 "picture": p.picture,
+                "type": p.type,
+                "tolerance": p.tolerance.max_abs,
+                "min_psnr": p.tolerance.min_psnr,
                 **p.difference.to_json(),
                 "ssim": None if math.isnan(p.ssim) else p.ssim,
                 "y_psnr": p.y_psnr,
                 "y_psnr_drop": p.y_psnr_drop,
             }
-            for p in self.pictures
+            for p in self.rows
         ]
         return {
             "artifact": str(self.artifact),
+            "passed": self.passed,
+            "not_the_checkpoint's": self.wrong,
             "backend": self.backend,
             "precision": self.spec.coarsest,
             "weights_digest": self.spec.weights_digest,
             "tolerance": self.tolerance.max_abs,
+            "min_psnr": self.tolerance.min_psnr,
             "y_psnr_drop_tolerance": self.tolerance.y_psnr_drop,
             **self.difference.to_json(),
             "y_psnr_drop": self.y_psnr_drop,
@@ -132,30 +174,54 @@ def validate(artifact: Path, pictures: Callable[[int], Iterable[Sample]], option
     picture. Raises UsageError when the checkpoint is not the one that the artifact was made of. The verdict is
     `.require()`'s.
     """
-    with load_backend(options.backend, artifact, RunOptions(precision=options.precision)) as backend:
+    with load_unguarded(options.backend, artifact, RunOptions(precision=options.precision)) as backend:
         spec = backend.spec
         checkpoint = source_checkpoint(spec, artifact, options.checkpoint)
         net = reference_network(checkpoint, spec)
         reference, infer = partial(reference_output, net, spec), partial(infer_padded, backend)
         remaining = iter(pictures(spec.architecture.scale))
         first = next(remaining)
-        tolerance = tolerance_for(net, spec, middle(first), options.tolerance)
-        results = []
-        if artifact.suffix == ".onnx":
-            results.append(picture_result(middle(first), reference, own_graph(artifact, spec), spec, None))
-        results += [picture_result(s, reference, infer, spec, options.heatmaps) for s in chain([first], remaining)]
-        return Validation(artifact, spec, backend.name, checkpoint.path, tolerance, tuple(results))
+        limits = partial(tolerance_for, net, spec, middle(first), options)
+        exported = exported_model(artifact)
+        own = None
+        if exported and artifact.suffix == ".onnx":
+            kind = exported.spec.coarsest if exported.spec.quantisation else exported.precision
+            own = picture_result(middle(first), reference, own_graph(artifact, spec), spec, kind, limits(kind))
+        # Weights that were rounded to fp16 make an fp32 run as coarse.
+        coarsest = Precision.FP16 if exported and exported.halved and spec.coarsest == Precision.FP32 else spec.coarsest
+        tolerance = limits(coarsest)
+        results = tuple(
+            picture_result(sample, reference, infer, spec, coarsest, tolerance, options.heatmaps)
+            for sample in chain([first], remaining)
+        )
+        wrong = wrong_weight(exported, checkpoint) if exported else None
+        return Validation(artifact, spec, backend.name, checkpoint.path, tolerance, results, own, wrong)
 
 
-def tolerance_for(net: SAN, spec: ModelSpec, sample: Sample, wished: float | None) -> Tolerance:
-    """The table's for the coarsest type, fp32's by its rounding on a sample as in `export`; or the wished difference."""
-    usual = TOLERANCES[spec.coarsest]
-    if wished is not None:
-        return replace(usual, max_abs=wished)
-    if spec.coarsest != Precision.FP32:
-        return usual
-    x = network_input(sample.low, spec.architecture.value_range)
-    return rounding_tolerance(net, [pad(x, spec.min_side, spec.multiple)])
+def exported_model(artifact: Path) -> ExportedModel | None:
+    """What an ONNX holds, or the one that an engine was built from where that is still there; ModelError if it is spoilt."""
+    model = artifact if artifact.suffix == ".onnx" else read_engine(artifact).model_path
+    return read_exported(model) if model.exists() else None
+
+
+def wrong_weight(exported: ExportedModel, checkpoint: Checkpoint) -> str | None:
+    """The first tensor of an ONNX that is not the checkpoint's, or its description of another network; None if all is."""
+    if exported.spec.architecture != checkpoint.architecture:
+        return f"description as {exported.spec.architecture.name}"
+    name = exported.differing({name: tensor.numpy() for name, tensor in checkpoint.tensors.items()})
+    return name and f"tensor {name}"
+
+
+def tolerance_for(
+    net: SAN, spec: ModelSpec, sample: Sample, options: ValidateOptions, kind: Precision | QuantisedType
+) -> Tolerance:
+    """The table's for a type, fp32's by its rounding on a sample as in `export`; or what the options say."""
+    usual = TOLERANCES[kind]
+    if kind == Precision.FP32:
+        x = network_input(sample.low, spec.architecture.value_range)
+        usual = rounding_tolerance(net, [pad(x, spec.min_side, spec.multiple)])
+    max_abs = usual.max_abs if options.tolerance is None else options.tolerance
+    return replace(usual, max_abs=max_abs, min_psnr=usual.min_psnr if options.min_psnr is None else options.min_psnr)
 
 
 def middle(sample: Sample) -> Sample:
@@ -168,11 +234,16 @@ def middle(sample: Sample) -> Sample:
 def own_graph(path: Path, spec: ModelSpec) -> Infer:
     """An ONNX's nodes as they are in the file."""
     session = open_session(path, RunOptions())
+    dtype = input_type(session)
 
     def infer(x: Array) -> Array:
         height, width = (spec.architecture.scale * side for side in x.shape[2:])
-        y: Array = session.run(None, {"input": pad(x, spec.min_side, spec.multiple)})[0]
-        return y[..., :height, :width]
+        try:
+            y = session.run(None, {"input": pad(x, spec.min_side, spec.multiple).astype(dtype)})[0]
+        except Exception as error:  # onnxruntime's exceptions share no public base
+            raise run_error(error) from error
+        result: Array = y[..., :height, :width].astype(np.float32)
+        return result
 
     return infer
 
@@ -205,23 +276,29 @@ def reference_output(net: SAN, spec: ModelSpec, x: Array) -> Array:
 
 
 def picture_result(
-    sample: Sample, reference: Infer, candidate: Infer, spec: ModelSpec, heatmaps: Path | None
+    sample: Sample,
+    reference: Infer,
+    candidate: Infer,
+    spec: ModelSpec,
+    kind: Precision | QuantisedType,
+    tolerance: Tolerance,
+    heatmaps: Path | None = None,
 ) -> PictureResult:
-    """One picture through both, and every measure of the two outputs."""
+    """One picture through both, and every measure of the two outputs; the candidate computes in the type `kind`."""
     arch = spec.architecture
     x = network_input(sample.low, arch.value_range)
     expected, found = reference(x), candidate(x)
     if heatmaps:
-        write_heatmap(heatmaps / f"{Path(sample.name).stem}.png", expected, found)
+        name = sample.name if sample.name.endswith(".png") else f"{sample.name}.png"
+        write_heatmap(heatmaps / name, expected, found)
     pictures = [network_output(y, sample.low, arch.value_range) for y in (expected, found)]
     likeness = ssim(y_channel(pictures[0]), y_channel(pictures[1])) if min(pictures[0].shape[:2]) > 10 else math.nan
     scores: list[float] = []
     if sample.high is not None and min(sample.high.shape[:2]) > 2 * arch.scale:
         scores = [y_psnr(picture, sample.high, arch.scale) for picture in pictures]
     drop = scores[0] - scores[1] if scores else None
-    return PictureResult(
-        sample.name, compare(expected, found, arch.value_range), likeness, scores[0] if scores else None, drop
-    )
+    difference = compare(expected, found, arch.value_range)
+    return PictureResult(sample.name, kind, difference, tolerance, likeness, scores[0] if scores else None, drop)
 
 
 def write_heatmap(path: Path, expected: Array, candidate: Array) -> None:

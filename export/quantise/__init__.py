@@ -1,1 +1,1 @@
-"""Models with convolutions in 8 bits, as many as a loss of quality allows."""
+"""Models with some convolutions in 8 bits: as many as a given loss of quality allows."""

@@ -12,8 +12,9 @@ import numpy as np
 
 from sanrt.arrays import Array
 from sanrt.export.metrics import y_psnr
-from sanrt.export.parity import Difference, compare
-from sanrt.export.quantise.calibration import Track, convolutions, untracked
+from sanrt.export.parity import compare
+from sanrt.export.quantise.calibration import Track, untracked
+from sanrt.export.quantise.parts import restricted_to
 from sanrt.export.samples import Sample
 from sanrt.export.tensors import Probe
 from sanrt.model.graph import Weights, san_model
@@ -22,13 +23,13 @@ from sanrt.runtime.tiling.upscaling import network_input, network_output
 
 
 @dataclass(frozen=True)
-class Loss:
-    """What a set of 8-bit parts costs on the held-out crops."""
+class QualityLoss:
+    """The cost of a set of 8-bit parts on the held-out crops."""
 
     psnr: float
     """dB, of the output against the fp32 network's."""
     y_psnr_drop: float
-    """dB, how much lower the Y-PSNR against the original is, on average."""
+    """dB by which the mean Y-PSNR against the original is lower than the fp32 network's."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +37,39 @@ class PartCost:
     """A part of the network, and what it costs alone."""
 
     part: str
-    alone: Loss | None
-    """None for a part that was not measured, being kept."""
+    alone: QualityLoss | None
+    """None for a part that was not measured because it is kept as it is."""
     quantised: bool
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The outcome of a search."""
+class PartSelection:
+    """The parts that a search chose for 8 bits, and what they cost."""
 
     costs: tuple[PartCost, ...]
     """Every part, in the network's order."""
-    loss: Loss
-    """Of all the quantised parts together."""
+    loss: QualityLoss
+    """The loss with all the chosen parts in 8 bits."""
 
     @property
     def parts(self) -> list[str]:
-        """Those to quantise."""
+        """Names of the parts to quantise."""
         return [cost.part for cost in self.costs if cost.quantised]
 
+    def to_json(self) -> list[Mapping[str, object]]:
+        """One row per part, for the model's metadata; an infinite PSNR is null."""
+        return [
+            {
+                "part": cost.part,
+                "psnr": cost.alone and (cost.alone.psnr if math.isfinite(cost.alone.psnr) else None),
+                "y_psnr_drop": cost.alone and cost.alone.y_psnr_drop,
+                "quantised": cost.quantised,
+            }
+            for cost in self.costs
+        ]
 
-class Measurements:
+
+class LossMeasurements:
     """Losses of sets of parts, each measured once: they are kept in a file, so that a search can be taken up again."""
 
     def __init__(
@@ -65,41 +78,38 @@ class Measurements:
         self.spec, self.weights, self.quantisation, self.held_out, self.cache = spec, weights, quantisation, held_out, cache
         self.reference: list[Array] = []
         try:
-            self.known = {key: Loss(**loss) for key, loss in json.loads(cache.read_text()).items()}
+            self.known = {key: QualityLoss(**loss) for key, loss in json.loads(cache.read_text()).items()}
         except (OSError, ValueError, TypeError):
             self.known = {}
 
-    def __call__(self, parts: Sequence[str]) -> Loss:
+    def __call__(self, parts: Sequence[str]) -> QualityLoss:
         """The loss with these parts in 8 bits and all else as it is."""
         key = " ".join(sorted(parts))
         if key not in self.known:
-            self.known[key] = self.measured(parts)
+            self.known[key] = self.measure(parts)
             self.save()
         return self.known[key]
 
-    def measured(self, parts: Sequence[str]) -> Loss:
+    def measure(self, parts: Sequence[str]) -> QualityLoss:
         """Run the held-out crops through the network and through its quantised variant."""
         self.reference = self.reference or self.outputs(None)
-        found = self.outputs(of_parts(self.quantisation, parts))
+        found = self.outputs(restricted_to(self.quantisation, parts))
         drops = [
-            self.score(expected, sample) - self.score(y, sample)
+            self.y_psnr(expected, sample) - self.y_psnr(y, sample)
             for sample, expected, y in zip(self.held_out, self.reference, found, strict=True)
         ]
-        return Loss(self.difference(found).psnr, float(np.mean(drops)))
-
-    def difference(self, found: list[Array]) -> Difference:
-        """Against the unquantised network's outputs."""
         value_range = self.spec.architecture.value_range
-        return compare(np.concatenate(self.reference), np.concatenate(found), value_range)
+        difference = compare(np.concatenate(self.reference), np.concatenate(found), value_range)
+        return QualityLoss(difference.psnr, float(np.mean(drops)))
 
     def outputs(self, quantisation: Quantisation | None) -> list[Array]:
-        """Each held-out crop's result."""
+        """The network's output on each held-out crop, (1, 3, sH, sW)."""
         probe = Probe(san_model(replace(self.spec, quantisation=quantisation), self.weights), ["output"])
         value_range = self.spec.architecture.value_range
         return [probe(network_input(sample.low, value_range))["output"] for sample in self.held_out]
 
-    def score(self, y: Array, sample: Sample) -> float:
-        """Y-PSNR of an output against the crop it should be."""
+    def y_psnr(self, y: Array, sample: Sample) -> float:
+        """Y-PSNR of an output against the crop it should be, dB."""
         arch = self.spec.architecture
         assert sample.high is not None
         return y_psnr(network_output(y, sample.high, arch.value_range), sample.high, arch.scale)
@@ -115,20 +125,13 @@ class Measurements:
             partial.unlink(missing_ok=True)
 
 
-def of_parts(quantisation: Quantisation, parts: Sequence[str]) -> Quantisation:
-    """The same ranges for these parts' convolutions only."""
-    names = [name for part in parts for name in convolutions(part)]
-    inputs, outputs = ({name: known[name] for name in names} for known in (quantisation.ranges, quantisation.outputs))
-    return Quantisation(quantisation.type, inputs, outputs)
-
-
-def plan_parts(
+def select_parts(
     parts: Sequence[str],
     kept: Sequence[str],
-    measure: Callable[[Sequence[str]], Loss],
+    measure: Callable[[Sequence[str]], QualityLoss],
     max_drop: float,
     track: Track = untracked,
-) -> Plan:
+) -> PartSelection:
     """The most parts whose Y-PSNR drop is within `max_drop` dB, the least sensitive first; `kept` ones stay out.
 
     Takes one measurement per part, and then logarithmically many.
@@ -139,7 +142,7 @@ def plan_parts(
     count = largest_prefix(len(order), lambda n: measure(order[:n]).y_psnr_drop <= max_drop)
     chosen = order[:count]
     costs = tuple(PartCost(part, alone.get(part), part in chosen) for part in parts)
-    return Plan(costs, measure(chosen) if chosen else Loss(float("inf"), 0.0))
+    return PartSelection(costs, measure(chosen) if chosen else QualityLoss(float("inf"), 0.0))
 
 
 def largest_prefix(count: int, fits: Callable[[int], bool]) -> int:
@@ -151,16 +154,3 @@ def largest_prefix(count: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def table_rows(plan: Plan) -> list[Mapping[str, object]]:
-    """The plan's parts for the model's metadata."""
-    return [
-        {
-            "part": cost.part,
-            "psnr": cost.alone and (cost.alone.psnr if math.isfinite(cost.alone.psnr) else None),
-            "y_psnr_drop": cost.alone and cost.alone.y_psnr_drop,
-            "quantised": cost.quantised,
-        }
-        for cost in plan.costs
-    ]

@@ -1,4 +1,4 @@
-"""Models side by side on every backend that can run them here: quality on held-out crops, and time."""
+"""Models on every backend that can run them here, side by side: quality on held-out crops, and time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sanrt.arrays import Array
 from sanrt.errors import SanrtError
 from sanrt.export.metrics import y_psnr
 from sanrt.export.quantise.calibration import Track, untracked
@@ -18,28 +19,29 @@ from sanrt.model.spec import Precision
 from sanrt.runtime.artifacts.engines import SUFFIX
 from sanrt.runtime.artifacts.models import read_spec
 from sanrt.runtime.backends.protocol import Backend, RunOptions
-from sanrt.runtime.backends.registry import AUTO_ORDER, BACKENDS, load_backend, status
+from sanrt.runtime.backends.registry import AUTO_ORDER, BACKENDS, load_unguarded, status
 from sanrt.runtime.tiling.upscaling import infer_padded, network_input, network_output
 
 TIMED_SIDE, ROUNDS = 96, 5
+"""Side of the timed picture in pixels, and how often each trial is timed; the quickest run counts."""
 MIN_GAIN = 1.05
-"""8 bits must be so many times as fast to be worth their error, and not to be the noise of the clock."""
+"""8 bits must be this many times as fast to be worth their error; less may be the clock's noise."""
 
 
 @dataclass(frozen=True)
-class Trial:
+class BackendTrial:
     """One model on one backend in one precision."""
 
     model: Path
     backend: str
     precision: Precision | None
-    """As asked for; None where the model's file has settled it."""
+    """The precision that was asked for; None where the model's file has settled it."""
     computes: str
-    """For people: `fp32`, `int8 + bf16`."""
+    """The types that it really computes in, as text: `fp32`, `int8 + bf16`."""
     y_psnr: float
-    """Against the held-out crops' originals, on average, dB."""
+    """Mean over the held-out crops against their originals, dB."""
     seconds: float
-    """The quickest of ROUNDS runs, which took turns with the other trials', of a TIMED_SIDE x TIMED_SIDE picture."""
+    """The quickest of ROUNDS runs of a TIMED_SIDE x TIMED_SIDE picture; the trials take turns."""
 
     @property
     def quantised(self) -> bool:
@@ -48,42 +50,43 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What was compared, the fastest first, and what was not: `fp16 on openvino`, `tensorrt` -> the reason."""
+class BackendComparison:
+    """The trials, the fastest first, and the reasons for those that were not possible."""
 
-    trials: tuple[Trial, ...]
+    trials: tuple[BackendTrial, ...]
     untried: Mapping[str, str]
+    """The reason by what was not tried, such as `fp16 on openvino` or `tensorrt`."""
 
 
-def compared(models: Sequence[Path], held_out: Sequence[Sample], track: Track = untracked) -> Comparison:
-    """Exported and quantised models on every usable backend in every precision, and engines; all in turns."""
+def compare_backends(models: Sequence[Path], held_out: Sequence[Sample], track: Track = untracked) -> BackendComparison:
+    """Try exported and quantised models on every usable backend in every precision, and engines, in turns."""
     untried = {s.name: s.reason for s in map(status, BACKENDS) if not s.usable}
     with ExitStack() as stack:
         loaded = []
-        for model, name, precision in ways(models):
+        for model, name, precision in candidates(models):
             try:
-                backend = load_backend(name, model, RunOptions(precision=precision))
+                backend = load_unguarded(name, model, RunOptions(precision=precision))
             except SanrtError as error:
-                untried.setdefault(way_name(model, name, precision), str(error))
+                untried.setdefault(candidate_name(model, name, precision), str(error))
                 continue
-            trial = Trial(model, name, precision, backend.spec.computes, 0.0, np.inf)
+            trial = BackendTrial(model, name, precision, backend.spec.computes, 0.0, np.inf)
             loaded.append((trial, stack.enter_context(backend)))
         scored = [
-            (replace(trial, y_psnr=quality(backend, held_out)), backend)
+            (replace(trial, y_psnr=mean_y_psnr(backend, held_out)), backend)
             for trial, backend in track(loaded, "Comparing quality")
         ]
         done = [trial for trial, _ in scored]
         x = np.random.default_rng(0).uniform(0, 1, (1, 3, TIMED_SIDE, TIMED_SIDE)).astype(np.float32)
         for _ in track(range(ROUNDS), "Timing"):
             done = [
-                replace(trial, seconds=min(trial.seconds, seconds(backend, x)))
+                replace(trial, seconds=min(trial.seconds, run_seconds(backend, x)))
                 for trial, (_, backend) in zip(done, scored, strict=True)
             ]
-    return Comparison(tuple(sorted(done, key=lambda trial: trial.seconds)), untried)
+    return BackendComparison(tuple(sorted(done, key=lambda trial: trial.seconds)), untried)
 
 
-def ways(models: Sequence[Path]) -> list[tuple[Path, str, Precision | None]]:
-    """Every model on the backends that are usable here, each in every precision; an engine has settled its own."""
+def candidates(models: Sequence[Path]) -> list[tuple[Path, str, Precision | None]]:
+    """Model, backend and precision of every trial: all precisions of the usable backends; an engine has settled its own."""
     usable = [name for name in AUTO_ORDER if status(name).usable]
     engines = [(path, "tensorrt", None) for path in models if path.suffix == SUFFIX and "tensorrt" in usable]
     graphs = [path for path in models if path.suffix != SUFFIX]
@@ -91,40 +94,38 @@ def ways(models: Sequence[Path]) -> list[tuple[Path, str, Precision | None]]:
     return [*engines, *((path, name, precision) for path in graphs for name in others for precision in Precision)]
 
 
-def way_name(model: Path, backend: str, precision: Precision | None) -> str:
-    """For people; a quantised model's is its 8-bit type's where it is not the rest's precision that is refused."""
+def candidate_name(model: Path, backend: str, precision: Precision | None) -> str:
+    """How a trial that was not possible is called: by its precision, or in fp32 by the 8-bit type of a quantised model."""
     if precision is None:
         return model.name
     quantised = read_spec(model).quantisation
     return f"{quantised.type if quantised and precision == Precision.FP32 else precision} on {backend}"
 
 
-def quality(backend: Backend, held_out: Sequence[Sample]) -> float:
-    """Mean Y-PSNR of the crops, dB."""
-    return float(np.mean([score(backend, sample) for sample in held_out]))
-
-
-def score(backend: Backend, sample: Sample) -> float:
-    """Y-PSNR of one crop, dB."""
+def mean_y_psnr(backend: Backend, held_out: Sequence[Sample]) -> float:
+    """Mean Y-PSNR of a backend's results on the crops, dB."""
     arch = backend.spec.architecture
-    assert sample.high is not None
-    y = infer_padded(backend, network_input(sample.low, arch.value_range))
-    return y_psnr(network_output(y, sample.high, arch.value_range), sample.high, arch.scale)
+    scores = []
+    for sample in held_out:
+        assert sample.high is not None
+        y = infer_padded(backend, network_input(sample.low, arch.value_range))
+        scores.append(y_psnr(network_output(y, sample.high, arch.value_range), sample.high, arch.scale))
+    return float(np.mean(scores))
 
 
-def seconds(backend: Backend, x: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> float:
-    """Wall time of one run."""
+def run_seconds(backend: Backend, x: Array) -> float:
+    """Wall time of one run on (1, 3, H, W)."""
     started = time.perf_counter()
     backend.infer(x)
     return time.perf_counter() - started
 
 
-def reference_quality(found: Sequence[Trial]) -> float:
-    """Y-PSNR of the fp32 model in fp32, which all drops are counted from."""
-    return max(trial.y_psnr for trial in found if trial.computes == Precision.FP32)
+def fp32_y_psnr(trials: Sequence[BackendTrial]) -> float:
+    """Y-PSNR of the fp32 model in fp32, which all drops are counted from; dB."""
+    return max(trial.y_psnr for trial in trials if trial.computes == Precision.FP32)
 
 
-def fastest(found: Sequence[Trial], max_drop: float) -> Trial:
-    """The quickest at most `max_drop` dB of Y-PSNR below fp32; 8 bits only where they gain MIN_GAIN."""
-    floor = reference_quality(found) - max_drop
-    return min((t for t in found if t.y_psnr >= floor), key=lambda t: t.seconds * (MIN_GAIN if t.quantised else 1))
+def fastest(trials: Sequence[BackendTrial], max_drop: float) -> BackendTrial:
+    """The quickest trial at most `max_drop` dB of Y-PSNR below fp32; 8 bits only where they gain MIN_GAIN."""
+    floor = fp32_y_psnr(trials) - max_drop
+    return min((t for t in trials if t.y_psnr >= floor), key=lambda t: t.seconds * (MIN_GAIN if t.quantised else 1))

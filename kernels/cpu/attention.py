@@ -1,4 +1,8 @@
-"""softmax(q k^T) v on the CPU without the matrix of scores: section 3.2 of the paper, formula 4, scores not scaled."""
+"""softmax(q k^T) v on the CPU without the matrix of scores: section 3.2 of the paper, formula 4, scores not scaled.
+
+A region of a large picture has tens of thousands of queries and a quarter as many keys, over a few inner channels: the
+matrix would be gigabytes. Keys go through in blocks, with a running softmax.
+"""
 
 from __future__ import annotations
 
@@ -14,38 +18,41 @@ from sanrt.arrays import Array
 from sanrt.kernels.cpu.ir import Code, Module, this_processor
 from sanrt.kernels.cpu.workers import Workers
 
-TOGETHER = 3
-"""Queries that share each read of the keys and values."""
-BLOCK = 512
-"""Keys whose scores are kept, in a core's first cache, until their largest is known."""
-BATCH = 16
-"""Groups of queries to which a block of keys is shown before the next one."""
-LOWEST = -3e38
-"""Below every score that is a number."""
-LEAST_EXPONENT = -125.0
-"""2 to the power of less is hardly a normal float32; it counts as this, also where there is no key."""
-DEGREE = 5
-"""Of the polynomial for 2^x, 0 <= x < 1: its error is that of float32's own rounding."""
-SERIES = Chebyshev.interpolate(np.exp2, DEGREE, domain=[0, 1]).convert(kind=Polynomial).coef.tolist()
+GROUP_QUERIES = 3
+"""Queries whose scores are computed together, so that each key and value is loaded once for all of them."""
+BLOCK_KEYS = 512
+"""Keys in a block: the scores of a group of queries with them stay in a core's L1 cache until their maximum is known."""
+BATCH_GROUPS = 16
+"""Groups of queries that go over a block of keys before the next block, which is thus loaded for all of them at once."""
+LOWEST_SCORE = -3e38
+"""The running maximum before the first key. Finite, since -inf minus -inf would be NaN."""
+MIN_EXPONENT = -125.0
+"""Clamp for exponents of 2: with less the result would be no normal float32, and -inf (no key) has no fraction."""
+EXP2_DEGREE = 5
+"""Degree of the polynomial for 2^x on 0 <= x < 1: the lowest whose error is about that of float32's rounding."""
+EXP2_COEFFICIENTS = Chebyshev.interpolate(np.exp2, EXP2_DEGREE, domain=[0, 1]).convert(kind=Polynomial).coef.tolist()
 
 
 def attention(workers: Workers, query: Array, key: Array, value: Array) -> Array:
     """softmax(query key^T) value: query (n, d), key and value (m, d), all float32 -> (n, d)."""
     n, channels = query.shape
-    groups = -(-n // TOGETHER)
-    padded = np.zeros((groups * TOGETHER, channels), np.float32)
+    groups = -(-n // GROUP_QUERIES)
+    padded = np.zeros((groups * GROUP_QUERIES, channels), np.float32)
+    # exp(s) is 2^(s / log 2), and a power of 2 is the cheaper one: scaled here, it costs nothing per score.
     padded[:n] = query * np.float32(1 / np.log(2))
     lanes = this_processor().lanes
     keys = np.zeros((channels, -(-len(key) // lanes) * lanes), np.float32)
-    values, hidden = np.zeros_like(keys), np.zeros(keys.shape[1], np.float32)
+    values, mask = np.zeros_like(keys), np.zeros(keys.shape[1], np.float32)
     keys[:, : len(key)], values[:, : len(key)] = key.T, value.T
-    hidden[len(key) :] = -np.inf
+    mask[len(key) :] = -np.inf
     out = np.empty_like(padded)
-    kernel, arrays = kernels(channels)["attend"], (padded, keys, values, hidden, out, np.zeros(1, np.int64))
+    kernel, arrays = kernels(channels)["attend"], (padded, keys, values, mask, out, np.zeros(1, np.int64))
 
     def work(_: int) -> None:
-        held = workers.buffer("scores", TOGETHER * (BLOCK + BATCH * (2 + channels) * this_processor().lanes))
-        kernel(*(array.ctypes.data for array in (*arrays, held)), keys.shape[1], groups)
+        memory = workers.buffer(
+            "scores", GROUP_QUERIES * (BLOCK_KEYS + BATCH_GROUPS * (2 + channels) * this_processor().lanes)
+        )
+        kernel(*(array.ctypes.data for array in (*arrays, memory)), keys.shape[1], groups)
 
     workers.run(work)
     return out[:n]
@@ -53,7 +60,7 @@ def attention(workers: Workers, query: Array, key: Array, value: Array) -> Array
 
 @cache
 def kernels(channels: int) -> dict[str, Callable[..., None]]:
-    """The kernel for so many inner channels, compiled once per process."""
+    """The kernel for a number of inner channels, compiled once per process."""
     module = Module(this_processor())
     write_attend(module, channels)
     return module.compile()
@@ -61,7 +68,7 @@ def kernels(channels: int) -> dict[str, Callable[..., None]]:
 
 @dataclass(frozen=True)
 class Scratch:
-    """A thread's memory: the scores of a block of keys, then the shifts and sums of each group of queries."""
+    """Layout of a thread's scratch memory: a group's scores with a block of keys, then the running state of each group."""
 
     code: Code
     start: ir.Value
@@ -69,73 +76,76 @@ class Scratch:
 
     @property
     def sums(self) -> int:
-        """Of a query: each channel's, and the weights'."""
+        """Running sums of a query: weighted values by channel, then the weights."""
         return self.channels + 1
 
     @property
     def state(self) -> int:
-        """Vectors of a group: its queries' shifts, then their sums."""
-        return TOGETHER * (1 + self.sums)
+        """Vectors in the state of a group: each query's shift (its largest score so far), then each query's sums."""
+        return GROUP_QUERIES * (1 + self.sums)
 
     def score(self, r: int, position: ir.Value) -> ir.Value:
-        """Where a query's scores, and then its weights, are kept."""
-        return self.code.at(self.start, position, self.code.mul(self.code.index(BLOCK), self.code.index(r)))
+        """Address of query r's score with the key at a position in the block; its weight replaces it later."""
+        return self.code.at(self.start, position, self.code.mul(self.code.index(BLOCK_KEYS), self.code.index(r)))
 
-    def kept(self, group: ir.Value, number: int) -> ir.Value:
-        """Where a vector of a group's state is kept."""
+    def state_vector(self, group: ir.Value, number: int) -> ir.Value:
+        """Address of a vector of a group's state."""
         begin = self.code.mul(group, self.code.index(self.state * self.code.lanes))
-        return self.code.at(self.start, begin, self.code.index(number * self.code.lanes + TOGETHER * BLOCK))
+        return self.code.at(self.start, begin, self.code.index(number * self.code.lanes + GROUP_QUERIES * BLOCK_KEYS))
 
 
 def write_attend(module: Module, channels: int) -> None:
-    """Groups of queries; `hidden` is added to the scores: 0, or -inf where there is no key.
+    """The kernel of one thread, which takes batches of groups of queries; `mask` (0, -inf for padding) is added to scores.
 
-    Keys are taken in blocks, each lane with a softmax of its own whose shift is the largest score so far (Milakov and
-    Gimelshein, "Online normalizer calculation for softmax", 2018); the lanes are joined at the end. Scores are of base 2.
+    Keys are taken in blocks, each lane with a running softmax of its own whose shift is the largest score so far (Milakov
+    and Gimelshein, "Online normalizer calculation for softmax", 2018). Lanes are merged once at the end: a maximum across
+    the lanes for each block would cost more than its arithmetic. Scores are in units of log 2.
     """
     with module.function("attend", 7, 2) as (function, code):
-        query, key, value, hidden, out, counter, held, keys, groups = function.args
-        scratch = Scratch(code, held, channels)
-        with code.shared_loop(counter, groups, BATCH) as batch:
-            here = code.smallest(code.sub(groups, batch), code.index(BATCH))
+        query, key, value, mask, out, counter, memory, keys, groups = function.args
+        scratch = Scratch(code, memory, channels)
+        with code.shared_loop(counter, groups, BATCH_GROUPS) as batch:
+            here = code.minimum(code.sub(groups, batch), code.index(BATCH_GROUPS))
             with code.loop(here) as (group, _):
                 for number in range(scratch.state):
-                    code.write(code.constant(LOWEST if number < TOGETHER else 0), scratch.kept(group, number))
-            with code.loop(keys, BLOCK) as (first, _), code.loop(here) as (group, _):
-                count = code.smallest(code.sub(keys, first), code.index(BLOCK))
-                queries = code.at(query, code.mul(code.add(batch, group), code.index(TOGETHER * channels)))
-                before = [code.read(scratch.kept(group, r)) for r in range(TOGETHER)]
-                largest = keep_scores(scratch, queries, key, hidden, before, first, count, keys)
+                    code.write(
+                        code.constant(LOWEST_SCORE if number < GROUP_QUERIES else 0), scratch.state_vector(group, number)
+                    )
+            with code.loop(keys, BLOCK_KEYS) as (first, _), code.loop(here) as (group, _):
+                count = code.minimum(code.sub(keys, first), code.index(BLOCK_KEYS))
+                queries = code.at(query, code.mul(code.add(batch, group), code.index(GROUP_QUERIES * channels)))
+                before = [code.read(scratch.state_vector(group, r)) for r in range(GROUP_QUERIES)]
+                largest = keep_scores(scratch, queries, key, mask, before, first, count, keys)
                 keep_weights(scratch, largest, count)
                 add_values(scratch, group, value, before, largest, first, count, keys)
             with code.loop(here) as (group, _):
-                start = code.mul(code.add(batch, group), code.index(TOGETHER * channels))
-                join_lanes(scratch, group, code.at(out, start))
+                start = code.mul(code.add(batch, group), code.index(GROUP_QUERIES * channels))
+                merge_lanes(scratch, group, code.at(out, start))
 
 
 def keep_scores(
     scratch: Scratch,
     query: ir.Value,
     key: ir.Value,
-    hidden: ir.Value,
+    mask: ir.Value,
     before: list[ir.Value],
     first: ir.Value,
     count: ir.Value,
     keys: ir.Value,
 ) -> list[ir.Value]:
-    """The scores of a block; the largest so far, lane by lane."""
+    """Store a group's scores with a block of keys; returns each query's largest score so far, lane by lane."""
     code, channels = scratch.code, scratch.channels
     queries = [
-        [code.spread(code.load(code.at(query, code.index(r * channels + c)))) for c in range(channels)]
-        for r in range(TOGETHER)
+        [code.broadcast(code.load(code.at(query, code.index(r * channels + c)))) for c in range(channels)]
+        for r in range(GROUP_QUERIES)
     ]
     with code.loop(count, code.lanes, carried=before) as (position, largest):
         where = code.add(first, position)
-        scores = [code.read(code.at(hidden, where))] * TOGETHER
+        scores = [code.read(code.at(mask, where))] * GROUP_QUERIES
         for c in range(channels):
             factor = code.read(code.at(key, where, code.mul(keys, code.index(c))))
             scores = [code.multiply_add(q[c], factor, s) for q, s in zip(queries, scores, strict=True)]
-        largest[:] = map(code.largest, largest, scores)
+        largest[:] = map(code.maximum, largest, scores)
         for r, score in enumerate(scores):
             code.write(score, scratch.score(r, position))
     found: list[ir.Value] = largest
@@ -143,7 +153,7 @@ def keep_scores(
 
 
 def keep_weights(scratch: Scratch, shifts: list[ir.Value], count: ir.Value) -> None:
-    """Scores become weights."""
+    """Replace the scores of a block by weights 2^(score - shift)."""
     code = scratch.code
     with code.loop(count, code.lanes) as (position, _):
         for r, shift in enumerate(shifts):
@@ -161,41 +171,43 @@ def add_values(
     count: ir.Value,
     keys: ir.Value,
 ) -> None:
-    """The block's weighted values onto the sums, which are scaled from the shifts before to those now."""
+    """Rescale the running sums from the shifts before to the present ones, and add a block's weighted values."""
     code, channels, each = scratch.code, scratch.channels, scratch.sums
     scaled = []
-    for r in range(TOGETHER):
+    for r in range(GROUP_QUERIES):
         factor = power_of_two(code, code.fsub(before[r], shifts[r]))
-        code.write(shifts[r], scratch.kept(group, r))
-        scaled += [code.fmul(factor, code.read(scratch.kept(group, TOGETHER + r * each + c))) for c in range(each)]
+        code.write(shifts[r], scratch.state_vector(group, r))
+        scaled += [
+            code.fmul(factor, code.read(scratch.state_vector(group, GROUP_QUERIES + r * each + c))) for c in range(each)
+        ]
     with code.loop(count, code.lanes, carried=scaled) as (position, sums):
-        weights = [code.read(scratch.score(r, position)) for r in range(TOGETHER)]
+        weights = [code.read(scratch.score(r, position)) for r in range(GROUP_QUERIES)]
         for c in range(channels):
             factor = code.read(code.at(value, code.add(first, position), code.mul(keys, code.index(c))))
             for r, weight in enumerate(weights):
                 sums[r * each + c] = code.multiply_add(weight, factor, sums[r * each + c])
         for r, weight in enumerate(weights):
             sums[r * each + channels] = code.fadd(sums[r * each + channels], weight)
-    for number, done in enumerate(sums, TOGETHER):
-        code.write(done, scratch.kept(group, number))
+    for number, done in enumerate(sums, GROUP_QUERIES):
+        code.write(done, scratch.state_vector(group, number))
 
 
-def join_lanes(scratch: Scratch, group: ir.Value, out: ir.Value) -> None:
-    """Each query's result: its lanes brought to one shift, added up, and divided by the sum of the weights."""
+def merge_lanes(scratch: Scratch, group: ir.Value, out: ir.Value) -> None:
+    """Write a group's results: lanes brought to one shift, added up, and divided by the sum of the weights."""
     code, each = scratch.code, scratch.sums
-    for r in range(TOGETHER):
-        shift = code.read(scratch.kept(group, r))
-        factor = power_of_two(code, code.fsub(shift, code.spread(code.folded(code.largest, shift))))
-        sums = [code.read(scratch.kept(group, TOGETHER + r * each + c)) for c in range(each)]
-        *parts, total = (code.folded(code.fadd, code.fmul(factor, lanes)) for lanes in sums)
+    for r in range(GROUP_QUERIES):
+        shift = code.read(scratch.state_vector(group, r))
+        factor = power_of_two(code, code.fsub(shift, code.broadcast(code.reduced(code.maximum, shift))))
+        sums = [code.read(scratch.state_vector(group, GROUP_QUERIES + r * each + c)) for c in range(each)]
+        *parts, total = (code.reduced(code.fadd, code.fmul(factor, lanes)) for lanes in sums)
         for c, part in enumerate(parts):
             code.store(code.fdiv(part, total), code.at(out, code.index(r * scratch.channels + c)))
 
 
 def power_of_two(code: Code, x: ir.Value) -> ir.Value:
-    """2^x of x <= 0: a short polynomial of x - floor(x), times 2^floor(x)."""
-    x = code.largest(x, code.constant(LEAST_EXPONENT))
-    rest, (*others, last) = code.fraction(x), map(code.constant, SERIES)
+    """2^x for x <= 0: a polynomial of x - floor(x), times 2^floor(x)."""
+    x = code.maximum(x, code.constant(MIN_EXPONENT))
+    rest, (*others, last) = code.fraction(x), map(code.constant, EXP2_COEFFICIENTS)
     for factor in reversed(others):
         last = code.multiply_add(last, rest, factor)
     return code.scaled_by_power_of_two(last, x)

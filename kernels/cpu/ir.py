@@ -1,4 +1,8 @@
-"""CPU kernels written as LLVM IR with explicit vectors and compiled for this very processor; no compiler is needed."""
+"""Writes CPU kernels as LLVM IR with explicit vectors and compiles them for the processor at hand, with llvmlite alone.
+
+A kernel is a Python function that builds the IR of a native one through `Code`, an IRBuilder with the operations of vector
+registers. Loops in Python unroll; loops in the compiled kernel are `with code.loop(...)` blocks.
+"""
 
 from __future__ import annotations
 
@@ -20,57 +24,59 @@ from sanrt.version import __version__
 
 INT, FLOAT, WORD, SHORT = ir.IntType(64), ir.FloatType(), ir.IntType(32), ir.IntType(16)
 POINTER = FLOAT.as_pointer()
-PAIRS = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
-PAIRS_FEATURE = {16: "avx512bw", 8: "avx2", 4: "sse2"}
-"""By lanes of float32."""
-NEAREST, DATA = 3, 1
-"""Of llvm.prefetch: into the first cache, of data."""
-DOWN, AS_USUAL = 1, 4
-"""Modes of rounding of AVX-512's intrinsics."""
-LINE = 64
-"""Bytes of a line of the cache."""
-DIGEST = hashlib.sha256().digest_size
-"""Bytes before the code in a cached file."""
+PMADD = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
+PMADD_FEATURE = {16: "avx512bw", 8: "avx2", 4: "sse2"}
+"""x86's multiply-and-add of 16-bit pairs, and the CPU feature that has it, for vectors of so many float32 lanes."""
+TO_L1, OF_DATA = 3, 1
+"""Arguments of llvm.prefetch: into the first-level cache; data, not instructions."""
+ROUND_DOWN, CURRENT_ROUNDING = 1, 4
+"""Rounding-mode operands of AVX-512's intrinsics."""
+CACHE_LINE = 64
+"""Bytes in a cache line."""
+DIGEST_BYTES = hashlib.sha256().digest_size
+"""A file in the cache begins with the SHA-256 of the object code that follows."""
 
 
 def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
-    """An array of zeros that begins with a line of the cache, so that no vector lies across two."""
+    """Zeros that start on a cache line: a vector load that straddles two lines costs two accesses."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    room = np.zeros(size + LINE, np.uint8)
-    begin = -room.ctypes.data % LINE
+    room = np.zeros(size + CACHE_LINE, np.uint8)  # NumPy itself aligns to 16 bytes only
+    begin = -room.ctypes.data % CACHE_LINE
     return room[begin : begin + size].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What the kernels are written for."""
+    """The instruction set and register file that kernels are written for."""
 
     name: str
-    """As LLVM calls it; empty is any of its family."""
+    """LLVM's name for the CPU, such as `znver5`; empty is the plainest of the architecture."""
     features: str
+    """LLVM's feature string, such as `+avx2,-avx512f`."""
     lanes: int
-    """float32 numbers in one register."""
+    """float32 values in one vector register."""
     registers: int
-    """Vector registers."""
-    pairs: str = ""
+    """Number of vector registers."""
+    pmadd: str = ""
     """The intrinsic that multiplies 16-bit integers and adds neighbouring products; empty where there is none."""
-    exponents: bool = False
-    """Whether one instruction takes the fraction of a float32, and one scales by a power of two (AVX-512DQ)."""
+    avx512dq: bool = False
+    """Whether x - floor(x) and x * 2^floor(y) are one instruction each (vreduceps and vscalefps)."""
 
 
 @cache
 def this_processor() -> Processor:
-    """The processor this runs on."""
+    """The processor that this process runs on."""
     found = binding.get_host_cpu_features()
+    # Four lanes (SSE2, NEON) are there on every processor that LLVM compiles these kernels for.
     lanes = 16 if found.get("avx512f") else 8 if found.get("avx2") and found.get("fma") else 4
     registers = 32 if lanes == 16 or found.get("neon") else 16
-    pairs = PAIRS[lanes] if binding.get_default_triple().startswith("x86_64") and found.get(PAIRS_FEATURE[lanes]) else ""
+    pairs = PMADD[lanes] if binding.get_default_triple().startswith("x86_64") and found.get(PMADD_FEATURE[lanes]) else ""
     exponents = lanes == 16 and bool(found.get("avx512dq"))
     return Processor(binding.get_host_cpu_name(), found.flatten(), lanes, registers, pairs, exponents)
 
 
 class Code(ir.IRBuilder):  # type: ignore[misc]
-    """The body of one function over vectors; indices are counted in what their pointer leads to, mostly float32."""
+    """Builds the body of one function; offsets count elements of their pointer's type, which is mostly float32."""
 
     def __init__(self, function: ir.Function, processor: Processor) -> None:
         super().__init__(function.append_basic_block("entry"))
@@ -78,47 +84,48 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
         self.vector, self.integers, self.shorts = (ir.VectorType(kind, processor.lanes) for kind in (FLOAT, WORD, SHORT))
 
     def index(self, value: int) -> ir.Constant:
-        """A constant index."""
+        """A 64-bit constant."""
         return ir.Constant(INT, value)
 
     def total(self, *terms: ir.Value) -> ir.Value:
-        """Sum of indices."""
+        """The sum of 64-bit integers."""
         first, *rest = terms
         for term in rest:
             first = self.add(first, term)
         return first
 
     def at(self, pointer: ir.Value, *offsets: ir.Value) -> ir.Value:
-        """The pointer moved by a sum of offsets."""
+        """The pointer plus the sum of the offsets."""
         return self.gep(pointer, [self.total(*offsets)])
 
     def read(self, pointer: ir.Value) -> ir.Value:
-        """The vector that begins at a pointer."""
+        """Load a vector of float32."""
         return self.read_as(self.vector, pointer)
 
     def read_as(self, kind: ir.Type, pointer: ir.Value) -> ir.Value:
-        """Something of another type that begins at a pointer."""
+        """Load a value of another type from a pointer."""
+        # The least alignment that any array here has: with more, LLVM may use instructions that fault on odd addresses.
         return self.load(self.bitcast(pointer, kind.as_pointer()), align=2)
 
     def write(self, value: ir.Value, pointer: ir.Value) -> None:
         """Store a vector."""
         self.store(value, self.bitcast(pointer, value.type.as_pointer()), align=4)
 
-    def write_short(self, value: ir.Value, pointer: ir.Value) -> None:
+    def write_int16(self, value: ir.Value, pointer: ir.Value) -> None:
         """Store the lowest 16 bits of every lane."""
         low = self.trunc(self.bitcast(value, self.integers), self.shorts)
         self.store(low, self.bitcast(pointer, self.shorts.as_pointer()), align=2)
 
     def field(self, table: ir.Value, index: int) -> ir.Value:
-        """A 64-bit integer of a table."""
+        """Load the index-th 64-bit integer of a table."""
         return self.load(self.gep(self.bitcast(table, INT.as_pointer()), [self.index(index)]))
 
     def constant(self, value: float) -> ir.Constant:
-        """The same number in every lane."""
+        """A float32 constant in every lane."""
         return ir.Constant(self.vector, [float(value)] * self.lanes)
 
-    def spread(self, scalar: ir.Value) -> ir.Value:
-        """One value in every lane."""
+    def broadcast(self, scalar: ir.Value) -> ir.Value:
+        """A scalar in every lane."""
         undefined = ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined)
         return self.shuffled(self.insert_element(undefined, scalar, ir.Constant(WORD, 0)), [0] * self.lanes)
 
@@ -141,54 +148,57 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
         return self.multiply_add(self.constant(factor), a, b)
 
     def weighted_sum(self, factors: Sequence[float], values: Sequence[ir.Value]) -> ir.Value:
-        """Sum of factor * value, from one with the factor 1 if there is any."""
+        """Sum of factor * value; a value whose factor is 1 comes first, as it then needs no multiplication."""
         (factor, done), *rest = sorted(zip(factors, values, strict=True), key=lambda term: term[0] != 1)
         done = done if factor == 1 else self.fmul(self.constant(factor), done)
         for factor, value in rest:
             done = self.scaled_add(factor, value, done)
         return done
 
-    def add_pairs(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        """c plus, in every 32-bit lane, both products of its two 16-bit integers."""
+    def multiply_add_pairs(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """In each 32-bit lane c + a0 * b0 + a1 * b1, where a0, a1 and b0, b1 are the lane's two signed 16-bit integers."""
         shorts = ir.VectorType(SHORT, 2 * self.lanes)
-        pairs = self.declared(self.processor.pairs, self.integers, [shorts, shorts])
+        pairs = self.declared(self.processor.pmadd, self.integers, [shorts, shorts])
         return self.add(c, self.call(pairs, [self.bitcast(a, shorts), self.bitcast(b, shorts)]))
 
     def magnitude_bits(self, value: ir.Value) -> ir.Value:
-        """A float32's bits without its sign."""
+        """The bits of |x|, which order as the magnitudes do when compared as unsigned integers."""
         return self.and_(self.bitcast(value, self.integers), ir.Constant(self.integers, [0x7FFFFFFF] * self.lanes))
 
     def square_root(self, value: ir.Value) -> ir.Value:
-        """Of one float32."""
+        """The square root of one float32."""
         return self.call(self.declared("llvm.sqrt.f32", FLOAT, [FLOAT]), [value])
 
-    def largest_word(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """The larger of two integers, lane by lane."""
+    def unsigned_maximum(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The larger of two unsigned integers, lane by lane."""
         return self.select(self.icmp_unsigned("<", a, b), b, a)
 
-    def folded(self, operation: Callable[[ir.Value, ir.Value], ir.Value], vector: ir.Value) -> ir.Value:
-        """All lanes of a vector combined into one number, half and half."""
+    def reduced(self, operation: Callable[[ir.Value, ir.Value], ir.Value], vector: ir.Value) -> ir.Value:
+        """All lanes combined into one scalar, the upper half onto the lower half until one is left."""
         width = self.lanes
         while width > 1:
             width //= 2
             vector = operation(vector, self.rotated(vector, width))
         return self.extract_element(vector, ir.Constant(WORD, 0))
 
-    def largest(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """The larger of two, lane by lane; a where either is NaN, so that NaN in a stays visible."""
+    def maximum(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The larger of two float32, lane by lane; a where either is NaN.
+
+        So NaN in a running value passed as `a` stays; x86's own maxps would drop it or not, by the order of its operands.
+        """
         return self.select(self.fcmp_ordered("<", a, b), b, a)
 
     def fraction(self, value: ir.Value) -> ir.Value:
         """x - floor(x)."""
-        if not self.processor.exponents:
+        if not self.processor.avx512dq:
             return self.fsub(value, self.call(self.intrinsic("floor", 1), [value]))
-        mode, *masked = ir.Constant(WORD, DOWN), *self.unmasked()
+        mode, *masked = ir.Constant(WORD, ROUND_DOWN), *self.unmasked()
         name, operands = "llvm.x86.avx512.mask.reduce.ps.512", [self.vector, WORD, self.vector, SHORT, WORD]
         return self.call(self.declared(name, self.vector, operands), [value, mode, *masked])
 
     def scaled_by_power_of_two(self, value: ir.Value, exponent: ir.Value) -> ir.Value:
         """value * 2^floor(exponent); without the processor's own instruction only for exponents from -126 to 127."""
-        if self.processor.exponents:
+        if self.processor.avx512dq:
             name, operands = "llvm.x86.avx512.mask.scalef.ps.512", [self.vector, self.vector, self.vector, SHORT, WORD]
             return self.call(self.declared(name, self.vector, operands), [value, exponent, *self.unmasked()])
         whole = self.fptosi(self.call(self.intrinsic("floor", 1), [exponent]), self.integers)
@@ -197,33 +207,37 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
         return self.fmul(value, self.bitcast(power, self.vector))
 
     def unmasked(self) -> list[ir.Value]:
-        """What the intrinsics of AVX-512 want besides: every lane, and rounding as usual."""
-        return [ir.Constant(self.vector, ir.Undefined), ir.Constant(SHORT, -1), ir.Constant(WORD, AS_USUAL)]
+        """The trailing operands of AVX-512's masked intrinsics: nothing to merge with, all lanes, the current rounding."""
+        return [ir.Constant(self.vector, ir.Undefined), ir.Constant(SHORT, -1), ir.Constant(WORD, CURRENT_ROUNDING)]
 
     def intrinsic(self, name: str, operands: int) -> ir.Function:
-        """An LLVM intrinsic of vectors, such as llvm.fma.v16f32."""
+        """An LLVM intrinsic over float32 vectors, such as llvm.fma.v16f32."""
         return self.declared(f"llvm.{name}.v{self.lanes}f32", self.vector, [self.vector] * operands)
 
     def declared(self, name: str, result: ir.Type, operands: Sequence[ir.Type]) -> ir.Function:
-        """A function that is not written here."""
+        """An external function, declared in the module once."""
         return self.module.globals.get(name) or ir.Function(self.module, ir.FunctionType(result, operands), name)
 
-    def smallest(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """The smaller of two indices."""
+    def minimum(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The smaller of two 64-bit integers."""
         return self.select(self.icmp_signed("<", a, b), a, b)
 
     def prefetch(self, pointer: ir.Value, *, write: bool) -> None:
-        """Ask for a line of memory that is read or written soon; any address will do."""
+        """Ask for the cache line at an address that is read or written soon; an invalid address does no harm."""
         byte = ir.IntType(8).as_pointer()
         function = self.declared("llvm.prefetch.p0", ir.VoidType(), [byte, WORD, WORD, WORD])
-        self.call(function, [self.bitcast(pointer, byte), *(ir.Constant(WORD, n) for n in (int(write), NEAREST, DATA))])
+        self.call(function, [self.bitcast(pointer, byte), *(ir.Constant(WORD, n) for n in (int(write), TO_L1, OF_DATA))])
 
     def is_null(self, pointer: ir.Value) -> ir.Value:
-        """Whether a pointer leads nowhere."""
+        """Whether a pointer is null."""
         return self.icmp_signed("==", self.ptrtoint(pointer, INT), self.index(0))
 
     def wait(self, flag: ir.Value) -> None:
-        """Until another thread has set an integer; meanwhile the processor is left to others."""
+        """Wait until another thread has set an integer.
+
+        The load acquires what that thread wrote before it released the flag. The loop yields: where there are more threads
+        than free cores, a thread that only spins would take the time of the one it waits for.
+        """
         head, idle, after = (self.append_basic_block() for _ in range(3))
         self.branch(head)
         self.position_at_end(head)
@@ -235,7 +249,10 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
 
     @contextmanager
     def shared_loop(self, counter: ir.Value, stop: ir.Value, step: int = 1) -> Iterator[ir.Value]:
-        """A loop that threads share: each round takes the next `step` below stop, which the counter keeps."""
+        """A loop whose rounds are shared by threads: each round takes the next `step` indices off a common counter.
+
+        Threads that are slower, or come later, take fewer. Relaxed order is enough: the counter publishes no other data.
+        """
         head, body, after = (self.append_basic_block() for _ in range(3))
         self.branch(head)
         self.position_at_end(head)
@@ -253,7 +270,11 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
 
     @contextmanager
     def loop(self, stop: ir.Value, step: int = 1, carried: Sequence[ir.Value] = ()) -> Any:
-        """A counted loop around the `with` block: gives the index and a list of values that one round hands to the next."""
+        """A loop around the `with` block over 0, step, 2 step, ... below stop.
+
+        Gives the index and the list of `carried` values, which the block replaces for the next round; after the block the
+        list holds their last values. These are phi nodes: accumulators stay in registers.
+        """
         before, head, body, after = self.block, *(self.append_basic_block() for _ in range(3))
         self.branch(head)
         self.position_at_end(head)
@@ -275,7 +296,7 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
 
 
 class Module:
-    """Functions that are compiled together; each takes pointers to float32 arrays, then 64-bit integers."""
+    """Functions that are compiled together; each takes pointers (of float32, cast where needed), then 64-bit integers."""
 
     def __init__(self, processor: Processor) -> None:
         self.processor = processor
@@ -285,8 +306,9 @@ class Module:
 
     @contextmanager
     def function(self, name: str, pointers: int, integers: int) -> Iterator[tuple[ir.Function, Code]]:
-        """A new function around the `with` block that writes its body; compiled once, however many others call it."""
+        """A new function, whose body the `with` block writes."""
         function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [POINTER] * pointers + [INT] * integers), name)
+        # Unrolled bodies are large: inlined, they would be compiled, and take up instruction cache, once for each call.
         function.attributes.add("noinline")
         self.signatures[name] = pointers, integers
         code = Code(function, self.processor)
@@ -294,7 +316,7 @@ class Module:
         code.ret_void()
 
     def compile(self) -> dict[str, Callable[..., None]]:
-        """The functions by name; they release the GIL, and take addresses and integers."""
+        """The functions by name, called with addresses and integers; ctypes releases the GIL around each call."""
         engine = binding.create_mcjit_compiler(binding.parse_assembly(""), self.machine())
         engine.add_object_file(binding.ObjectFileRef.from_data(self.machine_code()))
         engine.finalize_object()
@@ -302,20 +324,21 @@ class Module:
         for name, (pointers, integers) in self.signatures.items():
             kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * integers)
             function: Any = kind(engine.get_function_address(name))
-            function.engine = engine  # lives as long as its code is in use
+            function.engine = engine  # the code is freed with its engine, so the engine must outlive the function
             functions[name] = function
         return functions
 
     def machine_code(self) -> bytes:
-        """An object file, from the user's cache where this very code was compiled for this processor before."""
+        """The module as an object file, from the user's cache if the same IR was compiled for the same processor before."""
         source = str(self.module)
         identity = "\0".join([source, self.processor.name, self.processor.features, version("llvmlite"), __version__])
         name = f"cpu-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.o"
-        # Without a cache it is compiled in every process; damaged code would end the process.
+        # The digest is checked because a damaged object file would crash the process when it is run. A cache that cannot be
+        # read or written only costs the time to compile.
         with suppress(OSError, RuntimeError):
             kept = (cache_folder() / name).read_bytes()
-            if hashlib.sha256(kept[DIGEST:]).digest() == kept[:DIGEST]:
-                return kept[DIGEST:]
+            if hashlib.sha256(kept[DIGEST_BYTES:]).digest() == kept[:DIGEST_BYTES]:
+                return kept[DIGEST_BYTES:]
         parsed, machine = binding.parse_assembly(source), self.machine()
         passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
         passes.getModulePassManager().run(parsed, passes)
@@ -325,7 +348,7 @@ class Module:
         return code
 
     def machine(self) -> Any:
-        """LLVM's code generator for the processor."""
+        """LLVM's code generator for the module's processor."""
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
         target = binding.Target.from_default_triple()

@@ -1,4 +1,9 @@
-"""Convolutions one after the other, shared by threads: each takes its next strip of tiles when what that reads is there."""
+"""A sequence of convolutions as one compiled loop per thread, without a barrier between two of them.
+
+A map's tiles are cut into strips. A thread works through its own strips of all convolutions in a fixed order, and before
+each waits for the few strips of the convolution before that this one reads: flags in shared memory say which are done. A
+barrier would cost all threads the time of the slowest, dozens of times per picture.
+"""
 
 from __future__ import annotations
 
@@ -13,79 +18,80 @@ import numpy.typing as npt
 from llvmlite import ir
 
 from sanrt.arrays import Array
-from sanrt.kernels.cpu.ir import INT, LINE, POINTER, Code, Module, aligned, this_processor
-from sanrt.kernels.cpu.soca import moments_rows, write_moments
+from sanrt.kernels.cpu.ir import CACHE_LINE, INT, POINTER, Code, Module, aligned, this_processor
+from sanrt.kernels.cpu.soca import empty_moments, write_moments
 from sanrt.kernels.cpu.winograd import (
+    Arithmetic,
     Convolution,
-    End,
-    Map,
-    Products,
-    method_of,
-    product_shape,
+    Epilogue,
+    PaddedMap,
+    microkernel_shape,
     tile_stride,
-    write_collect,
-    write_fetch,
-    write_product,
-    write_spread,
+    winograd_transform,
+    write_gemm,
+    write_input_transform,
+    write_output_transform,
+    write_prefetch,
 )
 from sanrt.kernels.cpu.workers import Workers
 
-STRIP = 300_000
-"""Bytes of a strip, transformed, and of its products: with the weights they stay in a core's own cache."""
-EVEN_PARTS = 8
-"""There is a multiple of so many strips, so that threads share them evenly."""
-FLAG = LINE // 8
-"""Integers from one flag to the next: threads that write to the same line of the cache wait for each other."""
-NEAR = 2**24
-"""Bytes of maps that a shared cache holds."""
-PART, MOST_LAG = 24, 30
-"""In larger maps, strips that a thread takes of a step before it takes the next step's, and by how many these lag in all."""
+STRIP_BYTES = 300_000
+"""Most bytes of a strip's transformed tiles and products: with a panel of weights they stay in a core's own L2 cache."""
+STRIP_COUNT_MULTIPLE = 8
+"""A map is cut into a multiple of so many strips, so that 2, 4 or 8 threads get as many each."""
+FLAG_STRIDE = CACHE_LINE // 8
+"""Integers from one flag to the next: threads that write to one cache line wait for each other (false sharing)."""
+SHARED_CACHE_BYTES = 2**24
+"""Maps of up to so many bytes are taken to stay in the cores' shared cache; beyond, steps go over parts (`work_items`)."""
+PART_STRIPS, MAX_LAG_STRIPS = 24, 30
+"""For larger maps: strips that a thread takes of one step before it turns to the next step, and the most strips that the
+last of a group of steps may lag behind the first."""
 
 POINTERS = ("source", "output", "added", "also", "weight", "bias", "scale", "gate", "moments")
 NUMBERS = (
-    *("end", "row", "target_row", "inputs", "outputs", "height", "width", "columns"),
-    *("spread_stride", "product_stride"),
+    *("epilogue", "row", "target_row", "inputs", "outputs", "height", "width", "columns"),
+    *("transformed_stride", "product_stride"),
 )
-FIELDS = (*POINTERS, *NUMBERS)
-"""Of a step, as the kernel reads them."""
-TICKET = ("step", "flag", "begin", "tiles", "first_needed", "last_needed", "strip")
-"""Of a strip in a step; the flags of the strips that it needs lie side by side."""
+STEP_FIELDS = (*POINTERS, *NUMBERS)
+"""A row of the table of steps: addresses (0 where there is none), then numbers."""
+WORK_ITEM = ("step", "flag", "begin", "tiles", "first_needed", "last_needed", "strip")
+"""One strip of one step: its flag, its tiles, and the range of flags to wait for, first_needed up to last_needed."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One convolution: into `output`, a map of `source`'s size.
+    """One convolution of `source` into `output`, a map of the same size.
 
-    added, also: maps of the output's size that are added; either may be the output. gate (padded I,): factors of the
-    source's channels. moments: where to put those of the output (`moments_of`).
+    added, also: maps of the output's size that are added to the result; either may be the output itself. gate (padded I,):
+    factors of the source's channels. moments: receives the output's moments, one row for each strip (`moments_of`).
     """
 
     convolution: Convolution
-    source: Map
-    output: Map
+    source: PaddedMap
+    output: PaddedMap
     relu: bool = False
-    added: Map | None = None
-    also: Map | None = None
+    added: PaddedMap | None = None
+    also: PaddedMap | None = None
     gate: Array | None = None
     moments: Array | None = None
 
     def __post_init__(self) -> None:
         conv, source, output = self.convolution, self.source, self.output
         maps = [each for each in (output, self.added, self.also) if each]
-        # What is wrong here would be written beyond the arrays.
+        # The kernel checks nothing: sizes that do not fit would write beyond the arrays.
         size = source.height, source.width, conv.outputs
         assert all((each.height, each.width, each.array.shape[2]) == size for each in maps)
-        assert (source.array.shape[2], source.method) == (conv.inputs, conv.method)
+        assert (source.array.shape[2], source.transform) == (conv.inputs, conv.transform)
         assert source is not output
         assert self.added or not self.also
         assert not (self.relu and self.added)
         assert self.gate is None or len(self.gate) == conv.inputs
 
     @property
-    def end(self) -> End:
+    def epilogue(self) -> Epilogue:
         if self.also:
-            return End.ADD_BOTH
-        return End.ADD if self.added else End.RELU if self.relu else End.NOTHING
+            return Epilogue.ADD_BOTH
+        return Epilogue.ADD if self.added else Epilogue.RELU if self.relu else Epilogue.NOTHING
 
     def fields(self) -> list[int]:
         conv = self.convolution
@@ -101,7 +107,7 @@ class Step:
             "moments": self.moments,
         }
         numbers = {
-            "end": list(End).index(self.end),
+            "epilogue": list(Epilogue).index(self.epilogue),
             "row": self.source.array.shape[1] * conv.inputs,
             "target_row": self.output.array.shape[1] * conv.outputs,
             "inputs": conv.inputs,
@@ -109,94 +115,104 @@ class Step:
             "height": self.source.height,
             "width": self.source.width,
             "columns": self.source.tiles[1],
-            "spread_stride": tile_stride(conv.inputs, conv.products),
-            "product_stride": tile_stride(conv.outputs, conv.products),
+            "transformed_stride": tile_stride(conv.inputs, conv.arithmetic),
+            "product_stride": tile_stride(conv.outputs, conv.arithmetic),
         }
         addresses = {name: 0 if array is None else array.ctypes.data for name, array in arrays.items()}
-        return [{**addresses, **numbers}[name] for name in FIELDS]
+        return [{**addresses, **numbers}[name] for name in STEP_FIELDS]
 
 
-class Program:
-    """Steps over maps of one size, each reading what the one before it wrote; in place where a step adds to its output.
+class ConvolutionSchedule:
+    """Steps over maps of one size, each of which reads what the one before it wrote, ready to run any number of times.
 
-    Every thread has its own part of the picture, so that its maps stay in its own caches. At the borders it waits for what
-    its neighbours have not done yet.
+    Every thread has its own part of the picture in all steps, so that what it wrote is still in its core's cache when it
+    reads it again. Only at the borders between two parts does a thread wait for another.
+
+    Steps may write over maps that the step before them read (the blocks of a group use two maps in turn). That is safe
+    because needing is symmetric: the strips that still read a strip's old pixels are those that the new one waits for.
     """
 
     def __init__(self, steps: list[Step], workers: Workers) -> None:
-        self.steps, self.workers = steps, workers  # the table points to the steps' arrays
+        self.steps, self.workers = steps, workers  # kept alive: the table holds addresses of the steps' arrays
         convolutions = [step.convolution for step in steps]
-        (outputs,) = {conv.outputs for conv in convolutions}  # so that one set of kernels serves all
+        (outputs,) = {conv.outputs for conv in convolutions}  # one set of kernels, one cut into strips serves all steps
         inputs = max(conv.inputs for conv in convolutions)
-        ((products, taps),) = {(conv.products, conv.method.taps) for conv in convolutions}
-        vectors, rows = product_shape(outputs)
-        self.kernel = kernels(products, vectors, taps)["run"]
+        ((arithmetic, taps),) = {(conv.arithmetic, conv.transform.taps) for conv in convolutions}
+        vectors, rows = microkernel_shape(outputs)
+        self.kernel = kernels(arithmetic, vectors, taps)["run"]
         self.table = np.array([step.fields() for step in steps], np.int64)
-        strip = strip_tiles(max(inputs, outputs), rows, products)
+        strip = strip_tiles(max(inputs, outputs), rows, arithmetic)
         (tiles,) = {step.source.tiles for step in steps}
         maps = {id(each.array): each.array.nbytes for step in steps for each in (step.source, step.output)}
-        self.far = sum(maps.values()) > NEAR
-        self.tickets = tickets(*tiles, rows, strip, len(steps), workers.count, self.far)
-        self.flags = sum(len(each[:-1]) for each in self.tickets)
+        self.far = sum(maps.values()) > SHARED_CACHE_BYTES
+        self.work_items = work_items(*tiles, rows, strip, len(steps), workers.count, self.far)
+        self.flags = sum(len(each[:-1]) for each in self.work_items)
         assert all(len(step.moments) * len(steps) == self.flags for step in steps if step.moments is not None)
         self.sizes = {
-            "spread": strip * tile_stride(inputs, products),
-            "product": strip * tile_stride(outputs, products),
-            "tile": products.points * this_processor().lanes + strip,
+            "transformed": strip * tile_stride(inputs, arithmetic),
+            "products": strip * tile_stride(outputs, arithmetic),
+            "scratch": arithmetic.points * this_processor().lanes + strip,
         }
 
     def run(self) -> None:
-        """All steps."""
-        assert len(self.tickets) == self.workers.count
-        flags = aligned((self.flags, FLAG), np.int64)
+        """Run all steps on all threads; returns when all are done."""
+        assert len(self.work_items) == self.workers.count
+        flags = aligned((self.flags, FLAG_STRIDE), np.int64)
 
         def work(thread: int) -> None:
-            mine, buffer = self.tickets[thread], self.workers.buffer
+            mine, buffer = self.work_items[thread], self.workers.buffer
             try:
                 buffers = [buffer(name, size) for name, size in self.sizes.items()]
                 arrays: list[npt.NDArray[Any]] = [self.table, mine, flags, *buffers]
                 self.kernel(*(array.ctypes.data for array in arrays), len(mine[:-1]), self.far)
             except BaseException:
-                flags.fill(1)  # nobody shall wait for this thread
+                # The others would wait for this thread's strips for ever. What they compute from garbage is thrown away.
+                flags.fill(1)
                 raise
 
         self.workers.run(work, release=partial(flags.fill, 1))
 
 
-def strip_tiles(channels: int, rows: int, products: Products) -> int:
-    """Most tiles of a strip, a multiple of `rows`."""
-    tile_bytes = tile_stride(channels, products) * (4 // products.per_float + 4)
-    return max(1, STRIP // tile_bytes // rows) * rows
+def strip_tiles(channels: int, rows: int, arithmetic: Arithmetic) -> int:
+    """Most tiles in a strip: a multiple of the microkernel's `rows`, within STRIP_BYTES where possible."""
+    tile_bytes = tile_stride(channels, arithmetic) * (4 // arithmetic.per_lane + 4)
+    return max(1, STRIP_BYTES // tile_bytes // rows) * rows
 
 
 def strips(tiles: int, unit: int, most: int) -> npt.NDArray[np.int64]:
-    """First tiles of the strips: of at most `most` tiles, whole units but for the last one."""
+    """First tile of each strip: strips have at most `most` tiles, and whole units of tiles but for the last one."""
     units = -(-tiles // unit)
-    count = min(units, -(-tiles // (most * EVEN_PARTS)) * EVEN_PARTS)
+    count = min(units, -(-tiles // (most * STRIP_COUNT_MULTIPLE)) * STRIP_COUNT_MULTIPLE)
     return np.linspace(0, units, count, endpoint=False).round().astype(np.int64) * unit
 
 
-def moments_of(output: Map, products: Products) -> Array:
-    """Room for the moments of a map's strips, see `moments_rows`."""
+def moments_of(output: PaddedMap, arithmetic: Arithmetic) -> Array:
+    """An array for the moments of a map's strips, see `empty_moments`."""
     channels = output.array.shape[2]
-    _, rows = product_shape(channels)
-    return moments_rows(len(strips(prod(output.tiles), rows, strip_tiles(channels, rows, products))), channels)
+    _, rows = microkernel_shape(channels)
+    return empty_moments(len(strips(prod(output.tiles), rows, strip_tiles(channels, rows, arithmetic))), channels)
 
 
 @lru_cache(maxsize=64)
-def tickets(
+def work_items(
     rows: int, columns: int, unit: int, most: int, steps: int, threads: int, far: bool
 ) -> list[npt.NDArray[np.int64]]:
-    """Every strip of every step, for each thread in the order in which it takes them, the last one twice; (n, TICKET)."""
+    """For each thread its work items in the order in which it takes them: (n + 1, len(WORK_ITEM)), the last one twice.
+
+    The maps have rows x columns tiles; strips are of at most `most` tiles, in multiples of `unit`. far: whether the maps
+    exceed the shared cache. The last item stands twice because the kernel looks one item ahead, to prefetch its pixels.
+    """
     tiles = rows * columns
     begin = strips(tiles, unit, most)
     end, count = np.append(begin[1:], tiles), len(begin)
     number = np.arange(count)
     thread = number * threads // count
-    # Strips at the border of two threads' parts come first, so that neither waits for the other.
+    # Each thread begins at the borders of its part: the strips that others wait for are done first, and by the time that it
+    # comes back to a border in the next step, its neighbour has long done the same.
     borders = np.flatnonzero(np.diff(thread)) + 0.5
     place = np.abs(number[:, None] - borders).min(1) if len(borders) else number
-    # A tile reads the pixels of its eight neighbours.
+    # A tile reads pixels of its eight neighbours, so a strip needs all strips with a tile from columns + 1 before its first
+    # one to columns + 1 after its last one. They are consecutive, and so are their flags.
     first = np.maximum(np.searchsorted(begin, begin - columns - 1, side="right") - 1, 0)
     last = np.searchsorted(begin, end + columns, side="right")
     step, number = np.indices((steps, count))
@@ -210,97 +226,107 @@ def tickets(
         "last_needed": np.where(step, before + last, 0),
         "strip": number,
     }
-    made = np.stack([values[name] for name in TICKET], axis=-1).reshape(-1, len(TICKET))
-    depth, turn = 1, np.zeros_like(step)
+    made = np.stack([values[name] for name in WORK_ITEM], axis=-1).reshape(-1, len(WORK_ITEM))
+    depth, part = 1, np.zeros_like(step)
     if far and count > 1:
-        # A few steps go over a part of the picture before they go over the next one, each behind the one before it by what
-        # it needs of that: so it finds in a cache what was written last, and no strip waits for one that comes after it.
+        # Groups of `depth` steps go over a part of the picture before they go over the next part, so that each step finds
+        # in a cache what the step before it wrote. A step lags behind the one before it by as many strips as it needs of it
+        # beyond its own place: then whatever an item waits for is in the same part of an earlier step, or in an earlier
+        # part, and so earlier in every thread's order. Otherwise threads could wait for each other in a circle.
         lag = -(-(columns + 1) // int(np.diff(begin).min()))
-        depth = max(2, MOST_LAG // lag)
-        turn = (place[number] + step % depth * lag) // PART
-    made = made[np.lexsort([each.ravel() for each in (place[number], step, turn, step // depth)])]
-    parts = (made[thread[made[:, TICKET.index("strip")]] == t] for t in range(threads))
-    return [np.concatenate([part, part[-1:]]) for part in parts]
+        depth = max(2, MAX_LAG_STRIPS // lag)
+        part = (place[number] + step % depth * lag) // PART_STRIPS
+    made = made[np.lexsort([each.ravel() for each in (place[number], step, part, step // depth)])]
+    by_thread = (made[thread[made[:, WORK_ITEM.index("strip")]] == t] for t in range(threads))
+    return [np.concatenate([items, items[-1:]]) for items in by_thread]
 
 
 @cache
-def kernels(products: Products, vectors: int, taps: int) -> dict[str, Callable[..., None]]:
-    """The kernels with so many vectors of outputs in registers; compiled once per process."""
-    module, method = Module(this_processor()), method_of(products, taps)
-    spreads = {gated: write_spread(module, products, method, gated) for gated in (False, True)}
-    product = write_product(module, products, vectors, write_fetch(module, vectors, method.tile))
-    collects = [write_collect(module, products, method, end) for end in End]
-    write_run(module, products, spreads, product, collects, write_moments(module, vectors, method.tile))
+def kernels(arithmetic: Arithmetic, vectors: int, taps: int) -> dict[str, Callable[..., None]]:
+    """The kernels whose microkernel has so many vectors of outputs; compiled once per process."""
+    module, transform = Module(this_processor()), winograd_transform(arithmetic, taps)
+    input_transforms = {gated: write_input_transform(module, arithmetic, transform, gated) for gated in (False, True)}
+    gemm = write_gemm(module, arithmetic, vectors, write_prefetch(module, vectors, transform.tile))
+    output_transforms = [write_output_transform(module, arithmetic, transform, end) for end in Epilogue]
+    write_run(module, arithmetic, input_transforms, gemm, output_transforms, write_moments(module, vectors, transform.tile))
     return module.compile()
 
 
 def write_run(
     module: Module,
-    products: Products,
-    spreads: dict[bool, ir.Function],
-    product: ir.Function,
-    collects: list[ir.Function],
+    arithmetic: Arithmetic,
+    input_transforms: dict[bool, ir.Function],
+    gemm: ir.Function,
+    output_transforms: list[ir.Function],
     moments: ir.Function,
 ) -> None:
-    """A thread's tickets, one after the other; `far` is whether maps lie beyond the caches."""
+    """The loop of one thread over its work items: wait, input transform, GEMM, output transform, moments, done.
+
+    far: 1 where the maps exceed the shared cache, else 0.
+    """
     with module.function("run", 6, 2) as (function, code):
-        table, tickets, flags, spread, products_at, held, count, far = function.args
-        table, tickets, flags = (code.bitcast(each, INT.as_pointer()) for each in (table, tickets, flags))
+        table, work_items, flags, transformed, products, scratch, count, far = function.args
+        table, work_items, flags = (code.bitcast(each, INT.as_pointer()) for each in (table, work_items, flags))
         with code.loop(count) as (taken, _):
-            entry = code.at(tickets, code.mul(taken, code.index(len(TICKET))))
-            ticket, following = (
-                {name: code.field(entry, at + i) for i, name in enumerate(TICKET)} for at in (0, len(TICKET))
+            entry = code.at(work_items, code.mul(taken, code.index(len(WORK_ITEM))))
+            item, following = (
+                {name: code.field(entry, at + i) for i, name in enumerate(WORK_ITEM)} for at in (0, len(WORK_ITEM))
             )
-            step, then = (read_step(code, table, each["step"]) for each in (ticket, following))
-            with code.loop(code.sub(ticket["last_needed"], ticket["first_needed"])) as (i, _):
-                flag = code.add(ticket["first_needed"], i)
-                code.wait(code.at(flags, code.mul(flag, code.index(FLAG))))
-            peaks = code.at(held, code.index(products.points * code.lanes))
-            tiles = [step["columns"], ticket["begin"], ticket["tiles"]]
-            source = [step["source"], step["gate"], spread, peaks, held, step["row"], step["inputs"]]
+            step, then = (read_step(code, table, each["step"]) for each in (item, following))
+            with code.loop(code.sub(item["last_needed"], item["first_needed"])) as (i, _):
+                flag = code.add(item["first_needed"], i)
+                code.wait(code.at(flags, code.mul(flag, code.index(FLAG_STRIDE))))
+            peaks = code.at(scratch, code.index(arithmetic.points * code.lanes))
+            tiles = [step["columns"], item["begin"], item["tiles"]]
+            source = [step["source"], step["gate"], transformed, peaks, scratch, step["row"], step["inputs"]]
             with code.if_else(code.is_null(step["gate"])) as (plain, gated):
-                for block, function in (plain, spreads[False]), (gated, spreads[True]):
+                for block, function in (plain, input_transforms[False]), (gated, input_transforms[True]):
                     with block:
-                        code.call(function, [*source, *tiles, step["spread_stride"]])
-            ahead = [step["row"], step["columns"], ticket["begin"], following["begin"]]
-            buffers = spread, products_at, peaks, held
-            write_products(code, products, step, tiles, buffers, [then["source"], far, *ahead], product, collects)
+                        code.call(function, [*source, *tiles, step["transformed_stride"]])
+            ahead = [step["row"], step["columns"], item["begin"], following["begin"]]
+            buffers = transformed, products, peaks, scratch
+            write_strip_products(
+                code, arithmetic, step, tiles, buffers, [then["source"], far, *ahead], gemm, output_transforms
+            )
             with code.if_then(code.not_(code.is_null(step["moments"]))):
-                shape = [step["outputs"], step["height"], step["width"], *tiles, ticket["strip"]]
-                code.call(moments, [step["output"], step["moments"], products_at, step["target_row"], *shape])
-            done = code.at(flags, code.mul(ticket["flag"], code.index(FLAG)))
+                shape = [step["outputs"], step["height"], step["width"], *tiles, item["strip"]]
+                code.call(moments, [step["output"], step["moments"], products, step["target_row"], *shape])
+            # Released last: a thread that sees the flag sees all that this one wrote before.
+            done = code.at(flags, code.mul(item["flag"], code.index(FLAG_STRIDE)))
             code.store_atomic(code.index(1), done, "release", 8)
 
 
 def read_step(code: Code, table: ir.Value, number: ir.Value) -> dict[str, ir.Value]:
-    """A row of the table by its names."""
-    row = code.at(table, code.mul(number, code.index(len(FIELDS))))
-    values = {name: code.field(row, i) for i, name in enumerate(FIELDS)}
+    """Load a row of the table of steps, by the names of its fields."""
+    row = code.at(table, code.mul(number, code.index(len(STEP_FIELDS))))
+    values = {name: code.field(row, i) for i, name in enumerate(STEP_FIELDS)}
     return {name: code.inttoptr(value, POINTER) if name in POINTERS else value for name, value in values.items()}
 
 
-def write_products(
+def write_strip_products(
     code: Code,
-    products: Products,
+    arithmetic: Arithmetic,
     step: dict[str, ir.Value],
     tiles: list[ir.Value],
     buffers: tuple[ir.Value, ...],
     ahead: list[ir.Value],
-    product: ir.Function,
-    collects: list[ir.Function],
+    gemm: ir.Function,
+    output_transforms: list[ir.Function],
 ) -> None:
-    """A strip's products and what is collected from them."""
-    spread, products_at, peaks, held = buffers
+    """The GEMM of a strip, with prefetches of what comes next, and the output transform that the step asks for."""
+    transformed, products, peaks, scratch = buffers
     next_source, far, *where = ahead
     output, added, null = step["output"], step["added"], ir.Constant(POINTER, None)
+    # Where maps stay in the shared cache, an output that is only written needs no prefetch. Beyond it, `added` is not asked
+    # for a second time where it is the output.
     near = code.icmp_signed("==", far, code.index(0))
     same = code.icmp_signed("==", code.ptrtoint(added, INT), code.ptrtoint(output, INT))
     twice = code.and_(same, code.not_(near))
     fetched = code.select(near, null, output), code.select(twice, null, added), next_source
-    sizes = [tiles[-1], step["inputs"], step["outputs"], step["spread_stride"], step["product_stride"]]
-    code.call(product, [spread, step["weight"], products_at, *fetched, *sizes, step["target_row"], *where])
-    read = output, added, step["also"], step["bias"], step["scale"], peaks, held
+    sizes = [tiles[-1], step["inputs"], step["outputs"], step["transformed_stride"], step["product_stride"]]
+    code.call(gemm, [transformed, step["weight"], products, *fetched, *sizes, step["target_row"], *where])
+    read = output, added, step["also"], step["bias"], step["scale"], peaks, scratch
     shape = [step["target_row"], step["outputs"], step["height"], step["width"], *tiles, step["product_stride"]]
-    for number, collect in enumerate(collects):
-        with code.if_then(code.icmp_signed("==", step["end"], code.index(number))):
-            code.call(collect, [products_at, *read, *shape])
+    for number, output_transform in enumerate(output_transforms):
+        with code.if_then(code.icmp_signed("==", step["epilogue"], code.index(number))):
+            code.call(output_transform, [products, *read, *shape])

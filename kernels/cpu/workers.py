@@ -15,67 +15,73 @@ from sanrt.errors import BackendError
 from sanrt.kernels.cpu.ir import aligned
 
 Outcomes = list[BaseException | None]
-Job = tuple[Callable[[int], object], Outcomes]
-"""Work, and where its errors go."""
+"""What became of a thread's share: its error, or None."""
+Order = tuple[Callable[[int], object], Outcomes]
+"""Work for a thread, and the list to which it adds its outcome."""
 
 
 class Workers:
     """A fixed number of threads, the caller's among them, each with scratch memory of its own.
 
     A network is dozens of short pieces of work one after the other: bare queues start one in a fraction of the time that
-    concurrent.futures takes. They do not survive a fork.
+    concurrent.futures takes. One caller at a time.
     """
 
     def __init__(self, threads: int) -> None:
         self.scratch = threading.local()
-        self.begun: list[SimpleQueue[Job | None]] = []
-        self.ended: SimpleQueue[None] = SimpleQueue()
+        self.orders: list[SimpleQueue[Order | None]] = []
+        """A queue for each thread but the caller's; None ends it."""
+        self.finished: SimpleQueue[None] = SimpleQueue()
+        """Receives an item for every order that is done."""
         try:
-            while len(self.begun) < threads - 1:
-                queue: SimpleQueue[Job | None] = SimpleQueue()
-                threading.Thread(target=self.serve, args=(len(self.begun) + 1, queue), daemon=True).start()
-                self.begun.append(queue)
+            while len(self.orders) < threads - 1:
+                queue: SimpleQueue[Order | None] = SimpleQueue()
+                threading.Thread(target=self.serve, args=(len(self.orders) + 1, queue), daemon=True).start()
+                self.orders.append(queue)
         except RuntimeError as error:
             self.close()
             raise BackendError(f"{threads} threads cannot be started ({error}); use fewer --threads") from error
 
     @property
     def count(self) -> int:
-        """Threads, the caller's among them."""
-        return len(self.begun) + 1
+        """Number of threads, the caller's among them."""
+        return len(self.orders) + 1
 
-    def serve(self, number: int, queue: SimpleQueue[Job | None]) -> None:
-        """What the other threads do."""
-        while job := queue.get():
-            work, outcomes = job
+    def serve(self, number: int, queue: SimpleQueue[Order | None]) -> None:
+        """The life of a thread: carry out orders until None comes."""
+        while order := queue.get():
+            work, outcomes = order
             outcomes.append(outcome(work, number))
-            self.ended.put(None)
-            del job, work, outcomes  # with the arrays that they hold
+            self.finished.put(None)
+            # While the thread waits for the next order these names would keep the arrays of the last one in memory.
+            del order, work, outcomes
 
     def run(self, work: Callable[[int], object], release: Callable[[], object] = lambda: None) -> None:
-        """work(number) on every thread at once, 0 the caller's. Raises the first error once all have ended.
+        """Call work(number) on every thread at once, number 0 on the caller's. Raises the first error once all are done.
 
-        release: called where the caller is interrupted, so that nobody waits for its share.
+        release: called when the caller is interrupted (KeyboardInterrupt), before the others are waited for; it has to end
+        their waiting for the caller's share, if they do.
         """
         outcomes: Outcomes = []
         errors: Outcomes = []
         try:
-            # Within map no interrupt comes between two of them.
-            deque(map(SimpleQueue.put, self.begun, repeat((work, outcomes))), maxlen=0)
+            # Python looks for signals between bytecodes, of which this loop has none: no interrupt comes when only some
+            # threads have their orders, and the count below would never be reached.
+            deque(map(SimpleQueue.put, self.orders, repeat((work, outcomes))), maxlen=0)
             errors.append(outcome(work, 0))
         except KeyboardInterrupt as interrupt:
             errors.append(interrupt)
             release()
-        while len(outcomes) < len(self.begun):
+        while len(outcomes) < len(self.orders):
             try:
-                self.ended.get()
-            except KeyboardInterrupt as interrupt:  # told when nobody writes to the maps any more
+                self.finished.get()
+            except KeyboardInterrupt as interrupt:  # raised below: until all are done, they write to the maps
                 errors.append(interrupt)
         for error in filter(None, [*errors, *outcomes]):
             raise error
 
     def buffer(self, name: str, size: int) -> npt.NDArray[np.float32]:
-        """This thread's own scratch memory of at least `size` numbers."""
+        """Scratch memory of the calling thread, of at least `size` float32; the same at every call, never cleared."""
         held: npt.NDArray[np.float32] | None = getattr(self.scratch, name, None)
         if held is None or held.size < size:
             held = aligned((size,))
@@ -83,13 +89,13 @@ class Workers:
         return held
 
     def close(self) -> None:
-        """End the threads; what is run afterwards has only the caller's."""
-        while self.begun:
-            self.begun.pop().put(None)
+        """End the threads; what is run afterwards runs on the caller's alone."""
+        while self.orders:
+            self.orders.pop().put(None)
 
 
 def outcome(work: Callable[[int], object], number: int) -> BaseException | None:
-    """The error that work(number) raises, if any."""
+    """The error that work(number) raises, or None."""
     try:
         work(number)
     except BaseException as error:

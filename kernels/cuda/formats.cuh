@@ -10,7 +10,7 @@ template <typename T> __device__ inline Word pack(T, float low, float high) {
     return (Word)a.bits | (Word)b.bits << 16;
 }
 
-// x = high + low to twice the format's precision; `low` comes scaled, because its products are summed with scale 1 / `scale`.
+// Split x into high + low, to twice the format's precision, a word of each. `low` comes multiplied by `scale`: SOCA wants 2 L.
 template <typename T> __device__ inline void split(T, const float (&x)[2], float scale, Word& high, Word& low) {
     T a, b;
     round_to(a, x[0]);
@@ -23,6 +23,7 @@ __device__ inline void split(float, const float (&x)[1], float scale, Word& high
     low = round_tf32(scale * (x[0] - __uint_as_float(high)));
 }
 
+// The sum over a warp's 32 lanes, in every lane.
 __device__ inline float warp_sum(float x) {
     for (int mask = 16; mask > 0; mask /= 2) x += lane_xor(x, mask);
     return x;

@@ -1,4 +1,4 @@
-"""CUDA sources -> PTX and cubins with NVRTC, which needs neither a GPU nor a driver; cached by digest."""
+"""Compiles CUDA sources to PTX and cubins with NVRTC, which needs neither a GPU nor a driver; results are cached."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sanrt.errors import BackendError
+from sanrt.errors import BackendError, first_line
 
 if TYPE_CHECKING:
     import torch
 
-HERE = Path(__file__).parent
+SOURCES = Path(__file__).parent
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities (times ten) that the kernels are compiled for and checked on."""
 
@@ -24,8 +24,8 @@ HEADERS = ("primitives.cuh", "formats.cuh")
 INSTALL = "pip install 'sanrt[kernels]'"
 
 
-def scalar(dtype: torch.dtype) -> str:
-    """The kernels' name for a map's number format; raises BackendError for one they do not take."""
+def scalar_type(dtype: torch.dtype) -> str:
+    """The C++ type of a tensor's elements in the kernels; raises BackendError for a dtype they do not support."""
     names = {"torch.float16": "Half", "torch.bfloat16": "BFloat", "torch.float32": "float"}
     if str(dtype) not in names:
         raise BackendError(f"CUDA kernels: the map is {dtype}; expected float16, bfloat16 or float32")
@@ -33,8 +33,8 @@ def scalar(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What ptxas says of one kernel."""
+class KernelReport:
+    """What ptxas reports of one compiled kernel."""
 
     registers: int
     spill_bytes: int
@@ -42,17 +42,17 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Program:
-    """One source file specialised by definitions, such as SCALAR=Half."""
+class CudaSource:
+    """One .cu file, specialised by preprocessor definitions such as SCALAR=Half."""
 
     name: str
     """File name without `.cu`."""
     defines: tuple[str, ...]
 
     @cached_property
-    def source(self) -> str:
+    def text(self) -> str:
         """The file with the shared headers before it: nothing is included, so NVRTC needs no header package."""
-        return "".join((HERE / part).read_text() for part in (*HEADERS, f"{self.name}.cu"))
+        return "".join((SOURCES / part).read_text() for part in (*HEADERS, f"{self.name}.cu"))
 
     def options(self, architecture: str) -> list[str]:
         return [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v", *(f"-D{d}" for d in self.defines)]
@@ -66,7 +66,8 @@ class Program:
         return self.cached(f"compute_{capability}", "ptx")
 
     def cached(self, architecture: str, kind: str) -> bytes:
-        identity = "\0".join([self.source, *self.options(architecture), str(nvrtc_version())])
+        """Code from the user's cache, or compiled; its name has a digest of source, options and NVRTC: it is never stale."""
+        identity = "\0".join([self.text, *self.options(architecture), str(nvrtc_version())])
         path = cache_folder() / f"{self.name}-{architecture}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.{kind}"
         if path.exists():
             return path.read_bytes()
@@ -74,12 +75,12 @@ class Program:
         write_whole(path, code)
         return code
 
-    def compile(self, architecture: str) -> tuple[bytes, dict[str, Report]]:
+    def compile(self, architecture: str) -> tuple[bytes, dict[str, KernelReport]]:
         """Code (a cubin for `sm_..`, PTX for `compute_..`) and, of a cubin, the report on each kernel."""
-        code, log = compiled(
-            self.name, self.source, self.options(architecture), "PTX" if architecture.startswith("compute") else "CUBIN"
+        code, log = run_nvrtc(
+            self.name, self.text, self.options(architecture), "PTX" if architecture.startswith("compute") else "CUBIN"
         )
-        return code, reports(log)
+        return code, parse_ptxas_report(log)
 
 
 def import_nvrtc() -> Any:
@@ -95,44 +96,43 @@ def nvrtc_version() -> tuple[int, int]:
     try:
         _, major, minor = nvrtc.nvrtcVersion()
     except RuntimeError as error:
-        raise BackendError(f"CUDA kernels: the NVRTC library cannot be loaded ({error}); {INSTALL}") from error
+        # cuda-bindings finds the library when it is first called, and lists the places where it is not, a line each.
+        raise BackendError(f"CUDA kernels: the NVRTC library cannot be loaded ({first_line(error)}); {INSTALL}") from error
     return major, minor
 
 
-def compiled(name: str, source: str, options: list[str], kind: str) -> tuple[bytes, str]:
-    """Run NVRTC; raises BackendError with the compiler's first complaint."""
+def run_nvrtc(name: str, source: str, options: list[str], kind: str) -> tuple[bytes, str]:
+    """Compile to a kind of code (`PTX` or `CUBIN`): the code and the log; raises BackendError with the first complaint."""
     nvrtc_version()
     nvrtc = import_nvrtc()
-    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []))
+    program = check_cuda(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        log = (
-            fetched(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode(errors="replace").rstrip("\0 \n")
-        )
+        log = nvrtc_output(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode(errors="replace")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             complaint = next((line for line in log.splitlines() if "error" in line), status.name)
             raise BackendError(f"CUDA kernels: {name}.cu does not compile with {' '.join(options)} ({complaint})")
-        return fetched(program, getattr(nvrtc, f"nvrtcGet{kind}Size"), getattr(nvrtc, f"nvrtcGet{kind}")), log
+        return nvrtc_output(program, getattr(nvrtc, f"nvrtcGet{kind}Size"), getattr(nvrtc, f"nvrtcGet{kind}")), log
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def fetched(program: Any, size: Any, get: Any) -> bytes:
-    """What a pair of NVRTC getters returns of a program."""
-    buffer: bytes = b"\0" * checked(size(program))
-    checked(get(program, buffer))
+def nvrtc_output(program: Any, size: Any, get: Any) -> bytes:
+    """The bytes that a pair of NVRTC's getters (one for the size, one for the content) returns of a program."""
+    buffer: bytes = b"\0" * check_cuda(size(program))
+    check_cuda(get(program, buffer))
     return buffer
 
 
-def checked(result: tuple[Any, ...]) -> Any:
-    """The value of an NVRTC or driver call; raises BackendError with the status's name."""
+def check_cuda(result: tuple[Any, ...]) -> Any:
+    """The value of an NVRTC or driver call, without its status; raises BackendError for a status that is an error."""
     status, *values = result
     if status:
         raise BackendError(f"CUDA kernels: a CUDA call failed with {status.name}")
     return values[0] if values else None
 
 
-def reports(log: str) -> dict[str, Report]:
+def parse_ptxas_report(log: str) -> dict[str, KernelReport]:
     """Registers, spills and shared memory of each kernel, read from ptxas's report."""
     found = {}
     for part in log.split("Compiling entry function '")[1:]:
@@ -140,7 +140,7 @@ def reports(log: str) -> dict[str, Report]:
         shared = re.search(r"(\d+) bytes smem", part)
         registers = re.search(r"Used (\d+) registers", part)
         assert registers, f"ptxas reports no registers: {part}"
-        found[part.split("'")[0]] = Report(int(registers[1]), spills, int(shared[1]) if shared else 0)
+        found[part.split("'")[0]] = KernelReport(int(registers[1]), spills, int(shared[1]) if shared else 0)
     return found
 
 

@@ -96,7 +96,7 @@ def _(y: Tensor, bias: Tensor, x: Tensor) -> Tensor:
 
 @residual.register_kernel("cuda")
 def _(y: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    if residual_kernels.takes(y, bias, x):
+    if residual_kernels.supports(y, bias, x):
         return residual_kernels.residual(y, bias, x)
     return y + bias[:, None, None] + x
 
@@ -119,7 +119,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class KernelBlock(nn.Module):
-    """A residual block whose biases, ReLU and sum take no passes of their own, or one."""
+    """A residual block without passes for biases and ReLU: cuDNN's convolution does the first, one kernel bias and sum."""
 
     def __init__(self, reference: ResidualBlock) -> None:
         super().__init__()

@@ -1,7 +1,9 @@
-"""SOCA's kernels as ahead-of-time TensorRT plugins: the engine holds their PTX and runs without Python. Full TensorRT only.
+"""SOCA's kernels as ahead-of-time TensorRT plugins: the engine holds their PTX and runs without Python.
+
+TensorRT-RTX has no such plugins, full TensorRT has from 10.13 on.
 
 Two plugins, because a plugin launches one kernel: `sanrt::soca_statistics` and `sanrt::soca_gate`, the two launches of
-soca.py. An engine with them is specific to no architecture's machine code, but its driver must know the PTX version of the
+soca.py. PTX is compiled for the GPU at hand when the engine is loaded, so the driver there must know the PTX version of the
 NVRTC that wrote it. Region attention has no plugin: TensorRT fuses it itself (sanrt.model.graph writes it in that form).
 Compiled, and registered with TensorRT's bindings; never run on a GPU.
 
@@ -11,8 +13,8 @@ Annotations are evaluated here (no `from __future__ import annotations`): Tensor
 from typing import Any
 
 from sanrt.errors import BackendError
-from sanrt.kernels.cuda.nvrtc import ARCHITECTURES, Program
-from sanrt.kernels.cuda.soca import CHANNELS, GATE_THREADS, most_merged, partial_size
+from sanrt.kernels.cuda.nvrtc import ARCHITECTURES, CudaSource
+from sanrt.kernels.cuda.soca import CHANNELS, GATE_THREADS, max_merged_rows, partial_size
 
 NAMESPACE = "sanrt"
 
@@ -35,30 +37,31 @@ def register(trt: Any) -> None:
         register_gate(trt, trtp)
 
 
-def soca_program(trt: Any, dtype: Any, channels: int) -> Program:
-    """soca.cu for a TensorRT tensor's format."""
+def soca_source(trt: Any, dtype: Any, channels: int) -> CudaSource:
+    """soca.cu for a TensorRT tensor's number format; raises BackendError for one that it does not support."""
     scalars = {trt.DataType.HALF: "Half", trt.DataType.BF16: "BFloat", trt.DataType.FLOAT: "float"}
     if dtype not in scalars or channels not in CHANNELS:
         raise BackendError(
             f"--kernels fused: SOCA over {channels} channels of {dtype}; expected {', '.join(map(str, CHANNELS))} channels "
             "of fp16, bf16 or fp32; build with --kernels none"
         )
-    return Program("soca", (f"SCALAR={scalars[dtype]}", f"CHANNELS={channels}"))
+    return CudaSource("soca", (f"SCALAR={scalars[dtype]}", f"CHANNELS={channels}"))
 
 
-def ptx(program: Program) -> bytes:
-    """PTX of the oldest architecture: later ones run it too."""
-    return program.ptx(ARCHITECTURES[0])
+def portable_ptx(source: CudaSource) -> bytes:
+    """PTX for the oldest architecture, which later ones run too."""
+    return source.ptx(ARCHITECTURES[0])
 
 
 def register_statistics(trt: Any, trtp: Any) -> None:
-    """x (B, C, H, W) -> float32 partials (B, blocks, partial_size), and an int32 that is not used.
+    """soca_statistics: x (B, C, H, W) -> float32 partials (B, blocks, partial_size), and an int32 that is not used.
 
-    There are as many blocks for every size, some without pixels perhaps, and no groups: those need cleared counters.
+    There are max_merged_rows blocks whatever the size, some of them perhaps without pixels, and soca_gate merges all of
+    them: groups would need counters that somebody has set to zero.
     """
 
     def description(x: trtp.TensorDesc, channels: int) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
-        partials = (x.shape_expr[0], most_merged(channels), partial_size(channels))
+        partials = (x.shape_expr[0], max_merged_rows(channels), partial_size(channels))
         return trtp.from_shape_expr(partials, dtype=trt.float32), trtp.from_shape_expr((1,), dtype=trt.int32)
 
     def formats(
@@ -71,11 +74,11 @@ def register_statistics(trt: Any, trtp: Any) -> None:
     def implementation(
         x: trtp.TensorDesc, channels: int, outputs: tuple[trtp.TensorDesc, trtp.TensorDesc], tactic: int
     ) -> tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
-        program = soca_program(trt, x.dtype, channels)
+        source = soca_source(trt, x.dtype, channels)
         batch, _, height, width = (x.shape_expr[i] for i in range(4))
-        launch = trtp.KernelLaunchParams(grid_x=most_merged(channels), grid_y=batch, block_x=4 * channels)
+        launch = trtp.KernelLaunchParams(grid_x=max_merged_rows(channels), grid_y=batch, block_x=4 * channels)
         kernel = "soca_statistics_nhwc" if x.format == trt.TensorFormat.HWC8 else "soca_statistics_nchw"
-        return kernel, ptx(program), launch, integers(trtp, height * width, 1)
+        return kernel, portable_ptx(source), launch, integers(trtp, height * width, 1)
 
     name = f"{NAMESPACE}::soca_statistics"
     trtp.register(name)(description)
@@ -84,7 +87,7 @@ def register_statistics(trt: Any, trtp: Any) -> None:
 
 
 def register_gate(trt: Any, trtp: Any) -> None:
-    """partials, W_D (h, C, 1, 1), b_D, W_U (C, h, 1, 1), b_U -> gates (B, C, 1, 1) of the weights' type."""
+    """soca_gate: partials, W_D (h, C, 1, 1), b_D, W_U (C, h, 1, 1), b_U -> gates (B, C, 1, 1) of the weights' dtype."""
 
     def description(
         partials: trtp.TensorDesc,
@@ -110,13 +113,13 @@ def register_gate(trt: Any, trtp: Any) -> None:
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
-        program = soca_program(trt, down.dtype, channels)
+        source = soca_source(trt, down.dtype, channels)
         launch = trtp.KernelLaunchParams(grid_x=partials.shape_expr[0], block_x=GATE_THREADS)
         return (
             "soca_gate",
-            ptx(program),
+            portable_ptx(source),
             launch,
-            integers(trtp, most_merged(channels), most_merged(channels), iterations, hidden),
+            integers(trtp, max_merged_rows(channels), max_merged_rows(channels), iterations, hidden),
         )
 
     name = f"{NAMESPACE}::soca_gate"
@@ -125,7 +128,7 @@ def register_gate(trt: Any, trtp: Any) -> None:
 
 
 def integers(trtp: Any, *values: Any) -> Any:
-    """A kernel's integer arguments; TensorRT passes them after the inputs and before the outputs."""
+    """A kernel's integer arguments, which TensorRT passes after the inputs and before the outputs."""
     arguments = trtp.SymIntExprs(len(values))
     for i, value in enumerate(values):
         arguments[i] = trtp.SymInt32(value)

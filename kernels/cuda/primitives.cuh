@@ -16,7 +16,7 @@ __device__ inline void round_to(BFloat& y, float x) { asm("cvt.rn.bf16.f32 %0, %
 
 __device__ inline Word round_tf32(float x) { Word y; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x)); return y; }
 
-// 2^x to 2 ulp.
+// 2^x to 2 ulp, in one instruction; exp(x) is 2^(x log2 e).
 __device__ inline float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 
 __device__ inline float lane_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }

@@ -2,30 +2,35 @@
 // Compiled with SCALAR (Half, BFloat or float) and INNER (inner channels, 1 to 8) defined. Maps are B x 3 INNER x H x W
 // (queries, keys, values), NCHW or NHWC; inner channels are padded to 8 with zeros.
 
-constexpr int DEPTH = 8;
-constexpr int KEYS = 128;                             // keys in a tile; a region's are padded to whole tiles
-constexpr int STEP = 64;                              // keys between two updates of the running maximum
+constexpr int DEPTH = 8;                              // inner channels, padded
+constexpr int TILE_KEYS = 128;                        // keys in shared memory at a time; a region's are padded to whole tiles
+constexpr int STEP_KEYS = 64;                         // keys between two updates of the running maximum
 constexpr int THREADS = 256;
-constexpr int QUERIES = THREADS / 2;                  // of a block: 16 for each warp
-constexpr int PER_WORD = 4 / (int)sizeof(SCALAR);
-constexpr int VALUE_ROW = KEYS / PER_WORD + 4 * (3 - PER_WORD);   // words; the padding keeps fragment loads out of each other's banks
-constexpr bool SINGLE = sizeof(SCALAR) == 4;          // fp32: every product is three tf32 products
-constexpr int FEWEST_BLOCKS = SINGLE ? 2 : 3;         // on a multiprocessor: says how many registers there are, so that none are spilled
+constexpr int BLOCK_QUERIES = THREADS / 2;            // queries of a block: 16 for each warp
+constexpr int PER_WORD = 4 / (int)sizeof(SCALAR);     // numbers in a word
+constexpr int VALUE_ROW = TILE_KEYS / PER_WORD + 4 * (3 - PER_WORD);   // words from one channel's values to the next's; the padding
+                                                                       // keeps a fragment's loads out of each other's banks
+constexpr bool IS_FP32 = sizeof(SCALAR) == 4;         // then every product is three tf32 products
+constexpr int MIN_BLOCKS_PER_SM = IS_FP32 ? 2 : 3;    // on a multiprocessor: tells the compiler how many registers there are, so
+                                                      // that it spills none
 
 struct Region { int top, left, height, width; };
 
+// Regions are cut at floor(i * size / k), as in the reference, and so differ in size by at most one.
 __device__ inline Region region_of(int index, int regions, int height, int width) {
     const int i = index / regions, j = index % regions;
     const int top = height * i / regions, left = width * j / regions;
     return {top, left, height * (i + 1) / regions - top, width * (j + 1) / regions - left};
 }
 
+// Index of an element of a map in either layout; 64 bits, as maps of large pictures have more than 2^31 elements.
 __device__ inline size_t offset(int batch, int channel, int y, int x, int channels, int height, int width, int channels_last) {
     const size_t pixel = (size_t)y * width + x, size = (size_t)height * width;
     return channels_last ? (batch * size + pixel) * channels + channel : (batch * (size_t)channels + channel) * size + pixel;
 }
 
-// keys: [B, regions^2, padded, 8] and values: [B, regions^2, 8, padded], 2 x 2 maxima; zeros beyond a region's own.
+// Max-pool keys and values 2 x 2 into keys [B, regions^2, padded, 8] and values [B, regions^2, 8, padded], zeros beyond a region's
+// own: the layouts in which region_attention reads words of the two factors of its products. One thread per key and channel.
 extern "C" __global__ void __launch_bounds__(THREADS) region_pool(
     const SCALAR* maps, int height, int width, int regions, int padded, int channels_last, SCALAR* keys, SCALAR* values) {
     const int key = (blockIdx.x * THREADS + threadIdx.x) / DEPTH, channel = threadIdx.x % DEPTH;
@@ -40,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) region_pool(
             const size_t right = channels_last ? 3 * INNER : 1, below = right * width;
             for (int k = 0; k < 4; ++k) {
                 const SCALAR value = first[k / 2 * below + k % 2 * right];
-                // Written so that a NaN stays one.
+                // Negated, so that the comparison with a NaN takes it, and it shows in the result.
                 if (k == 0 || !(to_float(value) <= to_float(largest[part]))) largest[part] = value;
             }
         }
@@ -48,22 +53,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) region_pool(
     values[slice + (size_t)channel * padded + key] = largest[1];
 }
 
-// A tile of keys and values. fp32 numbers are kept as the sum of two tf32.
+// A tile of keys and values in shared memory. fp32 numbers are kept as the sum of two tf32, split once for all warps.
 struct Tile {
-    static constexpr int KEY_ROW = SINGLE ? DEPTH + 4 : DEPTH / 2;   // words
-    Word keys[SINGLE ? 2 : 1][KEYS * KEY_ROW];
-    Word values[SINGLE ? 2 : 1][DEPTH * VALUE_ROW];
+    static constexpr int KEY_ROW = IS_FP32 ? DEPTH + 4 : DEPTH / 2;   // words
+    Word keys[IS_FP32 ? 2 : 1][TILE_KEYS * KEY_ROW];
+    Word values[IS_FP32 ? 2 : 1][DEPTH * VALUE_ROW];
 
     __device__ void fill(const SCALAR* all_keys, const SCALAR* all_values, int first, int padded) {
-        constexpr int ROW = DEPTH / PER_WORD, LINE = KEYS / PER_WORD;
+        constexpr int ROW = DEPTH / PER_WORD, LINE = TILE_KEYS / PER_WORD;
         const Word* const k = (const Word*)(all_keys + (size_t)first * DEPTH);
-        for (int i = threadIdx.x; i < KEYS * ROW; i += THREADS) put(keys, i / ROW * KEY_ROW + i % ROW, k[i]);
+        for (int i = threadIdx.x; i < TILE_KEYS * ROW; i += THREADS) put(keys, i / ROW * KEY_ROW + i % ROW, k[i]);
         for (int i = threadIdx.x; i < DEPTH * LINE; i += THREADS)
             put(values, i / LINE * VALUE_ROW + i % LINE, ((const Word*)(all_values + (size_t)(i / LINE) * padded + first))[i % LINE]);
     }
 
     template <int PARTS, int SIZE> __device__ static void put(Word (&to)[PARTS][SIZE], int at, Word word) {
-        if constexpr (SINGLE) {
+        if constexpr (IS_FP32) {
             const float x[1] = {__uint_as_float(word)};
             split(float(), x, 1, to[0][at], to[PARTS - 1][at]);
         } else {
@@ -72,13 +77,13 @@ struct Tile {
     }
 };
 
-// The 16 queries of a warp, as the left factor of a product: lane 4 g + t holds rows g and g + 8.
+// The 16 queries of a warp, in registers, as the left factor of a product: lane 4 g + t holds parts of rows g and g + 8.
 template <typename T> struct Queries {
     Word high[4], low[4];
 
     // x: channels (2 t, 2 t + 1) of row g and of row g + 8 for 16-bit types; channels (t, t + 4) of both rows for fp32.
     __device__ explicit Queries(const float (&x)[2][2]) {
-        if constexpr (SINGLE) {
+        if constexpr (IS_FP32) {
             for (int i = 0; i < 4; ++i) {
                 const float one[1] = {x[i % 2][i / 2]};
                 split(float(), one, 1, high[i], low[i]);
@@ -92,8 +97,9 @@ template <typename T> struct Queries {
     __device__ void scores(const Tile& tile, int key, float (&s)[4]) const {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, at = (key + g) * Tile::KEY_ROW + t;
         for (float& x : s) x = 0;
-        if constexpr (SINGLE) {
+        if constexpr (IS_FP32) {
             const Word h[2] = {tile.keys[0][at], tile.keys[0][at + 4]}, l[2] = {tile.keys[1][at], tile.keys[1][at + 4]};
+            // Small products first: added to the large one they would lose digits.
             mma(float(), s, high, l);
             mma(float(), s, low, h);
             mma(float(), s, high, h);
@@ -107,7 +113,7 @@ template <typename T> struct Queries {
 // y += p v for 16 keys from `key` on; p is laid out as scores are, y has rows g and g + 8, channels (2 t, 2 t + 1).
 template <typename T> __device__ inline void accumulate(T, const Tile& tile, int key, const float (&p)[2][4], float (&y)[4]) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    if constexpr (SINGLE) {
+    if constexpr (IS_FP32) {
         for (int half = 0; half < 2; ++half) {
             // The order of the keys is free in a sum: columns (t, t + 4) of the left factor stand for keys (2 t, 2 t + 1).
             const int at = g * VALUE_ROW + key + 8 * half + 2 * t;
@@ -130,12 +136,13 @@ template <typename T> __device__ inline void accumulate(T, const Tile& tile, int
     }
 }
 
-// Running softmax of two rows (g and g + 8): largest score, sum of this lane's exponentials, weighted values.
+// Running (online) softmax of a lane's two rows, g and g + 8: largest score so far, sum of this lane's exponentials, weighted
+// values. `largest` is the same in the four lanes that share a row; `sum` is added up across them at the end only.
 struct Softmax {
     float largest[2] = {LOWEST, LOWEST}, sum[2] = {}, y[4] = {};
 
-    // s: scores of STEP keys in units of log 2, LOWEST where there is no key; turned into exponentials.
-    __device__ void step(const Tile& tile, int first, float (&s)[STEP / 8][4]) {
+    // s: scores of STEP_KEYS keys in units of log 2, LOWEST where there is no key; turned into exponentials.
+    __device__ void step(const Tile& tile, int first, float (&s)[STEP_KEYS / 8][4]) {
         for (int row = 0; row < 2; ++row) {
             float top = largest[row];
             for (auto& part : s) top = max(top, max(part[2 * row], part[2 * row + 1]));
@@ -149,15 +156,16 @@ struct Softmax {
                 for (auto& part : s) sum[row] += part[i] = exp2_fast(part[i] - top);
             }
         }
-        // Tensor cores truncate what they add up, always towards zero. fp32 would show it: only a step's sum is left to them.
+        // Tensor cores truncate what they add up, always towards zero: an error that grows with the number of keys and that fp32
+        // would show. So only one step's sum is left to them, and steps are added up with rounding.
         float part[4] = {};
-        float (&products)[4] = SINGLE ? part : y;
+        float (&products)[4] = IS_FP32 ? part : y;
 #pragma unroll
-        for (int i = 0; i < STEP / 8; i += 2) {
+        for (int i = 0; i < STEP_KEYS / 8; i += 2) {
             const float p[2][4] = {{s[i][0], s[i][1], s[i][2], s[i][3]}, {s[i + 1][0], s[i + 1][1], s[i + 1][2], s[i + 1][3]}};
             accumulate(SCALAR(), tile, first + 8 * i, p, products);
         }
-        if (SINGLE)
+        if (IS_FP32)
             for (int i = 0; i < 4; ++i) y[i] += part[i];
     }
 
@@ -172,20 +180,21 @@ struct Softmax {
     }
 };
 
-// y: B x INNER x H x W in the maps' layout. One block takes QUERIES queries of one region to all its keys.
-extern "C" __global__ void __launch_bounds__(THREADS, FEWEST_BLOCKS) region_attention(
+// y: B x INNER x H x W in the maps' layout. One block takes BLOCK_QUERIES queries of one region to all its keys. The grid is that of
+// the largest region; blocks beyond a smaller one have nothing to do.
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS_PER_SM) region_attention(
     const SCALAR* maps, const SCALAR* keys, const SCALAR* values,
     int height, int width, int regions, int padded, int channels_last, SCALAR* y) {
     alignas(16) __shared__ Tile tile;
     const Region region = region_of(blockIdx.y, regions, height, width);
     const int queries = region.height * region.width, count = (region.height / 2) * (region.width / 2);
-    if (blockIdx.x * QUERIES >= queries) return;
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, first_query = blockIdx.x * QUERIES + threadIdx.x / 32 * 16 + g;
+    if (blockIdx.x * BLOCK_QUERIES >= queries) return;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, first_query = blockIdx.x * BLOCK_QUERIES + threadIdx.x / 32 * 16 + g;
 
     float x[2][2];
     for (int row = 0; row < 2; ++row)
         for (int i = 0; i < 2; ++i) {
-            const int channel = SINGLE ? t + 4 * i : 2 * t + i, query = first_query + 8 * row;
+            const int channel = IS_FP32 ? t + 4 * i : 2 * t + i, query = first_query + 8 * row;
             const bool inside = channel < INNER && query < queries;
             x[row][i] = inside ? to_float(maps[offset(blockIdx.z, channel, region.top + query / region.width, region.left + query % region.width,
                                                       3 * INNER, height, width, channels_last)]) : 0;
@@ -193,18 +202,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, FEWEST_BLOCKS) region_atte
     const Queries<SCALAR> q(x);
     Softmax softmax;
     const size_t slice = ((size_t)blockIdx.z * regions * regions + blockIdx.y) * padded * DEPTH;
-    for (int start = 0; start < count; start += KEYS) {
-        __syncthreads();
+    for (int start = 0; start < count; start += TILE_KEYS) {
+        __syncthreads();   // nobody still reads the tile before
         tile.fill(keys + slice, values + slice, start, padded);
         __syncthreads();
-        for (int first = 0; first < KEYS && start + first < count; first += STEP) {
-            float s[STEP / 8][4];
-            for (int i = 0; i < STEP / 8; ++i) {
+        for (int first = 0; first < TILE_KEYS && start + first < count; first += STEP_KEYS) {
+            float s[STEP_KEYS / 8][4];
+            for (int i = 0; i < STEP_KEYS / 8; ++i) {
                 q.scores(tile, first + 8 * i, s[i]);
                 for (int j = 0; j < 4; ++j) s[i][j] *= LOG2_E;
             }
-            if (start + first + STEP > count)
-                for (int i = 0; i < STEP / 8; ++i)
+            // Padded keys are zeros, whose score 0 would have weight; only the last step has any.
+            if (start + first + STEP_KEYS > count)
+                for (int i = 0; i < STEP_KEYS / 8; ++i)
                     for (int j = 0; j < 4; ++j)
                         if (start + first + 8 * i + 2 * t + j % 2 >= count) s[i][j] = LOWEST;
             softmax.step(tile, first, s);

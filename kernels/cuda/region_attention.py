@@ -8,24 +8,25 @@ import torch
 from torch import Tensor
 
 from sanrt.errors import BackendError
-from sanrt.kernels.cuda.launch import dense, launch
-from sanrt.kernels.cuda.nvrtc import Program, scalar
+from sanrt.kernels.cuda.launch import dense, launch_kernel
+from sanrt.kernels.cuda.nvrtc import CudaSource, scalar_type
 
 DEPTH = 8
 """Inner channels that the kernels compute; fewer are padded with zeros."""
-KEYS = 128
+TILE_KEYS = 128
+"""Keys that a block has in shared memory at a time; this and the other constants are as in region_attention.cu."""
 THREADS = 256
-QUERIES = THREADS // 2
-"""Queries of a block."""
-MOST_REGIONS = 255
-"""k: a grid has no more than 65,535 blocks along its second axis, and a region is one of them."""
+BLOCK_QUERIES = THREADS // 2
+"""Queries that a block takes to all keys of their region."""
+MAX_REGIONS = 255
+"""Most regions along one axis: a grid has at most 65,535 blocks along its second axis, and each region is one there."""
 
 
-def program(inner: int, dtype: torch.dtype) -> Program:
-    """region_attention.cu for maps of `inner` queries, keys and values each."""
+def attention_source(inner: int, dtype: torch.dtype) -> CudaSource:
+    """region_attention.cu for a number of inner channels and a dtype; raises BackendError for what it does not support."""
     if not 1 <= inner <= DEPTH:
         raise BackendError(f"CUDA kernels: attention over {inner} inner channels; expected 1 to {DEPTH} (C/8 of C up to 64)")
-    return Program("region_attention", (f"SCALAR={scalar(dtype)}", f"INNER={inner}"))
+    return CudaSource("region_attention", (f"SCALAR={scalar_type(dtype)}", f"INNER={inner}"))
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class AttentionLaunch:
 
     @classmethod
     def of(cls, maps: Tensor, regions: int) -> AttentionLaunch:
-        """For dense maps (B, 3 I, H, W): queries, keys and values."""
+        """The launch for dense maps (B, 3 I, H, W) of queries, keys and values; raises BackendError where there is none."""
         batch, channels, height, width = maps.shape
-        if regions > MOST_REGIONS:
+        if regions > MAX_REGIONS:
             raise BackendError(
-                f"CUDA kernels: {regions} x {regions} regions; expected at most {MOST_REGIONS} x {MOST_REGIONS}"
+                f"CUDA kernels: {regions} x {regions} regions; expected at most {MAX_REGIONS} x {MAX_REGIONS}"
             )
         if channels % 3 or min(height, width) < 2 * regions:
             raise BackendError(
@@ -56,8 +57,8 @@ class AttentionLaunch:
         return cls(batch, channels // 3, height, width, regions, maps.dtype, not maps.is_contiguous())
 
     @property
-    def program(self) -> Program:
-        return program(self.inner, self.dtype)
+    def source(self) -> CudaSource:
+        return attention_source(self.inner, self.dtype)
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -66,9 +67,9 @@ class AttentionLaunch:
 
     @property
     def padded(self) -> int:
-        """Keys kept for each region, in whole tiles; zeros beyond its own."""
+        """Keys kept for each region: those of the largest, rounded up to whole tiles; zeros beyond a region's own."""
         height, width = self.largest
-        return -(-(height // 2) * (width // 2) // KEYS) * KEYS
+        return -(-(height // 2) * (width // 2) // TILE_KEYS) * TILE_KEYS
 
     @property
     def workspace(self) -> tuple[int, int, int, int]:
@@ -82,7 +83,7 @@ class AttentionLaunch:
     @property
     def grid(self) -> tuple[int, int, int]:
         height, width = self.largest
-        return -(-height * width // QUERIES), self.regions**2, self.batch
+        return -(-height * width // BLOCK_QUERIES), self.regions**2, self.batch
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -103,11 +104,11 @@ def region_attention(maps: Tensor, regions: int) -> Tensor:
     Regions are cut at floor(i H / k), floor(i W / k). Compiled for every architecture, emulated on the CPU, run on an H200.
     """
     maps = dense(maps)
-    plan = AttentionLaunch.of(maps, regions)
-    keys, values = (torch.empty(plan.workspace, dtype=maps.dtype, device=maps.device) for _ in range(2))
-    size = (plan.batch, plan.inner, plan.height, plan.width)
-    y = torch.empty(size, dtype=maps.dtype, device=maps.device, memory_format=plan.memory_format)
-    shape = (plan.height, plan.width, regions, plan.padded, int(plan.channels_last))
-    launch(plan.program, "region_pool", plan.pool_grid, THREADS, maps, *shape, keys, values)
-    launch(plan.program, "region_attention", plan.grid, THREADS, maps, keys, values, *shape, y)
+    launch = AttentionLaunch.of(maps, regions)
+    keys, values = (torch.empty(launch.workspace, dtype=maps.dtype, device=maps.device) for _ in range(2))
+    size = (launch.batch, launch.inner, launch.height, launch.width)
+    y = torch.empty(size, dtype=maps.dtype, device=maps.device, memory_format=launch.memory_format)
+    shape = (launch.height, launch.width, regions, launch.padded, int(launch.channels_last))
+    launch_kernel(launch.source, "region_pool", launch.pool_grid, THREADS, maps, *shape, keys, values)
+    launch_kernel(launch.source, "region_attention", launch.grid, THREADS, maps, keys, values, *shape, y)
     return y

@@ -5,28 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sanrt.kernels.cuda.launch import launch
-from sanrt.kernels.cuda.nvrtc import Program, scalar
+from sanrt.kernels.cuda.launch import launch_kernel
+from sanrt.kernels.cuda.nvrtc import CudaSource, scalar_type
 
 THREADS = 256
-VECTOR = 16
-"""Bytes of one thread."""
+VECTOR_BYTES = 16
+"""Bytes that one thread computes: one vector load from each map."""
 
 
-def takes(y: Tensor, bias: Tensor, x: Tensor) -> bool:
-    """Whether the kernel takes them: channels-last maps of one shape, pixels in whole 16 bytes, all begin on 16 bytes."""
-    whole = y.shape == x.shape and y.shape[1] * y.element_size() % VECTOR == 0
+def supports(y: Tensor, bias: Tensor, x: Tensor) -> bool:
+    """Whether the kernel supports these: channels-last maps of one shape, pixels of whole 16 bytes, all starting on 16."""
+    whole = y.shape == x.shape and y.shape[1] * y.element_size() % VECTOR_BYTES == 0
     last = all(each.is_contiguous(memory_format=torch.channels_last) for each in (y, x))
-    return whole and last and all(each.data_ptr() % VECTOR == 0 for each in (y, bias, x))
+    return whole and last and all(each.data_ptr() % VECTOR_BYTES == 0 for each in (y, bias, x))
 
 
 def residual(y: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     """y + bias + x for channels-last maps y, x (B, C, H, W) and bias (C,) of one number format, in one pass over memory.
 
-    PyTorch spends a launch and a pass on the bias and another on the sum. Summed in fp32 and rounded once.
+    PyTorch would spend a launch and a pass on the bias and another on the sum. Summed in fp32, rounded once.
     """
     total = torch.empty_like(y)
-    count = y.nbytes // VECTOR
-    program = Program("residual", (f"SCALAR={scalar(y.dtype)}", f"CHANNELS={y.shape[1]}"))
-    launch(program, "residual", (-(-count // THREADS), 1, 1), THREADS, y, bias, x, count, total)
+    count = y.nbytes // VECTOR_BYTES
+    source = CudaSource("residual", (f"SCALAR={scalar_type(y.dtype)}", f"CHANNELS={y.shape[1]}"))
+    launch_kernel(source, "residual", (-(-count // THREADS), 1, 1), THREADS, y, bias, x, count, total)
     return total

@@ -2,23 +2,28 @@
 // Compiled with SCALAR (Half, BFloat or float: the map's type) and CHANNELS (16, 32, 48 or 64) defined.
 
 constexpr int C = CHANNELS;
-constexpr int THREADS = 4 * C;                    // soca_statistics: one thread per 8 channels and word of a tile
-constexpr int WORDS = 32;                         // of each channel in a tile
-constexpr int PIXELS = 4 / (int)sizeof(SCALAR);   // in a word
-constexpr int TILE = WORDS * PIXELS;              // pixels
-constexpr int STRIPS = C / 16;                    // 8-wide output columns that one warp holds
-constexpr int PARTIAL = C * C + C + 4;            // floats: a block's scatter about its mean, the mean, the number of pixels
-constexpr int GATE_THREADS = 256;
-constexpr float MIN_TRACE = 1e-10f;
+constexpr int THREADS = 4 * C;                    // of soca_statistics: one thread per 8 channels and word of a tile
+constexpr int WORDS = 32;                         // words of each channel in a tile
+constexpr int PIXELS = 4 / (int)sizeof(SCALAR);   // pixels in a word
+constexpr int TILE = WORDS * PIXELS;              // pixels in a tile
+constexpr int STRIPS = C / 16;                    // strips of 8 columns of the scatter matrix that one warp accumulates
+constexpr int PARTIAL = C * C + C + 4;            // floats of a row of partials: scatter about the mean, mean, number of pixels, padding
+constexpr int GATE_THREADS = 256;                 // of soca_gate
+constexpr float MIN_TRACE = 1e-10f;               // as in sanrt.model.contract: a constant map must give a gate, not NaN
 
+// A picture's tiles are shared by its blocks as evenly as possible; the product does not fit 32 bits for large pictures.
 __device__ inline int tile_count(int pixels) { return (pixels + TILE - 1) / TILE; }
 __device__ inline int first_tile(int block, int blocks, int pixels) { return (int)((long long)tile_count(pixels) * block / blocks); }
 
-// Where a tile keeps word w of channel c: spread so that neither the stores nor the fragment loads meet in a bank.
+// Where a tile keeps word w of channel c in shared memory. Words are permuted by channel (an XOR swizzle): stored straight,
+// the words that a warp reads of 8 channels at a time would lie in 4 banks, and be read one channel after the other.
 __device__ inline int slot(int c, int w) { return c * WORDS + (w ^ (((c ^ c >> 3) & 7) * 4)); }
 
-// This thread's part of a tile: 8 channels of one word.
+// A thread's part of a tile: 8 channels of one word.
 struct Part { SCALAR value[8][PIXELS]; };
+
+// Read a part from global memory, zeros beyond the picture. Channels-last maps are read 8 channels at a time, others a word at a
+// time; where rows of pixels are not whole words, words are not aligned and are read number by number.
 
 template <bool CHANNELS_LAST> __device__ inline void load(Part& part, const SCALAR* map, int pixels, int first, int channel) {
     struct alignas(16) Eight { SCALAR value[8]; };
@@ -42,7 +47,9 @@ template <bool CHANNELS_LAST> __device__ inline void load(Part& part, const SCAL
     }
 }
 
-// Sums over the words of a tile what each thread has of its 8 channels; total[c] is written and visible to all on return.
+// Sum over a tile's words what each thread has of its 8 channels; total[c] is written and visible to all threads on return.
+// The first barrier lets `scratch` share memory with tiles that other threads may still be reading; rows of WORDS + 1 floats
+// start in different banks.
 __device__ inline void sum_words(const float (&own)[8], float* scratch, float* total, int channel, int word) {
     __syncthreads();
     for (int i = 0; i < 8; ++i) scratch[(channel + i) * (WORDS + 1) + word] = own[i];
@@ -55,9 +62,11 @@ __device__ inline void sum_words(const float (&own)[8], float* scratch, float* t
     __syncthreads();
 }
 
-// Chan's formula over rows of partials: sum of scatters + sum of n (mean_b - mean)(mean_b - mean)^T, of which each of the T threads
-// gets every T-th element; `mean`, if any, is written. Returns the number of pixels. The last row must not be empty.
-template <int T> __device__ inline float merge(const float* rows, int count, float* spread, float (&sum)[C * C / T], float* mean) {
+// Chan's formula over rows of partials: sum of scatters + sum of n (mean_b - mean)(mean_b - mean)^T, of which each of T threads
+// gets every T-th element in `sum`; `mean` is written if it is not null. Returns the number of pixels. `deviations` is shared
+// memory of count * C floats. The last row must not be empty: its mean is what means are taken relative to, since a large mean
+// common to all rows would cost the deviations their digits.
+template <int T> __device__ inline float merge(const float* rows, int count, float* deviations, float (&sum)[C * C / T], float* mean) {
     const int thread = threadIdx.x;
     const float* const counts = rows + C * C + C;
     float pixels = 0;
@@ -68,11 +77,11 @@ template <int T> __device__ inline float merge(const float* rows, int count, flo
         float offset = 0;
         for (int b = 0; b < count; ++b) {
             const float n = counts[(size_t)b * PARTIAL];
-            spread[b * C + thread] = n > 0 ? means[(size_t)b * PARTIAL] - origin : 0;
-            offset += n * spread[b * C + thread];
+            deviations[b * C + thread] = n > 0 ? means[(size_t)b * PARTIAL] - origin : 0;
+            offset += n * deviations[b * C + thread];
         }
         offset /= pixels;
-        for (int b = 0; b < count; ++b) spread[b * C + thread] -= offset;
+        for (int b = 0; b < count; ++b) deviations[b * C + thread] -= offset;
         if (mean) mean[thread] = origin + offset;
     }
     __syncthreads();
@@ -81,25 +90,27 @@ template <int T> __device__ inline float merge(const float* rows, int count, flo
         const float n = counts[(size_t)b * PARTIAL];
         for (int e = 0; e < C * C / T; ++e) {
             const int at = e * T + thread;
-            sum[e] += rows[(size_t)b * PARTIAL + at] + n * spread[b * C + at / C] * spread[b * C + at % C];
+            sum[e] += rows[(size_t)b * PARTIAL + at] + n * deviations[b * C + at / C] * deviations[b * C + at % C];
         }
     }
     return pixels;
 }
 
-// The last block of a group to come here merges the group's rows into one behind all of them: soca_gate then reads few.
-__device__ inline void merge_group(float* rows, int group, int* counters, float* spread) {
+// The last block of a group to come here merges the group's rows into one, behind the rows of all blocks, so that soca_gate has
+// few to read. No block waits for another: a counter says which one is the last.
+__device__ inline void merge_group(float* rows, int group, int* counters, float* deviations) {
     __shared__ bool last;
     const int blocks = gridDim.x, index = blockIdx.x / group;
+    // Every thread makes its part of the row visible to other blocks before one thread counts the block as done.
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) last = atomicAdd(counters + blockIdx.y * (blocks / group) + index, 1) == group - 1;
     __syncthreads();
     if (!last) return;
-    __threadfence();
+    __threadfence();   // and the counter is read before the other blocks' rows
     float* const merged = rows + (size_t)(blocks + index) * PARTIAL;
     float sum[C * C / THREADS];
-    const float pixels = merge<THREADS>(rows + (size_t)index * group * PARTIAL, group, spread, sum, merged + C * C);
+    const float pixels = merge<THREADS>(rows + (size_t)index * group * PARTIAL, group, deviations, sum, merged + C * C);
     for (int e = 0; e < C * C / THREADS; ++e) merged[e * THREADS + threadIdx.x] = sum[e];
     if (threadIdx.x == 0) merged[C * C + C] = pixels;
 }
@@ -124,7 +135,7 @@ __device__ inline void statistics(const SCALAR* maps, int pixels, int group, flo
     for (int i = 0; i < 8; ++i)
         for (int j = 0; j < PIXELS; ++j) sum[i] += to_float(part.value[i][j]);
     sum_words(sum, scratch, total, channel, word);
-    // Data are taken relative to the mean of the block's first tile: large means then cancel before they are squared.
+    // Values are taken relative to the mean of the block's first tile: large means then cancel before anything is squared.
     if (thread < C) {
         SCALAR mean;
         round_to(mean, total[thread] / max(min(count, TILE), 1));
@@ -134,6 +145,8 @@ __device__ inline void statistics(const SCALAR* maps, int pixels, int group, flo
 
     float d[STRIPS][4] = {};
     for (int i = 0; i < 8; ++i) sum[i] = 0;
+    // Two buffers in turn: one is filled again only after the next tile's barrier, which no thread passes before it has read what
+    // is overwritten, so one barrier per tile is enough. The next part is loaded while this tile is multiplied.
     for (int tile = begin; tile < end; ++tile) {
         Word* const high = tiles[tile % 2][0];
         Word* const low = tiles[tile % 2][1];
@@ -150,7 +163,8 @@ __device__ inline void statistics(const SCALAR* maps, int pixels, int group, flo
         }
         __syncthreads();
         if (tile + 1 < end) load<CHANNELS_LAST>(part, map, pixels, (tile + 1) * TILE + word * PIXELS, channel);
-        // d = H (H + 2 L)^T, so that its symmetric part is (H + L)(H + L)^T but for the negligible L L^T.
+        // x = h + l, two numbers of the map's format, as tensor cores multiply no wider ones. d = H (H + 2 L)^T takes two products
+        // per tile instead of three: its symmetric part is (H + L)(H + L)^T but for the negligible L L^T.
 #pragma unroll
         for (int w = t; w < WORDS; w += 8) {
             const Word a[4] = {high[slot(row, w)], high[slot(row + 8, w)], high[slot(row, w + 4)], high[slot(row + 8, w + 4)]};
@@ -164,6 +178,8 @@ __device__ inline void statistics(const SCALAR* maps, int pixels, int group, flo
     }
     sum_words(sum, scratch, total, channel, word);
 
+    // Lane 4 g + t of the warp holds elements (g, 2 t), (g, 2 t + 1) of a strip and the same of row g + 8. The scatter about the
+    // shift becomes the scatter about the block's mean.
     const int all = group > 1 ? blocks + blocks / group : blocks;
     float* const rows = partials + (size_t)blockIdx.y * all * PARTIAL;
     float* const partial = rows + (size_t)block * PARTIAL;
@@ -188,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) soca_statistics_nhwc(
     statistics<true>(maps, pixels, group, partials, counters);
 }
 
-// This thread's 4 x 4 part of a b.
+// A thread's 4 x 4 part of the C x C product a b, in fp32 (not on tensor cores); with C < 64 some threads have no part.
 __device__ inline void product(const float* a, const float* b, float (&d)[4][4]) {
     const int i = threadIdx.x / (C / 4) * 4, j = threadIdx.x % (C / 4) * 4;
     for (auto& line : d)
@@ -211,7 +227,7 @@ __device__ inline void product(const float* a, const float* b, float (&d)[4][4])
     }
 }
 
-// m = diagonal * I + scale * d, all threads writing their parts.
+// m = diagonal * I + scale * d, of which each thread writes its part.
 __device__ inline void write(float* m, const float (&d)[4][4], float diagonal, float scale) {
     const int i = threadIdx.x / (C / 4) * 4, j = threadIdx.x % (C / 4) * 4;
     if (i >= C) return;
@@ -219,7 +235,7 @@ __device__ inline void write(float* m, const float (&d)[4][4], float diagonal, f
         for (int c = 0; c < 4; ++c) m[(i + r) * C + j + c] = (i + r == j + c ? diagonal : 0) + scale * d[r][c];
 }
 
-// y = m x, or the row sums of m where x is null.
+// y = m x, or the row sums of m where x is null; a warp per row. y is visible to all threads on return.
 __device__ inline void matrix_vector(const float* m, const float* x, float* y) {
     const int lane = threadIdx.x % 32;
     for (int row = threadIdx.x / 32; row < C; row += GATE_THREADS / 32) {
@@ -231,11 +247,12 @@ __device__ inline void matrix_vector(const float* m, const float* x, float* y) {
     __syncthreads();
 }
 
-// sigma: exactly symmetric and visible to all on return; `spread` takes rows * C floats.
-__device__ inline void covariance(const float* rows, int count, float* sigma, float* spread) {
+// The covariance of merged rows into sigma: exactly symmetric (the halves of H (H + 2 L)^T are averaged), and visible to all
+// threads on return. `deviations` is shared memory of count * C floats.
+__device__ inline void covariance(const float* rows, int count, float* sigma, float* deviations) {
     constexpr int OWN = C * C / GATE_THREADS;
     float sum[OWN];
-    const float pixels = merge<GATE_THREADS>(rows, count, spread, sum, nullptr);
+    const float pixels = merge<GATE_THREADS>(rows, count, deviations, sum, nullptr);
     for (int e = 0; e < OWN; ++e) sigma[e * GATE_THREADS + threadIdx.x] = sum[e];
     __syncthreads();
     for (int e = 0; e < OWN; ++e) {
@@ -247,8 +264,9 @@ __device__ inline void covariance(const float* rows, int count, float* sigma, fl
     __syncthreads();
 }
 
-// result = row means of the square root of y, by coupled Newton-Schulz steps; y, z and w are C x C, y is overwritten.
-// The last step is applied to the vector of ones, which saves its two products.
+// result = row means of the square root of y, by coupled Newton-Schulz steps; y, z and w are C x C, and all are overwritten.
+// z is the identity at first, so the first step needs one product instead of three. The last step is applied to the vector of
+// ones, as only row sums are wanted: three products of a matrix and a vector instead of three of matrices.
 __device__ inline void sqrt_row_means(float* y, float* z, float* w, int iterations, float* result) {
     float trace = 0;
     for (int k = threadIdx.x % 32; k < C; k += 32) trace += y[k * C + k];

@@ -1,4 +1,4 @@
-"""SOCA's channel gates on a GPU (soca.cu). Imports torch only to launch."""
+"""SOCA's channel gates on a GPU (soca.cu). Imports torch only to launch, so that engines are built without it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sanrt.errors import BackendError
-from sanrt.kernels.cuda.nvrtc import Program, scalar
+from sanrt.kernels.cuda.nvrtc import CudaSource, scalar_type
 
 if TYPE_CHECKING:
     import torch
@@ -14,34 +14,37 @@ if TYPE_CHECKING:
 
 CHANNELS = (16, 32, 48, 64)
 GATE_THREADS = 256
-WORDS = 32
-"""32-bit words of each channel in a tile of soca_statistics."""
-GROUP = 16
-"""Blocks of soca_statistics in a group."""
-MOST_BLOCKS = 256
-"""For a picture: enough to keep a GPU's memory busy."""
+TILE_WORDS = 32
+"""32-bit words of each channel in a tile of soca_statistics; as in soca.cu, like GATE_THREADS."""
+GROUP_BLOCKS = 16
+"""Blocks of soca_statistics whose results the last of them merges."""
+MAX_BLOCKS = 256
+"""Most blocks for a picture: enough to keep a GPU's memory busy, few enough to merge quickly."""
 
 
-def program(channels: int, dtype: torch.dtype) -> Program:
-    """soca.cu for maps of `channels` channels of a number format."""
+def soca_source(channels: int, dtype: torch.dtype) -> CudaSource:
+    """soca.cu for maps of a number of channels and a dtype; raises BackendError for what it does not support."""
     if channels not in CHANNELS:
         raise BackendError(f"CUDA kernels: SOCA over {channels} channels; expected one of {', '.join(map(str, CHANNELS))}")
-    return Program("soca", (f"SCALAR={scalar(dtype)}", f"CHANNELS={channels}"))
+    return CudaSource("soca", (f"SCALAR={scalar_type(dtype)}", f"CHANNELS={channels}"))
 
 
-def most_merged(channels: int) -> int:
-    """Most rows that soca_gate merges: it does so in the memory of its matrices, and alone."""
+def max_merged_rows(channels: int) -> int:
+    """Most rows of partials that soca_gate merges: one block does it, with the deviations in two matrices' memory."""
     return min(64, 2 * channels)
 
 
 def partial_size(channels: int) -> int:
-    """Floats that a block hands on: its scatter matrix, its mean, its number of pixels; in whole 16 bytes."""
+    """Floats in a row of partials: scatter matrix, mean, number of pixels, and padding to whole 16 bytes."""
     return channels * channels + channels + 4
 
 
 @dataclass(frozen=True)
 class SocaLaunch:
-    """How the two kernels are launched. Neither the GPU nor the batch matters to it, nor so to a picture's result."""
+    """How the two kernels are launched for a map.
+
+    It depends on neither the GPU nor the batch, so a picture's result, down to the order of its sums, does not either.
+    """
 
     batch: int
     channels: int
@@ -51,28 +54,28 @@ class SocaLaunch:
 
     @classmethod
     def of(cls, x: Tensor) -> SocaLaunch:
-        """For a dense map (B, C, H, W)."""
+        """The launch for a dense map (B, C, H, W)."""
         return cls(len(x), x.shape[1], x.shape[2] * x.shape[3], x.dtype, not x.is_contiguous())
 
     @property
-    def program(self) -> Program:
-        return program(self.channels, self.dtype)
+    def source(self) -> CudaSource:
+        return soca_source(self.channels, self.dtype)
 
     @property
     def blocks(self) -> int:
-        """Blocks that share a picture, of eight tiles of pixels or more; in whole groups where they are many."""
-        tiles = -(-self.pixels // (WORDS * 4 // self.dtype.itemsize))
-        blocks = max(1, min(tiles // 8, MOST_BLOCKS))
-        return blocks if blocks < 2 * GROUP else blocks // GROUP * GROUP
+        """Blocks that share a picture: each of eight tiles or more, and where there are many, in whole groups."""
+        tiles = -(-self.pixels // (TILE_WORDS * 4 // self.dtype.itemsize))
+        blocks = max(1, min(tiles // 8, MAX_BLOCKS))
+        return blocks if blocks < 2 * GROUP_BLOCKS else blocks // GROUP_BLOCKS * GROUP_BLOCKS
 
     @property
     def group(self) -> int:
-        """Blocks whose results the last of them merges; 1 where all are left to soca_gate."""
-        return 1 if self.blocks < 2 * GROUP else GROUP
+        """Blocks in a group; 1 where the blocks are few, and soca_gate merges them all itself."""
+        return 1 if self.blocks < 2 * GROUP_BLOCKS else GROUP_BLOCKS
 
     @property
     def merged(self) -> int:
-        """Rows of the workspace that soca_gate merges: its last ones."""
+        """Rows of the workspace that soca_gate merges, which are its last ones."""
         return self.blocks // self.group
 
     @property
@@ -97,7 +100,8 @@ def soca_gate(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: T
     tensor cores: x_p - shift = h + l, two numbers of the map's format (TF32 for fp32), and h h^T + h l^T + l h^T is summed
     in fp32; shift is the mean of the block's first tile, so that large means cancel before they are squared.
 
-    Where blocks are many, the last of every 16 to finish merges their results, by the formula that soca_gate begins with.
+    Where blocks are many, the last of every 16 to finish merges their results, by the formula that soca_gate begins with:
+    soca_gate, which is one block, would otherwise spend its time on reading them.
 
     soca_gate, one block for each picture, in fp32:
 
@@ -111,20 +115,20 @@ def soca_gate(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: T
     """
     import torch
 
-    from sanrt.kernels.cuda.launch import cleared, dense, launch
+    from sanrt.kernels.cuda.launch import dense, launch_kernel, zeroed_counters
 
     x = dense(x)
-    plan = SocaLaunch.of(x)
-    partials = torch.empty(plan.partials, dtype=torch.float32, device=x.device)
-    counters = cleared(plan.batch * plan.merged, x.device)
-    gates = torch.empty(plan.batch, plan.channels, 1, 1, dtype=x.dtype, device=x.device)
+    launch = SocaLaunch.of(x)
+    partials = torch.empty(launch.partials, dtype=torch.float32, device=x.device)
+    counters = zeroed_counters(launch.batch * launch.merged, x.device)
+    gates = torch.empty(launch.batch, launch.channels, 1, 1, dtype=x.dtype, device=x.device)
     weights = [w.detach().contiguous() for w in (down, down_bias, up, up_bias)]
-    launch(
-        plan.program, plan.statistics, (plan.blocks, plan.batch, 1), 4 * plan.channels,
-        x, plan.pixels, plan.group, partials, counters,
+    launch_kernel(
+        launch.source, launch.statistics, (launch.blocks, launch.batch, 1), 4 * launch.channels,
+        x, launch.pixels, launch.group, partials, counters,
     )  # fmt: skip
-    launch(
-        plan.program, "soca_gate", (plan.batch, 1, 1), GATE_THREADS,
-        partials, *weights, plan.rows, plan.merged, iterations, len(down), gates,
+    launch_kernel(
+        launch.source, "soca_gate", (launch.batch, 1, 1), GATE_THREADS,
+        partials, *weights, launch.rows, launch.merged, iterations, len(down), gates,
     )  # fmt: skip
     return gates

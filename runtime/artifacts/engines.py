@@ -17,7 +17,7 @@ from sanrt.errors import BuildError, ModelError, UsageError
 from sanrt.model.spec import PREFIX, ModelSpec, Precision
 from sanrt.runtime.artifacts.flavors import TITLES, Flavor, installed_version
 from sanrt.runtime.artifacts.sizes import TILES, Profile, Size
-from sanrt.runtime.artifacts.variants import file_digest
+from sanrt.runtime.artifacts.variants import model_digest
 
 SUFFIX = ".engine"
 STAGES_SUFFIX = ".stages"
@@ -263,7 +263,7 @@ def read_plan(info: EngineInfo) -> bytes:
 def check_fresh(info: EngineInfo) -> None:
     """Raise ModelError when the ONNX beside the engine is no longer the one it was built from."""
     model = info.model_path
-    if model.exists() and (found := file_digest(model)) != info.identity.onnx:
+    if model.exists() and (found := model_digest(model)) != info.identity.onnx:
         raise ModelError(
             f"{info.path}: stale, {model.name} has changed since (sha256 {found[:12]}, expected {info.identity.onnx[:12]}); "
             f"rebuild with `{info.command}`"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from io import BytesIO
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,8 +18,10 @@ MODELS = Path("models")
 DEFAULT_SCALE = 4
 BUNDLED_NAME = re.compile(r"san_x\d+(_.*)?", re.IGNORECASE)
 """File names, without their suffix, that are for the weights that ship with sanrt alone."""
-METADATA_PROPS = 14
-"""Field number in ONNX's ModelProto."""
+METADATA_PROPS, GRAPH, INITIALIZER, EXTERNAL_DATA = 14, 7, 5, 13
+"""Field numbers in ONNX's ModelProto (the first two), GraphProto and TensorProto."""
+LOCATION = b"location"
+"""Key of the entry that names the file with a tensor's values."""
 REMEDY = "make a model with `sanrt export --scale 4`"
 
 
@@ -67,6 +71,26 @@ def onnx_metadata(path: Path) -> dict[str, str]:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
     except (ValueError, KeyError) as error:
         raise ModelError(f"{path}: not an ONNX file, or a damaged one; {REMEDY}") from error
+
+
+def external_files(path: Path) -> list[str]:
+    """Files in an ONNX's folder that hold its weights (ONNX's external data), by relative path; none for other files.
+
+    Paths that lead out of the folder are left out; onnx refuses to load them.
+    """
+    names = set()
+    with (
+        suppress(OSError, ValueError, KeyError),
+        path.open("rb") as file,
+        mmap(file.fileno(), 0, access=ACCESS_READ) as content,
+    ):
+        if content.find(LOCATION) >= 0:
+            for _, graph in protobuf_fields(file, GRAPH):
+                for _, tensor in protobuf_fields(BytesIO(graph), INITIALIZER):
+                    for _, entry in protobuf_fields(BytesIO(tensor), EXTERNAL_DATA):
+                        pair = dict(protobuf_fields(BytesIO(entry)))
+                        names |= {pair[2].decode()} if pair.get(1) == LOCATION else set()
+    return sorted(name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts)
 
 
 def protobuf_fields(stream: BinaryIO, only: int | None = None) -> Iterator[tuple[int, bytes]]:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from sanrt.errors import BackendError, ModelError
 from sanrt.model.contract import STAGE_INPUTS
 from sanrt.model.spec import GraphOptions, ModelSpec
+from sanrt.runtime.artifacts.models import external_files
 
 Weights = Mapping[str, npt.NDArray[Any]]
 
@@ -35,6 +36,17 @@ def file_digest(path: Path, remedy: str = "make a model with `sanrt export --sca
         raise ModelError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
 
 
+def model_digest(model: Path, remedy: str = "make a model with `sanrt export --scale 4`") -> str:
+    """What identifies a model: SHA-256 of its file, or of that and of the files beside an ONNX that hold its weights.
+
+    Raises ModelError when one of them cannot be read.
+    """
+    digest = file_digest(model, remedy)
+    missing = f"the weights of {model.name} lie there; keep it beside the model"
+    beside = [file_digest(model.parent / name, missing) for name in external_files(model)]
+    return hashlib.sha256("\n".join([digest, *beside]).encode()).hexdigest() if beside else digest
+
+
 def derived_model(model: Path, options: GraphOptions) -> Path:
     """The given variant of an exported fp32 ONNX; the onnx package is needed only the first time.
 
@@ -43,7 +55,7 @@ def derived_model(model: Path, options: GraphOptions) -> Path:
     from sanrt.version import __version__
 
     contract = str(STAGE_INPUTS) if options.stage else ""
-    identity = "\n".join([file_digest(model), __version__, contract, *map(str, astuple(options))])
+    identity = "\n".join([model_digest(model), __version__, contract, *map(str, astuple(options))])
     tag = hashlib.sha256(identity.encode()).hexdigest()[:16]
     part = options.stage or f"k{options.regions}"
     path = model.parent / FOLDER / f"{model.stem}-{options.precision}-{options.attention}-{part}-{tag}.onnx"
@@ -54,7 +66,7 @@ def derived_model(model: Path, options: GraphOptions) -> Path:
 
 def derived_weights(model: Path) -> dict[str, npt.NDArray[np.float32]]:
     """The weights of an exported fp32 ONNX by parameter name; the onnx package is needed only the first time."""
-    path = model.parent / FOLDER / f"{model.stem}-weights-{file_digest(model)[:16]}.npz"
+    path = model.parent / FOLDER / f"{model.stem}-weights-{model_digest(model)[:16]}.npz"
     if not path.exists():
         write_derived(model, path, weights_bytes)
     try:
@@ -67,7 +79,7 @@ def derived_weights(model: Path) -> dict[str, npt.NDArray[np.float32]]:
 def write_derived(model: Path, path: Path, content: Callable[[ModelSpec, Weights], bytes]) -> None:
     """Write what is made of a model's spec and weights beside its final name and move it there."""
     try:
-        from sanrt.model.graph import read_model
+        from sanrt.model.exported import read_model
     except ModuleNotFoundError as error:
         raise BackendError(f"{model}: preparing it needs the onnx package; pip install 'sanrt[cpu]'") from error
     made = content(*read_model(model))

@@ -9,8 +9,9 @@ from pathlib import Path
 from sanrt.errors import ModelError
 from sanrt.model.spec import Precision
 from sanrt.runtime import host as machine
-from sanrt.runtime.artifacts.variants import file_digest
-from sanrt.runtime.backends.protocol import Backend, RunOptions
+from sanrt.runtime.artifacts.variants import model_digest
+from sanrt.runtime.backends.fp32_fallback import FP32Fallback
+from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import ALIASES, load_backend, status
 
 
@@ -36,7 +37,7 @@ def preference_path(model: Path) -> Path:
 
 def prefer(model: Path, variant: Path, backend: str, precision: Precision | None) -> None:
     """Make a variant the default choice for an exported model on this machine."""
-    preference = Preference(variant.name, backend, precision, file_digest(model), machine.cpu_name())
+    preference = Preference(variant.name, backend, precision, model_digest(model), machine.cpu_name())
     try:
         preference_path(model).write_text(json.dumps(asdict(preference), indent=2) + "\n")
     except OSError as error:
@@ -52,10 +53,10 @@ def preferred(model: Path) -> Preference | None:
     except (OSError, ValueError, TypeError):
         return None
     fits = choice.machine == machine.cpu_name() and (model.parent / choice.model).is_file() and status(choice.backend).usable
-    return choice if fits and choice.exported == file_digest(model) else None
+    return choice if fits and choice.exported == model_digest(model) else None
 
 
-def load_default(model: Path, options: RunOptions) -> Backend:
+def load_default(model: Path, options: RunOptions) -> FP32Fallback:
     """An exported model as `auto` runs it: in its preferred variant, or itself on the first usable backend."""
     choice = preferred(model)
     if choice is None:

@@ -1,4 +1,4 @@
-"""sanrt's own CPU kernels: Winograd convolutions in fp32 or 16-bit integers, and attention without its matrix, in fp32."""
+"""The `native` backend: sanrt's own CPU kernels, convolutions in fp32 or 16-bit integers and all else in fp32."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAME = "native"
 
 
 def status() -> BackendStatus:
-    """Whether llvmlite, which compiles the kernels, is installed; `auto` takes it where it was measured."""
+    """Whether llvmlite, which compiles the kernels, is installed; `auto` takes it on the kinds of processors measured."""
     installed = library_version("llvmlite")
     if installed and library_version("threadpoolctl"):
         vectors = [name for name in ("AVX-512", "AVX2") if name in machine.cpu_features()]
@@ -44,15 +44,19 @@ def load(model: Path, options: RunOptions) -> NativeBackend:
 
 
 def chosen_precision() -> Precision:
-    """int16 where the processor multiplies and adds 16-bit integers in one instruction, twice as many as fp32."""
+    """int16 where one instruction multiplies and adds 16-bit integers (AVX512-VNNI), twice as many as fp32; else fp32."""
     from sanrt.kernels.cpu.ir import this_processor
 
-    fast = "AVX512-VNNI" in machine.cpu_features() and this_processor().pairs
+    fast = "AVX512-VNNI" in machine.cpu_features() and this_processor().pmadd
     return Precision.INT16 if fast else Precision.FP32
 
 
 class NativeBackend:
-    """The network on the CPU. Its stages are fp32 in either precision: exact streaming promises the same pixels."""
+    """The network on the CPU, whole or in stages.
+
+    Stages are fp32 in either precision: int16 rounds by the tile, and exact streaming promises the same pixels whatever
+    the tile.
+    """
 
     name = NAME
     streams = True
@@ -71,36 +75,36 @@ class NativeBackend:
         precision = options.precision or chosen_precision()
         self.spec = replace(spec, precision=precision, regions=k, min_side=k * MIN_SIDE // 2)
         self.weights, self.threads = derived_weights(model), options.threads or machine.cores()
-        self.network = self.computing(precision)
+        self.network = self.network_in(precision)
 
-    def computing(self, precision: Precision) -> Network:
-        """The network in a precision."""
+    def network_in(self, precision: Precision) -> Network:
+        """A network with the model's weights in a precision."""
         from sanrt.kernels.cpu.network import Network
-        from sanrt.kernels.cpu.winograd import Products
+        from sanrt.kernels.cpu.winograd import Arithmetic
 
-        return Network(self.spec, self.weights, self.threads, Products(precision))
+        return Network(self.spec, self.weights, self.threads, Arithmetic(precision))
 
     @cached_property
-    def exact(self) -> Network:
-        """The network in fp32."""
-        return self.network if self.spec.precision == Precision.FP32 else self.computing(Precision.FP32)
+    def fp32(self) -> Network:
+        """The network in fp32, made when the first stage is asked for."""
+        return self.network if self.spec.precision == Precision.FP32 else self.network_in(Precision.FP32)
 
     def infer(self, pictures: Array) -> Array:
         return self.infer_with_regions(pictures, self.spec.regions)
 
     def infer_with_regions(self, pictures: Array, regions: int) -> Array:
-        with memory_told(self.network):
+        with out_of_memory_errors(self.network):
             return np.concatenate([self.network.upscale(picture, regions) for picture in pictures[:, None]])
 
     def stages(self) -> Stages:
-        if self.exact is not self.network:
+        if self.fp32 is not self.network:
             self.network.clear()
-        return NativeStages(self.exact)
+        return NativeStages(self.fp32)
 
     def close(self) -> None:
         self.network.close()
-        if "exact" in vars(self):
-            self.exact.close()
+        if "fp32" in vars(self):
+            self.fp32.close()
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +114,7 @@ class NativeBackend:
 
 
 class NativeStages:
-    """The network's stages, which are its own."""
+    """The network, stage by stage."""
 
     maps = None
 
@@ -118,13 +122,13 @@ class NativeStages:
         self.network = network
 
     def run(self, stage: str, *inputs: npt.NDArray[Any]) -> list[Array]:
-        with memory_told(self.network):
+        with out_of_memory_errors(self.network):
             return self.network.run_stage(stage, *inputs)
 
 
 @contextmanager
-def memory_told(network: Network) -> Iterator[None]:
-    """A MemoryError as an OutOfMemoryError, the maps freed."""
+def out_of_memory_errors(network: Network) -> Iterator[None]:
+    """Turn a MemoryError into an OutOfMemoryError, and free the maps: the caller goes on with smaller tiles."""
     try:
         yield
     except MemoryError as error:

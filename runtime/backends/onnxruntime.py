@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy.typing as npt
 
 from sanrt.arrays import Array
-from sanrt.errors import BackendError, ModelError, OutOfMemoryError
+from sanrt.errors import BackendError, ModelError, OutOfMemoryError, first_line
 from sanrt.model.spec import Attention, GraphOptions, ModelSpec, Precision, QuantisedType
 from sanrt.runtime.artifacts.models import read_spec
 from sanrt.runtime.artifacts.sizes import Limits
@@ -129,8 +129,3 @@ def run_error(error: Exception) -> BackendError:
     if "allocate" in text.lower() or "bad_alloc" in text:
         return OutOfMemoryError(f"onnxruntime ran out of memory ({text})")
     return BackendError(f"onnxruntime failed ({text})")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type's name."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

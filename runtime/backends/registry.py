@@ -1,4 +1,4 @@
-"""Backends: independent ways to run one exported model, chosen by name or by `auto`."""
+"""Every backend by name, and which of them `auto` takes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sanrt.errors import BackendError, ModelError, UsageError
-from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, engines_of
+from sanrt.extras import extra
+from sanrt.model.spec import ModelSpec, Precision
+from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, engines_of, read_engine
 from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import Backend, BackendStatus, RunOptions
 
 log = logging.getLogger(__name__)
@@ -48,10 +51,23 @@ def status(name: str) -> BackendStatus:
     return backend_module(name).status()  # type: ignore[no-any-return]
 
 
-def load_backend(name: str, model: Path, options: RunOptions) -> Backend:
-    """Load a model with the named backend, or with the first usable one for `auto`; never another than asked for."""
-    if model.suffix == STAGES_SUFFIX:
-        raise UsageError(f"{model}: stage engines run beside a whole one; name its {SUFFIX}, or the ONNX of both")
+def load_backend(name: str, model: Path, options: RunOptions) -> FP32Fallback:
+    """Load a model with the named backend, or with the first usable one for `auto`; never another than asked for.
+
+    What overflows in it is computed again in fp32 on the CPU, and told.
+    """
+
+    def load_fp32(regions: int) -> Backend:
+        onnx = read_engine(model).model_path if model.suffix == SUFFIX else model
+        name = "onnxruntime" if onnx.suffix == ".onnx" and status("onnxruntime").usable else "torch"
+        return load_unguarded(name, onnx, RunOptions(threads=options.threads, precision=Precision.FP32, regions=regions))
+
+    return FP32Fallback(load_unguarded(name, model, options), load_fp32)
+
+
+def load_unguarded(name: str, model: Path, options: RunOptions) -> Backend:
+    """The same without fp32 behind it, for measurements: NaN and infinity come out as they are."""
+    require_whole(model)
     if name in ALIASES:
         log.warning("backend %s is called %s now", name, ALIASES[name])
         name = ALIASES[name]
@@ -66,6 +82,24 @@ def load_backend(name: str, model: Path, options: RunOptions) -> Backend:
         raise BackendError(f"backend {name} is not usable here: {chosen.reason}{remedy} (usable: {usable})")
     load: Callable[[Path, RunOptions], Backend] = backend_module(chosen.name).load
     return load(model, options)
+
+
+def require_whole(model: Path) -> None:
+    """UsageError for the stages of a model."""
+    if model.suffix == STAGES_SUFFIX:
+        raise UsageError(f"{model}: stage engines run beside a whole one; name its {SUFFIX}, or the ONNX of both")
+
+
+def model_spec(model: Path) -> ModelSpec:
+    """What a model is by its own description, without loading it to run; SanrtError when that cannot be read."""
+    require_whole(model)
+    if model.suffix == ".onnx":
+        return read_spec(model)
+    if model.suffix == SUFFIX:
+        return read_engine(model).spec
+    with extra("export", f"{model}: reading a checkpoint"):
+        spec: ModelSpec = backend_module("torch").checkpoint_network(model)[1]
+        return spec
 
 
 def candidates(model: Path, options: RunOptions) -> tuple[str, ...]:

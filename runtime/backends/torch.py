@@ -99,7 +99,7 @@ def exported_network(model: Path) -> tuple[SAN, ModelSpec]:
     """The network with an exported ONNX's weights, and what it is."""
     import torch
 
-    from sanrt.model.graph import read_model
+    from sanrt.model.exported import read_model
     from sanrt.model.san import SAN
 
     spec, weights = read_model(model)

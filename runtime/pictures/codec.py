@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from sanrt.errors import PictureError
 from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.provenance import Provenance, seal
 from sanrt.runtime.pictures.scratch import ScratchPicture
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ class Output:
     metadata: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
     """What the format cannot hold and the user asked to go without, one line each."""
+    provenance: Provenance | None = None
+    """What the file says of its making; None for files that are no results."""
 
 
 class SourcePicture:
@@ -384,6 +387,9 @@ def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | 
             except _vips().Error:
                 _raise_if_full(descriptor)
                 raise
+            if output.provenance:
+                with open(descriptor, "r+b", closefd=False) as file:
+                    seal(file, output.format, output.provenance)
 
 
 def _raise_if_full(descriptor: int) -> None:

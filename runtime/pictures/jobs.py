@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import mimetypes
 import os
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from stat import S_ISREG
 
 from sanrt.errors import PictureError, UsageError
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.storage import RemotePath
+
+ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}$")
+"""Of file names; `v1.2` has none."""
 
 
 @dataclass(frozen=True)
@@ -19,15 +23,8 @@ class Job:
 
     source: Path
     destination: Path
-
-    @property
-    def done(self) -> bool:
-        """Whether the result is there and not older than the source; results are complete, or not there at all."""
-        try:
-            result = self.destination.stat()
-            return S_ISREG(result.st_mode) and result.st_size > 0 and result.st_mtime_ns >= self.source.stat().st_mtime_ns
-        except OSError:
-            return False
+    replaces: bool = False
+    """Whether a file that is at the destination may be replaced; else finding one there is an error."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,10 @@ class Naming:
     format: Format | None = None
     """The format of every result; None keeps each source's own (GIF becomes PNG)."""
 
+    def __post_init__(self) -> None:
+        if set(self.suffix) & set("/\0"):
+            raise UsageError(f"--suffix {self.suffix!r}: expected a part of a file name, such as _x4; folders are OUTPUT's")
+
     def of(self, source: Path) -> str:
         """The result's file name; an ending that stands for no format is replaced by that of the content (PNG, if none)."""
         form = Format.of_suffix(source)
@@ -48,28 +49,74 @@ class Naming:
         return source.stem + self.suffix + wanted.facts.suffixes[0]
 
 
-def find_pictures(inputs: Sequence[Path], output: Path, naming: Naming = Naming(), recursive: bool = True) -> list[Job]:
-    """Every picture among `inputs` (files and folders) with its destination.
+def find_pictures(
+    inputs: Sequence[Path], output: Path, naming: Naming = Naming(), recursive: bool = True, into_folder: bool = False
+) -> list[Job]:
+    """Every picture among `inputs` (files and folders), once, with its destination.
 
-    `output` is a file if it has a picture's ending and there is one input file, else a folder; the tree below an input
-    folder is kept. Named files always count; in folders, those with a supported ending that are neither hidden nor in
-    `output`. UsageError where two results would share a file or one would replace its source; PictureError if there is
-    no picture.
+    `output` is a folder if there is one, with `into_folder`, or for several pictures; for one input file it is a file if it
+    has an ending. The tree below an input folder is kept. Named files always count; in folders, those with a supported
+    ending that are neither hidden nor in `output`. UsageError for an output whose ending stands for no written format, or
+    for one picture where there are several, and where two results would share a file or one would replace its source;
+    PictureError if there is no picture.
     """
-    if len(inputs) == 1 and not inputs[0].is_dir() and Format.of_suffix(output) and not output.is_dir():
-        if naming.format not in (None, Format.of_suffix(output)):
-            raise UsageError(f"{output}: its ending does not stand for --format {naming.format}; leave one of them out")
+    one = len(inputs) == 1 and not inputs[0].is_dir()
+    if not into_folder and not output.is_dir() and _names_a_file(output, one):
+        _check_file(output, one, naming)
         jobs = [Job(inputs[0], output)]
     else:
-        if output.exists() and not output.is_dir():
-            raise UsageError(f"{output}: is a file; several pictures need a folder")
         jobs = [job for given in inputs for job in _jobs_of(given, output, naming, recursive)]
-        jobs = _without_results(jobs) if naming.suffix else jobs
+        jobs = _without_results(_once(jobs)) if naming.suffix else _once(jobs)
     if not jobs:
         endings = " ".join(suffix for form in Format for suffix in form.facts.suffixes)
         raise PictureError(f"{', '.join(map(str, inputs))}: no pictures found; expected files ending in {endings}")
     _check_conflicts(jobs)
     return jobs
+
+
+def output_beside(given: Path, scale: int, naming: Naming) -> Path:
+    """Where results go if no output is named: `a_x4.png` beside `a.png`, the folder `photos_x4` beside `photos`."""
+    at = given if given.name.strip(".") or isinstance(given, RemotePath) else given.resolve()
+    if not at.name or (isinstance(at, RemotePath) and at == at.root_folder):
+        raise UsageError(f"{given}: has no folder beside it; name OUTPUT, the last argument")
+    if given.is_dir():
+        return at.with_name(f"{at.name}_x{scale}")
+    return at.with_name(replace(naming, suffix=naming.suffix or f"_x{scale}").of(at))
+
+
+def _names_a_file(output: Path, one: bool) -> bool:
+    """Whether an output that is no folder yet is a file, or is named like one.
+
+    For several pictures that takes the ending of a picture; for one any that begins with a letter, so that no mistyped
+    ending makes a folder.
+    """
+    picture = Format.of_suffix(output) or (mimetypes.guess_type(output.name)[0] or "").startswith("image/")
+    return bool(output.exists() or picture or (one and ENDING.search(output.name)))
+
+
+def _check_file(output: Path, one: bool, naming: Naming) -> None:
+    """UsageError unless one result can be written to a file of this name."""
+    if not one:
+        what = "is a file" if output.exists() else "is named like one picture"
+        raise UsageError(
+            f"{output}: {what}; several pictures need a folder as OUTPUT (the last argument), such as {output}/"
+        )
+    form = Format.of_suffix(output)
+    if form is None or form.written_as is not form:
+        endings = " ".join(form.facts.suffixes[0] for form in Format if form.written_as is form)
+        raise UsageError(
+            f"{output}: sanrt writes no such files; expected a name ending in one of {endings}, or a folder: {output}/"
+        )
+    if naming.format not in (None, form):
+        raise UsageError(f"{output}: its ending does not stand for --format {naming.format}; leave one of them out")
+
+
+def _once(jobs: list[Job]) -> list[Job]:
+    """The first job of every source."""
+    first: dict[Path, Job] = {}
+    for job in jobs:
+        first.setdefault(_place(job.source), job)
+    return list(first.values())
 
 
 def _jobs_of(given: Path, output: Path, naming: Naming, recursive: bool) -> Iterator[Job]:

@@ -17,7 +17,7 @@ from functools import cache, cached_property
 from pathlib import Path, PosixPath
 from typing import IO, Any
 
-from sanrt.errors import PictureError, SanrtError
+from sanrt.errors import PictureError, SanrtError, UsageError
 from sanrt.extras import extra
 
 OBJECT_STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss"})
@@ -53,6 +53,13 @@ class RemotePath(PosixPath):
         filesystem, path = self.place
         return filesystem.get_file_info(path)
 
+    @cached_property
+    def etag(self) -> str | None:
+        """What the store tells this content by; None where it has no such thing. OSError if it cannot be had."""
+        with self.open() as stream:
+            facts = {name.lower(): value for name, value in getattr(stream, "metadata", dict)().items()}
+        return facts.get("etag", b"").decode().strip('"') or None
+
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         """Kind, size and time of change."""
         if self.facts.type.name == "NotFound":
@@ -77,7 +84,7 @@ class RemotePath(PosixPath):
         """For reading bytes only."""
         assert mode == "rb"
         filesystem, path = self.place
-        stream: IO[Any] = filesystem.open_input_stream(path)
+        stream: IO[Any] = filesystem.open_input_file(path)
         return stream
 
     def resolve(self, strict: bool = False) -> RemotePath:
@@ -124,6 +131,8 @@ class RemotePath(PosixPath):
 
 def located(text: str) -> Path:
     """The path that a person named: local, or a URL."""
+    if not text.strip():
+        raise UsageError("an empty name; expected a file, a folder or a URL")
     if not (url := URL.fullmatch(text)):
         return Path(text)
     return Path("/", url[2]) if url[1] == "file" else RemotePath(text)

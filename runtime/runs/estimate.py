@@ -17,9 +17,9 @@ from sanrt.errors import BackendError, SanrtError
 from sanrt.model.spec import Architecture, Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.engines import SUFFIX
-from sanrt.runtime.artifacts.variants import FOLDER, file_digest
+from sanrt.runtime.artifacts.variants import FOLDER, model_digest
 from sanrt.runtime.backends.protocol import Backend, RunOptions
-from sanrt.runtime.backends.registry import BACKENDS, load_backend, status
+from sanrt.runtime.backends.registry import BACKENDS, load_unguarded, status
 from sanrt.runtime.pictures.codec import open_picture, plan_output
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.tiling.plan import Tiling, Way, network_bytes, result_bytes
@@ -88,17 +88,17 @@ def usable_backends(model: Path, options: RunOptions) -> Iterator[Backend]:
     for name in ("tensorrt",) if model.suffix == SUFFIX else BACKENDS:
         if status(name).usable:
             with suppress(SanrtError):
-                yield load_backend(name, model, options)
+                yield load_unguarded(name, model, options)
 
 
 def plan(jobs: Iterable[Job], model: Path, loading: RunOptions, upscaling: UpscaleOptions) -> Iterator[PicturePlan]:
     """A plan for every picture; its header alone is read. Raises SanrtError when no backend can load the model."""
-    loaded = list(usable_backends(model, loading)) or [load_backend("auto", model, loading)]  # which says why none can
+    loaded = list(usable_backends(model, loading)) or [load_unguarded("auto", model, loading)]  # which says why none can
     speeds = {backend.name: speed_of(backend, model, loading) for backend in loaded}
     fp32 = replace(loading, precision=Precision.FP32)
     for backend in loaded:
         if backend.spec.precision is Precision.INT16:  # whole pictures only: its stages are fp32
-            with load_backend(backend.name, model, fp32) as exact:
+            with load_unguarded(backend.name, model, fp32) as exact:
                 speeds[backend.name + BY_STAGES] = speed_of(exact, model, fp32)
     for job in jobs:
         yield picture_plan(job, loaded, speeds, upscaling)
@@ -138,7 +138,7 @@ def estimate(backend: Backend, speeds: Mapping[str, Speed], height: int, width: 
 def speed_of(backend: Backend, model: Path, options: RunOptions) -> Speed:
     """The kept measurement of this backend, model and machine, or a new one."""
     facts = [backend.name, str(status(backend.name).version), machine.cpu_name(), str(machine.cores()), str(options)]
-    tag = hashlib.sha256("\n".join([file_digest(model), str(backend.spec.precision), *facts]).encode()).hexdigest()[:16]
+    tag = hashlib.sha256("\n".join([model_digest(model), str(backend.spec.precision), *facts]).encode()).hexdigest()[:16]
     path = model.parent / FOLDER / f"{model.stem}-{backend.name}-speed-{tag}.json"
     try:
         return Speed(**json.loads(path.read_text()))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -34,8 +35,10 @@ from sanrt.runtime.pictures.codec import (
     write_picture,
 )
 from sanrt.runtime.pictures.jobs import Job
+from sanrt.runtime.pictures.provenance import SourceIdentity, identify
 from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.pictures.storage import RemotePath, delivered, fetched, scratch_folder
+from sanrt.runtime.runs.results import Recipe, appeared
 from sanrt.runtime.tiling.plan import PAPER_REGIONS, Tiling, Way
 
 log = logging.getLogger(__name__)
@@ -67,12 +70,16 @@ class Streamer(Protocol):
 class PipelineOptions:
     """What happens around the network."""
 
-    scale: int
+    recipe: Recipe
+    """What the results say of their making, beside their sources."""
     encoding: Encoding = field(default_factory=Encoding)
-    overwrite: bool = False
-    """Do again what is done already."""
     streamer: Streamer | None = None
     """Takes the pictures that are too large to be held in memory."""
+
+    @property
+    def scale(self) -> int:
+        """Upscaling factor."""
+        return self.recipe.scale
 
     def way(self, info: PictureInfo) -> Way | None:
         """How a picture goes through the network; None where nobody chose."""
@@ -84,6 +91,7 @@ class Loaded:
     """A picture in memory, and how its result will be written."""
 
     job: Job
+    source: SourceIdentity
     output: Output
     rgb: Pixels | ScratchPicture | None
     """None until it is streamed: it is too large to be held."""
@@ -107,6 +115,8 @@ class Written:
     """What was not taken over from the source, one line each."""
     way: Way | None = None
     """How it went through the network."""
+    source: SourceIdentity | None = field(default=None, compare=False)
+    """What the picture was made from."""
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
     """What each step took."""
 
@@ -145,12 +155,14 @@ def read(job: Job, options: PipelineOptions) -> Loaded:
     started = time.perf_counter()
     with fetched(job.source) as path, open_picture(path) as source:
         output = plan_output(source.info, job.destination, options.scale, options.encoding)
+        identity = identify(path, job.source)
+        output = replace(output, provenance=options.recipe.provenance(identity, output.format))
         way = options.way(source.info)
         streams = way is not None and way.tiling is Tiling.EXACT
         rgb = None if streams else source.rgb()
         alpha = source.alpha() if source.info.alpha and not streams else None
         notes = source.info.notes + output.notes + told(way)
-        return Loaded(job, output, rgb, alpha, notes, way, {"read": since(started)})
+        return Loaded(job, identity, output, rgb, alpha, notes, way, {"read": since(started)})
 
 
 def told(way: Way | None) -> tuple[str, ...]:
@@ -177,8 +189,8 @@ def streamed(picture: Loaded, streamer: Streamer | None) -> ScratchPicture:
         return result
 
 
-def write(picture: Loaded, options: PipelineOptions) -> Written:
-    """Upscale the transparency, encode, and put the file in its place."""
+def write(picture: Loaded, options: PipelineOptions) -> Written | Skipped:
+    """Upscale the transparency, encode, and put the file in its place, unless another run did so meanwhile."""
     started, rgb, output = time.perf_counter(), picture.rgb, picture.output
     assert rgb is not None
     with ExitStack() as opened:
@@ -189,10 +201,12 @@ def write(picture: Loaded, options: PipelineOptions) -> Written:
                 alpha = streamed_alpha(opened.enter_context(fetched(picture.job.source)), options.scale)
         elif picture.alpha is not None:
             alpha = upscale_alpha(picture.alpha, options.scale)
+        if appeared(picture.job, options.recipe):
+            return Skipped(picture.job)
         path = opened.enter_context(delivered(output.path))
         write_picture(replace(output, path=path), rgb, alpha)
     seconds = {**picture.seconds, "write": since(started)}
-    return Written(picture.job, output.width * output.height, picture.notes, picture.way, seconds)
+    return Written(picture.job, output.width * output.height, picture.notes, picture.way, picture.source, seconds)
 
 
 def since(started: float) -> float:
@@ -216,6 +230,9 @@ def encoders() -> int:
 def overlapped(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) -> Generator[Outcome, None, None]:
     """Every job's outcome, in order; the next picture is decoded and the last ones encoded while this thread computes."""
 
+    def start(job: Job) -> Loaded | Skipped | Failed:
+        return guarded(job, lambda: Skipped(job) if appeared(job, options.recipe) else read(job, options))
+
     def finish(picture: Loaded | Skipped | Failed) -> Outcome:
         return then(picture, lambda picture: write(picture, options))
 
@@ -223,7 +240,7 @@ def overlapped(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) 
     reader, writer = ThreadPoolExecutor(1, "sanrt-read"), ThreadPoolExecutor(writers, "sanrt-write")
     writing: deque[Future[Outcome]] = deque()
     try:
-        for reading in ahead(reader, lambda job: unless_done(job, read, options), jobs):
+        for reading in ahead(reader, start, jobs):
             enlarged = then(reading.result(), lambda picture: enlarge(picture, upscale, options.streamer))
             writing.append(writer.submit(finish, enlarged))
             while len(writing) >= WAITING + writers or (writing and writing[0].done()):
@@ -235,10 +252,10 @@ def overlapped(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) 
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def plan(jobs: Iterable[Job], options: PipelineOptions) -> Generator[Planned | Skipped | Failed, None, None]:
+def plan(jobs: Iterable[Job], options: PipelineOptions) -> Generator[Planned | Failed, None, None]:
     """What `run` would do, as far as the pictures' headers tell."""
     for job in jobs:
-        yield unless_done(job, planned, options)
+        yield guarded(job, partial(planned, job, options))
 
 
 def planned(job: Job, options: PipelineOptions) -> Planned:
@@ -255,13 +272,6 @@ def ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) 
     while begun:
         begun.extend(pool.submit(work, item) for item in islice(items, 1))
         yield begun.popleft()
-
-
-def unless_done(job: Job, step: Callable[[Job, PipelineOptions], R], options: PipelineOptions) -> R | Skipped | Failed:
-    """The first step for a picture, if its result is not there already."""
-    if job.done and not options.overwrite:
-        return Skipped(job)
-    return guarded(job, lambda: step(job, options))
 
 
 def then(picture: Loaded | Skipped | Failed, step: Callable[[Loaded], R]) -> R | Skipped | Failed:

@@ -28,8 +28,8 @@ from sanrt.errors import BackendError, PictureError, SanrtError, UsageError
 from sanrt.extras import extra
 from sanrt.model.spec import ModelSpec
 from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, engines_of, json_path, read_engine
-from sanrt.runtime.artifacts.variants import file_digest
-from sanrt.runtime.backends.fp32_fallback import watched
+from sanrt.runtime.artifacts.models import external_files
+from sanrt.runtime.artifacts.variants import model_digest
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.pictures.codec import Encoding, remove_leftovers
@@ -38,6 +38,7 @@ from sanrt.runtime.pictures.storage import RemotePath
 from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.pipeline import Failed, Outcome, PipelineOptions, Written
 from sanrt.runtime.runs.record import Entry, Recorder, open_record, write_entry
+from sanrt.runtime.runs.results import Recipe
 from sanrt.runtime.tiling.upscaling import PROCESS_MEMORY, Streamer, UpscaleOptions, upscale
 
 log = logging.getLogger(__name__)
@@ -72,8 +73,8 @@ class Task:
     backend: str
     running: RunOptions
     upscaling: UpscaleOptions
+    recipe: Recipe
     encoding: Encoding = field(default_factory=Encoding)
-    overwrite: bool = False
     record: Path | None = None
     """Where the driver writes down what the workers say of each result."""
 
@@ -129,14 +130,13 @@ class Worker:
         task = self.task
         self.folder, model = placed(task.model, self.files)
         running = task.running if self.share.gpus else replace(task.running, threads=self.share.cpus)
-        network = watched(load_backend(task.backend, model, running), model, running)
+        network = load_backend(task.backend, model, running)
         memory = task.upscaling.memory or (task.upscaling.budget + PROCESS_MEMORY) // self.share.per_node
         upscaling = replace(task.upscaling, memory=memory)
-        scale = network.spec.architecture.scale
-        self.options = PipelineOptions(scale, task.encoding, task.overwrite, Streamer(network, upscaling))
+        self.options = PipelineOptions(task.recipe, task.encoding, Streamer(network, upscaling))
         self.upscale = partial(upscale, network, options=upscaling)
-        self.recorder = Recorder(Path(), network, task.model, running, upscaling, task.encoding)
-        self.recorder.model_digest = file_digest(model)
+        self.recorder = Recorder(Path(), network, task.model, running, upscaling, task.encoding, task.recipe)
+        self.recorder.model_digest = model_digest(model)
         return Ready(network.name, network.device, network.spec, node, os.getpid())
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Told]:
@@ -325,17 +325,20 @@ def model_files(model: Path) -> Files:
     onnx = read_engine(model).model_path if model.suffix == SUFFIX else model
     engines = [info.path for suffix in (SUFFIX, STAGES_SUFFIX) for info in engines_of(onnx, suffix)]
     paths = [onnx, *engines, *map(json_path, engines)]
-    return {path.name: path.read_bytes() for path in dict.fromkeys(paths) if path.exists()}
+    weights = {name: (onnx.parent / name).read_bytes() for name in external_files(onnx)}
+    return weights | {path.name: path.read_bytes() for path in dict.fromkeys(paths) if path.exists()}
 
 
 def placed(model: Path, files: Files) -> tuple[tempfile.TemporaryDirectory[str] | None, Path]:
     """The model on this node: where the driver has it if it is the same there, else a copy, gone with the folder."""
     with contextlib.suppress(OSError):
-        if all(model.with_name(name).read_bytes() == content for name, content in files.items()):
+        if all((model.parent / name).read_bytes() == content for name, content in files.items()):
             return None, model
     folder = tempfile.TemporaryDirectory(prefix="sanrt-model-")
     for name, content in files.items():
-        Path(folder.name, name).write_bytes(content)
+        path = Path(folder.name, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     return folder, Path(folder.name, model.name)
 
 

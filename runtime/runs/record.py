@@ -17,14 +17,14 @@ import numpy as np
 
 from sanrt.errors import ModelError, SanrtError, UsageError
 from sanrt.model.spec import Precision
-from sanrt.runtime.artifacts.variants import file_digest
-from sanrt.runtime.backends.fp32_fallback import watched
+from sanrt.runtime.artifacts.variants import file_digest, model_digest
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import ALIASES, load_backend, status
 from sanrt.runtime.pictures.codec import Encoding, Pixels, open_picture
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.storage import fetched, located
 from sanrt.runtime.runs.pipeline import Failed, Outcome, PipelineOptions, Written, run
+from sanrt.runtime.runs.results import Recipe
 from sanrt.runtime.tiling.plan import Tiling
 from sanrt.runtime.tiling.upscaling import PROCESS_MEMORY, Streamer, UpscaleOptions, upscale
 from sanrt.version import __version__
@@ -73,6 +73,8 @@ class Entry:
     """What reading, upscaling and writing took."""
     engine_digest: str | None = None
     """SHA-256 of the TensorRT engine that ran the model, where one did."""
+    recipe: Mapping[str, Any] | None = None
+    """What the output says of its making, beside its source; None in records of a sanrt that wrote nothing of it."""
 
     def upscaling(self) -> UpscaleOptions:
         """What makes the same choices again."""
@@ -96,12 +98,13 @@ class Recorder:
     loading: RunOptions
     upscaling: UpscaleOptions
     encoding: Encoding
+    recipe: Recipe
     file: IO[str] = field(init=False)
 
     @cached_property
     def model_digest(self) -> str:
         """SHA-256 of the model's file."""
-        return file_digest(self.model)
+        return model_digest(self.model)
 
     def __enter__(self) -> Self:
         self.file = open_record(self.path)
@@ -121,9 +124,10 @@ class Recorder:
         """One line of the record."""
         job, way, spec, backend = outcome.job, outcome.way, self.backend.spec, self.backend
         assert way
+        assert outcome.source
         return Entry(
             source=str(job.source.resolve()),
-            source_digest=file_digest(job.source, RESTORE),
+            source_digest=outcome.source.sha256,
             output=str(job.destination.resolve()),
             output_digest=file_digest(job.destination, RESTORE),
             model=str(self.model.resolve()),
@@ -146,6 +150,7 @@ class Recorder:
             versions={"sanrt": __version__, "python": platform.python_version(), "numpy": np.__version__},
             seconds=outcome.seconds,
             engine_digest=backend.engine_digest,
+            recipe=asdict(self.recipe),
         )
 
 
@@ -222,7 +227,7 @@ def verify(entries: Iterable[Entry]) -> Iterator[Replay]:
 
         @cache
         def loaded(backend: str, model: Path, loading: RunOptions) -> Backend:
-            return opened.enter_context(watched(load_backend(backend, model, loading), model, loading))
+            return opened.enter_context(load_backend(backend, model, loading))
 
         for entry in entries:
             try:
@@ -237,8 +242,12 @@ def verify(entries: Iterable[Entry]) -> Iterator[Replay]:
 
 def check_unchanged(entry: Entry) -> None:
     """Raise SanrtError unless picture, model and result are the files of the record."""
-    for path, digest in ((entry.source, entry.source_digest), (entry.model, entry.model_digest)):
-        if file_digest(located(path), RESTORE) != digest:
+    source, model = file_digest(located(entry.source), RESTORE), model_digest(Path(entry.model), RESTORE)
+    for path, found, digest in (
+        (entry.source, source, entry.source_digest),
+        (entry.model, model, entry.model_digest),
+    ):
+        if found != digest:
             raise ModelError(f"{path}: changed since the run (SHA-256 {digest[:12]}... was recorded); {RESTORE}")
     file_digest(located(entry.output), RESTORE)
 
@@ -253,8 +262,9 @@ def again(entry: Entry, backend: Backend, folder: Path) -> Path:
     """The output, made again in `folder`."""
     output = folder / Path(entry.output).name
     settings = {**entry.encoding, "background": tuple(entry.encoding["background"] or ()) or None}
-    upscaling = entry.upscaling()
-    options = PipelineOptions(entry.scale, Encoding(**settings), streamer=Streamer(backend, upscaling))
+    encoding, upscaling = Encoding(**settings), entry.upscaling()
+    recipe = Recipe(**entry.recipe) if entry.recipe else Recipe.of(backend.spec, None, upscaling, encoding)
+    options = PipelineOptions(recipe, encoding, Streamer(backend, upscaling))
     (outcome,) = run([Job(located(entry.source), output)], partial(upscale, backend, options=upscaling), options)
     if isinstance(outcome, Failed):
         raise SanrtError(outcome.reason)

@@ -43,3 +43,8 @@ class ScratchError(SanrtError):
 
 class UsageError(SanrtError):
     """Arguments that contradict each other or do not fit the model."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type's name where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sanrt.errors import UsageError
 from sanrt.runtime.artifacts.models import MODELS, find_model
 from sanrt.runtime.backends.default_variant import load_default
-from sanrt.runtime.backends.fp32_fallback import Sentinel, watched
+from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.tiling.plan import PAPER_REGIONS, Tiling
@@ -67,7 +67,7 @@ class Upscaler:
         path = find_model(Path(models), model) if isinstance(model, int) else Path(model)
         automatic = isinstance(model, int) and backend == "auto"
         network = load_default(path, run_options) if automatic else load_backend(backend, path, run_options)
-        return cls(watched(network, path, run_options), options)
+        return cls(network, options)
 
     @property
     def spec(self) -> ModelSpec:
@@ -104,7 +104,7 @@ class Upscaler:
         0..`spec.architecture.value_range`. The result is such an array, complete, (B, 3, scale * H, scale * W), not clipped
         and not looked at: what overflowed half precision is not computed again.
         """
-        network = self.backend.backend if isinstance(self.backend, Sentinel) else self.backend
+        network = self.backend.backend if isinstance(self.backend, FP32Fallback) else self.backend
         infer = getattr(network, "infer_on_device", None)
         if infer is None:
             raise UsageError(f"backend {self.backend.name} takes no GPU arrays; load the model with backend='tensorrt'")

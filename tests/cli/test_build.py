@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from sanrt.export import engine
 from sanrt.model import checkpoint as checkpoints
 from sanrt.model.checkpoint import save_checkpoint
 from sanrt.runtime.artifacts.models import read_spec
+
+SECTION = re.compile(r"^(\w[\w -]*):\n((?:  .*\n?)+)", re.MULTILINE)
 
 
 class Stopped(Exception):
@@ -65,3 +68,27 @@ def test_a_default_model_that_is_missing_is_made_as_run_makes_it_and_others_are_
 def test_a_named_model_of_another_scale_is_refused(monkeypatch, tiny_model):
     result = CliRunner().invoke(app, ["build", str(tiny_model(2)), "--scale", "4", "--flavor", "rtx"])
     assert "is for x2, but --scale 4 was asked for" in str(result.exception)
+
+
+def test_help_lists_everyday_options_first_and_the_others_under_their_headings():
+    result = CliRunner().invoke(app, ["build", "--help"])
+    sections = {title: re.findall(r"--[\w-]+", text) for title, text in SECTION.findall(result.output)}
+    assert list(sections) == ["Arguments", "Options", "8-bit options", "Sizes", "TensorRT options"]
+    assert {"--fp16", "--int8", "--output"} <= set(sections["Options"])
+    assert sections["Sizes"] == ["--min", "--opt", "--max"]
+    assert "--calibrator" in sections["8-bit options"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--int8", "--auto"], "choose one of --int8 and --auto"),
+        (["--fp16", "--bf16"], "choose one of --fp16 and --bf16"),
+        (["--calibrator", "entropy"], "entropy: expected min-max or percentile"),
+        (["--flavor", "trt"], "trt: expected auto, tensorrt or rtx"),
+    ],
+)
+def test_what_cannot_be_meant_is_wrong_usage(words, told):
+    result = CliRunner().invoke(app, ["build", *words])
+    assert result.exit_code == 2
+    assert told in result.output

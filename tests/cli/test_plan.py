@@ -6,7 +6,7 @@ import pyvips
 from typer.testing import CliRunner
 
 from sanrt.cli import app
-from sanrt.errors import ModelError
+from sanrt.errors import ModelError, UsageError
 from sanrt.runtime.runs.estimate import Speed
 from sanrt.runtime.tiling.plan import Tiling, Way
 
@@ -52,12 +52,13 @@ def test_plan_leaves_out_what_a_run_would_skip_and_counts_only_the_rest(folder, 
     (alone,) = (line for line in lines if line.startswith("  onnxruntime: "))
     assert total.rpartition("about ")[2] == alone.rpartition("about ")[2]
     assert CliRunner().invoke(app, arguments).output.startswith(f"{output}: 0 of 2 results")
-    (output / "large_x2.png").write_bytes(b"as good as done")
+    (folder / "large.png").unlink()
     done = CliRunner().invoke(app, [*arguments, "--suffix", "_x2"])
     assert done.exit_code == 0
-    assert done.output == f"{output}: 2 of 2 results are there already and would be skipped; 0 remain\n"
-    (output / "large_x2.png").write_bytes(b"")
-    assert "1 of 2 results" in CliRunner().invoke(app, [*arguments, "--suffix", "_x2"]).output
+    assert done.output == f"{output}: 1 of 1 results are there already and would be skipped; 0 remain\n"
+    (output / "small_x2.png").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"small_x2\.png: already there and not made by sanrt"):
+        CliRunner().invoke(app, [*arguments, "--suffix", "_x2"], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("named", [["--model", "missing.onnx"], ["--models", "missing", "--scale", "3"]])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +143,162 @@ def test_a_second_run_does_nothing_unless_told_to(sanrt, tmp_path):
     assert (tmp_path / "out" / "a.png").stat().st_mtime_ns == before
     assert "1 written" in sanrt("in", "out", "--overwrite")[1]
     assert (tmp_path / "out" / "a.png").stat().st_mtime_ns > before
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files(folder)}
+
+
+def test_a_picture_that_sanrt_did_not_make_is_refused_before_any_work(sanrt, tmp_path):
+    noise(tmp_path / "b.png", seed=1)
+    noise(tmp_path / "a.png")
+    before = digests(tmp_path)
+    status, out, err = sanrt("a.png", "b.png")
+    assert (status, out) == (1, "")
+    assert err.startswith("sanrt: b.png: already there and not made by sanrt; nothing was done; ")
+    assert "--overwrite" in err
+    assert digests(tmp_path) == before
+    assert sanrt("a.png", "b.png", "--dry-run")[0] == 1
+    assert sanrt("a.png", "b.png", "--overwrite")[0] == 0
+    assert picture(tmp_path / "b.png").shape == (40, 60, 3)
+
+
+def test_a_refusal_needs_no_model(sanrt, tmp_path):
+    noise(tmp_path / "a.png"), noise(tmp_path / "b.png", seed=1)
+    status, _, err = sanrt("a.png", "b.png", "--models", "none", scale=4)
+    assert status == 1
+    assert "not made by sanrt" in err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_list_of_pictures_without_an_output_is_refused(sanrt, tmp_path):
+    names = [noise(tmp_path / f"{name}.png", seed=seed).name for seed, name in enumerate("abc")]
+    before = digests(tmp_path)
+    status, _, err = sanrt(*names)
+    assert status == 1
+    assert "c.png: is a file; several pictures need a folder as OUTPUT (the last argument)" in err
+    assert digests(tmp_path) == before
+
+
+def test_a_folder_of_other_pictures_is_refused_whole_with_some_names_and_the_count(sanrt, tmp_path):
+    for seed in range(6):
+        noise(tmp_path / "edited" / f"{seed}.png", seed=seed)
+    for seed in range(5):
+        noise(tmp_path / "originals" / f"{seed}.png", seed=seed + 9)
+    (tmp_path / "originals" / "4.png").write_bytes(b"")
+    before = digests(tmp_path)
+    status, _, err = sanrt("edited", "originals")
+    assert status == 1
+    assert "originals/0.png, originals/1.png, originals/2.png and 2 more: already there" in err
+    assert err.count("\n") == 1
+    assert digests(tmp_path) == before
+
+
+def test_one_path_alone_gets_its_result_beside_it(sanrt, tmp_path):
+    noise(tmp_path / "photos" / "a.png"), noise(tmp_path / "photos" / "sub" / "b.webp")
+    assert sanrt("photos/a.png")[0] == 0
+    assert picture(tmp_path / "photos" / "a_x2.png").shape == (40, 60, 3)
+    (tmp_path / "photos" / "a_x2.png").unlink()
+    assert sanrt("photos/")[0] == 0
+    assert files(tmp_path / "photos_x2") == ["a.png", "sub/b.webp"]
+
+
+def test_results_of_another_scale_model_or_option_are_made_again_and_told(models, sanrt, tiny_model, tmp_path):
+    tiny_model(3), tiny_model(2, channels=24)
+    noise(tmp_path / "in" / "a.png"), noise(tmp_path / "in" / "b.jpg")
+    assert "2 written" in sanrt("in", "out")[1]
+    for arguments, why in (
+        (["--scale", 3], "made at x2 before"),
+        (["--model", tiny_model(2, channels=24)], "made at x3 before"),
+        ([], "made by another model before"),
+        (["--self-ensemble"], "made with other options before"),
+        (["--regions", 3], "made with other options before"),
+        (["--precision", "fp32"], "made with other options before"),
+        (["--tile", 16, "--overlap", 4], "made with other options before"),
+    ):
+        status, out, err = sanrt("in", "out", *arguments)
+        assert (status, err) == (0, "")
+        assert f"out/a.png and 1 more: {why}; made again" in out
+        assert "2 written" in out
+        assert "0 written, 2 skipped" in sanrt("in", "out", *arguments)[1]
+    sanrt("in", "out")
+    assert "out/b.jpg: made with other options before; made again" in sanrt("in", "out", "--quality", 50)[1]
+    assert "0 written, 2 skipped" in sanrt("in", "out", "--quality", 50, "--tiling", "exact", "--memory", "2G")[1]
+
+
+def test_a_result_of_a_changed_source_is_made_again_whatever_the_times(sanrt, tmp_path):
+    source = noise(tmp_path / "in" / "a.png")
+    assert sanrt("in", "out")[0] == 0
+    noise(source, seed=1)
+    os.utime(source, (0, 0))
+    assert "out/a.png: made from another picture, or from this one before it changed; made again" in sanrt("in", "out")[1]
+    (tmp_path / "out" / "a.png").touch()
+    assert "0 written, 1 skipped" in sanrt("in", "out")[1]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.avif"])
+def test_results_are_known_again_after_a_copy_without_times(sanrt, tmp_path, name):
+    noise(tmp_path / "in" / name, 64, 48)
+    assert sanrt("in", "out")[0] == 0
+    shutil.copytree(tmp_path / "in", tmp_path / "later", copy_function=shutil.copyfile)
+    shutil.copytree(tmp_path / "out", tmp_path / "copy", copy_function=shutil.copyfile)
+    for path in (tmp_path / "copy").iterdir():
+        os.utime(path, (0, 0))
+    assert "0 written, 1 skipped" in sanrt("later", "copy")[1]
+    assert sanrt("later", "new")[0] == 0
+    assert digests(tmp_path / "new") == digests(tmp_path / "out")
+
+
+@pytest.mark.parametrize("edit", ["saved again", "appended", "a tag changed"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif"])
+def test_a_result_that_was_edited_since_is_the_users(sanrt, tmp_path, name, edit):
+    noise(tmp_path / "in" / name, 64, 48)
+    assert sanrt("in", "out")[0] == 0
+    result = tmp_path / "out" / name
+    if edit == "saved again":
+        image = pyvips.Image.new_from_file(str(result)).copy_memory()
+        image.write_to_file(str(result))
+    else:
+        data = result.read_bytes()
+        result.write_bytes(data + b"more" if edit == "appended" else data[:200] + b"tag" + data[203:])
+    before = digests(tmp_path)
+    status, _, err = sanrt("in", "out", "--self-ensemble")
+    assert status == 1
+    assert f"out/{name}: already there and " in err
+    assert digests(tmp_path) == before
+
+
+def test_the_result_of_a_result_says_what_made_itself(sanrt, tmp_path):
+    noise(tmp_path / "a.jpg")
+    assert sanrt("a.jpg", "b.jpg")[0] == 0
+    assert sanrt("b.jpg", "c.jpg")[0] == 0
+    assert "0 written, 1 skipped" in sanrt("b.jpg", "c.jpg")[1]
+    assert (tmp_path / "c.jpg").read_bytes().count(b"sanrt-result:") == 1
+    assert "made from another picture" in sanrt("a.jpg", "c.jpg")[1]
+
+
+@pytest.mark.parametrize("place", ["a folder", "a link to nothing", "a pipe"])
+def test_whatever_else_is_in_a_results_place_is_left_there(sanrt, tmp_path, place):
+    noise(tmp_path / "in" / "a.png")
+    result = tmp_path / "out" / "a.png"
+    result.parent.mkdir()
+    {
+        "a folder": result.mkdir,
+        "a link to nothing": lambda: result.symlink_to("nowhere"),
+        "a pipe": lambda: os.mkfifo(result),
+    }[place]()
+    status, _, err = sanrt("in", "out")
+    assert status == 1
+    assert "out/a.png: already there and not made by sanrt" in err
+    assert os.path.lexists(result)
+
+
+def test_an_empty_output_is_refused(sanrt, tmp_path):
+    noise(tmp_path / "in" / "a.png")
+    status, _, err = sanrt("in", "")
+    assert status == 1
+    assert "an empty name" in err
+    assert files(tmp_path) == ["in/a.png"]
 
 
 def test_a_dry_run_says_what_would_be_done_and_touches_nothing(sanrt, tmp_path):

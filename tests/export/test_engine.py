@@ -148,7 +148,7 @@ def test_an_equal_engine_is_reused_and_any_other_is_built(
         calls.append(options)
         raise BuildError("built again")
 
-    monkeypatch.setattr(engine, "compile_plan", stop)
+    monkeypatch.setattr(engine, "compile_engine", stop)
     assert build_engine(exported, OPTIONS) == (info, False)
     for options in (replace(OPTIONS, level=1), replace(OPTIONS, precision=Precision.BF16)):
         with pytest.raises(BuildError, match="built again"):
@@ -247,7 +247,7 @@ def test_a_missing_flavor_is_told_with_the_command_that_installs_it(monkeypatch:
 def test_a_cancelled_monitor_stops_the_build():
     stand_in = Namespace(IProgressMonitor=object)
     cancel = Event()
-    monitor = engine.monitor_class(stand_in)(engine.Silent(), cancel)
+    monitor = engine.monitor_class(stand_in)(engine.NoProgress(), cancel)
     assert monitor.step_complete("phase", 0)
     cancel.set()
     assert not monitor.step_complete("phase", 1)
@@ -264,9 +264,9 @@ def test_ctrl_c_stops_the_build_and_leaves_no_file(exported: Path, tmp_path: Pat
     model = tmp_path / "san_x2.onnx"
     model.write_bytes(exported.read_bytes())
     code = (
-        "import sys; from sanrt.export import engine; real = engine.compile_plan\n"
+        "import sys; from sanrt.export import engine; real = engine.compile_engine\n"
         "def noisy(*a):\n    print('building', flush=True); return real(*a)\n"
-        "engine.compile_plan = noisy; from sanrt.cli import main; sys.argv = ['sanrt', *sys.argv[1:]]; main()"
+        "engine.compile_engine = noisy; from sanrt.cli import main; sys.argv = ['sanrt', *sys.argv[1:]]; main()"
     )
     profiles = [word for _ in range(8) for word in ("--max", "1x1080x1920")]
     command = [sys.executable, "-c", code, "build", str(model), "--flavor", "rtx", *profiles]

@@ -31,9 +31,9 @@ def test_broken_values_are_never_within_a_tolerance(broken):
     fine, bad = np.zeros((1, 3, 2, 2)), np.zeros((1, 3, 2, 2))
     bad[0, 1, 1, 0] = broken
     summary = worst([compare(fine, fine), compare(fine, bad), compare(fine, fine)])
-    assert not summary.within(Tolerance(1e30, 1.0))
+    assert not summary.within(Tolerance(1e30, 0.0, 1.0))
     with pytest.raises(ParityError, match=r"the model: differs .* by (nan|inf) of 255"):
-        require(summary, Tolerance(1e30, 1.0), "the model", "do something")
+        require(summary, Tolerance(1e30, 0.0, 1.0), "the model", "do something")
 
 
 def test_outputs_of_different_shapes_are_not_broadcast():

@@ -25,6 +25,8 @@ class Proxy:
     server: tuple[str, int]
     cut: set[bytes] = field(default_factory=set)
     cuts: int = 0
+    seen: list[bytes] = field(default_factory=list)
+    """The first line of each request."""
 
     def __post_init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -43,6 +45,8 @@ class Proxy:
     def pump(self, source, sink, what, left) -> None:
         with suppress(OSError), closing(source), closing(sink):
             while data := source.recv(1 << 16):
+                if what == "request" and data.startswith((b"GET ", b"HEAD ", b"PUT ", b"POST ", b"DELETE ")):
+                    self.seen.append(data.partition(b"\r\n")[0])
                 if what == "request" and any(marked in data for marked in self.cut):
                     left["request" if data.startswith(b"PUT") else "answer"] = KEEP
                 sink.sendall(data[: left[what]])

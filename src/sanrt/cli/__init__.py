@@ -10,6 +10,7 @@ from sanrt.cli.build import build
 from sanrt.cli.doctor import doctor
 from sanrt.cli.export import export
 from sanrt.cli.info import info
+from sanrt.cli.panels import PanelCommand
 from sanrt.cli.plan import plan
 from sanrt.cli.run import RunCommand, run
 from sanrt.cli.validate import validate
@@ -26,12 +27,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(export)
-app.command()(build)
+app.command(cls=PanelCommand)(export)
+app.command(cls=PanelCommand)(build)
 app.command(cls=RunCommand)(run)
-app.command()(plan)
+app.command(cls=PanelCommand)(plan)
 app.command()(info)
-app.command()(validate)
+app.command(cls=PanelCommand)(validate)
 app.command()(verify)
 app.command()(doctor)
 

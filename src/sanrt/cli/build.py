@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sanrt.cli.models import default_model, known_scale, require_scale
+from sanrt.cli.models import default_model, known_scale, one_of, require_scale
 from sanrt.errors import UsageError
 from sanrt.extras import extra
+from sanrt.model.spec import Precision, QuantisedType
+from sanrt.runtime.artifacts.flavors import Flavor, installed_version
 from sanrt.runtime.artifacts.models import MODELS, read_spec
 
 if TYPE_CHECKING:
@@ -17,74 +19,114 @@ if TYPE_CHECKING:
     from sanrt.runtime.artifacts.sizes import Profile
 
 
+QUANTISATION, SIZES, TENSORRT = "8-bit options", "Sizes", "TensorRT options"
+"""Panels of the help, after the everyday options."""
+
+
 def build(
     model: Annotated[
         Path | None, typer.Argument(help="An exported ONNX, instead of the one that `sanrt run` takes by itself.")
     ] = None,
-    models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
     scale: Annotated[
         int | None, typer.Option(help="2, 3, 4 or 8; 4 unless MODEL says otherwise.", callback=known_scale)
     ] = None,
+    models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
     fp32: Annotated[bool, typer.Option("--fp32", help="Everything in fp32, TF32 off.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Convolutions and attention in half, SOCA's root in fp32.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="The same in bfloat16.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="int8 wherever --max-psnr-drop allows.")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="The same in fp8 (e4m3).")] = False,
     auto: Annotated[bool, typer.Option("--auto", help="Try what this machine runs; prefer the fastest.")] = False,
-    calibration: Annotated[Path | None, typer.Option(help="Pictures to quantise by; generated scenes if left out.")] = None,
-    calibrator: Annotated[str, typer.Option(help="min-max, entropy or percentile.")] = "min-max",
-    max_psnr_drop: Annotated[float, typer.Option(min=0, help="What quantisation may cost, dB of Y-PSNR.")] = 0.1,
-    keep_fp16: Annotated[list[str] | None, typer.Option(help="Parts not to quantise, such as 'groups.0.*'.")] = None,
-    flavor: Annotated[str, typer.Option(help="auto, tensorrt or rtx.")] = "auto",
-    smallest: Annotated[list[str] | None, typer.Option("--min", help="Smallest input, BxHxW; repeat for profiles.")] = None,
-    best: Annotated[list[str] | None, typer.Option("--opt", help="The input to tune for.")] = None,
-    largest: Annotated[list[str] | None, typer.Option("--max", help="Largest input.")] = None,
-    gpu: Annotated[str, typer.Option(help="RTX: targets, such as sm89,sm120; Ampere and newer if left out.")] = "",
-    workspace: Annotated[int | None, typer.Option(min=1, help="MiB one layer may use; leave it out on RTX.")] = None,
-    level: Annotated[int, typer.Option(min=0, max=5, help="How long TensorRT searches.")] = 3,
-    timing_cache: Annotated[Path | None, typer.Option(help="TensorRT: where to keep timings.")] = None,
-    kernels: Annotated[str, typer.Option(help="TensorRT: none, or fused for SOCA by sanrt's own CUDA kernels.")] = "none",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The engine; beside the model if left out.")] = None,
     stages: Annotated[
         bool, typer.Option("--stages", help="One engine per stage, for exact streaming; sizes are of tiles.")
     ] = False,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The engine; beside the model if left out.")] = None,
-    allow_precision: Annotated[bool, typer.Option("--allow-precision", help="Accept layers in another precision.")] = False,
+    max_psnr_drop: Annotated[
+        float, typer.Option(min=0, help="What quantisation may cost, dB of Y-PSNR.", rich_help_panel=QUANTISATION)
+    ] = 0.1,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Pictures to quantise by; generated scenes if left out.", rich_help_panel=QUANTISATION),
+    ] = None,
+    calibrator: Annotated[
+        str,
+        typer.Option(
+            help="min-max, or percentile: the largest one in ten thousand values saturate.",
+            callback=one_of("min-max", "percentile"),
+            rich_help_panel=QUANTISATION,
+        ),
+    ] = "min-max",
+    keep_fp16: Annotated[
+        list[str] | None,
+        typer.Option(help="Parts not to quantise, such as 'groups.0.*'.", rich_help_panel=QUANTISATION),
+    ] = None,
+    smallest: Annotated[
+        list[str] | None,
+        typer.Option("--min", help="Smallest input, BxHxW; repeat for profiles.", rich_help_panel=SIZES),
+    ] = None,
+    best: Annotated[list[str] | None, typer.Option("--opt", help="The input to tune for.", rich_help_panel=SIZES)] = None,
+    largest: Annotated[list[str] | None, typer.Option("--max", help="Largest input.", rich_help_panel=SIZES)] = None,
+    flavor: Annotated[
+        str,
+        typer.Option(help="auto, tensorrt or rtx.", callback=one_of("auto", *Flavor), rich_help_panel=TENSORRT),
+    ] = "auto",
+    gpu: Annotated[
+        str,
+        typer.Option(help="RTX: targets, such as sm89,sm120; Ampere and newer if left out.", rich_help_panel=TENSORRT),
+    ] = "",
+    workspace: Annotated[
+        int | None, typer.Option(min=1, help="MiB one layer may use; leave it out on RTX.", rich_help_panel=TENSORRT)
+    ] = None,
+    level: Annotated[int, typer.Option(min=0, max=5, help="How long TensorRT searches.", rich_help_panel=TENSORRT)] = 3,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="TensorRT: where to keep timings.", rich_help_panel=TENSORRT)
+    ] = None,
+    kernels: Annotated[
+        str,
+        typer.Option(
+            help="TensorRT: none, or fused for SOCA by sanrt's own CUDA kernels.",
+            callback=one_of("none", "fused"),
+            rich_help_panel=TENSORRT,
+        ),
+    ] = "none",
+    allow_precision: Annotated[
+        bool,
+        typer.Option("--allow-precision", help="Accept layers in another precision.", rich_help_panel=TENSORRT),
+    ] = False,
     allow_unfused_attention: Annotated[
-        bool, typer.Option("--allow-unfused-attention", help="Accept attention that is not one kernel.")
+        bool,
+        typer.Option("--allow-unfused-attention", help="Accept attention that is not one kernel.", rich_help_panel=TENSORRT),
     ] = False,
 ) -> None:
     """Build an exported ONNX into a TensorRT engine, and prove that it is what was asked for."""
     with extra("rtx", "sanrt build"):
         from sanrt.export.engine import build_engine, choose_flavor
-    from sanrt.model.spec import GRAPH_PRECISIONS, Precision
+    from sanrt.cli.console import BuildProgressBar
     from sanrt.runtime.artifacts.engines import BuildOptions
-    from sanrt.runtime.artifacts.flavors import Flavor, installed_version
     from sanrt.runtime.artifacts.sizes import TILES, Profile
 
-    asked = [p for p, wanted in zip(GRAPH_PRECISIONS, (fp32, fp16, bf16), strict=True) if wanted]
-    if len(asked) > 1:
-        raise typer.BadParameter(f"choose one of --{' and --'.join(asked)}")
-    if flavor not in ("auto", *Flavor):
-        raise typer.BadParameter(f"--flavor {flavor}: expected auto, tensorrt or rtx")
-    if kernels not in ("none", "fused"):
-        raise typer.BadParameter(f"--kernels {kernels}: expected none or fused")
-    if int8 + fp8 + auto > 1:
-        raise typer.BadParameter("choose one of --int8, --fp8 and --auto")
+    precision = only_one(fp32=fp32, fp16=fp16, bf16=bf16)
+    eight_bit = only_one(int8=int8, fp8=fp8, auto=auto)
     if model and scale:
         require_scale(model, read_spec(model).architecture.scale, scale)
     model = model or default_model(models, scale, print)
-    if int8 or fp8 or auto:
-        from sanrt.cli.quantise import choose_automatically, quantise_options, quantised_model
+    if eight_bit:
+        with extra("export", "quantising"):
+            from sanrt.export.quantise.calibration import RangeMethod
+            from sanrt.export.quantise.model import QuantiseOptions
+        from sanrt.cli.quantise import choose_automatically, make_quantised_model
 
-        quantisation = quantise_options(fp8, calibration, calibrator, max_psnr_drop, keep_fp16 or [])
+        kind = QuantisedType.FP8 if fp8 else QuantisedType.INT8
+        method, kept = RangeMethod(calibrator), tuple(keep_fp16 or ())
+        quantise_options = QuantiseOptions(kind, calibration, method, max_psnr_drop, kept)
         if auto:
-            return choose_automatically(model, quantisation)
-        model = quantised_model(model, quantisation)
+            return choose_automatically(model, quantise_options)
+        model = make_quantised_model(model, quantise_options)
         if flavor == "auto" and not any(map(installed_version, Flavor)):
             return print(f"no engine: TensorRT is not installed. next: `sanrt run INPUT OUTPUT --model {model}`")
-    options = BuildOptions(
+    build_options = BuildOptions(
         flavor=choose_flavor() if flavor == "auto" else Flavor(flavor),
-        precision=asked[0] if asked else Precision.FP16,
+        precision=Precision(precision or Precision.FP16),
         profiles=profiles(smallest or [], best or [], largest or [], TILES if stages else Profile()),
         gpus=tuple(filter(None, gpu.split(","))),
         workspace=workspace,
@@ -95,15 +137,21 @@ def build(
         kernels=kernels == "fused",
         stages=stages,
     )
-    from sanrt.cli.console import BuildProgress
-
-    with BuildProgress() as progress:
-        info, built = build_engine(model, options, output, progress)
+    with BuildProgressBar() as progress:
+        info, built = build_engine(model, build_options, output, progress)
     return report(info, built)
 
 
+def only_one(**wanted: bool) -> str | None:
+    """The one flag that is set, or None; wrong usage for more than one."""
+    names = [name for name, is_set in wanted.items() if is_set]
+    if len(names) > 1:
+        raise typer.BadParameter(f"choose one of --{' and --'.join(names)}")
+    return names[0] if names else None
+
+
 def profiles(smallest: list[str], best: list[str], largest: list[str], default: Profile) -> tuple[Profile, ...]:
-    """The n-th --min, --opt and --max make the n-th profile; the default's stand in where none is given."""
+    """One profile from each --min, --opt and --max of the same place; the default's sizes where an option is not given."""
     from sanrt.runtime.artifacts.sizes import Profile, Size
 
     count = max(1, len(smallest), len(best), len(largest))
@@ -119,7 +167,7 @@ def profiles(smallest: list[str], best: list[str], largest: list[str], default: 
 
 
 def report(info: EngineInfo, built: bool) -> None:
-    """What the engine is, the proof, and the next command."""
+    """Print what the engine is, the proof, and the next command."""
     from sanrt.cli.console import plain_console
     from sanrt.cli.tables import facts_table
 

@@ -119,14 +119,14 @@ class Reporter(logging.Handler):
             yield
 
 
-class BuildProgress:
+class BuildProgressBar:
     """A bar on the terminal that follows TensorRT's phases; indeterminate while a phase has no steps."""
 
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        console = Console(file=sys.stderr)
+        console = Console(stderr=True)
         self.bar: Progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
         )
@@ -146,11 +146,11 @@ class BuildProgress:
         self.show(0)
 
     def show(self, completed: int) -> None:
-        """The innermost phase; one or two steps tell nothing, so the bar only pulses."""
+        """Show the innermost phase; the bar only pulses for one or two steps, which tell nothing."""
         name, steps = self.phases[-1] if self.phases else ("Building", 0)
         self.bar.update(self.task, description=name, total=steps if steps > 2 else None, completed=completed)
 
-    def __enter__(self) -> BuildProgress:
+    def __enter__(self) -> Self:
         self.bar.start()
         return self
 

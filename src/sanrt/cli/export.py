@@ -17,28 +17,40 @@ if TYPE_CHECKING:
     from sanrt.model.checkpoint import Checkpoint
 
 
+MEASUREMENTS = "Measurements"
+"""Panel of the help, after the everyday options."""
+
+
 def export(
     scale: Annotated[
         int | None, typer.Option(help="2, 3, 4 or 8: export the bundled weights of that scale.", callback=known_scale)
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A SAN checkpoint: official .pt, or .safetensors.")] = None,
+    models: Annotated[Path, typer.Option(help="Folder for the model.")] = MODELS,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write, instead of san_xN.onnx or CHECKPOINT.onnx in MODELS."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is not of the same weights.")] = False,
+    check: Annotated[
+        bool, typer.Option(help="Compare the ONNX with PyTorch before it gets its name.", rich_help_panel=MEASUREMENTS)
+    ] = True,
     sqrt_iterations: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=MAX_SQRT_ITERATIONS,
             help="Newton-Schulz steps of the square root, instead of as many as trained with.",
+            rich_help_panel=MEASUREMENTS,
         ),
     ] = None,
-    models: Annotated[Path, typer.Option(help="Folder for the model.")] = MODELS,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="File to write, instead of san_xN.onnx or CHECKPOINT.onnx in MODELS."),
+    picture: Annotated[
+        Path | None, typer.Option(help="Measure the square root on this picture.", rich_help_panel=MEASUREMENTS)
     ] = None,
-    picture: Annotated[Path | None, typer.Option(help="Measure the square root on this picture.")] = None,
-    check: Annotated[bool, typer.Option(help="Compare the ONNX with PyTorch before it gets its name.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is not of the same weights.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the square root of every group.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Show the square root of every group.", rich_help_panel=MEASUREMENTS),
+    ] = False,
 ) -> None:
     """Write a checkpoint as an ONNX file and check it against PyTorch."""
     if checkpoint is None and scale is None:
@@ -71,12 +83,11 @@ def chosen_weights(scale: int | None, path: Path | None, models: Path) -> tuple[
 
 
 def print_report(report: ExportReport, verbose: bool) -> None:
-    """What was written, how near it is to PyTorch and to the exact root, and the next command."""
-    from rich.console import Console
-
+    """Print what was written, how near it is to PyTorch and to the exact root, and the next command."""
+    from sanrt.cli.console import plain_console
     from sanrt.cli.tables import parity_line, square_root_line, square_root_table
 
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = plain_console()
     console.print(f"{report.path}: {report.spec.architecture.name}, {report.path.stat().st_size / 1e6:.1f} MB")
     if report.replaced:
         console.print(f"replaced: {report.replaced}")

@@ -29,18 +29,24 @@ def info(file: Annotated[Path, typer.Argument(help="An ONNX, an engine or a chec
 
 
 def describe_onnx(path: Path) -> Iterator[RenderableType]:
-    """An exported model, from its metadata alone."""
+    """An exported model's facts; raises ModelError after them unless its graph and weights are what they say."""
     from sanrt.cli.tables import facts_table, quantisation_table, square_root_table
     from sanrt.runtime.artifacts.models import read_spec
-    from sanrt.runtime.artifacts.variants import file_digest
+    from sanrt.runtime.artifacts.variants import model_digest
 
     spec = read_spec(path)
     facts = {"file": f"{path}, an ONNX model of {path.stat().st_size / 1e6:.1f} MB", **model_facts(spec)}
-    yield facts_table({**facts, "digest": file_digest(path)})
+    yield facts_table({**facts, "digest": model_digest(path)})
     if "square_root" in spec.report:
         yield square_root_table(spec.report["square_root"])
     if "quantisation" in spec.report:
         yield quantisation_table(spec.report["quantisation"])
+    try:
+        from sanrt.model.exported import read_exported
+    except ModuleNotFoundError:
+        yield "not checked: whether its graph and weights are what it says; pip install 'sanrt[cpu]' for the onnx package"
+    else:
+        read_exported(path)
 
 
 def model_facts(spec: ModelSpec) -> dict[str, str]:

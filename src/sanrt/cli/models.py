@@ -14,6 +14,13 @@ from sanrt.model.spec import SCALES
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, exported_path, other_models
 
 
+def bundled_weights(scale: int) -> Path:
+    """The checkpoint that a missing default model is exported from."""
+    with extra("export", "making a model"):
+        from sanrt.model.checkpoint import bundled_checkpoint
+    return bundled_checkpoint(scale)
+
+
 def default_model(models: Path, scale: int | None, say: Callable[[str], None]) -> Path:
     """The model where none is named, exported from the bundled weights first if it is not there; `say` is told so."""
     path = exported_path(models, scale)
@@ -34,6 +41,17 @@ def known_scale(scale: int | None) -> int | None:
     return scale
 
 
+def one_of(*known: str) -> Callable[[str], str]:
+    """A typer callback: wrong usage for any other word."""
+
+    def checked(word: str) -> str:
+        if word not in known:
+            raise typer.BadParameter(f"{word}: expected {', '.join(known[:-1])} or {known[-1]}")
+        return word
+
+    return checked
+
+
 def require_scale(path: Path, found: int, asked: int | None) -> None:
     """Raise UsageError when a model or checkpoint is of another scale than was asked for."""
     if asked not in (None, found):
@@ -51,7 +69,7 @@ def build_words(model: Path) -> str:
 
 
 def default_words(model: Path, named: str) -> str:
-    """What makes a command take a model: nothing or its scale where the model is the default one, else `named`."""
+    """The words by which a command takes a model: none or its scale where it is the default one, else `named`."""
     scale = next((scale for scale in SCALES if model == exported_path(MODELS, scale)), None)
     if scale is None:
         return named

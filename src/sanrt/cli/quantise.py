@@ -1,74 +1,55 @@
-"""`sanrt build --int8`, `--fp8` and `--auto`: what is done before an engine is built, told to people."""
+"""`sanrt build --int8`, `--fp8` and `--auto`: quantise, compare with the fp32 model, and print both."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-
-import typer
-
-from sanrt.extras import extra
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sanrt.export.quantise.quantised import Quantised, QuantiseOptions
-    from sanrt.export.quantise.trials import Trial
-
-Item = TypeVar("Item")
+    from sanrt.export.quantise.model import QuantisedModel, QuantiseOptions
+    from sanrt.export.quantise.trials import BackendTrial
 
 
-def quantise_options(fp8: bool, calibration: Path | None, calibrator: str, drop: float, keep: list[str]) -> QuantiseOptions:
-    """The command line's wishes; a usage error for a calibrator that is none."""
-    with extra("export", "quantising"):
-        from sanrt.export.quantise.calibration import Method
-        from sanrt.export.quantise.quantised import QuantiseOptions
-    from sanrt.model.spec import QuantisedType
-
-    if calibrator not in tuple(Method):
-        raise typer.BadParameter(f"--calibrator {calibrator}: expected {', '.join(Method)}")
-    kind = QuantisedType.FP8 if fp8 else QuantisedType.INT8
-    return QuantiseOptions(kind, calibration, Method(calibrator), drop, tuple(keep))
-
-
-def quantised_model(model: Path, options: QuantiseOptions) -> Path:
-    """Quantise a model and see whether that makes it faster here; the faster becomes what `sanrt run` takes by itself."""
+def make_quantised_model(model: Path, options: QuantiseOptions) -> Path:
+    """Quantise a model and compare the two here; `sanrt run` takes the faster by itself from then on."""
     from sanrt.cli.console import plain_console, track
-    from sanrt.export.quantise.quantised import quantise
+    from sanrt.export.quantise.model import quantise
 
     console = plain_console()
     result = quantise(model, options, track)
     print_quantised(console, result, options)
-    compare(console, model, [result], options, str(options.type))
+    compare_and_prefer(console, model, [result], options, str(options.type))
     return result.path
 
 
 def choose_automatically(model: Path, options: QuantiseOptions) -> None:
-    """Try what this machine can run, and prefer the fastest within the budget."""
-    from sanrt.cli.console import BuildProgress, plain_console, track
-    from sanrt.export.quantise.automatic import engines, quantised_kinds
+    """Try everything that this machine can run, and prefer the fastest within the budget."""
+    from sanrt.cli.console import BuildProgressBar, plain_console, track
+    from sanrt.export.quantise.automatic import build_every_engine, quantise_every_type
 
     console = plain_console()
-    prepared = quantised_kinds(model, options, track)
-    for result in prepared.quantised:
+    quantised = quantise_every_type(model, options, track)
+    for result in quantised.models:
         print_quantised(console, result, options)
-    with BuildProgress() as progress:
-        unbuilt = engines(model, [result.path for result in prepared.quantised], progress)
-    untried = compare(console, model, prepared.quantised, options, "")
-    print_untried(console, {**untried, **prepared.untried, **unbuilt})
+    with BuildProgressBar() as progress:
+        unbuilt = build_every_engine(model, [result.path for result in quantised.models], progress)
+    untried = compare_and_prefer(console, model, quantised.models, options, "")
+    print_untried(console, {**untried, **quantised.untried, **unbuilt})
 
 
-def compare(
-    console: Console, model: Path, results: Sequence[Quantised], options: QuantiseOptions, kind: str
+def compare_and_prefer(
+    console: Console, model: Path, results: Sequence[QuantisedModel], options: QuantiseOptions, kind: str
 ) -> Mapping[str, str]:
     """Time everything side by side, print it, and make the fastest within the budget the default choice.
 
-    Returns what could not be tried, and why.
+    Returns the reasons for what could not be tried.
     """
     from sanrt.cli.console import track
     from sanrt.export.quantise.calibration import calibration_set
-    from sanrt.export.quantise.trials import compared, fastest, reference_quality
+    from sanrt.export.quantise.trials import compare_backends, fastest, fp32_y_psnr
     from sanrt.model.spec import Precision
     from sanrt.runtime.artifacts.engines import engines_of
     from sanrt.runtime.artifacts.models import read_spec
@@ -77,34 +58,35 @@ def compare(
     scale = read_spec(model).architecture.scale
     pictures = results[0].pictures if results else calibration_set(options.calibration, scale, track)
     graphs = [model, *(result.path for result in results)]
-    comparison = compared([*graphs, *(e.path for graph in graphs for e in engines_of(graph))], pictures.held_out, track)
-    found = comparison.trials
-    if not any(t.computes == Precision.FP32 for t in found):
+    artifacts = [*graphs, *(engine.path for graph in graphs for engine in engines_of(graph))]
+    comparison = compare_backends(artifacts, pictures.held_out, track)
+    trials = comparison.trials
+    if not any(t.computes == Precision.FP32 for t in trials):
         console.print("not timed: no backend runs the fp32 model here; pip install 'sanrt[openvino]' or 'sanrt[cpu]'")
         return comparison.untried
-    print_trials(console, found, reference_quality(found))
-    best = fastest(found, options.max_psnr_drop)
+    print_trials(console, trials, fp32_y_psnr(trials))
+    best = fastest(trials, options.max_psnr_drop)
     prefer(model, best.model, best.backend, best.precision)
     if kind:
-        console.print(worth(found, kind))
+        console.print(verdict(trials, kind))
     console.print(f"`sanrt run` takes the fastest within {options.max_psnr_drop:g} dB: {best.computes} on {best.backend}")
     return comparison.untried
 
 
-def worth(found: Sequence[Trial], kind: str) -> str:
-    """Whether 8 bits are faster here, in plain words."""
+def verdict(trials: Sequence[BackendTrial], kind: str) -> str:
+    """Whether the 8-bit type is faster here than the best without it, in one sentence."""
     from sanrt.export.quantise.trials import MIN_GAIN
 
-    eight, others = ([t for t in found if t.quantised is wanted] for wanted in (True, False))
-    if not eight:
+    eight_bit, others = ([t for t in trials if t.quantised is wanted] for wanted in (True, False))
+    if not eight_bit:
         return f"{kind}: no backend runs it here, so whether it is faster is not known"
-    ratio = others[0].seconds / eight[0].seconds
-    verdict = "worth it" if ratio >= MIN_GAIN else "not worth it"
-    return f"{kind} is {verdict} here: {ratio:.2f} times as fast as the best without it (expected {MIN_GAIN:g} or more)"
+    ratio = others[0].seconds / eight_bit[0].seconds
+    worth = "worth it" if ratio >= MIN_GAIN else "not worth it"
+    return f"{kind} is {worth} here: {ratio:.2f} times as fast as the best without it (expected {MIN_GAIN:g} or more)"
 
 
-def print_quantised(console: Console, result: Quantised, options: QuantiseOptions) -> None:
-    """The blocks, the loss, and what it was measured on."""
+def print_quantised(console: Console, result: QuantisedModel, options: QuantiseOptions) -> None:
+    """Print the parts, the loss, and what it was measured on."""
     from sanrt.cli.tables import quantisation_line, quantisation_table
 
     report = result.spec.report["quantisation"]
@@ -116,12 +98,12 @@ def print_quantised(console: Console, result: Quantised, options: QuantiseOption
         console.print("calibrated on generated scenes; pictures of your own are better: --calibration DIR")
 
 
-def print_trials(console: Console, found: Sequence[Trial], reference: float) -> None:
-    """One row per trial, the fastest first."""
+def print_trials(console: Console, trials: Sequence[BackendTrial], reference: float) -> None:
+    """Print one row per trial, the fastest first; `reference` is the Y-PSNR that changes are counted from."""
     from rich.table import Table
 
     table = Table("model", "backend", "computes in", "dB", "ms", "MB", title="On this machine: change of Y-PSNR, time, size")
-    for trial in found:
+    for trial in trials:
         size = trial.model.stat().st_size / 1e6
         change = f"{trial.y_psnr - reference:+.4f}"
         table.add_row(trial.model.name, trial.backend, trial.computes, change, f"{1e3 * trial.seconds:.1f}", f"{size:.1f}")
@@ -129,7 +111,7 @@ def print_trials(console: Console, found: Sequence[Trial], reference: float) -> 
 
 
 def print_untried(console: Console, untried: Mapping[str, str]) -> None:
-    """What is not in the comparison."""
+    """Print what is not in the comparison, and why."""
     from rich.table import Table
 
     table = Table("not tried", "because")

@@ -6,14 +6,14 @@ import re
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from sanrt.cli.models import default_model, known_scale, require_scale
-from sanrt.errors import UsageError
+from sanrt.cli.models import bundled_weights, default_model, known_scale, require_scale
 from sanrt.model.spec import Precision
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, exported_path, other_models
 from sanrt.runtime.pictures.formats import Format
@@ -23,8 +23,8 @@ from sanrt.runtime.tiling.plan import Tiling
 if TYPE_CHECKING:
     from sanrt.cli.console import Reporter
     from sanrt.runtime.backends.protocol import Backend, RunOptions
-    from sanrt.runtime.pictures.jobs import Job
     from sanrt.runtime.runs.ray_pool import Ready, Task
+    from sanrt.runtime.runs.results import Findings
     from sanrt.runtime.tiling.upscaling import UpscaleOptions
 
 ADDRESS = re.compile(r"local|auto|ray://.*|[^/]+:\d+")
@@ -86,10 +86,15 @@ class RunCommand(TyperCommand):
 
 
 def run(
-    inputs: Annotated[
-        list[Path], typer.Argument(parser=located, metavar="INPUTS", help="Pictures and folders of pictures; also s3://...")
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUTS... [OUTPUT]",
+            show_default=False,
+            help="Pictures and folders of pictures, also s3://...; then the folder of the results, or the file of one. "
+            "One path alone: the result lies beside it, as a_x4.png or photos_x4/.",
+        ),
     ],
-    output: Annotated[Path, typer.Argument(parser=located, metavar="OUTPUT", help="A folder, or a file for one picture.")],
     model: Annotated[Path | None, typer.Option(help="The model, instead of the one that `sanrt export` wrote.")] = None,
     models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
     scale: Annotated[
@@ -111,7 +116,7 @@ def run(
     self_ensemble: Annotated[bool, typer.Option("--self-ensemble", help="Average over 8 flips and rotations.")] = False,
     format: Annotated[Format | None, typer.Option(help="Of every result; each picture's own if left out.")] = None,
     suffix: Annotated[str, typer.Option(help="Added to every name, such as _x4.")] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is done already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace whatever is in the results' places.")] = False,
     quality: Annotated[int | None, typer.Option(min=1, max=100, help="Of JPEG, WebP and AVIF.")] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="WebP and AVIF without loss.")] = False,
     flatten: Annotated[str | None, typer.Option(help="Lay transparency onto white, black or #rrggbb.")] = None,
@@ -129,15 +134,20 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every picture.")] = False,
 ) -> None:
-    """Upscale pictures: files, and folders with their tree kept; what is done already is skipped."""
+    """Upscale pictures: files, and folders with their tree kept; what is done already is skipped.
+
+    Other files in the results' places are never replaced without --overwrite.
+    """
     from sanrt.cli.console import Reporter
     from sanrt.runtime.backends.protocol import RunOptions
+    from sanrt.runtime.backends.registry import model_spec
     from sanrt.runtime.pictures.codec import Encoding
-    from sanrt.runtime.pictures.jobs import Naming, find_pictures
+    from sanrt.runtime.pictures.jobs import Naming, find_pictures, output_beside
     from sanrt.runtime.runs import pipeline
-    from sanrt.runtime.runs.pipeline import PipelineOptions
+    from sanrt.runtime.runs.pipeline import PipelineOptions, Skipped
     from sanrt.runtime.runs.ray_pool import Task
     from sanrt.runtime.runs.record import Recorder
+    from sanrt.runtime.runs.results import Recipe, sort_out
     from sanrt.runtime.tiling.plan import parse_memory
     from sanrt.runtime.tiling.upscaling import Streamer, UpscaleOptions, upscale
 
@@ -147,35 +157,49 @@ def run(
     upscaling = UpscaleOptions(tile, overlap, self_ensemble, tiling, k, parse_memory(memory) if memory else None)
     choice = ModelChoice(model, models, scale, backend, RunOptions(threads=threads, precision=precision, device=device))
     encoding = Encoding(quality, lossless, colour(flatten) if flatten else None)
+    naming = Naming(suffix, format)
+    named = [located(path) for path in paths]
     if ray:
-        inputs, output, choice = [path.absolute() for path in inputs], output.absolute(), choice.absolute()
-    check_buckets([*inputs, output])
-    jobs = find_pictures(inputs, output, Naming(suffix, format))
+        named, choice = [path.absolute() for path in named], choice.absolute()
+    check_buckets(named)
+    missing, choice = choice.missing, choice.preferred()
+    spec = model_spec(bundled_weights(choice.expected) if missing else choice.path)
+    require_scale(choice.path, spec.architecture.scale, scale)
+    beside = [] if named[1:] else [output_beside(named[0], spec.architecture.scale, naming)]
+    *inputs, output = named + beside
+    jobs = find_pictures(inputs, output, naming, into_folder=paths[-1].endswith("/"))
+    recipe = Recipe.of(spec, precision, upscaling, encoding)
+    found = sort_out(jobs, recipe, overwrite or explain_tiles)
+    skipped = [Skipped(job) for job in found.done]
     with Reporter(len(jobs), quiet, verbose) as reporter:
-        if dry_run and choice.missing:
+        for line in found.reasons:
+            reporter.say(line)
+        if not found.to_do:
+            reporter.follow(skipped)
+            raise typer.Exit(reporter.status)
+        if missing and dry_run:
             others = other_models(models)
             reporter.say(f"{choice.path}: not there yet{others}; would export the bundled x{choice.expected} weights first")
-            reporter.follow(pipeline.plan(jobs, PipelineOptions(choice.expected, encoding, overwrite)))
+            reporter.follow(chain(skipped, pipeline.plan(found.to_do, PipelineOptions(recipe, encoding))))
             raise typer.Exit(reporter.status)
-        if choice.missing:
+        if missing:
             default_model(choice.models, choice.scale, reporter.say)
-        choice = choice.preferred()
         if ray and not (dry_run or explain_tiles):
-            task = Task(choice.path, choice.backend, choice.options, upscaling, encoding, overwrite, record)
-            run_on_ray(ray, workers, choice, task, jobs, reporter)
+            task = Task(choice.path, choice.backend, choice.options, upscaling, recipe, encoding, record)
+            run_on_ray(ray, workers, choice, task, found, reporter)
             raise typer.Exit(reporter.status)
         with loaded(choice, reporter) as network:
             if explain_tiles:
                 explain(network, choice, jobs[0].source, upscaling, reporter)
                 raise typer.Exit
-            options = PipelineOptions(network.spec.architecture.scale, encoding, overwrite, Streamer(network, upscaling))
+            options = PipelineOptions(recipe, encoding, Streamer(network, upscaling))
             enlarge = partial(upscale, network, options=upscaling)
             recorder = None
             if record and not dry_run:
-                recorder = Recorder(record, network, choice.path, choice.options, upscaling, encoding)
-            work = pipeline.plan(jobs, options) if dry_run else pipeline.run(jobs, enlarge, options)
+                recorder = Recorder(record, network, choice.path, choice.options, upscaling, encoding, recipe)
+            work = pipeline.plan(found.to_do, options) if dry_run else pipeline.run(found.to_do, enlarge, options)
             with closing(work) as outcomes, recorder or nullcontext():
-                reporter.follow(recorder.follow(outcomes) if recorder else outcomes)
+                reporter.follow(chain(skipped, recorder.follow(outcomes) if recorder else outcomes))
     raise typer.Exit(reporter.status)
 
 
@@ -197,17 +221,18 @@ def explain(network: Backend, choice: ModelChoice, picture: Path, options: Upsca
 
 
 def run_on_ray(
-    address: str, workers: int | None, choice: ModelChoice, task: Task, jobs: list[Job], reporter: Reporter
+    address: str, workers: int | None, choice: ModelChoice, task: Task, found: Findings, reporter: Reporter
 ) -> None:
     """The same as on one machine, by workers of a Ray cluster."""
+    from sanrt.runtime.runs.pipeline import Skipped
     from sanrt.runtime.runs.ray_pool import LOCAL, Pool, connected, witness
 
-    shared = nullcontext() if address == LOCAL else witness(jobs[0].destination.parent)
+    shared = nullcontext() if address == LOCAL else witness(found.to_do[0].destination.parent)
     with shared as seen, connected(address, workers, task.running.threads) as share, Pool(task, share, seen) as pool:
         tell_model(choice, pool.loaded[0], reporter)
         reporter.say(f"Ray {address}: {share}")
-        with closing(pool.run(jobs)) as outcomes:
-            reporter.follow(outcomes)
+        with closing(pool.run(found.to_do)) as outcomes:
+            reporter.follow(chain(map(Skipped, found.done), outcomes))
 
 
 def region_count(text: str) -> int | None:
@@ -230,20 +255,14 @@ def colour(text: str) -> tuple[int, int, int]:
 
 def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
     """The chosen model on the chosen backend."""
-    from sanrt.runtime.backends.fp32_fallback import watched
     from sanrt.runtime.backends.registry import load_backend
 
     network = load_backend(choice.backend, choice.path, choice.options)
-    try:
-        tell_model(choice, network, reporter)
-    except UsageError:
-        network.close()
-        raise
-    return watched(network, choice.path, choice.options)
+    tell_model(choice, network, reporter)
+    return network
 
 
 def tell_model(choice: ModelChoice, network: Backend | Ready, reporter: Reporter) -> None:
-    """What runs, and on what; UsageError if it is not of the scale that was asked for."""
+    """What runs, and on what."""
     spec = network.spec
-    require_scale(choice.path, spec.architecture.scale, choice.scale)
     reporter.say(f"{choice.path}: {spec.architecture.name}, {spec.computes}, {network.name} on {network.device}")

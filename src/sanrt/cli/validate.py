@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sanrt.errors import UsageError
+from sanrt.errors import ModelError, UsageError
 from sanrt.extras import extra
 from sanrt.model.spec import Precision
 
@@ -20,22 +20,36 @@ if TYPE_CHECKING:
     from sanrt.export.validate import Validation
 
 
+LIMITS, REPORTS = "Limits", "Reports"
+"""Panels of the help, after the everyday options."""
+
+
 def validate(
     artifact: Annotated[Path, typer.Argument(help="An ONNX or an engine.", show_default=False)],
     images: Annotated[Path | None, typer.Option(help="Folder of pictures; generated scenes if left out.")] = None,
     hr: Annotated[Path | None, typer.Option(help="Their high-resolution originals; alone, they are downscaled.")] = None,
-    backend: Annotated[str, typer.Option(help="What runs the artifact; auto takes the first that is usable.")] = "auto",
-    precision: Annotated[Precision | None, typer.Option(help="Of an ONNX, where the backend has a choice.")] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="The weights that it was exported from, if not the bundled ones.")
     ] = None,
+    backend: Annotated[str, typer.Option(help="What runs the artifact; auto takes the first that is usable.")] = "auto",
+    precision: Annotated[Precision | None, typer.Option(help="Of an ONNX, where the backend has a choice.")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(min=0, help="Largest difference, of 255; by its precision if left out.")
+        float | None,
+        typer.Option(min=0, help="Largest difference, of 255; by its precision if left out.", rich_help_panel=LIMITS),
     ] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
-    heatmap: Annotated[Path | None, typer.Option(help="Folder for pictures of where the outputs differ.")] = None,
+    min_psnr: Annotated[
+        float | None,
+        typer.Option(min=0, help="Lowest PSNR to the reference, dB; by its precision if left out.", rich_help_panel=LIMITS),
+    ] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Write every figure to this file.", rich_help_panel=REPORTS)
+    ] = None,
+    heatmap: Annotated[
+        Path | None, typer.Option(help="Folder for pictures of where the outputs differ.", rich_help_panel=REPORTS)
+    ] = None,
     locate: Annotated[
-        bool, typer.Option("--locate", help="Compare stage by stage; name where a difference begins.")
+        bool,
+        typer.Option("--locate", help="Compare stage by stage; name where a difference begins.", rich_help_panel=REPORTS),
     ] = False,
 ) -> None:
     """Hold an ONNX or engine against the PyTorch network of the checkpoint it came from; exit 1 outside the tolerance."""
@@ -43,37 +57,51 @@ def validate(
         from sanrt.export.locate import locate as find
         from sanrt.export.samples import samples
         from sanrt.export.validate import ValidateOptions, validate
-    from rich.console import Console
+    from sanrt.cli.console import plain_console
 
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    options = ValidateOptions(backend, precision, checkpoint, tolerance, heatmap)
-    validation = validate(artifact, partial(samples, images, hr), options)
-    print_validation(console, validation)
+    console = plain_console()
+    options = ValidateOptions(backend, precision, checkpoint, tolerance, min_psnr, heatmap)
+    try:
+        validation = validate(artifact, partial(samples, images, hr), options)
+    except ModelError:
+        if artifact.exists():
+            console.print(f"failed: {artifact} was refused")
+        raise
+    print_rows(console, validation)
     if json_:
         write_json(json_, validation)
     if locate:
         sample = next(iter(samples(images, hr, validation.spec.architecture.scale)))
         print_location(console, sample.name, find(artifact, sample.low, checkpoint))
+    print_verdict(console, validation)
     validation.require()
 
 
-def print_validation(console: Console, validation: Validation) -> None:
-    """One row per picture, and the worst of all."""
+def print_rows(console: Console, validation: Validation) -> None:
+    """One row per picture, each with the limits of the type that it was computed in."""
     from rich.table import Table
 
-    table = Table("picture", "max", "mean", "PSNR", "SSIM", "Y-PSNR")
-    for column in table.columns[1:]:
+    table = Table("picture", "type", "max", "mean", "PSNR", "SSIM", "Y-PSNR", "limits")
+    for column in table.columns[2:]:
         column.justify = "right"
-    for p in validation.pictures:
+    for p in validation.rows:
         d = p.difference
         change = "" if p.y_psnr_drop is None else f"{p.y_psnr:.2f} {-p.y_psnr_drop:+.4f}"
-        table.add_row(p.picture, f"{d.max_abs:.3g}", f"{d.mean_abs:.3g}", f"{d.psnr:.1f}", f"{p.ssim:.5f}", change)
+        limits = f"{p.tolerance.max_abs:.3g}, {p.tolerance.min_psnr:.0f} dB"
+        figures = (f"{d.max_abs:.3g}", f"{d.mean_abs:.3g}", f"{d.psnr:.1f}", f"{p.ssim:.5f}")
+        table.add_row(p.picture, str(p.type), *figures, change, limits)
+    console.print(table)
+
+
+def print_verdict(console: Console, validation: Validation) -> None:
+    """Passed or failed, and the worst of what the backend computed."""
     d, drop, limits = validation.difference, validation.y_psnr_drop, validation.tolerance
     change = "" if drop is None else f", Y-PSNR changes by {-drop:+.4f} dB on average (limit -{limits.y_psnr_drop:g})"
-    console.print(table)
     console.print(
-        f"{validation.artifact}: {validation.spec.coarsest} on {validation.backend} against PyTorch with"
-        f" {validation.checkpoint.name}: at most {d.max_abs:.3g} of 255 apart (limit {limits.max_abs:g}){change}"
+        f"{'passed' if validation.passed else 'failed'}: {validation.artifact}, {validation.spec.coarsest} on"
+        f" {validation.backend} against PyTorch with {validation.checkpoint.name}: at most {d.max_abs:.3g} of 255 apart"
+        f" (limit {limits.max_abs:.3g}), {d.mean_abs:.3g} on average, {d.psnr:.1f} dB of PSNR or more (limit"
+        f" {limits.min_psnr:.0f}){change}"
     )
 
 

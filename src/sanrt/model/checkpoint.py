@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sanrt.errors import CheckpointError
+from sanrt.errors import CheckpointError, first_line
 from sanrt.model.san import SAN
 from sanrt.model.spec import SCALES, Architecture
 
@@ -219,8 +219,3 @@ def check_shapes(path: Path, tensors: Mapping[str, Tensor], arch: Architecture) 
         found = list(tensors[name].shape) if name in tensors else "none"
         if found != expected.get(name, "none"):
             raise CheckpointError(f"{path}: tensor {name} is {found}, expected {expected.get(name, 'none')} for {arch.name}")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type's name."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -9,6 +9,9 @@ import numpy.typing as npt
 
 from sanrt.arrays import Array
 
+MIN_TRACE = 1e-10
+"""Below this a covariance's trace counts as this: a constant feature map must give a gate, not NaN. soca.cu has it too."""
+
 HEAD_HALO, JOIN_HALO, TAIL_HALO = 1, 1, 2
 """Pixels that a result reaches to each side; the tail's 1 + 1/2 + ... + 1/scale is below 2 for every scale."""
 

@@ -7,9 +7,9 @@ writer instead of surgery on a file. `sanrt export` holds it against the PyTorch
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -18,15 +18,23 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sanrt.errors import ModelError
-from sanrt.model.contract import STAGE_INPUTS, STAGE_MAPS
-from sanrt.model.spec import MIN_SIDE, Attention, GraphOptions, ModelSpec, Precision, QuantisedType
+from sanrt.model.contract import MIN_TRACE, STAGE_INPUTS, STAGE_MAPS
+from sanrt.model.spec import (
+    DESCRIPTION_DIGEST,
+    MIN_SIDE,
+    STAGE,
+    TENSORS_DIGEST,
+    Attention,
+    GraphOptions,
+    ModelSpec,
+    Precision,
+    QuantisedType,
+    description_digest,
+)
 
 OPSET = 22
 """The first opset whose convolutions take bfloat16."""
 IR_VERSION = 10
-MIN_TRACE = 1e-10
-"""As in `sanrt.model.soca`: below this a covariance counts as zero."""
 
 TYPED_DIVISOR = 16.0
 """Of queries and keys in fp16 and bf16: scores up to 16 million fit, and TensorRT still fuses the attention."""
@@ -345,7 +353,7 @@ class GraphWriter:
     def tail(self, trunk: str, out: str) -> str:
         """Sub-pixel upscaling, the last convolution (fp32 in bf16 graphs, as the first), and the mean shift back in fp32."""
         x, layer = trunk, 0
-        for factor in [3] if self.arch.scale == 3 else [2] * (self.arch.scale.bit_length() - 1):
+        for factor in self.arch.upsampling:
             name = f"upsampler.{layer}"
             x = self.op("DepthToSpace", [self.conv(x, name)], f"{name}.shuffled", blocksize=factor, mode="CRD")
             layer += 2
@@ -403,7 +411,7 @@ def quantised_weight(weight: Array, scales: Array, kind: QuantisedType) -> Array
 def san_model(spec: ModelSpec, weights: Weights, options: GraphOptions | None = None) -> onnx.ModelProto:
     """The whole network: `input` (B, 3, H, W) float32 0..value_range -> `output` (B, 3, sH, sW) float32, not clipped.
 
-    The metadata is the spec's, with the options' precision and regions.
+    The metadata is the spec's, with the options' precision and regions, and digests by which later edits are seen.
     """
     options = options or GraphOptions()
     arch = spec.architecture
@@ -428,8 +436,26 @@ def san_model(spec: ModelSpec, weights: Weights, options: GraphOptions | None = 
     )
     metadata = {**spec.to_metadata(), "sanrt.precision": f'"{options.precision}"', "sanrt.regions": str(options.regions)}
     metadata["sanrt.min_side"] = str(options.regions * MIN_SIDE // 2)
+    weights_written = {name: numpy_helper.to_array(t) for name, t in w.initializers.items() if made_of_weights(name)}
+    metadata[TENSORS_DIGEST] = json.dumps(tensors_digest(weights_written))
+    metadata[DESCRIPTION_DIGEST] = json.dumps(description_digest(metadata))
     helper.set_model_props(model, metadata)
     return model
+
+
+def tensors_digest(tensors: Weights) -> str:
+    """SHA-256 of a graph's weights, in the order of their names: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, array in sorted(tensors.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def made_of_weights(initializer: str) -> bool:
+    """Whether an initializer holds weights; the others follow from the description alone."""
+    return initializer == "gamma" or (
+        initializer.endswith((".weight", ".bias", ".weight.scale")) and not initializer.endswith(".resized.weight")
+    )
 
 
 def stage_model(spec: ModelSpec, weights: Weights, options: GraphOptions) -> onnx.ModelProto:
@@ -459,7 +485,7 @@ def stage_model(spec: ModelSpec, weights: Weights, options: GraphOptions) -> onn
     model = w.model(
         f"{spec.architecture.name} {options.stage}", {name: stage_input(name) for name in STAGE_INPUTS[kind]}, shapes
     )
-    helper.set_model_props(model, {**spec.to_metadata(), "sanrt.stage": json.dumps(options.stage)})
+    helper.set_model_props(model, {**spec.to_metadata(), STAGE: json.dumps(options.stage)})
     return model
 
 
@@ -501,28 +527,3 @@ def stage_input(name: str) -> tuple[int, list[Any]]:
 def axes(name: str, rank: int) -> list[str]:
     """Dynamic axes of a stage's tensor."""
     return ["batch", *(f"{name}.{axis}" for axis in range(1, rank))]
-
-
-def read_model(path: Path) -> tuple[ModelSpec, dict[str, Array]]:
-    """Spec and float32 weights of an exported fp32 ONNX; raises ModelError when it is none of sanrt's or damaged.
-
-    Weights that are stored in 8 bits come as what they stand for, and are stored as the same 8 bits when written again.
-    """
-    try:
-        model = onnx.load(path)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); make a model with `sanrt export --scale 4`") from error
-    except Exception as error:  # protobuf's DecodeError has no public home
-        raise ModelError(
-            f"{path}: not an ONNX file, or a damaged one; make it again with `sanrt export --scale 4`"
-        ) from error
-    spec = ModelSpec.from_metadata({p.key: p.value for p in model.metadata_props}, str(path))
-    if spec.precision != Precision.FP32:
-        raise ModelError(f"{path}: its weights are {spec.precision}, expected the fp32 model that `sanrt export` writes")
-    arrays = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if not t.name.startswith("const.")}
-    for name in spec.quantisation.ranges if spec.quantisation else ():
-        scales = arrays.pop(f"{name}.weight.scale")
-        arrays[f"{name}.weight"] = arrays[f"{name}.weight"].astype(np.float32) * scales[:, None, None, None]
-        for part in ("input.scale", "input.zero", "weight.zero"):
-            del arrays[f"{name}.{part}"]
-    return spec, arrays

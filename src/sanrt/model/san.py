@@ -47,9 +47,9 @@ class ResidualGroup(nn.Module):
 class Upsampler(nn.Sequential):
     """Sub-pixel upscaling: one 3x3 convolution and pixel shuffle by 3, or one by 2 for every doubling."""
 
-    def __init__(self, channels: int, scale: int) -> None:
-        factors = [3] if scale == 3 else [2] * (scale.bit_length() - 1)
-        super().__init__(*(layer for f in factors for layer in (conv3x3(channels, channels * f * f), nn.PixelShuffle(f))))
+    def __init__(self, arch: Architecture) -> None:
+        c = arch.channels
+        super().__init__(*(layer for f in arch.upsampling for layer in (conv3x3(c, c * f * f), nn.PixelShuffle(f))))
 
 
 class MeanShift(nn.Conv2d):
@@ -77,7 +77,7 @@ class SAN(nn.Module):
         self.attention = RegionAttention(arch.channels)
         self.groups = nn.ModuleList(ResidualGroup(arch) for _ in range(arch.groups))
         self.gamma = nn.Parameter(torch.zeros(1))
-        self.upsampler = Upsampler(arch.channels, arch.scale)
+        self.upsampler = Upsampler(arch)
         self.tail = conv3x3(arch.channels, 3)
         self.mean_out = MeanShift(arch.value_range, 1)
 

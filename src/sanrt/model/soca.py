@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-MIN_TRACE = 1e-10
-"""Below this the covariance counts as zero: a constant feature map must give a gate, not NaN."""
+from sanrt.model.contract import MIN_TRACE
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
@@ -17,7 +19,16 @@ MIN_SIDE = 4
 MAX_SQRT_ITERATIONS = 22
 """More Newton-Schulz steps than this raise float32's rounding of a rank-deficient covariance, such as a 4 x 4 picture's."""
 
+MOST = 10_000
+"""Blocks, regions a side or square-root steps beyond which a description is taken for damaged."""
+
 PREFIX = "sanrt."
+STAGE = PREFIX + "stage"
+"""Metadata key of graphs that are one stage of the network: the stage's name."""
+DESCRIPTION_DIGEST = PREFIX + "description_digest"
+"""Metadata key: `description_digest` of all other `sanrt.*` entries."""
+TENSORS_DIGEST = PREFIX + "tensors_digest"
+"""Metadata key: SHA-256 of a graph's weights as they were written (`tensors_digest` in `sanrt.model.graph`)."""
 
 
 class Precision(StrEnum):
@@ -104,10 +115,41 @@ class Architecture:
         return self.channels // 8
 
     @property
+    def upsampling(self) -> tuple[int, ...]:
+        """Factors of the sub-pixel convolutions, in order: one of 3 for x3, else one of 2 for every doubling."""
+        return (3,) if self.scale == 3 else (2,) * (self.scale.bit_length() - 1)
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """Every stage of the network, as exact streaming runs it."""
         grouped = [f"{kind}.{g}" for g in range(self.groups) for kind in ("body", "gate", "join")]
         return "head", "keys-values", "attend", *grouped, "tail"
+
+    def parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every tensor of the reference network's `state_dict`, in no particular order."""
+        c, inner, hidden = self.channels, self.attention_channels, self.channels // self.reduction
+
+        def conv(name: str, inputs: int, outputs: int, kernel: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+            yield f"{name}.weight", (outputs, inputs, kernel, kernel)
+            yield f"{name}.bias", (outputs,)
+
+        yield from conv("mean_in", 3, 3, 1)
+        yield from conv("head", 3, c, 3)
+        for part in ("query", "key", "value"):
+            yield from conv(f"attention.{part}", c, inner, 1)
+        yield from conv("attention.out", inner, c, 1)
+        yield "gamma", (1,)
+        for g in range(self.groups):
+            for b in range(self.blocks):
+                yield from conv(f"groups.{g}.blocks.{b}.conv1", c, c, 3)
+                yield from conv(f"groups.{g}.blocks.{b}.conv2", c, c, 3)
+            yield from conv(f"groups.{g}.soca.down", c, hidden, 1)
+            yield from conv(f"groups.{g}.soca.up", hidden, c, 1)
+            yield from conv(f"groups.{g}.conv", c, c, 3)
+        for layer, factor in enumerate([3] if self.scale == 3 else [2] * (self.scale.bit_length() - 1)):
+            yield from conv(f"upsampler.{2 * layer}", c, c * factor**2, 3)
+        yield from conv("tail", c, 3, 3)
+        yield from conv("mean_out", 3, 3, 1)
 
     @property
     def name(self) -> str:
@@ -172,8 +214,41 @@ class ModelSpec:
                 known["quantisation"] = Quantisation(
                     QuantisedType(quantised["type"]), quantised["ranges"], quantised["outputs"]
                 )
-            return cls(**known)
-        except (KeyError, TypeError, ValueError) as error:
+            spec = cls(**known)
+            require_sensible(spec)
+            return spec
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ModelError(
                 f"{subject}: its sanrt.* metadata cannot be read ({error}); export it again with `sanrt export`"
             ) from error
+
+
+def require_sensible(spec: ModelSpec) -> None:
+    """Raise ValueError for a description that no network fits: types, ranges and multiples that `export` never writes."""
+    arch, quantised = spec.architecture, spec.quantisation
+    steps = 1 if arch.sqrt_iterations is None else arch.sqrt_iterations
+    counts = [arch.groups, arch.blocks, arch.channels, arch.reduction, spec.regions, spec.min_side, spec.multiple]
+    if arch.scale not in SCALES or any(type(count) is not int or count < 1 for count in counts):
+        raise ValueError("scale, groups, blocks, channels, reduction, regions or sides that no network has")
+    if max(arch.groups * arch.blocks, spec.regions) > MOST:
+        raise ValueError(f"{arch.groups} groups of {arch.blocks} blocks, {spec.regions} x {spec.regions} regions")
+    if arch.channels % 8 or arch.reduction > arch.channels:
+        raise ValueError(f"{arch.channels} channels, reduced by {arch.reduction}")
+    if not all(type(count) is int and 0 <= count <= MOST for count in (spec.iterations, steps)):
+        raise ValueError(f"{spec.iterations} square-root steps in the graph, {steps} as trained")
+    if type(arch.value_range) not in (int, float) or not 0 < arch.value_range < math.inf:
+        raise ValueError(f"pixels of 0..{arch.value_range}")
+    words = (spec.weights_digest, spec.weights_origin, spec.version)
+    if not all(isinstance(text, str) for text in words) or not isinstance(spec.report, Mapping):
+        raise ValueError("texts or a report of another kind")
+    largest = [*quantised.ranges.values(), *quantised.outputs.values()] if quantised else []
+    if quantised and not quantised.ranges.keys() <= quantised.outputs.keys():
+        raise ValueError("8-bit convolutions without the ranges of their outputs")
+    if not all(type(each) in (int, float) and 0 <= each < math.inf for each in largest):
+        raise ValueError("ranges of 8-bit convolutions that are no numbers")
+
+
+def description_digest(metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the `sanrt.*` entries of a file's metadata, this digest itself left out; it shows that one was edited."""
+    entries = sorted(item for item in metadata.items() if item[0].startswith(PREFIX) and item[0] != DESCRIPTION_DIGEST)
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from sanrt.cli import app
 from sanrt.errors import BuildError
 from sanrt.export.quantise import automatic, calibration, trials
-from sanrt.export.quantise.trials import Trial, compared, fastest
+from sanrt.export.quantise.trials import BackendTrial, compare_backends, fastest
 from sanrt.model.spec import GRAPH_PRECISIONS, Precision, QuantisedType
 from sanrt.runtime.artifacts.engines import SUFFIX
 from sanrt.runtime.backends import default_variant as preference
@@ -70,10 +70,10 @@ def gpu(monkeypatch):
     def engines_of(path):
         return [SimpleNamespace(path=p) for p in sorted(path.parent.glob(f"{path.stem}-*{SUFFIX}"))]
 
-    def load_backend(name, path, options):
+    def load_unguarded(name, path, options):
         if name != "tensorrt":
-            return backends.load_backend(name, path, options)
-        backend = backends.load_backend("onnxruntime", path, options)
+            return backends.load_unguarded(name, path, options)
+        backend = backends.load_unguarded("onnxruntime", path, options)
         backend.name = "tensorrt"
         backend.spec = replace(backend.spec, precision=Precision(path.stem.rpartition("-")[2]))
         return backend
@@ -84,8 +84,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(automatic, "build_engine", build_engine)
     monkeypatch.setattr(automatic, "choose_flavor", lambda: "rtx")
     monkeypatch.setattr("sanrt.runtime.artifacts.engines.engines_of", engines_of)
-    monkeypatch.setattr(trials, "load_backend", load_backend)
-    monkeypatch.setattr(trials, "seconds", lambda backend, _: 0.1 if backend.name == "tensorrt" else 1.0)
+    monkeypatch.setattr(trials, "load_unguarded", load_unguarded)
+    monkeypatch.setattr(trials, "run_seconds", lambda backend, _: 0.1 if backend.name == "tensorrt" else 1.0)
     return asked
 
 
@@ -107,13 +107,13 @@ def test_an_engine_that_does_not_load_is_told_and_the_rest_is_compared(model, mo
     usable = BackendStatus("tensorrt", "11", True, "")
     monkeypatch.setattr(trials, "status", lambda name: usable if name == "tensorrt" else backends.status(name))
     held_out = calibration.calibration_set(None, 2).held_out
-    comparison = compared([model, broken], held_out)
+    comparison = compare_backends([model, broken], held_out)
     assert broken.name in comparison.untried
     assert {t.model for t in comparison.trials} == {model}
 
 
 def test_the_fastest_within_the_budget_is_taken_and_8_bits_only_where_they_gain(model):
-    fp32 = Trial(model, "onnxruntime", None, "fp32", 30.0, 2.0)
+    fp32 = BackendTrial(model, "onnxruntime", None, "fp32", 30.0, 2.0)
     int8 = replace(fp32, computes="int8 + fp32", y_psnr=29.95, seconds=1.0)
     assert fastest([fp32, int8], 0.1) == int8
     assert fastest([fp32, int8], 0.01) == fp32

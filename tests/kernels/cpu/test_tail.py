@@ -5,7 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sanrt.kernels.cpu.tail import EDGES, REACH, Edge, Side, Tail, edges  # noqa: E402
+from sanrt.kernels.cpu.tail import EDGES, TAIL_HALO, Edge, Side, Tail, edges  # noqa: E402
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4, 8])
@@ -17,8 +17,8 @@ def test_the_composed_convolution_and_its_edges_give_what_the_layers_give(live_n
     layers = torch.nn.Sequential(*net.upsampler, net.tail, net.mean_out).double()
     want = layers(x.double())[0].reshape(3, height, scale, width, scale).permute(1, 3, 0, 2, 4).numpy()
     weight, bias = map(torch.from_numpy, tail.composed())
-    done = torch.nn.functional.conv2d(x, weight, bias, padding=REACH)[0].permute(1, 2, 0).numpy().copy()
-    padded = np.pad(x[0].permute(1, 2, 0).numpy(), [(REACH, REACH), (REACH, REACH), (0, 0)])
+    done = torch.nn.functional.conv2d(x, weight, bias, padding=TAIL_HALO)[0].permute(1, 2, 0).numpy().copy()
+    padded = np.pad(x[0].permute(1, 2, 0).numpy(), [(TAIL_HALO, TAIL_HALO), (TAIL_HALO, TAIL_HALO), (0, 0)])
     for edge in edges(tail):
         edge.compute(padded, done)
     np.testing.assert_allclose(done.reshape(want.shape), want, atol=2e-4, rtol=1e-5)

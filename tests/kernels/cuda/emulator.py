@@ -17,7 +17,7 @@ from torch import Tensor
 from sanrt.kernels.cuda import nvrtc
 from sanrt.kernels.cuda.launch import dense
 from sanrt.kernels.cuda.region_attention import AttentionLaunch
-from sanrt.kernels.cuda.residual import VECTOR
+from sanrt.kernels.cuda.residual import VECTOR_BYTES
 from sanrt.kernels.cuda.soca import SocaLaunch
 
 HERE = Path(__file__).parent
@@ -25,31 +25,31 @@ BARRIER = "__syncthreads();"
 
 
 @cache
-def library(kernel: str, scalar: str, define: str) -> ctypes.CDLL:
+def library(kernel: str, scalar_type: str, define: str) -> ctypes.CDLL:
     """The emulated kernels of `kernel`.cu with its two definitions."""
-    return built((nvrtc.HERE / f"{kernel}.cu").read_text(), kernel, scalar, define)
+    return built((nvrtc.SOURCES / f"{kernel}.cu").read_text(), kernel, scalar_type, define)
 
 
 @cache
-def without_barrier(kernel: str, scalar: str, define: str, number: int) -> ctypes.CDLL:
+def without_barrier(kernel: str, scalar_type: str, define: str, number: int) -> ctypes.CDLL:
     """The same with the `number`-th `__syncthreads()` of the source left out."""
-    pieces = (nvrtc.HERE / f"{kernel}.cu").read_text().split(BARRIER)
-    return built(BARRIER.join(pieces[:number]) + BARRIER.join(pieces[number:]), kernel, scalar, define)
+    pieces = (nvrtc.SOURCES / f"{kernel}.cu").read_text().split(BARRIER)
+    return built(BARRIER.join(pieces[:number]) + BARRIER.join(pieces[number:]), kernel, scalar_type, define)
 
 
-def built(source: str, kernel: str, scalar: str, define: str) -> ctypes.CDLL:
+def built(source: str, kernel: str, scalar_type: str, define: str) -> ctypes.CDLL:
     """Compile a kernel file's text for emulation, with the C++ compiler."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("emulating the kernels needs g++")
     parts = [
         (HERE / "emulation.h").read_text(),
-        (nvrtc.HERE / "formats.cuh").read_text(),
+        (nvrtc.SOURCES / "formats.cuh").read_text(),
         source,
         (HERE / f"emulate_{kernel}.cpp").read_text(),
     ]
     fast_halves = ["-mf16c"] if machine() == "x86_64" else []
-    options = ["-std=c++17", "-O2", *fast_halves, "-w", "-shared", "-fPIC", f"-DSCALAR={scalar}", f"-D{define}"]
+    options = ["-std=c++17", "-O2", *fast_halves, "-w", "-shared", "-fPIC", f"-DSCALAR={scalar_type}", f"-D{define}"]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kernel.so"
         subprocess.run([compiler, *options, "-o", library, "-x", "c++", "-"], input="\n".join(parts), text=True, check=True)
@@ -79,7 +79,7 @@ def soca(
     partials = poisoned(*launch.partials, dtype=torch.float32)
     counters = torch.zeros(len(x) * launch.merged, dtype=torch.int32)
     gates = poisoned(len(x), x.shape[1], dtype=x.dtype)
-    run = library("soca", nvrtc.scalar(x.dtype), f"CHANNELS={x.shape[1]}").emulate_soca
+    run = library("soca", nvrtc.scalar_type(x.dtype), f"CHANNELS={x.shape[1]}").emulate_soca
     run(
         *(pointer(t) for t in (x, *down, *up)), len(x), launch.pixels, int(launch.channels_last),
         launch.blocks, launch.group, launch.rows, launch.merged, steps, len(down[0]), seed,
@@ -94,7 +94,7 @@ def region_attention(maps: Tensor, regions: int, seed: int = 0) -> Tensor:
     assert dense(maps) is maps
     keys, values = (poisoned(*launch.workspace, dtype=maps.dtype) for _ in range(2))
     y = torch.full_like(maps[:, : launch.inner], float("nan"), memory_format=launch.memory_format)
-    run = library("region_attention", nvrtc.scalar(maps.dtype), f"INNER={launch.inner}").emulate_region_attention
+    run = library("region_attention", nvrtc.scalar_type(maps.dtype), f"INNER={launch.inner}").emulate_region_attention
     run(
         pointer(maps), len(maps), *maps.shape[2:], regions, launch.padded, int(launch.channels_last),
         launch.grid[0], seed, pointer(keys), pointer(values), pointer(y),
@@ -105,6 +105,6 @@ def region_attention(maps: Tensor, regions: int, seed: int = 0) -> Tensor:
 def residual(y: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     """y + bias + x of channels-last maps."""
     total = torch.full_like(y, float("nan"))
-    run = library("residual", nvrtc.scalar(y.dtype), f"CHANNELS={y.shape[1]}").emulate_residual
-    run(pointer(y), pointer(bias), pointer(x), y.nbytes // VECTOR, pointer(total))
+    run = library("residual", nvrtc.scalar_type(y.dtype), f"CHANNELS={y.shape[1]}").emulate_residual
+    run(pointer(y), pointer(bias), pointer(x), y.nbytes // VECTOR_BYTES, pointer(total))
     return total

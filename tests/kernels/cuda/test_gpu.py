@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sanrt.kernels.cuda.operators import rectified_convolution, region_attention, residual, soca_gate
-from sanrt.kernels.cuda.residual import takes
+from sanrt.kernels.cuda.residual import supports
 from sanrt.model.san import SAN
 from sanrt.model.soca import SOCA, covariance
 from sanrt.model.spec import Architecture
@@ -125,7 +125,7 @@ def test_the_residual_is_the_sum_in_float32_rounded_once(
     y, x = (maps(channels, dtype, size, mean=mean).contiguous(memory_format=kind) for mean in (0, 1))
     bias = torch.randn(channels, device="cuda", dtype=dtype)
     ours, expected = residual(y, bias, x), (y.float() + bias.float()[:, None, None] + x.float()).to(dtype)
-    if takes(y, bias, x):
+    if supports(y, bias, x):
         assert torch.equal(ours, expected)
     else:  # plain PyTorch, which rounds twice
         assert rms(ours - expected) <= torch.finfo(dtype).eps * rms(expected)

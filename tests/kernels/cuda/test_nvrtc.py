@@ -4,16 +4,18 @@ import pytest
 
 from sanrt.errors import BackendError
 from sanrt.kernels.cuda import nvrtc
-from sanrt.kernels.cuda.nvrtc import ARCHITECTURES, Program
+from sanrt.kernels.cuda.nvrtc import ARCHITECTURES, CudaSource
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and nvidia-cuda-nvrtc: pip install 'sanrt[kernels]'")
 
-SOCA = {scalar: Program("soca", (f"SCALAR={scalar}", "CHANNELS=64")) for scalar in ("Half", "BFloat", "float")}
-ATTENTION = {scalar: Program("region_attention", (f"SCALAR={scalar}", "INNER=8")) for scalar in ("Half", "BFloat", "float")}
-RESIDUAL = {scalar: Program("residual", (f"SCALAR={scalar}", "CHANNELS=64")) for scalar in ("Half", "BFloat", "float")}
+SOCA = {scalar: CudaSource("soca", (f"SCALAR={scalar}", "CHANNELS=64")) for scalar in ("Half", "BFloat", "float")}
+ATTENTION = {
+    scalar: CudaSource("region_attention", (f"SCALAR={scalar}", "INNER=8")) for scalar in ("Half", "BFloat", "float")
+}
+RESIDUAL = {scalar: CudaSource("residual", (f"SCALAR={scalar}", "CHANNELS=64")) for scalar in ("Half", "BFloat", "float")}
 SMALLER = [
-    *(Program("soca", ("SCALAR=Half", f"CHANNELS={c}")) for c in (16, 32, 48)),
-    *(Program("region_attention", ("SCALAR=Half", f"INNER={i}")) for i in (4, 6)),
+    *(CudaSource("soca", ("SCALAR=Half", f"CHANNELS={c}")) for c in (16, 32, 48)),
+    *(CudaSource("region_attention", ("SCALAR=Half", f"INNER={i}")) for i in (4, 6)),
 ]
 KERNELS = {
     "soca": {"soca_statistics_nchw", "soca_statistics_nhwc", "soca_gate"},
@@ -30,31 +32,31 @@ THREADS = {
 }
 
 
-def check(program: Program, capability: int, spill_bytes: int = 0) -> None:
-    code, reports = program.compile(f"sm_{capability}")
+def check(source: CudaSource, capability: int, spill_bytes: int = 0) -> None:
+    code, reports = source.compile(f"sm_{capability}")
     assert code.startswith(b"\x7fELF")
-    assert reports.keys() == KERNELS[program.name]
+    assert reports.keys() == KERNELS[source.name]
     for kernel, report in reports.items():
         assert report.spill_bytes <= spill_bytes, kernel
         assert report.registers * THREADS[kernel] <= 65536, kernel
         assert report.shared_bytes <= 48 * 1024, kernel
 
 
-@pytest.mark.parametrize(("program", "capability"), [(SOCA["Half"], 90), (ATTENTION["Half"], 80), (ATTENTION["float"], 120)])
-def test_the_main_kernels_compile_without_spills(program: Program, capability: int) -> None:
-    check(program, capability)
+@pytest.mark.parametrize(("source", "capability"), [(SOCA["Half"], 90), (ATTENTION["Half"], 80), (ATTENTION["float"], 120)])
+def test_the_main_kernels_compile_without_spills(source: CudaSource, capability: int) -> None:
+    check(source, capability)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "program",
+    "source",
     [*SOCA.values(), *ATTENTION.values(), *RESIDUAL.values(), *SMALLER],
-    ids=lambda program: " ".join((program.name, *program.defines)),
+    ids=lambda source: " ".join((source.name, *source.defines)),
 )
-def test_every_kernel_compiles_for_every_architecture_all_but_without_spills(program: Program, capability: int) -> None:
+def test_every_kernel_compiles_for_every_architecture_all_but_without_spills(source: CudaSource, capability: int) -> None:
     # soca_gate with 32 channels spills 24 bytes on sm_80, 86 and 89, where the compiler stops at 64 registers.
-    check(program, capability, spill_bytes=24 if program in SMALLER else 0)
+    check(source, capability, spill_bytes=24 if source in SMALLER else 0)
 
 
 def test_half_precision_products_are_on_tensor_cores() -> None:
@@ -68,14 +70,14 @@ def test_a_kernel_is_compiled_once_and_found_by_its_digest_again(tmp_path: Path,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     calls = []
     monkeypatch.setattr(
-        nvrtc, "compiled", lambda name, source, options, kind: (calls.append(options), (kind.encode(), ""))[1]
+        nvrtc, "run_nvrtc", lambda name, source, options, kind: (calls.append(options), (kind.encode(), ""))[1]
     )
-    program = ATTENTION["Half"]
-    assert program.cubin(80) == b"CUBIN"
-    assert program.cubin(80) == b"CUBIN"
-    assert program.ptx(80) == b"PTX"
-    assert program.cubin(90) == b"CUBIN"
-    assert Program("region_attention", ("SCALAR=Half", "INNER=6")).cubin(80) == b"CUBIN"
+    source = ATTENTION["Half"]
+    assert source.cubin(80) == b"CUBIN"
+    assert source.cubin(80) == b"CUBIN"
+    assert source.ptx(80) == b"PTX"
+    assert source.cubin(90) == b"CUBIN"
+    assert CudaSource("region_attention", ("SCALAR=Half", "INNER=6")).cubin(80) == b"CUBIN"
     assert len(calls) == 4
     files = sorted(path.suffix for path in (tmp_path / "sanrt" / "kernels").iterdir())
     assert files == [".cubin", ".cubin", ".cubin", ".ptx"]
@@ -85,7 +87,7 @@ def test_a_source_that_does_not_compile_is_told_with_the_compilers_complaint() -
     with pytest.raises(
         BackendError, match=r'soca\.cu does not compile with .*SCALAR=Quarter.*identifier "Quarter" is undefined'
     ):
-        Program("soca", ("SCALAR=Quarter", "CHANNELS=64")).compile("sm_80")
+        CudaSource("soca", ("SCALAR=Quarter", "CHANNELS=64")).compile("sm_80")
 
 
 def test_the_compilers_report_is_read_kernel_by_kernel() -> None:
@@ -96,4 +98,16 @@ ptxas info    : Used 75 registers, used 1 barriers, 49152 bytes smem
 ptxas info    : Compiling entry function 'two' for 'sm_90'
 ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 8 registers"""
-    assert nvrtc.reports(log) == {"one": nvrtc.Report(75, 20, 49152), "two": nvrtc.Report(8, 0, 0)}
+    assert nvrtc.parse_ptxas_report(log) == {"one": nvrtc.KernelReport(75, 20, 49152), "two": nvrtc.KernelReport(8, 0, 0)}
+
+
+def test_a_library_that_is_not_found_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Missing:
+        @staticmethod
+        def nvrtcVersion() -> None:
+            raise RuntimeError("libnvrtc.so.13: not found\nsearched: /usr/lib\n")
+
+    monkeypatch.setattr(nvrtc, "import_nvrtc", lambda: Missing)
+    with pytest.raises(BackendError, match=r"not found\); pip install") as error:
+        nvrtc.nvrtc_version()
+    assert "\n" not in str(error.value)

@@ -69,9 +69,9 @@ def test_the_network_given_is_left_as_it_was() -> None:
 
 def test_torch_compile_takes_the_network_whole() -> None:
     net, x = use_kernels(network()), torch.rand(1, 3, 12, 14)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True)
-    torch.testing.assert_close(compiled(x), net(x))
-    torch.testing.assert_close(compiled(torch.rand(1, 3, 9, 10)).shape, torch.Size([1, 3, 18, 20]))
+    run_nvrtc = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(run_nvrtc(x), net(x))
+    torch.testing.assert_close(run_nvrtc(torch.rand(1, 3, 9, 10)).shape, torch.Size([1, 3, 18, 20]))
 
 
 def test_torch_export_keeps_the_operators_with_dynamic_sizes() -> None:

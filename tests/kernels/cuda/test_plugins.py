@@ -13,7 +13,7 @@ from onnx import TensorProto
 
 from sanrt.errors import BackendError
 from sanrt.kernels.cuda import plugins
-from sanrt.kernels.cuda.soca import most_merged, partial_size
+from sanrt.kernels.cuda.soca import max_merged_rows, partial_size
 from sanrt.model.graph import san_model
 from sanrt.model.spec import Architecture, GraphOptions, ModelSpec, Precision
 
@@ -98,7 +98,7 @@ def test_launches_match_the_kernels_they_name(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     x = TensorDesc(dtype=DataType.HALF, shape_expr=(3, 16, 20, 30), format=format)
     partials, counters = bindings.functions["register", "sanrt::soca_statistics"](x, 16)
-    assert partials.shape_expr == (3, most_merged(16), partial_size(16))
+    assert partials.shape_expr == (3, max_merged_rows(16), partial_size(16))
     name, ptx, launch, integers = bindings.functions["aot_impl", "sanrt::soca_statistics"](x, 16, (partials, counters), 0)
     assert (name, launch.grid_x, launch.grid_y, launch.block_x, integers) == (
         f"soca_statistics_{layout}",
@@ -133,9 +133,9 @@ def test_registering_twice_registers_once(bindings: Bindings) -> None:
 
 def test_formats_the_kernels_do_not_take_are_refused(bindings: Bindings) -> None:
     with pytest.raises(BackendError, match=r"64 channels of DataType\.INT8.*--kernels none"):
-        plugins.soca_program(bindings.trt, DataType.INT8, 64)
+        plugins.soca_source(bindings.trt, DataType.INT8, 64)
     with pytest.raises(BackendError, match="24 channels"):
-        plugins.soca_program(bindings.trt, DataType.HALF, 24)
+        plugins.soca_source(bindings.trt, DataType.HALF, 24)
 
 
 @pytest.mark.parametrize("version", ["10.13.3.9", "10.16.1.11", "11.4.0.106"])

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from sanrt.errors import BackendError
-from sanrt.kernels.cuda.region_attention import DEPTH, KEYS, AttentionLaunch, program
+from sanrt.kernels.cuda.region_attention import DEPTH, TILE_KEYS, AttentionLaunch, attention_source
 from tests.kernels.cuda import emulator
 from tests.kernels.cuda.references import allowed_error, rms
 
@@ -91,13 +91,13 @@ def test_grids_cover_every_query_and_key_once(size: tuple[int, int], regions: in
     assert launch.grid[0] * 128 >= largest > (launch.grid[0] - 1) * 128
     assert launch.grid[1:] == launch.pool_grid[1:] == (regions**2, 3)
     assert launch.pool_grid[0] * 256 == launch.padded * DEPTH
-    assert launch.padded % KEYS == 0
+    assert launch.padded % TILE_KEYS == 0
     assert launch.padded >= largest // 4 - max(size)
 
 
 def test_shapes_the_kernels_cannot_take_are_refused() -> None:
     with pytest.raises(BackendError, match="9 inner channels; expected 1 to 8"):
-        program(9, torch.float16)
+        attention_source(9, torch.float16)
     with pytest.raises(BackendError, match=r"2 x 2 regions of maps \[1, 24, 3, 9\]"):
         AttentionLaunch.of(torch.zeros(1, 24, 3, 9), 2)
     with pytest.raises(BackendError, match="256 x 256 regions; expected at most 255 x 255"):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sanrt.kernels.cuda.residual import takes
+from sanrt.kernels.cuda.residual import supports
 from tests.kernels.cuda import emulator
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -24,7 +24,7 @@ def test_the_emulated_kernel_adds_in_float32_and_rounds_once(dtype: torch.dtype,
 def test_only_whole_vectors_of_channels_last_maps_are_taken() -> None:
     def taken(y: Tensor, x: Tensor | None = None, offset: int = 0) -> bool:
         bias = torch.zeros(len(y[0]) + offset, dtype=y.dtype)[offset:]
-        return takes(y, bias, y if x is None else x)
+        return supports(y, bias, y if x is None else x)
 
     assert taken(maps(16, torch.float16))
     assert taken(maps(4, torch.float32))

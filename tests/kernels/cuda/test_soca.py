@@ -1,9 +1,13 @@
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 from sanrt.errors import BackendError
-from sanrt.kernels.cuda.soca import CHANNELS, SocaLaunch, most_merged, program
+from sanrt.kernels.cuda.nvrtc import CudaSource
+from sanrt.kernels.cuda.soca import CHANNELS, SocaLaunch, max_merged_rows, soca_source
+from sanrt.model.contract import MIN_TRACE
 from sanrt.model.soca import SOCA, covariance
 from tests.kernels.cuda import emulator
 from tests.kernels.cuda.references import rms
@@ -125,7 +129,7 @@ def test_groups_of_blocks_are_merged_into_their_covariance(seed: int) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (9, 20), (50, 60)])
 def test_a_fixed_number_of_blocks_serves_every_size_as_the_plugin_has_it(size: tuple[int, int]) -> None:
     class Fixed(SocaLaunch):
-        blocks, group = most_merged(16), 1
+        blocks, group = max_merged_rows(16), 1
 
     x, module = maps(16, torch.float32, size), soca(16, torch.float32)
     partials, gates = emulator.soca(x, *weights(module), STEPS, launch=Fixed.of(x))
@@ -174,12 +178,16 @@ def test_every_block_has_pixels_and_no_more_rows_are_left_than_can_be_merged(dty
     launch = SocaLaunch(1, 64, pixels, dtype, channels_last=False)
     assert 1 <= launch.blocks <= -(-pixels // (128 // dtype.itemsize))
     assert launch.blocks == launch.merged * launch.group
-    assert launch.merged <= most_merged(16)
+    assert launch.merged <= max_merged_rows(16)
     assert launch.partials == (1, launch.blocks + (launch.merged if launch.group > 1 else 0), 64 * 65 + 4)
 
 
 def test_unsupported_channels_and_formats_are_refused() -> None:
     with pytest.raises(BackendError, match="24 channels; expected one of 16, 32, 48, 64"):
-        program(24, torch.float16)
+        soca_source(24, torch.float16)
     with pytest.raises(BackendError, match=r"torch\.float64"):
-        program(64, torch.float64)
+        soca_source(64, torch.float64)
+
+
+def test_the_kernel_counts_the_same_trace_as_zero_as_the_reference() -> None:
+    assert float(re.search(r"MIN_TRACE = (\S+)f;", CudaSource("soca", ()).text)[1]) == MIN_TRACE

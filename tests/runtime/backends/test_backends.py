@@ -18,12 +18,13 @@ from sanrt.errors import BackendError, ModelError, OutOfMemoryError
 from sanrt.export.onnx import ExportOptions, export_onnx
 from sanrt.export.scene import natural_scene
 from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
-from sanrt.model.graph import read_model, san_model
+from sanrt.model.exported import read_model
+from sanrt.model.graph import san_model
 from sanrt.model.spec import Precision, Quantisation, QuantisedType
 from sanrt.runtime import host as machine
 from sanrt.runtime.backends import registry as backends
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions
-from sanrt.runtime.backends.registry import AUTO_ORDER, BACKENDS, load_backend, status
+from sanrt.runtime.backends.registry import AUTO_ORDER, BACKENDS, load_unguarded, status
 from sanrt.runtime.host import Gpu, Gpus
 
 ONE_THREAD = RunOptions(threads=1, precision=Precision.FP32)
@@ -35,9 +36,11 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from sanrt.errors import BackendError
-from sanrt.runtime.backends import Precision, RunOptions, load_backend
+from sanrt.model.spec import Precision
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import load_unguarded
 
-with load_backend(sys.argv[1], Path(sys.argv[2]), RunOptions(threads=1, precision=Precision.FP32)) as backend:
+with load_unguarded(sys.argv[1], Path(sys.argv[2]), RunOptions(threads=1, precision=Precision.FP32)) as backend:
     print(backend.infer(np.zeros((1, 3, 8, 8), np.float32)).shape, end=" ")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
@@ -62,7 +65,7 @@ def loaded(name, model, options=ONE_THREAD):
     found = status(name)
     if not found.usable:
         pytest.skip(f"{name}: {found.reason}")
-    with load_backend(name, model, options) as backend:
+    with load_unguarded(name, model, options) as backend:
         yield backend
 
 
@@ -128,7 +131,7 @@ def test_a_whole_picture_s_maps_are_freed_when_streaming_begins(tiny_model):
     with loaded("native", tiny_model(), RunOptions(threads=1)) as backend:
         backend.infer(picture(1, 3, 17, 21))
         backend.stages().run("head", picture(1, 3, 8, 8), np.array([0, 0, 8, 8]))
-        assert backend.network.held is None
+        assert backend.network.trunk is None
 
 
 def test_what_a_stage_gave_is_not_overwritten_even_where_it_is_one_pixel(tiny_model):
@@ -178,7 +181,7 @@ def test_auto_runs_an_8_bit_model_on_a_backend_that_can(tiny_model, tmp_path):
     path = tmp_path / "san_x2.int8.onnx"
     eight = replace(spec, quantisation=Quantisation(QuantisedType.INT8, RANGES, RANGES))
     path.write_bytes(san_model(eight, weights).SerializeToString())
-    with load_backend("auto", path, ONE_THREAD) as backend:
+    with load_unguarded("auto", path, ONE_THREAD) as backend:
         assert backend.spec.quantisation
 
 
@@ -215,20 +218,20 @@ def test_too_little_memory_is_an_error_and_not_the_result_of_the_run_before(name
 
 def test_an_unknown_backend_is_told_the_names_there_are(tiny_model):
     with pytest.raises(BackendError, match=r"unknown backend 'cuda'; expected auto, torch, .*openvino"):
-        load_backend("cuda", tiny_model(), ONE_THREAD)
+        load_unguarded("cuda", tiny_model(), ONE_THREAD)
 
 
 def test_an_unusable_backend_is_not_replaced_by_another(tiny_model, monkeypatch):
     missing = BackendStatus("openvino", None, False, "openvino is not installed", "pip install 'sanrt[openvino]'")
     monkeypatch.setattr("sanrt.runtime.backends.openvino.status", lambda: missing)
     with pytest.raises(BackendError, match=r"not installed; to fix it: pip install 'sanrt\[openvino\]' \(usable: .*torch"):
-        load_backend("openvino", tiny_model(), ONE_THREAD)
+        load_unguarded("openvino", tiny_model(), ONE_THREAD)
 
 
 @pytest.mark.parametrize(("name", "known"), [("torch", "fp32"), ("onnxruntime", "fp32"), ("native", "fp32 or int16")])
 def test_a_precision_that_a_backend_has_not_is_refused(name, known, tiny_model):
     with pytest.raises(BackendError, match=f"{name} runs in {known}, bf16 was asked for; use --precision fp32"):
-        load_backend(name, tiny_model(), replace(ONE_THREAD, precision=Precision.BF16))
+        load_unguarded(name, tiny_model(), replace(ONE_THREAD, precision=Precision.BF16))
 
 
 @pytest.mark.parametrize("name", ["torch", "onnxruntime", "openvino"])
@@ -303,7 +306,7 @@ def test_auto_knows_every_backend():
 
 
 def test_auto_says_what_it_chose(tiny_model):
-    with load_backend("auto", tiny_model(), ONE_THREAD) as backend:
+    with load_unguarded("auto", tiny_model(), ONE_THREAD) as backend:
         assert backend.name == backends.automatic_choice(backends.candidates(tiny_model(), ONE_THREAD)).name
 
 
@@ -330,7 +333,7 @@ def test_native_is_automatic_where_it_was_measured(features, automatic, monkeypa
 @pytest.fixture
 def openvino_module():
     pytest.importorskip("openvino", reason="openvino is not installed")
-    from sanrt.runtime.backends.registry import openvino
+    from sanrt.runtime.backends import openvino
 
     return openvino
 
@@ -356,12 +359,12 @@ def test_the_trial_is_made_once_and_bf16_runs_when_it_pays(openvino_module, tiny
     monkeypatch.setattr(openvino_module, "compiled", lambda graph, precision, options: precision)
     monkeypatch.setattr(openvino_module, "warm_up", lambda request, shape: None)
     for _ in range(2):
-        with load_backend("openvino", model, RunOptions(threads=1)) as backend:
+        with load_unguarded("openvino", model, RunOptions(threads=1)) as backend:
             assert backend.spec.precision is backend.request is Precision.BF16
     assert len(trials) == 1
     (kept,) = (tmp_path / ".derived").glob("*openvino*.json")
     kept.write_text("{")
-    load_backend("openvino", model, RunOptions(threads=1)).close()
+    load_unguarded("openvino", model, RunOptions(threads=1)).close()
     assert len(trials) == 2
     assert json.loads(kept.read_text())["psnr"] == 60.0
 
@@ -380,23 +383,23 @@ def test_the_trial_measures_both_precisions(openvino_module, tiny_model):
 def test_bf16_by_wish_stays_near_fp32(openvino_module, tiny_model):
     pixels = picture(1, 3, 24, 20)
     try:
-        with load_backend("openvino", tiny_model(), replace(ONE_THREAD, precision=Precision.BF16)) as bf16:
+        with load_unguarded("openvino", tiny_model(), replace(ONE_THREAD, precision=Precision.BF16)) as bf16:
             got = bf16.infer(pixels)
     except BackendError as error:
         pytest.skip(str(error))
-    with load_backend("openvino", tiny_model(), replace(ONE_THREAD, precision=Precision.FP32)) as fp32:
+    with load_unguarded("openvino", tiny_model(), replace(ONE_THREAD, precision=Precision.FP32)) as fp32:
         assert 35 < psnr(got, fp32.infer(pixels)) < 90
 
 
 def test_beside_bf16_the_ends_and_the_statistics_stay_fp32(openvino_module, tiny_model, monkeypatch):
     pixels = picture(1, 3, 24, 20)
-    with load_backend("openvino", tiny_model(), replace(ONE_THREAD, precision=Precision.FP32)) as fp32:
+    with load_unguarded("openvino", tiny_model(), replace(ONE_THREAD, precision=Precision.FP32)) as fp32:
         expected = fp32.infer(pixels)
     found = []
     for kept in (openvino_module.KEPT_FP32, re.compile("nothing")):
         monkeypatch.setattr(openvino_module, "KEPT_FP32", kept)
         try:
-            with load_backend("openvino", tiny_model(), replace(ONE_THREAD, precision=Precision.BF16)) as bf16:
+            with load_unguarded("openvino", tiny_model(), replace(ONE_THREAD, precision=Precision.BF16)) as bf16:
                 found.append(psnr(bf16.infer(pixels), expected))
         except BackendError as error:
             pytest.skip(str(error))
@@ -481,16 +484,16 @@ def test_cuda_is_not_silently_the_cpu(tiny_model, monkeypatch):
     monkeypatch.setattr(machine, "free_gpu_memory", lambda index: 80 << 30)
     versions(monkeypatch, onnxruntime_gpu="1")
     with pytest.raises(BackendError, match="CUDA provider does not start"):
-        load_backend("onnxruntime-cuda", tiny_model(), ONE_THREAD)
+        load_unguarded("onnxruntime-cuda", tiny_model(), ONE_THREAD)
     with pytest.raises(BackendError, match="GPU 3 is not there; the driver shows 1"):
-        load_backend("onnxruntime-cuda", tiny_model(), replace(ONE_THREAD, device=3))
+        load_unguarded("onnxruntime-cuda", tiny_model(), replace(ONE_THREAD, device=3))
 
 
 def test_cuda_binds_buffers_once_per_shape(tiny_model, monkeypatch):
     """The binding is run for real, with ONNX Runtime's CPU memory in the GPU's place."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    from sanrt.runtime.backends.registry import onnxruntime as cpu
-    from sanrt.runtime.backends.registry import onnxruntime_cuda as cuda
+    from sanrt.runtime.backends import onnxruntime as cpu
+    from sanrt.runtime.backends import onnxruntime_cuda as cuda
 
     made = []
     allocate = onnxruntime.OrtValue.ortvalue_from_shape_and_type
@@ -503,7 +506,7 @@ def test_cuda_binds_buffers_once_per_shape(tiny_model, monkeypatch):
     monkeypatch.setattr(machine, "free_gpu_memory", lambda index: 80 << 30)
     monkeypatch.setattr(cuda, "open_cuda_session", cpu.open_session)
     monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", on_host)
-    with cuda.load(tiny_model(), ONE_THREAD) as backend, load_backend("onnxruntime", tiny_model(), ONE_THREAD) as expected:
+    with cuda.load(tiny_model(), ONE_THREAD) as backend, load_unguarded("onnxruntime", tiny_model(), ONE_THREAD) as expected:
         for shape in ((1, 3, 9, 12), (1, 3, 9, 12), (2, 3, 8, 8)):
             pixels = picture(*shape)
             assert np.array_equal(backend.infer(pixels), expected.infer(pixels))

@@ -7,7 +7,7 @@ import pytest
 from sanrt.errors import BackendError
 from sanrt.model.spec import Precision
 from sanrt.runtime.artifacts.sizes import Limits
-from sanrt.runtime.backends.fp32_fallback import Sentinel
+from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.tiling.plan import Tiling
@@ -68,7 +68,7 @@ def picture():
 def test_an_overflowed_tile_is_computed_in_fp32_and_told(backend, caplog, tiling):
     options = UpscaleOptions(tile=16, tiling=tiling, memory=2**30)
     with caplog.at_level(logging.WARNING):
-        result = upscale(Sentinel(Overflowing(backend), lambda _: backend), picture(), options)
+        result = upscale(FP32Fallback(Overflowing(backend), lambda _: backend), picture(), options)
     np.testing.assert_array_equal(result, upscale(backend, picture(), options))
     assert "overflowed in fp16; computing it in fp32 on onnxruntime" in caplog.text
 
@@ -79,7 +79,7 @@ def test_what_is_not_finite_in_fp32_is_an_error(backend, tiling):
         return Overflowing(backend, Precision.FP32)
 
     options = UpscaleOptions(tile=16, tiling=tiling, memory=2**30)
-    for watched in Sentinel(Overflowing(backend), unsound), Sentinel(unsound(), unsound), unsound():
+    for watched in FP32Fallback(Overflowing(backend), unsound), FP32Fallback(unsound(), unsound), unsound():
         with pytest.raises(BackendError, match=r"NaN or infinity|not finite"):
             upscale(watched, picture(), options)
 
@@ -88,7 +88,7 @@ def test_finite_results_load_no_second_backend(backend):
     def never(_):
         raise AssertionError
 
-    with Sentinel(backend, never) as watched:
+    with FP32Fallback(backend, never) as watched:
         np.testing.assert_array_equal(upscale(watched, picture()), upscale(backend, picture()))
 
 
@@ -100,7 +100,7 @@ def test_other_regions_are_computed_in_fp32_with_the_same_regions(tiny_model, ca
         return loaded[-1]
 
     inner, options = load_backend("torch", tiny_model(2), RunOptions()), UpscaleOptions(regions=3, tiling=Tiling.WHOLE)
-    with Sentinel(Overflowing(inner), exact) as watched:
+    with FP32Fallback(Overflowing(inner), exact) as watched:
         for _ in range(2):
             result = upscale(watched, picture(), options)
         np.testing.assert_array_equal(result, upscale(loaded[0], picture(), options))

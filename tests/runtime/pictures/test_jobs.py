@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from sanrt.errors import PictureError, UsageError
 from sanrt.runtime.pictures.formats import Format
-from sanrt.runtime.pictures.jobs import Job, Naming, find_pictures
+from sanrt.runtime.pictures.jobs import Naming, find_pictures, output_beside
 
 GIF = b"GIF89a"
 
@@ -90,9 +89,55 @@ def test_two_sources_of_one_result_are_refused(folder):
         plan("in", "other")
 
 
-def test_the_same_file_given_twice_is_refused(folder):
-    with pytest.raises(UsageError, match="both become"):
-        plan("in/b.jpg", "in/../in/b.jpg")
+def test_the_same_file_given_twice_is_done_once(folder):
+    assert plan("in/b.jpg", "in/../in/b.jpg") == {"in/b.jpg": "out/b.jpg"}
+    assert plan("in/sub/c.tiff", "in")["in/sub/c.tiff"] == "out/c.tiff"
+    assert len(plan("in/b.jpg", "in", "in")) == 4
+
+
+@pytest.mark.parametrize("name", ["result.bmp", "result.jxl", "result.pngg", "result.gif", "there.bmp", "there"])
+def test_one_picture_to_a_file_that_sanrt_does_not_write_is_refused_by_its_name(folder, name):
+    touch("there.bmp"), touch("there")
+    with pytest.raises(UsageError, match=f"{name}: sanrt writes no such files; expected .*png.*jpg") as told:
+        plan("in/b.jpg", output=name)
+    assert "several" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["one.png", "one.bmp", "in/a.PNG"])
+def test_several_pictures_to_what_is_or_looks_like_one_are_refused(folder, name):
+    for inputs in (["in/b.jpg", "in/a.PNG"], ["in"]):
+        with pytest.raises(UsageError, match="several pictures need a folder as OUTPUT"):
+            plan(*inputs, output=name)
+
+
+def test_a_folder_may_have_any_name_if_it_is_there_or_said_to_be_one(folder):
+    Path("there.bmp").mkdir()
+    assert plan("in/b.jpg", output="there.bmp") == {"in/b.jpg": "there.bmp/b.jpg"}
+    assert plan("in/b.jpg", output="new.bmp", into_folder=True) == {"in/b.jpg": "new.bmp/b.jpg"}
+    assert plan("in/b.jpg", output="v1.2") == {"in/b.jpg": "v1.2/b.jpg"}
+    assert plan("in", output="2024.old")["in/b.jpg"] == "2024.old/b.jpg"
+
+
+def test_without_an_output_results_lie_beside_their_sources(folder, monkeypatch):
+    touch("in/g.gif")
+    for given, suffix, expected in (
+        ("in/b.jpg", "", "in/b_x4.jpg"),
+        ("in/b.jpg", "_big", "in/b_big.jpg"),
+        ("in/g.gif", "", "in/g_x4.png"),
+        ("in", "", "in_x4"),
+        ("in/sub/", "_big", "in/sub_x4"),
+    ):
+        assert output_beside(Path(given), 4, Naming(suffix)) == Path(expected)
+    monkeypatch.chdir("in/sub")
+    assert output_beside(Path(), 4, Naming()) == folder / "in" / "sub_x4"
+    assert output_beside(Path(".."), 2, Naming()) == folder / "in_x2"
+    with pytest.raises(UsageError, match="name OUTPUT"):
+        output_beside(Path("/"), 4, Naming())
+
+
+def test_a_suffix_that_names_a_folder_is_refused():
+    with pytest.raises(UsageError, match="--suffix 'x/y'"):
+        Naming("x/y")
 
 
 def test_a_result_that_would_replace_its_source_is_refused(folder):
@@ -133,21 +178,6 @@ def test_a_folder_without_pictures_is_told(folder):
     touch("none/readme.txt")
     with pytest.raises(PictureError, match="none: no pictures found"):
         plan("none")
-
-
-def test_a_job_is_done_when_its_result_is_there_whole_and_not_older(folder):
-    source, result = touch("in/b.jpg"), touch("out/b.jpg")
-    job = Job(source, result)
-    assert not job.done
-    result.write_bytes(b"x")
-    os.utime(source, ns=(1000, 1000))
-    os.utime(result, ns=(1000, 1000))
-    assert job.done
-    os.utime(source, ns=(1001, 1001))
-    assert not job.done
-    result.unlink()
-    assert not job.done
-    assert not Job(Path("missing"), source).done
 
 
 def test_a_named_file_of_another_format_than_asked_for_is_an_error(tmp_path):

@@ -52,6 +52,33 @@ def test_a_store_gets_the_bytes_of_the_local_run_and_a_second_run_skips_them(s3,
     assert {name: (tmp_path / "fetched" / name).read_bytes() for name in expected} == expected
 
 
+def test_finished_pictures_in_a_store_are_skipped_without_downloading_a_source(s3, sanrt, tmp_path):
+    fill(s3, tmp_path, "skip", [f"{number}.png" for number in range(5)])
+    url = f"s3://{server.BUCKET}/skip"
+    assert "5 written" in sanrt(f"{url}/in", f"{url}/out")[1]
+    s3.proxy.seen.clear()
+    assert "0 written, 5 skipped" in sanrt(f"{url}/in", f"{url}/out")[1]
+    fetched = [line for line in s3.proxy.seen if line.startswith(b"GET /pictures/skip/")]
+    assert len(fetched) == 5
+    assert all(line.startswith(b"GET /pictures/skip/out/") for line in fetched)
+
+
+def test_a_result_in_a_store_follows_its_source_and_is_replaced_only_as_sanrt_wrote_it(s3, sanrt, tmp_path):
+    fill(s3, tmp_path, "changed", ["a.png"])
+    url = f"s3://{server.BUCKET}/changed"
+    assert "1 written" in sanrt(f"{url}/in", f"{url}/out")[1]
+    s3.put("changed/in/a.png", png(1))
+    assert "or from this one before it changed; made again" in sanrt(f"{url}/in", f"{url}/out")[1]
+    assert "made with other options before; made again" in sanrt(f"{url}/in", f"{url}/out", "--self-ensemble")[1]
+    edited = s3.tree("changed/out/")["a.png"] + b"more"
+    for content, why in ((edited, "changed since sanrt made it"), (png(2), "not made by sanrt")):
+        s3.put("changed/out/a.png", content)
+        status, _, err = sanrt(f"{url}/in", f"{url}/out")
+        assert status == 1
+        assert f"{url}/out/a.png: already there and {why}" in err
+        assert s3.tree("changed/out/") == {"a.png": content}
+
+
 def test_a_connection_cut_in_a_transfer_fails_that_picture_alone_and_leaves_no_half_result(s3, sanrt, tmp_path):
     fill(s3, tmp_path, "cut", ["fine.png", "read.png", "write.png"])
     url = f"s3://{server.BUCKET}/cut"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from sanrt.runtime.pictures.codec import Encoding, SourcePicture
 from sanrt.runtime.pictures.jobs import Job, find_pictures
 from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.pipeline import Failed, PipelineOptions, Planned, Skipped, Written
+from sanrt.runtime.runs.results import Recipe
 from sanrt.runtime.tiling.plan import Tiling, Way
 
-OPTIONS = PipelineOptions(scale=2)
+RECIPE = Recipe(2, "a network that doubles")
+OPTIONS = PipelineOptions(RECIPE)
 
 
 def double(rgb):
@@ -48,12 +51,28 @@ def test_every_picture_is_written_once_in_order_with_its_own_pixels(jobs):
         assert np.array_equal(pyvips.Image.new_from_file(str(job.destination)).numpy(), np.full((12, 10, 3), 10 * number))
 
 
-def test_what_is_done_is_skipped_unless_it_is_to_be_overwritten(jobs):
+def test_what_another_run_wrote_meanwhile_is_skipped_if_it_is_the_same_and_else_never_replaced(jobs):
     list(pipeline.run(jobs[:2], double, OPTIONS))
-    again = list(pipeline.run(jobs, double, OPTIONS))
-    assert [type(outcome) for outcome in again] == [Skipped] * 2 + [Written] * 4
-    forced = list(pipeline.run(jobs, double, PipelineOptions(scale=2, overwrite=True)))
-    assert [type(outcome) for outcome in forced] == [Written] * 6
+    list(pipeline.run(jobs[2:3], double, PipelineOptions(Recipe(2, "another network"))))
+    jobs[3].destination.write_bytes(b"somebody's")
+    kept = [job.destination.read_bytes() for job in jobs[:4]]
+    outcomes = list(pipeline.run(jobs, double, OPTIONS))
+    assert [type(outcome) for outcome in outcomes] == [Skipped] * 2 + [Failed] * 2 + [Written] * 2
+    assert "was not there when the run began" in outcomes[3].reason
+    assert [job.destination.read_bytes() for job in jobs[:4]] == kept
+    replaced = list(pipeline.run([replace(job, replaces=True) for job in jobs], double, OPTIONS))
+    assert [type(outcome) for outcome in replaced] == [Written] * 6
+
+
+def test_a_file_that_appears_while_its_picture_is_upscaled_is_not_replaced(jobs):
+    def slow(rgb):
+        jobs[0].destination.parent.mkdir(exist_ok=True)
+        jobs[0].destination.write_bytes(b"somebody's")
+        return double(rgb)
+
+    (outcome,) = pipeline.run(jobs[:1], slow, OPTIONS)
+    assert "was not there when the run began" in outcome.reason
+    assert jobs[0].destination.read_bytes() == b"somebody's"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +219,7 @@ def test_opacity_of_streamed_pictures_is_that_of_whole_ones_and_never_in_memory(
             monkeypatch.delattr(pipeline, "upscale_alpha")
             monkeypatch.delattr(SourcePicture, "alpha")
         job = Job(tmp_path / f"in{suffix}", tmp_path / f"{tiling}{suffix}")
-        options = PipelineOptions(2, Encoding(background=background), streamer=Streaming(tiling))
+        options = PipelineOptions(RECIPE, Encoding(background=background), Streaming(tiling))
         assert [type(outcome) for outcome in pipeline.run([job], double, options)] == [Written]
         written.append(pyvips.Image.new_from_file(str(job.destination)).numpy())
     assert written[0].shape == ((180, 82) if orientation == 1 else (82, 180)) + (3 if background else 4,)
@@ -214,7 +233,7 @@ def test_a_source_that_vanishes_before_its_opacity_is_read_leaves_nothing(tmp_pa
             source.info.path.unlink()
 
     job = Job(save(tmp_path / "a.png", bands=4), tmp_path / "out" / "a.png")
-    (outcome,) = pipeline.run([job], double, PipelineOptions(2, streamer=Vanishing(Tiling.EXACT)))
+    (outcome,) = pipeline.run([job], double, PipelineOptions(RECIPE, streamer=Vanishing(Tiling.EXACT)))
     assert str(job.source) in outcome.reason
     assert not job.destination.parent.exists() or not list(job.destination.parent.iterdir())
 
@@ -230,10 +249,9 @@ def test_what_a_result_lacks_is_told(tmp_path):
 
 def test_a_plan_writes_nothing_and_foresees_sizes_and_failures(jobs, tmp_path):
     transparent = Job(save(tmp_path / "t.png", bands=4), tmp_path / "t.jpg")
-    list(pipeline.run(jobs[:1], double, OPTIONS))
-    outcomes = list(pipeline.plan([*jobs[:2], transparent], OPTIONS))
-    assert outcomes[:2] == [Skipped(jobs[0]), Planned(jobs[1], 10, 12)]
-    assert "transparency" in outcomes[2].reason
-    assert files(tmp_path / "out") == ["0.png"]
-    flattened = PipelineOptions(scale=2, encoding=Encoding(background=(255, 255, 255)))
+    outcomes = list(pipeline.plan([jobs[1], transparent], OPTIONS))
+    assert outcomes[0] == Planned(jobs[1], 10, 12)
+    assert "transparency" in outcomes[1].reason
+    assert not (tmp_path / "out").exists()
+    flattened = PipelineOptions(RECIPE, encoding=Encoding(background=(255, 255, 255)))
     assert list(pipeline.plan([transparent], flattened)) == [Planned(transparent, 10, 12)]

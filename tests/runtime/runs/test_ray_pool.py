@@ -25,11 +25,14 @@ from sanrt.errors import BackendError, UsageError
 from sanrt.runtime.artifacts.engines import json_path
 from sanrt.runtime.backends.default_variant import prefer
 from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import model_spec
+from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.jobs import Naming, find_pictures
 from sanrt.runtime.runs import ray_pool as cluster
 from sanrt.runtime.runs.pipeline import Failed, Skipped, Written
 from sanrt.runtime.runs.ray_pool import Pool, Share, Task, connected, shared_out
 from sanrt.runtime.runs.record import Verdict, read_record, verify
+from sanrt.runtime.runs.results import Recipe
 from sanrt.runtime.tiling.upscaling import UpscaleOptions
 from tests.runtime import s3
 from tests.runtime.artifacts.test_engines import RTX, TILES, saved
@@ -211,7 +214,7 @@ def cmdline(process: psutil.Process) -> str:
 
 
 def work(model: Path, **more) -> Task:
-    return Task(model, "onnxruntime", RunOptions(threads=1), UpscaleOptions(), **more)
+    return Task(model, "onnxruntime", RunOptions(threads=1), UpscaleOptions(), **{"recipe": Recipe(2, ""), **more})
 
 
 class Poisoned(cluster.Worker):
@@ -343,7 +346,8 @@ def survived(nodes, model: Path, folder: Path, count: int) -> list:
     jobs = find_pictures([pictures(folder / "in", count)], folder / "out", Naming())
     outcomes, killed, other = [], None, patiently(lambda: nodes.add_node(**NODE))
     nodes.wait_for_nodes(WAIT)
-    with connected(nodes.address, 4, 2) as share, Pool(work(model), share) as pool, closing(pool.run(jobs)) as coming:
+    task = work(model, recipe=Recipe.of(model_spec(model), None, UpscaleOptions(), Encoding()))
+    with connected(nodes.address, 4, 2) as share, Pool(task, share) as pool, closing(pool.run(jobs)) as coming:
         for outcome in coming:
             outcomes.append(outcome)
             busy = [hand for hand in pool.hands if hand.left]

@@ -15,6 +15,7 @@ from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.runs import pipeline
+from sanrt.runtime.runs.results import Recipe
 from sanrt.runtime.tiling.orientations import TURNS, TurnedSource
 from sanrt.runtime.tiling.plan import Tiling, Way, network_bytes
 from sanrt.runtime.tiling.streaming import ArraySource
@@ -229,7 +230,7 @@ def test_a_streamed_self_ensemble_of_a_file_is_the_whole_one(tiny_model, tmp_pat
         options = UpscaleOptions(tile=20, tiling=Tiling.EXACT, self_ensemble=True, memory=2**30, scratch=tmp_path)
         assert np.abs(upscale(backend, picture, options).astype(int) - expected).max() <= 1
         job = Job(tmp_path / "in.png", tmp_path / "out.png")
-        (outcome,) = pipeline.run([job], None, pipeline.PipelineOptions(2, streamer=Streamer(backend, options)))
+        (outcome,) = pipeline.run([job], None, pipeline.PipelineOptions(Recipe(2, ""), streamer=Streamer(backend, options)))
         assert outcome.way == Way(Tiling.EXACT, 20, 2)
         once = upscale(backend, picture).astype(int)
     result = pyvips.Image.new_from_file(str(job.destination)).numpy().astype(int)

@@ -24,7 +24,7 @@ from sanrt.model.spec import Precision
 from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, BuildOptions, EngineInfo, save_engine, stage_archive
 from sanrt.runtime.artifacts.flavors import Flavor
 from sanrt.runtime.artifacts.sizes import TILES, Profile, Size
-from sanrt.runtime.backends.fp32_fallback import Sentinel
+from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.backends.tensorrt.backend import TensorRTBackend
@@ -219,7 +219,7 @@ def test_a_tile_that_overflows_on_the_gpu_is_computed_in_fp32(rig: StageRig, cap
     whole = rig.whole(Precision.FP16)
     rig.build_stages(whole)
     with load_backend("onnxruntime", rig.model, RunOptions(threads=1)) as exact, rig.open(whole) as backend:
-        watched = Sentinel(backend, lambda _: exact)
+        watched = FP32Fallback(backend, lambda _: exact)
         plain = upscale(watched, picture(), EXACT)
         assert not caplog.records
         real = StageContext.execute_async_v3

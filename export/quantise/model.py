@@ -1,36 +1,33 @@
-"""An exported ONNX with parts of it in int8 or fp8, as many as a loss of quality allows."""
+"""The quantised model: an exported ONNX with parts of it in int8 or fp8, as many as a loss of quality allows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from sanrt.errors import ModelError, ParityError, UsageError
 from sanrt.export.quantise.calibration import (
     CalibrationSet,
-    Method,
-    Ranges,
+    RangeMethod,
+    TensorRanges,
     Track,
-    calibrated,
     calibration_set,
-    parts,
+    measure_ranges,
     untracked,
 )
-from sanrt.export.quantise.search import Measurements, Plan, of_parts, plan_parts, table_rows
-from sanrt.model.graph import Weights, read_model, san_model
+from sanrt.export.quantise.parts import matching_parts, quantisable_parts, restricted_to
+from sanrt.export.quantise.search import LossMeasurements, PartSelection, select_parts
+from sanrt.model.exported import read_model
+from sanrt.model.graph import san_model
 from sanrt.model.spec import ModelSpec, Quantisation, QuantisedType
 from sanrt.runtime.artifacts.models import read_spec
-from sanrt.runtime.artifacts.variants import FOLDER, file_digest
+from sanrt.runtime.artifacts.variants import FOLDER, model_digest
 from sanrt.version import __version__
-
-MAX_PSNR_DROP = 0.1
-"""dB of Y-PSNR that quantisation may cost, unless said otherwise."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +36,31 @@ class QuantiseOptions:
 
     type: QuantisedType
     calibration: Path | None = None
-    """Folder of high-resolution pictures; None is generated scenes."""
-    method: Method = Method.MIN_MAX
-    max_psnr_drop: float = MAX_PSNR_DROP
+    """Folder of high-resolution pictures; None stands for generated scenes."""
+    method: RangeMethod = RangeMethod.MIN_MAX
+    """How the range of a tensor follows from the magnitudes seen."""
+    max_psnr_drop: float = 0.1
+    """Most dB of Y-PSNR that quantisation may cost."""
     keep: tuple[str, ...] = ()
     """Patterns of parts that stay as they are, such as `groups.0.*`."""
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """What was written, and why so."""
+class QuantisedModel:
+    """A quantised model's file, and the measurements that decided its parts."""
 
     path: Path
     spec: ModelSpec
-    plan: Plan
+    selection: PartSelection
     pictures: CalibrationSet
 
 
 def quantised_path(model: Path, kind: QuantisedType) -> Path:
-    """Beside the exported model: `san_x4.int8.onnx`."""
+    """Where the quantised form of a model lies: beside it, as `san_x4.int8.onnx`."""
     return model.with_name(f"{model.stem}.{kind}.onnx")
 
 
-def quantise(model: Path, options: QuantiseOptions, track: Track = untracked) -> Quantised:
+def quantise(model: Path, options: QuantiseOptions, track: Track = untracked) -> QuantisedModel:
     """Calibrate, measure every part, and write the ONNX with the most parts in 8 bits that the budget allows.
 
     What was measured is kept beside the model, by digest of all that it depends on. Raises ParityError, and writes
@@ -73,67 +72,53 @@ def quantise(model: Path, options: QuantiseOptions, track: Track = untracked) ->
     path = quantised_path(model, options.type)
     if path.exists() and not is_quantised(path):
         raise ModelError(f"{path}: is in the way and would be lost: no quantised model; move it, or name {model.name} anew")
-    all_parts = parts(spec)
-    kept = kept_parts(all_parts, options.keep)
+    parts = quantisable_parts(spec.architecture)
+    kept = matching_parts(parts, options.keep)
     pictures = calibration_set(options.calibration, spec.architecture.scale, track)
-    identity = [file_digest(model), __version__, pictures.digest]
-    ranges = kept_ranges(model, spec, weights, pictures, options.method, identity, track)
+    identity = [model_digest(model), __version__, pictures.digest]
+    ranges = cached_ranges(
+        cache_path(model, f"ranges-{options.method}", identity),
+        lambda: measure_ranges(spec, weights, pictures.crops, options.method, track),
+    )
     quantisation = Quantisation(options.type, ranges.inputs, ranges.outputs)
     cache = cache_path(model, f"{options.type}-losses", [*identity, json.dumps(ranges.inputs)])
-    measure = Measurements(spec, weights, quantisation, pictures.held_out, cache)
-    plan = plan_parts(all_parts, kept, measure, options.max_psnr_drop, track)
-    if not plan.parts:
-        raise nothing_fits(model, options, plan)
-    report = {**spec.report, "quantisation": facts(options, pictures, plan)}
-    spec = replace(spec, quantisation=of_parts(quantisation, plan.parts), report=report)
-    write(path, san_model(spec, weights).SerializeToString())
-    return Quantised(path, spec, plan, pictures)
+    measure = LossMeasurements(spec, weights, quantisation, pictures.held_out, cache)
+    selection = select_parts(parts, kept, measure, options.max_psnr_drop, track)
+    if not selection.parts:
+        raise nothing_fits(model, options, selection)
+    report = {**spec.report, "quantisation": quantisation_report(options, pictures, selection)}
+    quantised = replace(spec, quantisation=restricted_to(quantisation, selection.parts), report=report)
+    write(path, san_model(quantised, weights).SerializeToString())
+    return QuantisedModel(path, quantised, selection, pictures)
 
 
 def is_quantised(path: Path) -> bool:
-    """Whether a file is what `quantise` writes."""
+    """Whether a file is one that `quantise` writes."""
     try:
         return read_spec(path).quantisation is not None
     except ModelError:
         return False
 
 
-def kept_parts(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The parts that stay as they are; raises UsageError for a pattern that means none."""
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UsageError(f"{pattern!r}: no such part; expected a name or pattern among {names[0]} .. {names[-1]}")
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def kept_ranges(
-    model: Path,
-    spec: ModelSpec,
-    weights: Weights,
-    pictures: CalibrationSet,
-    method: Method,
-    identity: Sequence[str],
-    track: Track,
-) -> Ranges:
-    """The convolutions' ranges, from the last time that the same was asked or measured now."""
-    path = cache_path(model, f"ranges-{method}", identity)
+def cached_ranges(path: Path, measure: Callable[[], TensorRanges]) -> TensorRanges:
+    """The ranges kept in a file from an earlier search, or else measured now and written there."""
     try:
-        return Ranges(**json.loads(path.read_text()))
+        return TensorRanges(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        ranges = calibrated(spec, weights, pictures.crops, method, track)
+        ranges = measure()
         write(path, json.dumps(asdict(ranges)).encode())
         return ranges
 
 
 def cache_path(model: Path, what: str, identity: Sequence[str]) -> Path:
-    """Where something measured is kept: beside the model, under a digest of all that it depends on."""
+    """Where a measurement is kept: beside the model, under a digest of all that the measurement depends on."""
     tag = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
     return model.parent / FOLDER / f"{model.stem}-{what}-{tag}.json"
 
 
-def nothing_fits(model: Path, options: QuantiseOptions, plan: Plan) -> ParityError:
-    """No part is within the budget."""
-    measured = [(cost.alone.y_psnr_drop, cost.part) for cost in plan.costs if cost.alone]
+def nothing_fits(model: Path, options: QuantiseOptions, selection: PartSelection) -> ParityError:
+    """The error for a model no part of which is within the budget."""
+    measured = [(cost.alone.y_psnr_drop, cost.part) for cost in selection.costs if cost.alone]
     drop, part = min(measured, default=(float("nan"), "none"))
     return ParityError(
         f"{model}: no part can be {options.type} within {options.max_psnr_drop:g} dB of Y-PSNR: the cheapest,"
@@ -141,21 +126,21 @@ def nothing_fits(model: Path, options: QuantiseOptions, plan: Plan) -> ParityErr
     )
 
 
-def facts(options: QuantiseOptions, pictures: CalibrationSet, plan: Plan) -> dict[str, Any]:
-    """What the metadata keeps, for `sanrt info`."""
+def quantisation_report(options: QuantiseOptions, pictures: CalibrationSet, selection: PartSelection) -> dict[str, Any]:
+    """The measurements that the model's metadata keeps, which `sanrt info` shows."""
     return {
         "type": options.type,
         "calibration": f"{len(pictures.crops)} crops of {pictures.name}, {options.method}",
         "held_out": len(pictures.held_out),
         "max_psnr_drop": options.max_psnr_drop,
-        "y_psnr_drop": plan.loss.y_psnr_drop,
-        "psnr": plan.loss.psnr,
-        "parts": table_rows(plan),
+        "y_psnr_drop": selection.loss.y_psnr_drop,
+        "psnr": selection.loss.psnr,
+        "parts": selection.to_json(),
     }
 
 
 def write(path: Path, content: bytes) -> None:
-    """Beside its place, then renamed."""
+    """Write a file under a temporary name beside its own, then rename it; raises ModelError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(exist_ok=True)

@@ -11,18 +11,19 @@ import torch
 from onnx import numpy_helper
 
 from sanrt.errors import BackendError, ParityError, PictureError, UsageError
-from sanrt.export.quantise import calibration
-from sanrt.export.quantise import search as budget
-from sanrt.export.quantise.calibration import Histogram, Method, calibration_set, collector_for, convolutions, parts
-from sanrt.export.quantise.quantised import QuantiseOptions, quantise
-from sanrt.export.quantise.search import Loss, largest_prefix, plan_parts
-from sanrt.export.quantise.trials import compared
+from sanrt.export.quantise import calibration, search
+from sanrt.export.quantise.calibration import Magnitudes, RangeMethod, calibration_set
+from sanrt.export.quantise.model import QuantiseOptions, quantise
+from sanrt.export.quantise.parts import convolutions_of, quantisable_parts, restricted_to
+from sanrt.export.quantise.search import QualityLoss, largest_prefix, select_parts
+from sanrt.export.quantise.trials import compare_backends
 from sanrt.export.samples import samples
 from sanrt.export.scene import natural_scene
 from sanrt.export.tensors import Probe
 from sanrt.export.validate import ValidateOptions, validate
 from sanrt.model.checkpoint import load_checkpoint
-from sanrt.model.graph import read_model, san_model
+from sanrt.model.exported import read_model
+from sanrt.model.graph import san_model
 from sanrt.model.spec import GraphOptions, Precision, Quantisation, QuantisedType
 from sanrt.runtime.backends.default_variant import load_default, prefer, preference_path, preferred
 from sanrt.runtime.backends.protocol import RunOptions
@@ -37,7 +38,7 @@ X = np.random.default_rng(0).uniform(0, 255, (1, 3, 12, 15)).astype(np.float32)
 @pytest.fixture
 def small_crops(monkeypatch):
     monkeypatch.setattr(calibration, "CROP", 24)
-    monkeypatch.setattr(calibration, "CROPS", 6)
+    monkeypatch.setattr(calibration, "MAX_CROPS", 6)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def model(exported, tmp_path):
 
 def quantised_spec(model, kind, largest=60.0):
     spec, weights = read_model(model)
-    ranges = {conv: largest for part in parts(spec) for conv in convolutions(part)}
+    ranges = {conv: largest for part in quantisable_parts(spec.architecture) for conv in convolutions_of(part)}
     return replace(spec, quantisation=Quantisation(kind, ranges, ranges)), weights
 
 
@@ -131,8 +132,8 @@ def test_in_onnxruntimes_form_convolutions_take_and_give_8_bits_and_compute_near
 @pytest.mark.parametrize("part", ["groups.0.blocks.1", "groups.1.conv", "upsampler.0"])
 def test_a_single_part_runs_in_onnxruntimes_form_and_stays_near_the_files_own(part, model, exported):
     spec, weights = quantised_spec(model, QuantisedType.INT8, largest=60.0)
-    one = budget.of_parts(spec.quantisation, [part])
-    assert list(one.ranges) == list(one.outputs) == convolutions(part)
+    one = restricted_to(spec.quantisation, [part])
+    assert list(one.ranges) == list(one.outputs) == convolutions_of(part)
     path = model.with_name("one.onnx")
     own, fp32 = (san_model(replace(spec, quantisation=q), weights) for q in (one, None))
     onnx.save(own, path)
@@ -164,29 +165,24 @@ def test_a_quantised_file_read_and_written_again_holds_the_same_8_bits(kind, mod
                 np.testing.assert_array_equal(second[name], array, name)
 
 
-def test_min_max_keeps_the_largest_and_the_histograms_cut_outliers():
+def test_min_max_keeps_the_largest_and_a_percentile_cuts_outliers():
     rng = np.random.default_rng(0)
-    batches = [{"x": (size * rng.normal(0, 1, 20000)).astype(np.float32)} for size in (0.2, 1, 1)]
-    batches[1]["x"][0] = -50.0
-    found = {}
-    for method in Method:
-        collector = collector_for(method)
-        for batch in batches:
-            collector.collect(batch)
-        found[method] = collector.ranges()["x"]
-    exact = np.quantile(np.abs(np.concatenate([b["x"] for b in batches])), 0.9999)
-    assert found[Method.MIN_MAX] == 50.0
-    assert found[Method.PERCENTILE] == pytest.approx(exact, abs=0.1)
-    assert 2.5 < found[Method.ENTROPY] < 10
+    batches = [(size * rng.normal(0, 1, 20000)).astype(np.float32) for size in (0.2, 1, 1)]
+    batches[1][0] = -50.0
+    seen = Magnitudes()
+    for batch in batches:
+        seen.add(batch)
+    exact = np.quantile(np.abs(np.concatenate(batches)), 0.9999)
+    assert seen.range(RangeMethod.MIN_MAX) == 50.0
+    assert seen.range(RangeMethod.PERCENTILE) == pytest.approx(exact, abs=0.1)
 
 
 def test_a_histogram_that_widens_forgets_nothing():
-    histogram = Histogram()
+    seen = Magnitudes()
     for values in ([0.5, 1.0], [0.0], [3.9, -100.0], []):
-        histogram.add(np.array(values, np.float32))
-    assert histogram.counts.sum() == 5
-    assert histogram.top >= 100
-    assert histogram.percentile(50) == pytest.approx(1.0, abs=2 * histogram.top / 2048)
+        seen.add(np.array(values, np.float32))
+    assert seen.counts.sum() == 5
+    assert seen.top >= seen.largest == 100
 
 
 @pytest.mark.parametrize("fitting", range(18))
@@ -205,13 +201,13 @@ def test_the_least_sensitive_parts_are_chosen_and_kept_ones_stay_out():
     price = {"a": 0.05, "b": 0.01, "c": 0.2, "d": 0.03}
 
     def measure(blocks):
-        return Loss(100 - 100 * sum(price[b] for b in blocks), sum(price[b] for b in blocks))
+        return QualityLoss(100 - 100 * sum(price[b] for b in blocks), sum(price[b] for b in blocks))
 
-    plan = plan_parts(list(price), ["b"], measure, 0.1)
-    assert plan.parts == ["a", "d"]
-    assert plan.loss.y_psnr_drop == pytest.approx(0.08)
-    assert [cost.alone and cost.alone.y_psnr_drop for cost in plan.costs] == [0.05, None, 0.2, 0.03]
-    assert plan_parts(list(price), [], measure, 0.001).parts == []
+    selection = select_parts(list(price), ["b"], measure, 0.1)
+    assert selection.parts == ["a", "d"]
+    assert selection.loss.y_psnr_drop == pytest.approx(0.08)
+    assert [cost.alone and cost.alone.y_psnr_drop for cost in selection.costs] == [0.05, None, 0.2, 0.03]
+    assert select_parts(list(price), [], measure, 0.001).parts == []
 
 
 def test_quantise_writes_a_model_that_runs_validates_and_tells_its_parts(model, exported, pictures, small_crops):
@@ -242,9 +238,9 @@ def test_a_search_taken_up_again_measures_nothing_twice(model, pictures, small_c
     def refuse(*_):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(budget, "Probe", refuse)
+    monkeypatch.setattr(search, "Probe", refuse)
     monkeypatch.setattr(calibration, "Probe", refuse)
-    assert quantise(model, options).plan == first.plan
+    assert quantise(model, options).selection == first.selection
     other = replace(options, calibration=pictures.parent / "other")
     other.calibration.mkdir(exist_ok=True)
     write_picture(Output(other.calibration / "a.png", Format.PNG, 96, 96), natural_scene(96, 96, 7))
@@ -287,7 +283,7 @@ def test_run_takes_the_preferred_variant_of_this_very_model_on_this_machine_only
 
 
 def test_every_way_is_tried_the_fastest_first(model, pictures, small_crops):
-    found = compared([model], calibration_set(pictures, 2).held_out).trials
+    found = compare_backends([model], calibration_set(pictures, 2).held_out).trials
     assert {"onnxruntime", "torch"} <= {t.backend for t in found}
     assert all(t.seconds > 0 and math.isfinite(t.y_psnr) for t in found)
     assert [t.seconds for t in found] == sorted(t.seconds for t in found)
