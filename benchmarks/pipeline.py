@@ -27,10 +27,10 @@ from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.jobs import Job, Naming, find_pictures
-from sanrt.runtime.runs.pipeline import Outcome, PipelineOptions, Upscale, Written, encoders, enlarge, read, run, write
+from sanrt.runtime.runs.pipeline import Outcome, PipelineOptions, Written, encoders, enlarge, read, run, write
 from sanrt.runtime.runs.results import Recipe
-from sanrt.runtime.tiling.plan import Tiling
-from sanrt.runtime.tiling.upscaling import Streamer, UpscaleOptions, upscale
+from sanrt.runtime.tiling.plan import Tiling, UpscaleOptions
+from sanrt.runtime.tiling.upscaling import NetworkRunner
 
 STEPS = {
     "read": "decode",
@@ -131,17 +131,16 @@ def generated(folder: Path, count: int, size: Size) -> Path:
 
 def measure(jobs: list[Job], network: Backend, options: UpscaleOptions) -> Measured:
     """The pictures one step after the other, then overlapped; raises SanrtError when one of them fails."""
-    enlarged = partial(upscale, network, options=options)
     recipe = Recipe.of(network.spec, None, options, Encoding())
-    steps = PipelineOptions(recipe, streamer=Streamer(network, options))
+    steps, runner = PipelineOptions(recipe), NetworkRunner(network, options)
     jobs = [replace(job, replaces=True) for job in jobs]
     watch = Stopwatch(network)
-    step_by_step(jobs[0], enlarged, steps)  # warms up, and does not count
+    step_by_step(jobs[0], runner, steps)  # warms up, and does not count
     watch.seconds = 0.0
-    done = [step_by_step(job, enlarged, steps) for job in jobs]
+    done = [step_by_step(job, runner, steps) for job in jobs]
     infer = watch.seconds
     started = time.perf_counter()
-    for outcome in run(jobs, enlarged, steps):
+    for outcome in run(jobs, runner, steps):
         require_written(outcome)
     overlapped = time.perf_counter() - started
     spent = {name: sum(each.seconds[name] for each in done) for name in ("read", "upscale", "write")}
@@ -149,12 +148,12 @@ def measure(jobs: list[Job], network: Backend, options: UpscaleOptions) -> Measu
     return Measured(sum(each.pixels for each in done), seconds, overlapped)
 
 
-def step_by_step(job: Job, enlarged: Upscale, options: PipelineOptions) -> Written:
+def step_by_step(job: Job, runner: NetworkRunner, options: PipelineOptions) -> Written:
     """One picture; PictureError for one that would be streamed, as its stages are not timed one by one."""
-    loaded = read(job, options)
-    if loaded.way and loaded.way.tiling is Tiling.EXACT:
+    loaded = read(job, runner, options)
+    if loaded.plan.tiling is Tiling.EXACT:
         raise PictureError(f"{job.source}: too large to be held in memory; expected pictures that are not streamed")
-    return require_written(write(enlarge(loaded, enlarged), options))
+    return require_written(write(enlarge(loaded, runner), options))
 
 
 def require_written(outcome: Outcome) -> Written:

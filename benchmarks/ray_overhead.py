@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -27,7 +26,8 @@ from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.pipeline import PipelineOptions, Written
 from sanrt.runtime.runs.ray_pool import LOCAL, Pool, Task, connected
 from sanrt.runtime.runs.results import Recipe
-from sanrt.runtime.tiling.upscaling import Streamer, UpscaleOptions, upscale
+from sanrt.runtime.tiling.plan import UpscaleOptions
+from sanrt.runtime.tiling.upscaling import NetworkRunner
 
 
 def pictures(folder: Path, count: int, side: int) -> Path:
@@ -48,10 +48,9 @@ def timed(outcomes: list[pipeline.Outcome], started: float) -> float:
 def local_seconds(network: Backend, jobs: list[Job]) -> float:
     """What the pipeline of one machine takes."""
     upscaling = UpscaleOptions()
-    recipe = Recipe.of(network.spec, None, upscaling, Encoding())
-    options = PipelineOptions(recipe, streamer=Streamer(network, upscaling))
+    options = PipelineOptions(Recipe.of(network.spec, None, upscaling, Encoding()))
     started = time.perf_counter()
-    return timed(list(pipeline.run(jobs, partial(upscale, network), options)), started)
+    return timed(list(pipeline.run(jobs, NetworkRunner(network, upscaling), options)), started)
 
 
 def main(

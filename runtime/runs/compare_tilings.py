@@ -14,8 +14,8 @@ import numpy as np
 
 from sanrt.runtime.backends.protocol import Backend
 from sanrt.runtime.pictures.codec import Pixels, open_picture
-from sanrt.runtime.tiling.plan import Tiling
-from sanrt.runtime.tiling.upscaling import UpscaleOptions, upscale
+from sanrt.runtime.tiling.plan import Tiling, UpscaleOptions
+from sanrt.runtime.tiling.upscaling import upscale
 
 SAMPLE = 192
 """Longest side of the sample, from the picture's centre."""

@@ -22,8 +22,16 @@ from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import BACKENDS, load_unguarded, status
 from sanrt.runtime.pictures.codec import open_picture, plan_output
 from sanrt.runtime.pictures.jobs import Job
-from sanrt.runtime.tiling.plan import Tiling, Way, network_bytes, result_bytes
-from sanrt.runtime.tiling.upscaling import UpscaleOptions, by_stages, choose_way, room_of
+from sanrt.runtime.tiling.plan import (
+    MemoryBudget,
+    Tiling,
+    TilingPlan,
+    UpscaleOptions,
+    by_stages,
+    network_bytes,
+    plan_tiling,
+    result_bytes,
+)
 
 SIDES = (64, 192)
 """Of the two pictures that a backend's speed is measured on: attention's share is small in one and large in the other."""
@@ -44,11 +52,11 @@ class Speed:
     pair: float
     """Seconds per pair of a query and a key."""
 
-    def seconds(self, height: int, width: int, way: Way, arch: Architecture) -> float:
+    def seconds(self, height: int, width: int, plan: TilingPlan, arch: Architecture) -> float:
         """An estimate for one picture, the halos of its tiles included."""
-        halo = 0 if way.tiling is Tiling.WHOLE else 2 * (2 * arch.blocks)
-        grown = (1 + halo / way.tile) ** 2
-        return height * width * self.pixel * grown + pairs(height, width, way.regions) * self.pair
+        halo = 0 if plan.tiling is Tiling.WHOLE else 2 * (2 * arch.blocks)
+        grown = (1 + halo / plan.tile) ** 2
+        return height * width * self.pixel * grown + pairs(height, width, plan.regions) * self.pair
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Estimate:
     """One picture on one backend."""
 
     backend: str
-    way: Way
+    plan: TilingPlan
     memory: int
     """Bytes beside the process itself, a GPU's included."""
     scratch: int
@@ -124,15 +132,15 @@ def picture_plan(job: Job, loaded: list[Backend], speeds: Mapping[str, Speed], o
 
 def estimate(backend: Backend, speeds: Mapping[str, Speed], height: int, width: int, options: UpscaleOptions) -> Estimate:
     """What one picture takes on one backend."""
-    arch, way = backend.spec.architecture, choose_way(backend, height, width, options)
+    arch, plan = backend.spec.architecture, plan_tiling(backend, height, width, options)
     speed = speeds[backend.name]
-    if by_stages(way, backend):
+    if by_stages(plan, backend):
         speed = speeds.get(backend.name + BY_STAGES, speed)
-    maps = 3 * 4 * arch.channels * height * width if way.tiling is Tiling.EXACT else 0
-    tile = min(height, way.tile) * min(width, way.tile) * network_bytes(arch)
-    held = 0 if way.tiling is Tiling.EXACT else height * width * result_bytes(arch)
-    scratch = max(0, maps - sum(room_of(backend, options).maps(arch, way.tile)))
-    return Estimate(backend.name, way, tile + held + maps - scratch, scratch, speed.seconds(height, width, way, arch))
+    maps = 3 * 4 * arch.channels * height * width if plan.tiling is Tiling.EXACT else 0
+    tile = min(height, plan.tile) * min(width, plan.tile) * network_bytes(arch)
+    held = 0 if plan.tiling is Tiling.EXACT else height * width * result_bytes(arch)
+    scratch = max(0, maps - sum(MemoryBudget.of(backend, options).maps(arch, plan.tile)))
+    return Estimate(backend.name, plan, tile + held + maps - scratch, scratch, speed.seconds(height, width, plan, arch))
 
 
 def speed_of(backend: Backend, model: Path, options: RunOptions) -> Speed:

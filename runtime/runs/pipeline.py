@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,9 +24,7 @@ from sanrt.runtime import host as machine
 from sanrt.runtime.pictures.codec import (
     Encoding,
     Output,
-    PictureInfo,
     Pixels,
-    SourcePicture,
     open_picture,
     plan_output,
     remove_leftovers,
@@ -39,12 +37,11 @@ from sanrt.runtime.pictures.provenance import SourceIdentity, identify
 from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.pictures.storage import RemotePath, delivered, fetched, scratch_folder
 from sanrt.runtime.runs.results import Recipe, appeared
-from sanrt.runtime.tiling.plan import PAPER_REGIONS, Tiling, Way
+from sanrt.runtime.tiling.plan import PAPER_REGIONS, Tiling, TilingPlan
+from sanrt.runtime.tiling.upscaling import NetworkRunner
 
 log = logging.getLogger(__name__)
 
-Upscale = Callable[[Pixels], Pixels]
-"""RGB (H, W, 3) -> (sH, sW, 3) of the same type; how (whole, tiled, streamed) is its own affair."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -54,18 +51,6 @@ MOST_ENCODERS, CORES_PER_ENCODER = 4, 4
 """A GPU outruns one encoder; on few cores the network needs them itself."""
 
 
-class Streamer(Protocol):
-    """Upscales picture files without holding them in memory."""
-
-    def way(self, height: int, width: int) -> Way:
-        """How a picture of this size goes through the network; EXACT ones are streamed."""
-        ...
-
-    def stream(self, source: SourcePicture, result: ScratchPicture) -> None:
-        """Upscale `source` into `result`."""
-        ...
-
-
 @dataclass(frozen=True)
 class PipelineOptions:
     """What happens around the network."""
@@ -73,17 +58,11 @@ class PipelineOptions:
     recipe: Recipe
     """What the results say of their making, beside their sources."""
     encoding: Encoding = field(default_factory=Encoding)
-    streamer: Streamer | None = None
-    """Takes the pictures that are too large to be held in memory."""
 
     @property
     def scale(self) -> int:
         """Upscaling factor."""
         return self.recipe.scale
-
-    def way(self, info: PictureInfo) -> Way | None:
-        """How a picture goes through the network; None where nobody chose."""
-        return self.streamer.way(info.height, info.width) if self.streamer else None
 
 
 @dataclass(frozen=True)
@@ -94,12 +73,13 @@ class Loaded:
     source: SourceIdentity
     output: Output
     rgb: Pixels | ScratchPicture | None
-    """None until it is streamed: it is too large to be held."""
+    """None until it is streamed: it is too large to be held in memory."""
     alpha: Pixels | None
     """None also where it is read as it is written, as the colours are too large to be held."""
     notes: tuple[str, ...]
-    way: Way | None = None
-    """As the streamer chose."""
+    """What is not taken over from the source, one line each."""
+    plan: TilingPlan
+    """How it goes through the network; once it is enlarged, how it really went."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """What each step so far took."""
 
@@ -113,8 +93,8 @@ class Written:
     """Of the result."""
     notes: tuple[str, ...] = ()
     """What was not taken over from the source, one line each."""
-    way: Way | None = None
-    """How it went through the network."""
+    plan: TilingPlan | None = field(default=None, compare=False)
+    """How it really went through the network, after an out-of-memory too."""
     source: SourceIdentity | None = field(default=None, compare=False)
     """What the picture was made from."""
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
@@ -150,43 +130,40 @@ class Failed:
 Outcome = Written | Planned | Skipped | Failed
 
 
-def read(job: Job, options: PipelineOptions) -> Loaded:
-    """Decode a picture whose result can be written; PictureError otherwise."""
+def read(job: Job, runner: NetworkRunner, options: PipelineOptions) -> Loaded:
+    """Decode a picture whose result can be made and written; anything else is refused before a pixel is decoded.
+
+    Raises PictureError, and BackendError or UsageError where the backend cannot take it.
+    """
     started = time.perf_counter()
     with fetched(job.source) as path, open_picture(path) as source:
         output = plan_output(source.info, job.destination, options.scale, options.encoding)
+        plan = runner.decide(source.info)
         identity = identify(path, job.source)
         output = replace(output, provenance=options.recipe.provenance(identity, output.format))
-        way = options.way(source.info)
-        streams = way is not None and way.tiling is Tiling.EXACT
+        streams = plan.tiling is Tiling.EXACT
         rgb = None if streams else source.rgb()
         alpha = source.alpha() if source.info.alpha and not streams else None
-        notes = source.info.notes + output.notes + told(way)
-        return Loaded(job, identity, output, rgb, alpha, notes, way, {"read": since(started)})
+        notes = source.info.notes + output.notes
+        return Loaded(job, identity, output, rgb, alpha, notes, plan, {"read": since(started)})
 
 
-def told(way: Way | None) -> tuple[str, ...]:
-    """A note on how a picture goes, if that is not as the paper's network would."""
-    return (str(way),) if way and (way.tiling is not Tiling.WHOLE or way.regions != PAPER_REGIONS) else ()
+def tiling_note(plan: TilingPlan) -> tuple[str, ...]:
+    """A note on how a picture goes, if that is not as the paper's network would: whole, in 2 x 2 regions."""
+    return (str(plan),) if plan.tiling is not Tiling.WHOLE or plan.regions != PAPER_REGIONS else ()
 
 
-def enlarge(picture: Loaded, upscale: Upscale, streamer: Streamer | None = None) -> Loaded:
-    """The same picture with its colours upscaled."""
+def enlarge(picture: Loaded, runner: NetworkRunner) -> Loaded:
+    """The same picture with its colours upscaled, and the plan that really ran."""
     started = time.perf_counter()
-    rgb = upscale(picture.rgb) if isinstance(picture.rgb, np.ndarray) else streamed(picture, streamer)
-    return replace(picture, rgb=rgb, seconds={**picture.seconds, "upscale": since(started)})
-
-
-def streamed(picture: Loaded, streamer: Streamer | None) -> ScratchPicture:
-    """The colours of a picture that is too large to be held, upscaled into a scratch file beside its destination."""
-    assert streamer
-    output = picture.output
-    with fetched(picture.job.source) as path, open_picture(path) as source, ExitStack() as undo:
-        result = ScratchPicture(output.width, output.height, 3, source.info.dtype.type, scratch_folder(output.path))
-        undo.callback(result.close)
-        streamer.stream(source, result)
-        undo.pop_all()
-        return result
+    rgb: Pixels | ScratchPicture
+    if picture.rgb is None:
+        with fetched(picture.job.source) as path, open_picture(path) as source:
+            rgb, plan = runner.run_file(picture.plan, source, scratch_folder(picture.output.path))
+    else:
+        assert isinstance(picture.rgb, np.ndarray)
+        rgb, plan = runner.run_array(picture.plan, picture.rgb)
+    return replace(picture, rgb=rgb, plan=plan, seconds={**picture.seconds, "upscale": since(started)})
 
 
 def write(picture: Loaded, options: PipelineOptions) -> Written | Skipped:
@@ -206,7 +183,8 @@ def write(picture: Loaded, options: PipelineOptions) -> Written | Skipped:
         path = opened.enter_context(delivered(output.path))
         write_picture(replace(output, path=path), rgb, alpha)
     seconds = {**picture.seconds, "write": since(started)}
-    return Written(picture.job, output.width * output.height, picture.notes, picture.way, picture.source, seconds)
+    notes = picture.notes + tiling_note(picture.plan)
+    return Written(picture.job, output.width * output.height, notes, picture.plan, picture.source, seconds)
 
 
 def since(started: float) -> float:
@@ -214,12 +192,12 @@ def since(started: float) -> float:
     return round(time.perf_counter() - started, 3)
 
 
-def run(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) -> Generator[Outcome, None, None]:
+def run(jobs: Iterable[Job], runner: NetworkRunner, options: PipelineOptions) -> Generator[Outcome, None, None]:
     """Every job's outcome, in order, on this machine; what killed runs left in the destination folders is removed.
 
     Close the iterator to stop early: what is being written is finished, nothing half-written stays.
     """
-    yield from overlapped(without_leftovers(jobs), upscale, options)
+    yield from overlapped(without_leftovers(jobs), runner, options)
 
 
 def encoders() -> int:
@@ -227,11 +205,11 @@ def encoders() -> int:
     return max(1, min(MOST_ENCODERS, machine.cores() // CORES_PER_ENCODER))
 
 
-def overlapped(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) -> Generator[Outcome, None, None]:
+def overlapped(jobs: Iterable[Job], runner: NetworkRunner, options: PipelineOptions) -> Generator[Outcome, None, None]:
     """Every job's outcome, in order; the next picture is decoded and the last ones encoded while this thread computes."""
 
     def start(job: Job) -> Loaded | Skipped | Failed:
-        return guarded(job, lambda: Skipped(job) if appeared(job, options.recipe) else read(job, options))
+        return guarded(job, lambda: Skipped(job) if appeared(job, options.recipe) else read(job, runner, options))
 
     def finish(picture: Loaded | Skipped | Failed) -> Outcome:
         return then(picture, lambda picture: write(picture, options))
@@ -241,7 +219,7 @@ def overlapped(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) 
     writing: deque[Future[Outcome]] = deque()
     try:
         for reading in ahead(reader, start, jobs):
-            enlarged = then(reading.result(), lambda picture: enlarge(picture, upscale, options.streamer))
+            enlarged = then(reading.result(), lambda picture: enlarge(picture, runner))
             writing.append(writer.submit(finish, enlarged))
             while len(writing) >= WAITING + writers or (writing and writing[0].done()):
                 yield writing.popleft().result()
@@ -252,17 +230,20 @@ def overlapped(jobs: Iterable[Job], upscale: Upscale, options: PipelineOptions) 
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def plan(jobs: Iterable[Job], options: PipelineOptions) -> Generator[Planned | Failed, None, None]:
-    """What `run` would do, as far as the pictures' headers tell."""
+def preview(
+    jobs: Iterable[Job], runner: NetworkRunner | None, options: PipelineOptions
+) -> Generator[Planned | Failed, None, None]:
+    """What `run` would do, as far as the pictures' headers tell; without a runner nothing is said of tiles."""
     for job in jobs:
-        yield guarded(job, partial(planned, job, options))
+        yield guarded(job, partial(planned, job, runner, options))
 
 
-def planned(job: Job, options: PipelineOptions) -> Planned:
-    """The result that a picture's header promises; PictureError if it cannot be written."""
+def planned(job: Job, runner: NetworkRunner | None, options: PipelineOptions) -> Planned:
+    """The result that a picture's header promises; raises as `read` does."""
     with fetched(job.source) as path, open_picture(path) as source:
         output = plan_output(source.info, job.destination, options.scale, options.encoding)
-        return Planned(job, output.width, output.height, source.info.notes + output.notes + told(options.way(source.info)))
+        notes = source.info.notes + output.notes + (tiling_note(runner.decide(source.info)) if runner else ())
+        return Planned(job, output.width, output.height, notes)
 
 
 def ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[Future[R]]:

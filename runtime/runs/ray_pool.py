@@ -17,7 +17,6 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from logging.handlers import QueueHandler
 from pathlib import Path
 from queue import SimpleQueue
@@ -39,7 +38,8 @@ from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.pipeline import Failed, Outcome, PipelineOptions, Written
 from sanrt.runtime.runs.record import Entry, Recorder, open_record, write_entry
 from sanrt.runtime.runs.results import Recipe
-from sanrt.runtime.tiling.upscaling import PROCESS_MEMORY, Streamer, UpscaleOptions, upscale
+from sanrt.runtime.tiling.plan import PROCESS_MEMORY, UpscaleOptions
+from sanrt.runtime.tiling.upscaling import NetworkRunner
 
 log = logging.getLogger(__name__)
 
@@ -133,15 +133,15 @@ class Worker:
         network = load_backend(task.backend, model, running)
         memory = task.upscaling.memory or (task.upscaling.budget + PROCESS_MEMORY) // self.share.per_node
         upscaling = replace(task.upscaling, memory=memory)
-        self.options = PipelineOptions(task.recipe, task.encoding, Streamer(network, upscaling))
-        self.upscale = partial(upscale, network, options=upscaling)
+        self.options = PipelineOptions(task.recipe, task.encoding)
+        self.runner = NetworkRunner(network, upscaling)
         self.recorder = Recorder(Path(), network, task.model, running, upscaling, task.encoding, task.recipe)
         self.recorder.model_digest = model_digest(model)
         return Ready(network.name, network.device, network.spec, node, os.getpid())
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Told]:
         """Every job's outcome, in order."""
-        for outcome in pipeline.overlapped(jobs, self.upscale, self.options):
+        for outcome in pipeline.overlapped(jobs, self.runner, self.options):
             entry = self.recorder.entry(outcome) if self.task.record and isinstance(outcome, Written) else None
             yield outcome, entry, [self.records.get() for _ in range(self.records.qsize())]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -25,8 +25,8 @@ from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.storage import fetched, located
 from sanrt.runtime.runs.pipeline import Failed, Outcome, PipelineOptions, Written, run
 from sanrt.runtime.runs.results import Recipe
-from sanrt.runtime.tiling.plan import Tiling
-from sanrt.runtime.tiling.upscaling import PROCESS_MEMORY, Streamer, UpscaleOptions, upscale
+from sanrt.runtime.tiling.plan import PROCESS_MEMORY, Tiling, UpscaleOptions
+from sanrt.runtime.tiling.upscaling import NetworkRunner
 from sanrt.version import __version__
 
 RESTORE = "put the file of the run back"
@@ -122,8 +122,8 @@ class Recorder:
 
     def entry(self, outcome: Written) -> Entry:
         """One line of the record."""
-        job, way, spec, backend = outcome.job, outcome.way, self.backend.spec, self.backend
-        assert way
+        job, plan, spec, backend = outcome.job, outcome.plan, self.backend.spec, self.backend
+        assert plan
         assert outcome.source
         return Entry(
             source=str(job.source.resolve()),
@@ -138,10 +138,10 @@ class Recorder:
             backend_version=status(backend.name).version or "",
             device=backend.device,
             precision=str(spec.precision),
-            tiling=str(way.tiling),
-            tile=way.tile,
-            regions=way.regions,
-            overlap=self.upscaling.overlap,
+            tiling=str(plan.tiling),
+            tile=plan.tile,
+            regions=plan.regions,
+            overlap=plan.overlap if plan.tiling is Tiling.OVERLAP else None,
             self_ensemble=self.upscaling.self_ensemble,
             memory=self.upscaling.budget + PROCESS_MEMORY,
             threads=self.loading.threads,
@@ -201,8 +201,8 @@ def sample(entries: list[Entry], count: int | None) -> list[Entry]:
 class Verdict(StrEnum):
     """What a replay showed."""
 
-    IDENTICAL = "reproduced bit for bit"
-    CLOSE = "within tolerance"
+    IDENTICAL = "same, bit for bit"
+    CLOSE = "same, within rounding"
     DIFFERENT = "differs"
     IMPOSSIBLE = "cannot be replayed"
 
@@ -264,8 +264,8 @@ def again(entry: Entry, backend: Backend, folder: Path) -> Path:
     settings = {**entry.encoding, "background": tuple(entry.encoding["background"] or ()) or None}
     encoding, upscaling = Encoding(**settings), entry.upscaling()
     recipe = Recipe(**entry.recipe) if entry.recipe else Recipe.of(backend.spec, None, upscaling, encoding)
-    options = PipelineOptions(recipe, encoding, Streamer(backend, upscaling))
-    (outcome,) = run([Job(located(entry.source), output)], partial(upscale, backend, options=upscaling), options)
+    job = Job(located(entry.source), output)
+    (outcome,) = run([job], NetworkRunner(backend, upscaling), PipelineOptions(recipe, encoding))
     if isinstance(outcome, Failed):
         raise SanrtError(outcome.reason)
     return output

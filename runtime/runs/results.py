@@ -16,8 +16,7 @@ from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.provenance import Provenance, SourceIdentity, digest_of, is_intact, is_unchanged, read_mark
 from sanrt.runtime.pictures.storage import RemotePath, reason
-from sanrt.runtime.tiling.plan import Tiling
-from sanrt.runtime.tiling.upscaling import UpscaleOptions
+from sanrt.runtime.tiling.plan import Tiling, UpscaleOptions
 
 THREADS = 16
 """Files that are looked at together: an object store answers each after some milliseconds."""

@@ -1,28 +1,47 @@
-"""How a picture goes through the network: whole, streamed exactly, or in overlapped tiles."""
+"""How a picture goes through the network (whole, streamed exactly, or in overlapped tiles): decided from its size alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cache, cached_property
 from math import isqrt
+from pathlib import Path
 
-from sanrt.errors import UsageError
+from sanrt.errors import BackendError, PictureError, UsageError
+from sanrt.geometry import padded_side
 from sanrt.model.spec import Architecture
+from sanrt.runtime.backends.protocol import Backend
+from sanrt.runtime.host import free_host_memory
+
+log = logging.getLogger(__name__)
 
 PAPER_REGIONS = 2
 """k of the paper and of the official checkpoints."""
 
-AFFORDABLE = 2**17
-"""Pixels of the largest picture that `--regions auto` gives the paper's regions: their cost grows with the square."""
+MAX_PIXELS_WITH_PAPER_REGIONS = 2**17
+"""Above it `--regions auto` takes more of them: the cost of the paper's 2 x 2 grows with the square of the pixels."""
 
-MAX_REGION = 2**14
-"""Pixels in a region above that: attention then costs about as much as a small network's convolutions, at any size."""
+MAX_REGION_PIXELS = 2**14
+"""In a region above that: attention then costs about as much as a small network's convolutions, at any size."""
 
 MAX_TILE = 512
 """Side of the tiles that are chosen: with larger ones the halos, a few per cent already, would save nothing."""
 
 MIN_TILE = 64
 """Smaller tiles would be mostly halo."""
+
+MIN_RETRY_TILE = 16
+"""Side below which tiles are not made smaller after an out-of-memory."""
+
+DEFAULT_OVERLAP = 32
+
+PROCESS_MEMORY = 400 * 2**20
+"""Interpreter, libraries, picture buffers: what a run holds beside the budget."""
+
+MEMORY_SHARE = 0.6
+"""Of the free memory: the rest is for decoding, encoding and everybody else."""
 
 
 class Tiling(StrEnum):
@@ -38,15 +57,59 @@ class Tiling(StrEnum):
 
 
 @dataclass(frozen=True)
-class Way:
-    """What was chosen for one picture."""
+class UpscaleOptions:
+    """How pictures go through the network."""
+
+    tile: int | None = None
+    """Cut larger pictures into tiles of at most this side; None cuts only what does not fit the memory."""
+    overlap: int | None = None
+    """Pixels that overlapped tiles share; None is 32, or a quarter of a smaller tile. Given, it asks for such tiles."""
+    self_ensemble: bool = False
+    """Average over the 8 flips and rotations (SAN+, section 4 of the paper)."""
+    tiling: Tiling = Tiling.AUTO
+    regions: int | None = None
+    """k of the k x k attention regions; None is by the picture's size (`choose_regions`)."""
+    memory: int | None = None
+    """Bytes of the host's memory that the process should stay below; None leaves it a share of what is free."""
+    scratch: Path | None = None
+    """Folder of the scratch files; None is the system's (TMPDIR)."""
+
+    def __post_init__(self) -> None:
+        if self.tile is not None and self.tile < 16:
+            raise UsageError(f"tiles of {self.tile} pixels; expected at least 16")
+        if self.overlap is not None and self.tiling in (Tiling.WHOLE, Tiling.EXACT):
+            raise UsageError(f"overlap {self.overlap} with {self.tiling} tiling, which overlaps nothing; leave one out")
+        if self.overlap is not None and not 0 <= self.overlap <= (self.tile or 2 * self.overlap) // 2:
+            raise UsageError(f"overlap {self.overlap} with tiles of {self.tile}; expected 0 to half a tile")
+        if self.regions is not None and self.regions < 1:
+            raise UsageError(f"{self.regions} x {self.regions} regions; expected 1 or more")
+
+    @cached_property
+    def budget(self) -> int:
+        """Bytes of the host's memory for maps, tiles and results; looked up once: a run treats all pictures alike."""
+        if self.memory is None:
+            return int(free_host_memory() * MEMORY_SHARE)
+        return max(self.memory - PROCESS_MEMORY, self.memory // 4)
+
+    def overlap_of(self, tile: int) -> int:
+        """Pixels that overlapped tiles of this side share."""
+        return min(
+            DEFAULT_OVERLAP if self.overlap is None else self.overlap, tile // 4 if self.overlap is None else tile // 2
+        )
+
+
+@dataclass(frozen=True)
+class TilingPlan:
+    """How one picture goes through the network; decided once, from its header."""
 
     tiling: Tiling
     """Never AUTO."""
     tile: int
-    """Largest side of a tile, the picture's own where it goes whole."""
+    """Largest side of a tile, the picture's own where it goes whole; input pixels, without halo or overlap."""
     regions: int
     """k of the k x k attention regions (of each tile where they overlap)."""
+    overlap: int = 0
+    """Pixels that overlapped tiles share."""
 
     def __str__(self) -> str:
         tiles = "" if self.tiling is Tiling.WHOLE else f" in tiles of {self.tile}"
@@ -54,13 +117,18 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """Bytes that a run may take."""
 
     host: int
     """Of the machine's memory."""
     device: int | None = None
     """Of a GPU's own, which the network then runs in; None where it runs in the machine's."""
+
+    @classmethod
+    def of(cls, backend: Backend, options: UpscaleOptions) -> MemoryBudget:
+        """The host's by the options; of a GPU's memory the same share of what is free."""
+        return cls(options.budget, None if backend.memory is None else int(backend.memory * MEMORY_SHARE))
 
     @property
     def network(self) -> int:
@@ -74,11 +142,127 @@ class Room:
         return self.host, map_memory(arch, tile, self.device)
 
 
+def plan_tiling(backend: Backend, height: int, width: int, options: UpscaleOptions) -> TilingPlan:
+    """How a picture of this size goes through the network: by the options, its size, the backend's limits and the budget.
+
+    Raises UsageError for options that the backend cannot follow, BackendError for a picture larger than it takes.
+    """
+    spec, budget = backend.spec, MemoryBudget.of(backend, options)
+    arch = spec.architecture
+    regions = options.regions or (choose_regions(height, width) if backend.streams else spec.regions)
+    too_small_for_regions = min(height, width) < 2 * regions  # regions have 2 x 2 pixels or more; `infer` pads the picture
+    if too_small_for_regions:
+        regions = spec.regions
+    tiling = options.tiling
+    if tiling is Tiling.AUTO:
+        cut = max(height, width) > options.tile if options.tile else not fits_whole(arch, height, width, budget)
+        whole = not cut and (takes_whole(backend, height, width, options) or (backend.streams and regions != spec.regions))
+        tiling = Tiling.WHOLE if whole else cut_tiling(backend, options)
+    if options.regions not in (None, spec.regions) and (tiling is Tiling.OVERLAP or not backend.streams):
+        raise UsageError(
+            f"{options.regions} x {options.regions} regions: this model has {spec.regions} x {spec.regions} in overlapped "
+            f"tiles and on backends without stages, such as {backend.name}; leave --regions out, or change one of the two"
+        )
+    match Tiling.WHOLE if too_small_for_regions else tiling:
+        case Tiling.WHOLE:
+            plan = TilingPlan(Tiling.WHOLE, max(height, width), regions)
+        case Tiling.OVERLAP:
+            tile = options.tile or choose_overlapped_tile(arch, height, width, budget)
+            plan = TilingPlan(Tiling.OVERLAP, tile, spec.regions, options.overlap_of(tile))
+        case _:
+            plan = TilingPlan(Tiling.EXACT, options.tile or choose_tile(arch, budget.network), regions)
+    return within_limits(plan, backend, height, width, options)
+
+
+def smaller_plan(plan: TilingPlan, backend: Backend, options: UpscaleOptions) -> TilingPlan | None:
+    """What takes less memory than `plan` and was not ruled out; None where there is nothing."""
+    tile = plan.tile // 2
+    if tile < max(MIN_RETRY_TILE, 2 * (options.overlap or 0)) or (plan.tiling is Tiling.WHOLE is options.tiling):
+        return None
+    tiling = plan.tiling
+    if tiling is Tiling.WHOLE:
+        tiling = cut_tiling(backend, options)
+        tile = min(tile, (backend.limits.tile if tiling is Tiling.EXACT else backend.limits.side) or tile)
+    return TilingPlan(tiling, tile, plan.regions, options.overlap_of(tile) if tiling is Tiling.OVERLAP else 0)
+
+
+def check_result_size(arch: Architecture, height: int, width: int, options: UpscaleOptions) -> None:
+    """Raise PictureError where the result of a picture, held in memory as a whole, would exceed the budget."""
+    if (needed := height * width * result_bytes(arch)) > options.budget:
+        raise PictureError(
+            f"its {arch.scale * width} x {arch.scale * height} result takes {needed >> 20} MiB of the allowed "
+            f"{options.budget >> 20}; --tiling exact on a file holds less, --memory allows more"
+        )
+
+
+def takes_whole(backend: Backend, height: int, width: int, options: UpscaleOptions) -> bool:
+    """Whether `infer` takes a picture of this size, once it is padded, also rotated where that is asked for."""
+    spec = backend.spec
+    sides = [padded_side(side, spec.min_side, spec.multiple) for side in (height, width)]
+    return backend.limits.take(*sides) and (not options.self_ensemble or backend.limits.take(*sides[::-1]))
+
+
+def within_limits(plan: TilingPlan, backend: Backend, height: int, width: int, options: UpscaleOptions) -> TilingPlan:
+    """The plan with tiles that the backend takes; raises BackendError for a picture and UsageError for tiles too large."""
+    limits = backend.limits
+    streams = by_stages(plan, backend)
+    if plan.tiling is Tiling.WHOLE and not streams and not takes_whole(backend, height, width, options):
+        raise BackendError(
+            f"{backend.name}: {width} x {height} pixels as a whole, its engine takes {limits}; "
+            "use --tiling auto, another --backend, or rebuild with other --min and --max"
+        )
+    keys = -(-height // plan.regions) * -(-width // plan.regions) // 4
+    if streams and limits.keys and keys > limits.keys:
+        raise UsageError(
+            f"{plan.regions} x {plan.regions} regions: {keys} keys each, the stage engines take {limits.keys}; "
+            "use --regions auto"
+        )
+    most = limits.tile if streams else limits.side if plan.tiling is Tiling.OVERLAP else None
+    if most is None or plan.tile <= most:
+        return plan
+    if options.tile and plan.tiling is not Tiling.WHOLE:
+        raise UsageError(
+            f"tiles of {options.tile} pixels: the engines take {most}; use --tile {most}, or rebuild with --max"
+        )
+    return replace(plan, tile=most, overlap=options.overlap_of(most) if plan.tiling is Tiling.OVERLAP else 0)
+
+
+def by_stages(plan: TilingPlan, backend: Backend) -> bool:
+    """Whether a picture goes through the backend's stages: in exact tiles, or for regions that its `infer` does not have."""
+    other = plan.regions != backend.spec.regions and not backend.infer_with_regions
+    return plan.tiling is Tiling.EXACT or other
+
+
+def cut_tiling(backend: Backend, options: UpscaleOptions) -> Tiling:
+    """What `auto` does with a picture that cannot go whole: exact streaming, where it is possible and not ruled out."""
+    if options.overlap is not None:
+        return Tiling.OVERLAP
+    if not backend.streams:
+        warn_once(f"large pictures go in overlapped tiles, which changes every pixel: {why_not_streaming(backend)}")
+        return Tiling.OVERLAP
+    return Tiling.EXACT
+
+
+def why_not_streaming(backend: Backend) -> str:
+    """Why a backend cannot stream, in its own words."""
+    try:
+        backend.stages()
+    except BackendError as error:
+        return str(error)
+    return ""
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Warn of something that many pictures of a run have in common."""
+    log.warning("%s", text)
+
+
 def choose_regions(height: int, width: int) -> int:
-    """`--regions auto`: 2 up to AFFORDABLE pixels, above it the smallest k whose regions have at most MAX_REGION."""
+    """`--regions auto`: the paper's 2 for small pictures, else the smallest k whose regions have MAX_REGION_PIXELS."""
     k = PAPER_REGIONS
-    if height * width > AFFORDABLE:
-        while -(-height // k) * -(-width // k) > MAX_REGION and 2 * (k + 1) <= min(height, width):
+    if height * width > MAX_PIXELS_WITH_PAPER_REGIONS:
+        while -(-height // k) * -(-width // k) > MAX_REGION_PIXELS and 2 * (k + 1) <= min(height, width):
             k += 1
     return k
 
@@ -88,9 +272,9 @@ def choose_tile(arch: Architecture, memory: int) -> int:
     return min(MAX_TILE, max(MIN_TILE, isqrt(memory // 4 // network_bytes(arch)) // 16 * 16))
 
 
-def choose_overlapped_tile(arch: Architecture, height: int, width: int, room: Room) -> int:
+def choose_overlapped_tile(arch: Architecture, height: int, width: int, budget: MemoryBudget) -> int:
     """The largest side with which a tile in the network fits beside the result: the fewer tiles, the smaller their error."""
-    free = room.host - height * width * result_bytes(arch) if room.device is None else room.device
+    free = budget.host - height * width * result_bytes(arch) if budget.device is None else budget.device
     return max(MIN_TILE, isqrt(max(0, free) // network_bytes(arch)) // 16 * 16)
 
 
@@ -99,16 +283,16 @@ def map_memory(arch: Architecture, tile: int, memory: int) -> int:
     return max(0, memory - tile**2 * network_bytes(arch))
 
 
-def fits_whole(arch: Architecture, height: int, width: int, room: Room) -> bool:
+def fits_whole(arch: Architecture, height: int, width: int, budget: MemoryBudget) -> bool:
     """Whether the network can hold the whole picture, and the host its result."""
     network, result = height * width * network_bytes(arch), height * width * result_bytes(arch)
-    if room.device is None:
-        return network + result <= room.host
-    return network <= room.device and result <= room.host
+    if budget.device is None:
+        return network + result <= budget.host
+    return network <= budget.device and result <= budget.host
 
 
 def result_bytes(arch: Architecture) -> int:
-    """Of the float32 result, per input pixel, and of its copy in the picture's own type."""
+    """Bytes of the float32 result, per input pixel, and of its copy in the picture's own type."""
     return 3 * arch.scale**2 * (4 + 4)
 
 

@@ -26,11 +26,15 @@ from sanrt.runtime.tiling.featuremaps import FeatureStore
 MAX_PAIRS = 2**26
 """Pairs of a query and a key in one call, for backends that form their matrix (256 MiB of float32)."""
 
-STRIP = 256
+STRIP_ROWS = 256
 """Rows that are decoded at a time, about."""
 
 Progress = Callable[[float], None]
-"""Told the share of the work that was just done."""
+"""Told the share of a picture's work that was just done; the shares of one attempt at a picture sum to 1."""
+
+
+def no_progress(share: float) -> None:
+    """Tell nobody."""
 
 
 class PixelSource(Protocol):
@@ -62,7 +66,7 @@ class Streaming:
     """Largest side of a tile, in input pixels without the halo."""
     regions: int
     """k of the k x k attention regions."""
-    progress: Progress = lambda share: None
+    progress: Progress = no_progress
 
     def __post_init__(self) -> None:
         self.picture = Box(0, 0, *self.source.size)
@@ -182,6 +186,6 @@ def decoded(source: SourcePicture, store: FeatureStore, value_range: float) -> M
     """All pixels of a picture file, in a map: tiles want them in no order that a decoder could follow."""
     info = source.info
     pixels = store.new(3, info.height, info.width, info.dtype)
-    for rows in Box(0, 0, info.height, info.width).grid(-(-info.height // STRIP), 1):
+    for rows in Box(0, 0, info.height, info.width).grid(-(-info.height // STRIP_ROWS), 1):
         pixels.write(rows, source.rgb(rows.top, rows.height).transpose(2, 0, 1)[None])
     return MapSource(pixels, (info.height, info.width), np.float32(value_range / np.iinfo(info.dtype).max))

@@ -12,8 +12,8 @@ from benchmarks.pipeline import Measured, Stopwatch, pipeline
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.runs.pipeline import Written
-from sanrt.runtime.tiling.plan import Tiling
-from sanrt.runtime.tiling.upscaling import UpscaleOptions, upscale
+from sanrt.runtime.tiling.plan import Tiling, UpscaleOptions
+from sanrt.runtime.tiling.upscaling import upscale
 
 
 @pytest.fixture

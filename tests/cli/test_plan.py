@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from sanrt.cli import app
 from sanrt.errors import ModelError, UsageError
 from sanrt.runtime.runs.estimate import Speed
-from sanrt.runtime.tiling.plan import Tiling, Way
+from sanrt.runtime.tiling.plan import Tiling, TilingPlan
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_an_estimate_grows_with_pixels_halos_and_pairs(tiny_model):
     from sanrt.runtime.artifacts.models import read_spec
 
     arch = read_spec(tiny_model(2)).architecture
-    whole, tiled = Way(Tiling.WHOLE, 400, 2), Way(Tiling.EXACT, 100, 2)
+    whole, tiled = TilingPlan(Tiling.WHOLE, 400, 2), TilingPlan(Tiling.EXACT, 100, 2)
     speed = Speed(1e-6, 0.0)
     assert speed.seconds(400, 400, whole, arch) == pytest.approx(0.16)
     assert speed.seconds(400, 400, tiled, arch) == pytest.approx(0.16 * 1.04**2)
@@ -85,7 +85,7 @@ def test_a_backend_that_cannot_do_a_picture_says_why_beside_the_others(folder, t
     from sanrt.runtime.backends.registry import load_backend
     from sanrt.runtime.pictures.jobs import Job
     from sanrt.runtime.runs.estimate import picture_plan
-    from sanrt.runtime.tiling.upscaling import UpscaleOptions
+    from sanrt.runtime.tiling.plan import UpscaleOptions
 
     job, speeds = Job(folder / "small.png", folder / "out.png"), {"torch": Speed(1.0, 0), "onnxruntime": Speed(1.0, 0)}
     loaded = [load_backend(name, tiny_model(2), RunOptions(threads=1)) for name in speeds]
@@ -101,12 +101,12 @@ def test_streamed_pictures_are_planned_at_the_speed_of_the_stages(tiny_model, ti
     from sanrt.runtime.backends.protocol import RunOptions
     from sanrt.runtime.backends.registry import load_backend
     from sanrt.runtime.runs.estimate import BY_STAGES, estimate
-    from sanrt.runtime.tiling.upscaling import UpscaleOptions
+    from sanrt.runtime.tiling.plan import UpscaleOptions
 
     speeds = {"torch": Speed(1e-2, 0), "torch" + BY_STAGES: Speed(3e-2, 0)}
     with load_backend("torch", tiny_model(2), RunOptions(threads=1)) as backend:
         found = estimate(backend, speeds, 10, 10, UpscaleOptions(tiling=tiling, tile=16))
-        assert found.seconds == speeds[measured].seconds(10, 10, found.way, backend.spec.architecture)
+        assert found.seconds == speeds[measured].seconds(10, 10, found.plan, backend.spec.architecture)
 
 
 def test_explain_tiles_shows_exact_as_whole_and_overlapped_as_different(folder, tiny_model):

@@ -6,10 +6,12 @@ import pyvips
 from typer.testing import CliRunner
 
 from sanrt.cli import app
-from sanrt.errors import UsageError
+from sanrt.errors import OutOfMemoryError, UsageError
 from sanrt.runtime.backends.default_variant import prefer
 from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.pictures.codec import SourcePicture
 from sanrt.runtime.runs import record as records
+from sanrt.runtime.tiling.streaming import Streaming
 
 
 @pytest.fixture
@@ -47,10 +49,13 @@ def test_a_record_tells_what_each_result_depends_on(recorded):
     assert all(set(entry["seconds"]) == {"read", "upscale", "write"} for entry in entries)
 
 
-def test_a_record_that_has_a_backend_s_earlier_name_is_verified(recorded):
-    record, _ = recorded
-    entries = [{**json.loads(line), "backend": "winograd"} for line in record.read_text().splitlines()]
-    record.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+def test_a_record_that_has_a_backend_s_earlier_name_is_verified(recorded, tmp_path, tiny_model):
+    record = tmp_path / "native.jsonl"
+    words = ["--model", str(tiny_model(2)), "--backend", "native", "--threads", "1", "--record", str(record)]
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "in"), str(tmp_path / "native"), *words])
+    assert done.exit_code == 0, done.output
+    entries = [json.loads(line) for line in record.read_text().splitlines()]
+    record.write_text("".join(f"{json.dumps({**entry, 'backend': 'winograd'})}\n" for entry in entries))
     assert {entry.backend for entry in records.read_record(record)} == {"native"}
     assert verify(record).exit_code == 0
 
@@ -66,13 +71,13 @@ def test_a_record_names_the_preferred_variant_that_ran(tmp_path, tiny_model):
     assert done.exit_code == 0, done.output
     entry = json.loads((tmp_path / "run.jsonl").read_text())
     assert (entry["model"], entry["backend"]) == (str(variant), "torch")
-    assert "1 reproduced bit for bit" in verify(tmp_path / "run.jsonl").output
+    assert "1 same, bit for bit" in verify(tmp_path / "run.jsonl").output
 
 
 def test_unchanged_results_are_reproduced_bit_for_bit(recorded):
     done = verify(recorded[0])
     assert done.exit_code == 0
-    assert "2 reproduced bit for bit" in done.output
+    assert "2 same, bit for bit" in done.output
 
 
 def test_a_result_of_another_engine_is_not_replayed(recorded):
@@ -84,7 +89,7 @@ def test_a_result_of_another_engine_is_not_replayed(recorded):
     done = verify(record)
     assert done.exit_code == 1
     assert "another engine than SHA-256 abababababab... runs it now" in done.output
-    assert "1 reproduced bit for bit" in done.output
+    assert "1 same, bit for bit" in done.output
 
 
 def test_a_tampered_result_differs_and_one_within_a_step_is_close(recorded):
@@ -97,7 +102,7 @@ def test_a_tampered_result_differs_and_one_within_a_step_is_close(recorded):
     done = verify(record)
     assert done.exit_code == 1
     assert "a.png: differs (largest difference 40.00 of 255, and the file changed since the run)" in done.output
-    assert "b.png: within tolerance (largest difference 1.00 of 255" in done.output
+    assert "b.png: same, within rounding (largest difference 1.00 of 255" in done.output
 
 
 def test_a_changed_source_cannot_be_replayed(recorded):
@@ -121,7 +126,7 @@ def test_settings_that_sanrt_has_not_are_one_clear_line(recorded, made_up):
 def test_a_model_is_loaded_once_for_all_its_results(recorded, monkeypatch):
     loads = []
     monkeypatch.setattr(records, "load_backend", lambda *key: loads.append(key) or load_backend(*key))
-    assert "2 reproduced bit for bit" in verify(recorded[0]).output
+    assert "2 same, bit for bit" in verify(recorded[0]).output
     assert len(loads) == 1
 
 
@@ -138,3 +143,65 @@ def test_a_record_on_a_full_disk_is_one_error_and_a_dry_run_writes_none(recorded
         CliRunner().invoke(app, [*arguments, "--record", "/dev/full"], catch_exceptions=False)
     assert CliRunner().invoke(app, [*arguments, "--dry-run", "--record", str(folder / "dry.jsonl")]).exit_code == 0
     assert not (folder / "dry.jsonl").exists()
+
+
+def test_after_an_out_of_memory_the_record_names_what_really_ran_and_its_replay_is_the_same(
+    tmp_path, tiny_model, monkeypatch
+):
+    from sanrt.runtime.backends import onnxruntime
+
+    pixels = np.random.default_rng(1).integers(0, 256, (70, 90, 3)).astype(np.uint8)
+    pyvips.Image.new_from_array(pixels).write_to_file(str(tmp_path / "a.png"))
+    infer, calls = onnxruntime.OnnxRuntimeBackend.infer, []
+
+    def full_once(self, pictures):
+        calls.append(pictures.shape)
+        if len(calls) == 1:
+            raise OutOfMemoryError("onnxruntime ran out of memory")
+        return infer(self, pictures)
+
+    monkeypatch.setattr(onnxruntime.OnnxRuntimeBackend, "infer", full_once)
+    words = ["--model", str(tiny_model(2)), "--backend", "onnxruntime", "--record", str(tmp_path / "run.jsonl")]
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "a.png"), str(tmp_path / "b.png"), *words])
+    assert done.exit_code == 0, done.output
+    (entry,) = records.read_record(tmp_path / "run.jsonl")
+    assert (entry.tiling, entry.tile) == ("exact", 45)
+    assert "b.png: exact in tiles of 45" in done.output
+    assert "1 same, bit for bit" in verify(tmp_path / "run.jsonl").output
+
+
+def test_a_streamed_file_is_done_again_in_smaller_tiles_after_an_out_of_memory(tmp_path, tiny_model, monkeypatch):
+    pixels = np.random.default_rng(2).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    pyvips.Image.new_from_array(pixels).write_to_file(str(tmp_path / "a.png"))
+    words = ["--model", str(tiny_model(2)), "--backend", "onnxruntime", "--tile", "48", "--memory", "1G"]
+    CliRunner().invoke(app, ["run", str(tmp_path / "a.png"), str(tmp_path / "expected.png"), *words])
+    run, calls = Streaming.run, []
+
+    def full_once(self, sink):
+        calls.append(self.tile)
+        if len(calls) == 1:
+            raise OutOfMemoryError("onnxruntime ran out of memory")
+        run(self, sink)
+
+    monkeypatch.setattr(Streaming, "run", full_once)
+    words += ["--record", str(tmp_path / "run.jsonl")]
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "a.png"), str(tmp_path / "b.png"), *words])
+    assert done.exit_code == 0, done.output
+    assert calls == [48, 24]
+    (entry,) = records.read_record(tmp_path / "run.jsonl")
+    assert (entry.tiling, entry.tile) == ("exact", 24)
+    first, second = (pyvips.Image.new_from_file(str(tmp_path / name)).numpy() for name in ("expected.png", "b.png"))
+    assert np.abs(first.astype(int) - second).max() <= 1
+
+
+def test_a_picture_whose_result_would_not_fit_is_refused_before_it_is_decoded(tmp_path, tiny_model, monkeypatch):
+    pyvips.Image.black(9000, 9000, bands=3).copy(interpretation="srgb").write_to_file(str(tmp_path / "a.png"))
+
+    def decode(self, top, bottom):
+        raise AssertionError("a pixel was decoded")
+
+    monkeypatch.setattr(SourcePicture, "_decode", decode)
+    words = ["--model", str(tiny_model(2)), "--backend", "onnxruntime", "--tiling", "whole", "--memory", "1G"]
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "a.png"), str(tmp_path / "b.png"), *words])
+    assert done.exit_code == 1
+    assert "18000 x 18000 result takes" in done.output

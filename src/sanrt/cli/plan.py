@@ -44,8 +44,7 @@ def plan(
     from sanrt.runtime.pictures.jobs import Naming, find_pictures
     from sanrt.runtime.runs import estimate as plans
     from sanrt.runtime.runs.results import Recipe, sort_out
-    from sanrt.runtime.tiling.plan import parse_memory
-    from sanrt.runtime.tiling.upscaling import UpscaleOptions
+    from sanrt.runtime.tiling.plan import UpscaleOptions, parse_memory
 
     jobs = find_pictures(inputs, output or Path("results.sanrt-plan"), Naming(suffix, format))
     options = UpscaleOptions(tile, tiling=tiling, memory=parse_memory(memory) if memory else None)
@@ -78,7 +77,7 @@ def lines(plan: PicturePlan) -> list[str]:
     told = [f"{plan.path}: {plan.width} x {plan.height}", *(f"  {refusal}" for refusal in plan.refusals)]
     for each in plan.estimates:
         scratch = f" and {each.scratch / 2**30:.1f} GiB of scratch files" if each.scratch else ""
-        told.append(f"  {each.backend}: {each.way}, {each.memory / 2**30:.2f} GiB{scratch}, about {duration(each.seconds)}")
+        told.append(f"  {each.backend}: {each.plan}, {each.memory / 2**30:.2f} GiB{scratch}, about {duration(each.seconds)}")
     return told
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from sanrt.runtime.backends.protocol import Backend, RunOptions
     from sanrt.runtime.runs.ray_pool import Ready, Task
     from sanrt.runtime.runs.results import Findings
-    from sanrt.runtime.tiling.upscaling import UpscaleOptions
+    from sanrt.runtime.tiling.plan import UpscaleOptions
 
 ADDRESS = re.compile(r"local|auto|ray://.*|[^/]+:\d+")
 """What `--ray` takes for an address, not for the next argument."""
@@ -148,8 +147,8 @@ def run(
     from sanrt.runtime.runs.ray_pool import Task
     from sanrt.runtime.runs.record import Recorder
     from sanrt.runtime.runs.results import Recipe, sort_out
-    from sanrt.runtime.tiling.plan import parse_memory
-    from sanrt.runtime.tiling.upscaling import Streamer, UpscaleOptions, upscale
+    from sanrt.runtime.tiling.plan import UpscaleOptions, parse_memory
+    from sanrt.runtime.tiling.upscaling import NetworkRunner
 
     if format and format.written_as is not format:
         raise typer.BadParameter(f"--format {format}: sanrt reads it, and writes {format.written_as} instead")
@@ -180,7 +179,7 @@ def run(
         if missing and dry_run:
             others = other_models(models)
             reporter.say(f"{choice.path}: not there yet{others}; would export the bundled x{choice.expected} weights first")
-            reporter.follow(chain(skipped, pipeline.plan(found.to_do, PipelineOptions(recipe, encoding))))
+            reporter.follow(chain(skipped, pipeline.preview(found.to_do, None, PipelineOptions(recipe, encoding))))
             raise typer.Exit(reporter.status)
         if missing:
             default_model(choice.models, choice.scale, reporter.say)
@@ -192,12 +191,11 @@ def run(
             if explain_tiles:
                 explain(network, choice, jobs[0].source, upscaling, reporter)
                 raise typer.Exit
-            options = PipelineOptions(recipe, encoding, Streamer(network, upscaling))
-            enlarge = partial(upscale, network, options=upscaling)
+            options, runner = PipelineOptions(recipe, encoding), NetworkRunner(network, upscaling)
             recorder = None
             if record and not dry_run:
                 recorder = Recorder(record, network, choice.path, choice.options, upscaling, encoding, recipe)
-            work = pipeline.plan(found.to_do, options) if dry_run else pipeline.run(found.to_do, enlarge, options)
+            work = pipeline.preview(found.to_do, runner, options) if dry_run else pipeline.run(found.to_do, runner, options)
             with closing(work) as outcomes, recorder or nullcontext():
                 reporter.follow(chain(skipped, recorder.follow(outcomes) if recorder else outcomes))
     raise typer.Exit(reporter.status)

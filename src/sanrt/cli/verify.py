@@ -12,7 +12,7 @@ def verify(
     record: Annotated[Path, typer.Argument(help="What `sanrt run --record` wrote.", show_default=False)],
     sample: Annotated[int | None, typer.Option(min=1, help="So many results, spread evenly; all if left out.")] = None,
 ) -> None:
-    """Say which results of a run are reproduced bit for bit, within tolerance (1 of 255), or not; 1 if any is not."""
+    """Make results of a run again; say which are the same, bit for bit or within rounding (1 of 255); 1 if any is not."""
     from sanrt.runtime.runs import record as records
 
     entries = records.sample(records.read_record(record), sample)

@@ -14,10 +14,11 @@ import pyvips
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.runtime.pictures.codec import Encoding, SourcePicture
 from sanrt.runtime.pictures.jobs import Job, find_pictures
+from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.pipeline import Failed, PipelineOptions, Planned, Skipped, Written
 from sanrt.runtime.runs.results import Recipe
-from sanrt.runtime.tiling.plan import Tiling, Way
+from sanrt.runtime.tiling.plan import Tiling, TilingPlan
 
 RECIPE = Recipe(2, "a network that doubles")
 OPTIONS = PipelineOptions(RECIPE)
@@ -25,6 +26,26 @@ OPTIONS = PipelineOptions(RECIPE)
 
 def double(rgb):
     return rgb.repeat(2, axis=0).repeat(2, axis=1)
+
+
+class Runner:
+    """Stands in for a NetworkRunner: pictures as a whole by `enlarge`, or streamed and doubled, as `tiling` says."""
+
+    def __init__(self, enlarge=double, tiling: Tiling = Tiling.WHOLE) -> None:
+        self.enlarge, self.plan = enlarge, TilingPlan(tiling, 16, 2)
+
+    def decide(self, info):
+        return self.plan
+
+    def run_array(self, plan, picture):
+        return self.enlarge(picture), plan
+
+    def run_file(self, plan, source, folder):
+        info = source.info
+        result = ScratchPicture(2 * info.width, 2 * info.height, 3, info.dtype.type, folder)
+        for top in range(0, info.height, 7):
+            result.put(2 * top, 0, double(source.rgb(top, min(7, info.height - top))))
+        return result, plan
 
 
 def save(path: Path, value=100, size=(6, 5), bands=3) -> Path:
@@ -45,22 +66,22 @@ def files(folder: Path) -> list[str]:
 
 
 def test_every_picture_is_written_once_in_order_with_its_own_pixels(jobs):
-    outcomes = list(pipeline.run(jobs, double, OPTIONS))
+    outcomes = list(pipeline.run(jobs, Runner(), OPTIONS))
     assert outcomes == [Written(job, pixels=120) for job in jobs]
     for number, job in enumerate(jobs):
         assert np.array_equal(pyvips.Image.new_from_file(str(job.destination)).numpy(), np.full((12, 10, 3), 10 * number))
 
 
 def test_what_another_run_wrote_meanwhile_is_skipped_if_it_is_the_same_and_else_never_replaced(jobs):
-    list(pipeline.run(jobs[:2], double, OPTIONS))
-    list(pipeline.run(jobs[2:3], double, PipelineOptions(Recipe(2, "another network"))))
+    list(pipeline.run(jobs[:2], Runner(), OPTIONS))
+    list(pipeline.run(jobs[2:3], Runner(), PipelineOptions(Recipe(2, "another network"))))
     jobs[3].destination.write_bytes(b"somebody's")
     kept = [job.destination.read_bytes() for job in jobs[:4]]
-    outcomes = list(pipeline.run(jobs, double, OPTIONS))
+    outcomes = list(pipeline.run(jobs, Runner(), OPTIONS))
     assert [type(outcome) for outcome in outcomes] == [Skipped] * 2 + [Failed] * 2 + [Written] * 2
     assert "was not there when the run began" in outcomes[3].reason
     assert [job.destination.read_bytes() for job in jobs[:4]] == kept
-    replaced = list(pipeline.run([replace(job, replaces=True) for job in jobs], double, OPTIONS))
+    replaced = list(pipeline.run([replace(job, replaces=True) for job in jobs], Runner(), OPTIONS))
     assert [type(outcome) for outcome in replaced] == [Written] * 6
 
 
@@ -70,7 +91,7 @@ def test_a_file_that_appears_while_its_picture_is_upscaled_is_not_replaced(jobs)
         jobs[0].destination.write_bytes(b"somebody's")
         return double(rgb)
 
-    (outcome,) = pipeline.run(jobs[:1], slow, OPTIONS)
+    (outcome,) = pipeline.run(jobs[:1], Runner(slow), OPTIONS)
     assert "was not there when the run began" in outcome.reason
     assert jobs[0].destination.read_bytes() == b"somebody's"
 
@@ -84,7 +105,7 @@ def test_a_picture_that_fails_in_the_network_is_told_and_the_others_go_on(jobs, 
             raise error
         return double(rgb)
 
-    outcomes = list(pipeline.run(jobs, failing, OPTIONS))
+    outcomes = list(pipeline.run(jobs, Runner(failing), OPTIONS))
     assert [type(outcome) for outcome in outcomes] == [Written] * 3 + [Failed] + [Written] * 2
     assert str(jobs[3].source) in outcomes[3].reason
     assert "\n" not in outcomes[3].reason
@@ -95,7 +116,7 @@ def test_a_picture_that_fails_in_the_network_is_told_and_the_others_go_on(jobs, 
 def test_failures_in_reading_and_writing_name_the_picture_once(jobs):
     jobs[1].source.write_bytes(b"")
     jobs[4].destination.mkdir(parents=True)
-    outcomes = list(pipeline.run(jobs, double, OPTIONS))
+    outcomes = list(pipeline.run(jobs, Runner(), OPTIONS))
     assert [type(outcome) for outcome in outcomes] == [Written, Failed, Written, Written, Failed, Written]
     assert outcomes[1].reason.count(str(jobs[1].source)) == 1
     assert str(jobs[4].source) in outcomes[4].reason
@@ -108,9 +129,9 @@ def test_the_next_picture_is_read_and_the_last_written_while_the_network_runs(jo
         read[job], wrote[job] = threading.Event(), threading.Event()
     real_read, real_write = pipeline.read, pipeline.write
 
-    def recorded_read(job, options):
+    def recorded_read(job, runner, options):
         read[job].set()
-        return real_read(job, options)
+        return real_read(job, runner, options)
 
     def recorded_write(picture, options):
         done = real_write(picture, options)
@@ -128,7 +149,7 @@ def test_the_next_picture_is_read_and_the_last_written_while_the_network_runs(jo
             assert wrote[jobs[2]].wait(20), "picture 2 is not written while 3 is in the network"
         return double(rgb)
 
-    assert all(isinstance(outcome, Written) for outcome in pipeline.run(jobs, waiting, OPTIONS))
+    assert all(isinstance(outcome, Written) for outcome in pipeline.run(jobs, Runner(waiting), OPTIONS))
 
 
 def test_many_cores_encode_several_pictures_at_once_and_the_order_stays(jobs, monkeypatch):
@@ -140,7 +161,7 @@ def test_many_cores_encode_several_pictures_at_once_and_the_order_stays(jobs, mo
         return real_write(picture, options)
 
     monkeypatch.setattr(pipeline, "write", meeting_write)
-    assert list(pipeline.run(jobs, double, OPTIONS)) == [Written(job, pixels=120) for job in jobs]
+    assert list(pipeline.run(jobs, Runner(), OPTIONS)) == [Written(job, pixels=120) for job in jobs]
 
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 1), (8, 2), (16, 4), (64, 4)])
@@ -151,8 +172,8 @@ def test_encoders_leave_most_cores_to_the_network(cores, expected, monkeypatch):
 
 def test_pictures_are_not_read_far_ahead_of_the_network(jobs, monkeypatch):
     seen, real_read = [], pipeline.read
-    monkeypatch.setattr(pipeline, "read", lambda job, options: seen.append(job) or real_read(job, options))
-    with closing(pipeline.run(jobs, double, OPTIONS)) as outcomes:
+    monkeypatch.setattr(pipeline, "read", lambda job, *rest: seen.append(job) or real_read(job, *rest))
+    with closing(pipeline.run(jobs, Runner(), OPTIONS)) as outcomes:
         next(outcomes)
         assert len(seen) <= pipeline.WAITING + pipeline.encoders() + 3
 
@@ -163,44 +184,30 @@ def test_an_interruption_leaves_whole_results_and_nothing_else(jobs):
             raise KeyboardInterrupt
         return double(rgb)
 
-    with pytest.raises(KeyboardInterrupt), closing(pipeline.run(jobs, interrupted, OPTIONS)) as outcomes:
+    with pytest.raises(KeyboardInterrupt), closing(pipeline.run(jobs, Runner(interrupted), OPTIONS)) as outcomes:
         list(outcomes)
     left = files(jobs[0].destination.parent)
     assert set(left) <= {"0.png", "1.png", "2.png", "3.png"}
     for name in left:
         assert pyvips.Image.new_from_file(str(jobs[0].destination.parent / name)).avg() == 10 * int(name[0])
-    assert [type(o) for o in pipeline.run(jobs, double, OPTIONS)].count(Skipped) == len(left)
+    assert [type(o) for o in pipeline.run(jobs, Runner(), OPTIONS)].count(Skipped) == len(left)
 
 
 def test_leftovers_of_killed_runs_are_removed(jobs):
     leftover = jobs[0].destination.parent / ".0.png.sanrt-0123abcd.partial"
     leftover.parent.mkdir()
     leftover.write_bytes(b"half")
-    list(pipeline.run(jobs, double, OPTIONS))
+    list(pipeline.run(jobs, Runner(), OPTIONS))
     assert not leftover.exists()
 
 
 def test_opacity_goes_around_the_network(tmp_path):
     source = save(tmp_path / "a.png", 77, bands=4)
     job = Job(source, tmp_path / "out.png")
-    assert [type(o) for o in pipeline.run([job], double, OPTIONS)] == [Written]
+    assert [type(o) for o in pipeline.run([job], Runner(), OPTIONS)] == [Written]
     result = pyvips.Image.new_from_file(str(job.destination))
     assert (result.width, result.height, result.bands) == (10, 12, 4)
     assert (result.numpy() == 77).all()
-
-
-class Streaming:
-    """Streams every picture, doubled; or none."""
-
-    def __init__(self, tiling: Tiling) -> None:
-        self.chosen = Way(tiling, 16, 2)
-
-    def way(self, height, width):
-        return self.chosen
-
-    def stream(self, source, result):
-        for top in range(0, source.info.height, 7):
-            result.put(2 * top, 0, double(source.rgb(top, min(7, source.info.height - top))))
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -219,21 +226,22 @@ def test_opacity_of_streamed_pictures_is_that_of_whole_ones_and_never_in_memory(
             monkeypatch.delattr(pipeline, "upscale_alpha")
             monkeypatch.delattr(SourcePicture, "alpha")
         job = Job(tmp_path / f"in{suffix}", tmp_path / f"{tiling}{suffix}")
-        options = PipelineOptions(RECIPE, Encoding(background=background), Streaming(tiling))
-        assert [type(outcome) for outcome in pipeline.run([job], double, options)] == [Written]
+        options = PipelineOptions(RECIPE, Encoding(background=background))
+        assert [type(outcome) for outcome in pipeline.run([job], Runner(tiling=tiling), options)] == [Written]
         written.append(pyvips.Image.new_from_file(str(job.destination)).numpy())
     assert written[0].shape == ((180, 82) if orientation == 1 else (82, 180)) + (3 if background else 4,)
     assert np.array_equal(*written)
 
 
 def test_a_source_that_vanishes_before_its_opacity_is_read_leaves_nothing(tmp_path):
-    class Vanishing(Streaming):
-        def stream(self, source, result):
-            super().stream(source, result)
+    class Vanishing(Runner):
+        def run_file(self, plan, source, folder):
+            streamed = super().run_file(plan, source, folder)
             source.info.path.unlink()
+            return streamed
 
     job = Job(save(tmp_path / "a.png", bands=4), tmp_path / "out" / "a.png")
-    (outcome,) = pipeline.run([job], double, PipelineOptions(RECIPE, streamer=Vanishing(Tiling.EXACT)))
+    (outcome,) = pipeline.run([job], Vanishing(tiling=Tiling.EXACT), OPTIONS)
     assert str(job.source) in outcome.reason
     assert not job.destination.parent.exists() or not list(job.destination.parent.iterdir())
 
@@ -243,15 +251,15 @@ def test_what_a_result_lacks_is_told(tmp_path):
     pyvips.Image.new_from_array(np.full((4, 4, 3), 40_000, np.uint16)).copy(interpretation="rgb16").write_to_file(
         str(source)
     )
-    (outcome,) = pipeline.run([Job(source, tmp_path / "out.jpg")], double, OPTIONS)
+    (outcome,) = pipeline.run([Job(source, tmp_path / "out.jpg")], Runner(), OPTIONS)
     assert "16-bit" in outcome.notes[0]
 
 
 def test_a_plan_writes_nothing_and_foresees_sizes_and_failures(jobs, tmp_path):
     transparent = Job(save(tmp_path / "t.png", bands=4), tmp_path / "t.jpg")
-    outcomes = list(pipeline.plan([jobs[1], transparent], OPTIONS))
+    outcomes = list(pipeline.preview([jobs[1], transparent], None, OPTIONS))
     assert outcomes[0] == Planned(jobs[1], 10, 12)
     assert "transparency" in outcomes[1].reason
     assert not (tmp_path / "out").exists()
     flattened = PipelineOptions(RECIPE, encoding=Encoding(background=(255, 255, 255)))
-    assert list(pipeline.plan([transparent], flattened)) == [Planned(transparent, 10, 12)]
+    assert list(pipeline.preview([transparent], None, flattened)) == [Planned(transparent, 10, 12)]

@@ -6,7 +6,7 @@ from sanrt.model.spec import Precision
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend, status
 from sanrt.runtime.tiling.featuremaps import FeatureStore
-from sanrt.runtime.tiling.plan import MAX_REGION, choose_regions
+from sanrt.runtime.tiling.plan import MAX_REGION_PIXELS, choose_regions
 from sanrt.runtime.tiling.streaming import ArraySource, Streaming
 
 NEEDS_OPENVINO = pytest.mark.skipif(not status("openvino").usable, reason="openvino is not installed")
@@ -119,7 +119,7 @@ def test_regions_follow_the_picture_s_size_alone():
     assert choose_regions(256, 513) == choose_regions(513, 256) == 3
     for height, width in (4000, 6000), (30, 10**6), (10**5, 10**5):
         k = choose_regions(height, width)
-        assert -(-height // k) * -(-width // k) <= MAX_REGION or 2 * (k + 1) > min(height, width)
+        assert -(-height // k) * -(-width // k) <= MAX_REGION_PIXELS or 2 * (k + 1) > min(height, width)
 
 
 @pytest.mark.slow

@@ -16,10 +16,10 @@ from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.results import Recipe
-from sanrt.runtime.tiling.orientations import TURNS, TurnedSource
-from sanrt.runtime.tiling.plan import Tiling, Way, network_bytes
+from sanrt.runtime.tiling.orientations import ORIENTATIONS, OrientedSource
+from sanrt.runtime.tiling.plan import Tiling, TilingPlan, UpscaleOptions, network_bytes, plan_tiling
 from sanrt.runtime.tiling.streaming import ArraySource
-from sanrt.runtime.tiling.upscaling import Streamer, UpscaleOptions, choose_way, upscale
+from sanrt.runtime.tiling.upscaling import NetworkRunner, upscale
 
 ARCH = Architecture(scale=2, groups=1, blocks=1, channels=16, reduction=4)
 SPEC = ModelSpec(ARCH, "0" * 64, "a test", 5, min_side=4, multiple=1)
@@ -94,7 +94,7 @@ def test_on_a_gpu_its_own_memory_decides_and_the_host_holds_only_the_result():
     for device, host, whole in ((2**30, 2**28, True), (2**27, 2**34, False), (2**30, int(megapixels * 90e6), False)):
         backend = Nearest()
         backend.memory = device
-        way = choose_way(backend, *picture.shape[:2], UpscaleOptions(memory=host))
+        way = plan_tiling(backend, *picture.shape[:2], UpscaleOptions(memory=host))
         assert (way.tiling is Tiling.WHOLE) is whole
         assert way.tile**2 * network_bytes(ARCH) <= device
 
@@ -112,9 +112,9 @@ def test_a_picture_larger_than_an_engine_takes_goes_in_tiles_that_it_takes():
     assert len(backend.sizes) > 1
     assert all(backend.limits.take(*size) for size in backend.sizes)
     for size in ((40, 64), (64, 30), (2, 64)):
-        assert choose_way(backend, *size, UpscaleOptions()).tiling is Tiling.WHOLE
+        assert plan_tiling(backend, *size, UpscaleOptions()).tiling is Tiling.WHOLE
     for size in ((41, 40), (64, 31)):
-        assert choose_way(backend, *size, UpscaleOptions()).tiling is Tiling.OVERLAP
+        assert plan_tiling(backend, *size, UpscaleOptions()).tiling is Tiling.OVERLAP
 
 
 @pytest.mark.parametrize(
@@ -212,12 +212,12 @@ def test_self_ensemble_makes_the_upscaling_commute_with_turns(tiny_model):
         assert np.abs(turned.astype(int) - upscale(backend, picture, options)).max() <= 1
 
 
-@pytest.mark.parametrize("turn", TURNS)
-def test_a_turned_source_reads_what_the_turned_picture_has_there(turn):
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_turned_source_reads_what_the_turned_picture_has_there(orientation):
     x = noise(7, 11, np.float32).transpose(2, 0, 1)[None]
-    source, whole = TurnedSource(ArraySource(x), turn), turn.of(x)
+    source, whole = OrientedSource(ArraySource(x), orientation), orientation.apply(x)
     assert source.size == whole.shape[2:]
-    assert np.array_equal(turn.undone(whole), x)
+    assert np.array_equal(orientation.inverse(whole), x)
     for box in Box(0, 0, *source.size).tiles(4):
         assert np.array_equal(source.read(box), whole[:, :, box.top : box.bottom, box.left : box.right])
 
@@ -230,8 +230,9 @@ def test_a_streamed_self_ensemble_of_a_file_is_the_whole_one(tiny_model, tmp_pat
         options = UpscaleOptions(tile=20, tiling=Tiling.EXACT, self_ensemble=True, memory=2**30, scratch=tmp_path)
         assert np.abs(upscale(backend, picture, options).astype(int) - expected).max() <= 1
         job = Job(tmp_path / "in.png", tmp_path / "out.png")
-        (outcome,) = pipeline.run([job], None, pipeline.PipelineOptions(Recipe(2, ""), streamer=Streamer(backend, options)))
-        assert outcome.way == Way(Tiling.EXACT, 20, 2)
+        runner = NetworkRunner(backend, options)
+        (outcome,) = pipeline.run([job], runner, pipeline.PipelineOptions(Recipe(2, "")))
+        assert outcome.plan == TilingPlan(Tiling.EXACT, 20, 2)
         once = upscale(backend, picture).astype(int)
     result = pyvips.Image.new_from_file(str(job.destination)).numpy().astype(int)
     assert np.abs(result - expected).max() <= 1
@@ -241,8 +242,8 @@ def test_a_streamed_self_ensemble_of_a_file_is_the_whole_one(tiny_model, tmp_pat
 
 def test_an_engine_must_take_the_turned_picture_too():
     backend = limited(((4, 4), (40, 64)))
-    assert choose_way(backend, 30, 60, UpscaleOptions()).tiling is Tiling.WHOLE
-    assert choose_way(backend, 30, 60, UpscaleOptions(self_ensemble=True)).tiling is Tiling.OVERLAP
+    assert plan_tiling(backend, 30, 60, UpscaleOptions()).tiling is Tiling.WHOLE
+    assert plan_tiling(backend, 30, 60, UpscaleOptions(self_ensemble=True)).tiling is Tiling.OVERLAP
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(8, None), (32, 17), (32, -1), (None, -1)])

@@ -29,8 +29,17 @@ from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.backends.tensorrt.backend import TensorRTBackend
 from sanrt.runtime.backends.tensorrt.stages import TensorRTStages
-from sanrt.runtime.tiling.plan import Tiling, Way, network_bytes, result_bytes
-from sanrt.runtime.tiling.upscaling import MEMORY_SHARE, UpscaleOptions, choose_way, tell_once, upscale
+from sanrt.runtime.tiling.plan import (
+    MEMORY_SHARE,
+    Tiling,
+    TilingPlan,
+    UpscaleOptions,
+    network_bytes,
+    plan_tiling,
+    result_bytes,
+    warn_once,
+)
+from sanrt.runtime.tiling.upscaling import upscale
 from tests.runtime.backends.tensorrt.test_backend import ErrorCode, FakeContext, FakeDevice, FakeEngine, Rig, floats
 
 SMALL = Profile(Size(1, 1, 1), Size(1, 16, 16), Size(1, 32, 32))
@@ -259,8 +268,8 @@ def test_a_picture_larger_than_the_engine_takes_is_streamed_in_tiles_that_the_st
     rig.build_stages(whole)
     expected = whole_run(whole, rig.model, picture())
     with rig.open(whole) as backend:
-        assert choose_way(backend, 45, 38, UpscaleOptions(memory=2**30)) == Way(Tiling.EXACT, 32, 2)
-        assert choose_way(backend, 40, 64, UpscaleOptions(memory=2**30)).tiling is Tiling.WHOLE
+        assert plan_tiling(backend, 45, 38, UpscaleOptions(memory=2**30)) == TilingPlan(Tiling.EXACT, 32, 2)
+        assert plan_tiling(backend, 40, 64, UpscaleOptions(memory=2**30)).tiling is Tiling.WHOLE
         assert np.abs(upscale(backend, picture(), UpscaleOptions(memory=2**30)) - expected).max() < 1e-5
         with pytest.raises(UsageError, match="tiles of 33 pixels: the engines take 32"):
             upscale(backend, picture(), replace(EXACT, tile=33))
@@ -293,7 +302,7 @@ def test_without_stage_engines_one_line_names_the_command(rig: StageRig, caplog:
             upscale(backend, picture(), EXACT)
         assert f"build them with `{command}`" in str(caught.value)
         assert "\n" not in str(caught.value)
-        tell_once.cache_clear()
+        warn_once.cache_clear()
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
                 upscale(backend, picture(), UpscaleOptions(tile=32, memory=2**30))
