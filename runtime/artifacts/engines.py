@@ -21,7 +21,7 @@ from sanrt.runtime.artifacts.variants import model_digest
 
 SUFFIX = ".engine"
 STAGES_SUFFIX = ".stages"
-"""Of a set of stage engines, for exact streaming: an uncompressed ZIP archive with one engine per stage, under its name."""
+"""Ending of a set of stage engines, for exact streaming: an uncompressed ZIP archive, one engine per stage by its name."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Identity:
     """SHA-256 of the exported ONNX."""
     options: BuildOptions
     version: str
-    """Of the TensorRT flavour."""
+    """Version of that TensorRT."""
     gpu: str
     """Name and compute capability of the GPU it was built for; for RTX its targets."""
     sanrt: str

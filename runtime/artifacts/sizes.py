@@ -66,7 +66,7 @@ TILES = Profile(Size(1, 1, 1), Size(1, 256, 256), Size(1, 512, 512))
 
 
 MAX_KEYS = 2**18
-"""Of a region that stage engines take: a quarter of its pixels."""
+"""Most keys of one region in a stage engine; a region has a quarter as many keys as pixels."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class Limits:
     """The sizes that a backend takes, where they were settled when it was built."""
 
     profiles: tuple[Profile, ...] = ()
-    """Of whole pictures; none where any will do."""
+    """Sizes of whole pictures; none where any will do."""
     tiles: Profile | None = None
-    """Of the tiles of its stages, without their halo; None where any will do, or there are no stages."""
+    """Sizes of its stages' tiles, without their halo; None where any will do, or there are no stages."""
 
     def take(self, height: int, width: int) -> bool:
         """Whether a whole picture may have this size."""
@@ -84,7 +84,7 @@ class Limits:
 
     @property
     def side(self) -> int | None:
-        """Of the largest square picture."""
+        """Side of the largest square picture; None where any will do."""
         return max((min(profile.max[1:]) for profile in self.profiles), default=None)
 
     @property
@@ -94,7 +94,7 @@ class Limits:
 
     @property
     def keys(self) -> int | None:
-        """Of a region, at most, in its stages."""
+        """Most keys of a region in its stages; None where any number will do."""
         return MAX_KEYS if self.tiles else None
 
     def __str__(self) -> str:

@@ -37,7 +37,7 @@ KEPT_FP32 = re.compile(r"(^|\.)soca\.|^features\.|^(mean_in|head|first|tail|mean
 """Nodes that stay fp32 beside bf16, as in the engines' graphs: SOCA, the first and last convolution, the mean shifts."""
 
 WARM_SIDE = 8
-"""Of each region in the first picture."""
+"""Side of each region in the picture that warms the attention up, pixels."""
 ATTENTION_STAGE = "attend"
 
 TRIAL_SIDE, TRIAL_ROUNDS = 64, 5

@@ -32,11 +32,11 @@ class Backend(Protocol):
     """One loaded model, ready to run; a context manager."""
 
     name: str
-    """As in `--backend`."""
+    """The backend's name, as `--backend` takes it."""
     device: str
     """What it runs on, for people: `CPU`, `NVIDIA H100`."""
     spec: ModelSpec
-    """Of the loaded model, its precision as it runs here."""
+    """Description of the loaded model, with the precision that it runs in here."""
 
     @property
     def streams(self) -> bool:
@@ -89,7 +89,7 @@ class BackendStatus:
 
     name: str
     version: str | None
-    """Of the library behind it; None when it is not installed."""
+    """Version of the library behind it; None when it is not installed."""
     usable: bool
     reason: str
     """Why not, or what it would run on."""
@@ -106,7 +106,7 @@ class RunOptions:
     threads: int | None = None
     """CPU threads; None is one per core."""
     precision: Precision | None = None
-    """Of convolutions and attention; None is the backend's own choice, told by its `spec.precision`."""
+    """Type of convolutions and attention; None is the backend's own choice, told by its `spec.precision`."""
     regions: int = 2
     """k of the k x k attention regions."""
     device: int = 0

@@ -25,7 +25,7 @@ class Diagnosis:
     """What `sanrt doctor` found."""
 
     facts: tuple[tuple[str, str], ...]
-    """Of the machine: what, and what was found."""
+    """Facts about the machine: what was looked at, and what was found."""
     backends: tuple[BackendStatus, ...]
     default: BackendStatus | None
     """What `--backend auto` takes for an exported model; None when nothing can run."""

@@ -34,7 +34,7 @@ from sanrt.runtime.tiling.plan import (
 )
 
 SIDES = (64, 192)
-"""Of the two pictures that a backend's speed is measured on: attention's share is small in one and large in the other."""
+"""Sides of the two pictures that a backend's speed is measured on: attention's share is small in one, large in the other."""
 
 ROUNDS = 3
 

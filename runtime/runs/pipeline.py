@@ -90,7 +90,7 @@ class Written:
 
     job: Job
     pixels: int
-    """Of the result."""
+    """Pixels of the result."""
     notes: tuple[str, ...] = ()
     """What was not taken over from the source, one line each."""
     plan: TilingPlan | None = field(default=None, compare=False)

@@ -45,23 +45,23 @@ log = logging.getLogger(__name__)
 
 LOCAL = "local"
 """The address of a Ray that is started for the run and stopped after it."""
-TRIES = 3
+MAX_ATTEMPTS = 3
 """Workers that a picture may take with it before it is given up."""
-MOST = 64
-"""Pictures that a worker is given at once, at most."""
-MOST_BYTES = 4 << 20
-"""Of the files that a worker is given at once; a larger one is given alone."""
-PATIENCE = 15
+MAX_CHUNK_PICTURES = 64
+"""Most pictures in one chunk, which is what a worker is given at once."""
+MAX_CHUNK_BYTES = 4 << 20
+"""Upper bound on the source bytes in one chunk; a larger file is a chunk of its own."""
+FIRST_NOTICE_SECONDS = 15
 """Seconds without a single worker after which the user is told what is waited for; again after twice as long, and so on."""
-FAREWELL = 5
+SHUTDOWN_SECONDS = 5
 """Seconds that idle workers are given to remove their copies of the model."""
-REACH = 5
+CONNECT_SECONDS = 5
 """Seconds after which an address that does not answer is taken for one without a cluster."""
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 Files = Mapping[str, bytes]
 """Names and contents of a model's files."""
-Told = tuple[Outcome, Entry | None, list[logging.LogRecord]]
+WorkerResult = tuple[Outcome, Entry | None, list[logging.LogRecord]]
 """A picture's outcome, its line in the record, and what was logged on the way."""
 
 
@@ -85,9 +85,9 @@ class Share:
 
     workers: int
     cpus: int
-    """Of each worker."""
+    """CPUs of each worker."""
     gpus: int = 0
-    """Of each worker, 0 or 1."""
+    """GPUs of each worker, 0 or 1."""
     per_node: int = 1
     """Workers on the largest node: they share its memory."""
 
@@ -101,7 +101,7 @@ class Ready:
     """What a worker says of itself once the model is loaded."""
 
     name: str
-    """Of the backend."""
+    """Name of the backend that it loaded."""
     device: str
     spec: ModelSpec
     node: str
@@ -111,8 +111,8 @@ class Ready:
 class Worker:
     """A process of the cluster with the model in it; Ray makes an actor of it."""
 
-    def __init__(self, task: Task, files: Files, share: Share, level: int, witness: Path | None) -> None:
-        self.task, self.files, self.share, self.witness = task, files, share, witness
+    def __init__(self, task: Task, files: Files, share: Share, level: int, probe: Path | None) -> None:
+        self.task, self.files, self.share, self.probe = task, files, share, probe
         self.records: SimpleQueue[logging.LogRecord] = SimpleQueue()
         logger = logging.getLogger("sanrt")
         logger.setLevel(level)
@@ -124,11 +124,11 @@ class Worker:
         import ray
 
         node = ray.util.get_node_ip_address()
-        if self.witness and not self.witness.exists():
-            folder = self.witness.parent
+        if self.probe and not self.probe.exists():
+            folder = self.probe.parent
             raise UsageError(f"{folder}: not shared with the node {node}; choose a folder that every node has, or a URL")
         task = self.task
-        self.folder, model = placed(task.model, self.files)
+        self.folder, model = place_model(task.model, self.files)
         running = task.running if self.share.gpus else replace(task.running, threads=self.share.cpus)
         network = load_backend(task.backend, model, running)
         memory = task.upscaling.memory or (task.upscaling.budget + PROCESS_MEMORY) // self.share.per_node
@@ -139,7 +139,7 @@ class Worker:
         self.recorder.model_digest = model_digest(model)
         return Ready(network.name, network.device, network.spec, node, os.getpid())
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Told]:
+    def run(self, jobs: Sequence[Job]) -> Iterator[WorkerResult]:
         """Every job's outcome, in order."""
         for outcome in pipeline.overlapped(jobs, self.runner, self.options):
             entry = self.recorder.entry(outcome) if self.task.record and isinstance(outcome, Written) else None
@@ -152,13 +152,13 @@ class Worker:
 
 
 @dataclass(eq=False)
-class Hand:
+class WorkerHandle:
     """A worker, as seen from the driver."""
 
     actor: Any
     awaited: Any
     """Reference to its Ready while it loads, then the generator of its chunk's outcomes; None when it is idle."""
-    left: deque[Job] = field(default_factory=deque)
+    pending: deque[Job] = field(default_factory=deque)
     """Jobs of its chunk whose outcome has not come."""
     ready: Ready | None = None
 
@@ -166,17 +166,17 @@ class Hand:
 class Pool:
     """Workers on the connected cluster; a context manager, entered when the first worker has the model."""
 
-    def __init__(self, task: Task, share: Share, witness: Path | None = None) -> None:
-        """`witness` is a file that every node must see."""
-        self.task, self.share, self.witness = task, share, witness
+    def __init__(self, task: Task, share: Share, probe: Path | None = None) -> None:
+        """`probe` is a file that every node must see."""
+        self.task, self.share, self.probe = task, share, probe
         self.waiting: deque[Job] = deque()
-        self.alone: deque[Job] = deque()
-        """Jobs that may have killed a worker: each is done on its own."""
+        self.isolated: deque[Job] = deque()
+        """Jobs that may have killed a worker: each is sent out in a chunk of its own."""
         self.deaths: Counter[Job] = Counter()
-        self.stillborn = 0
+        self.failed_starts = 0
         """Workers that died while loading, one after the other."""
-        self.hands: list[Hand] = []
-        self.patience = PATIENCE
+        self.handles: list[WorkerHandle] = []
+        self.notice_seconds = FIRST_NOTICE_SECONDS
 
     def __enter__(self) -> Self:
         import ray
@@ -185,7 +185,7 @@ class Pool:
         self.record = open_record(self.task.record) if self.task.record else None
         share = self.share
         self.kind = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=0, max_task_retries=0)(Worker)
-        self.hands = [self.hired() for _ in range(share.workers)]
+        self.handles = [self.start_worker() for _ in range(share.workers)]
         try:
             while not self.loaded:
                 list(self.step())
@@ -201,39 +201,39 @@ class Pool:
         """Dismiss the workers."""
         import ray
 
-        if leaving := [hand.actor.leave.remote() for hand in self.hands if hand.ready and not hand.left]:
-            ray.wait(leaving, num_returns=len(leaving), timeout=FAREWELL)
-        for hand in self.hands:
-            ray.kill(hand.actor)
+        if leaving := [worker.actor.leave.remote() for worker in self.handles if worker.ready and not worker.pending]:
+            ray.wait(leaving, num_returns=len(leaving), timeout=SHUTDOWN_SECONDS)
+        for worker in self.handles:
+            ray.kill(worker.actor)
         if self.record:
             self.record.close()
 
     @property
     def loaded(self) -> list[Ready]:
         """What the workers that have the model say."""
-        return [hand.ready for hand in self.hands if hand.ready]
+        return [worker.ready for worker in self.handles if worker.ready]
 
     def run(self, jobs: Sequence[Job]) -> Generator[Outcome, None, None]:
         """Every job's outcome, as they come."""
         self.waiting.extend(pipeline.without_leftovers(jobs))
-        while self.waiting or self.alone or any(hand.left for hand in self.hands):
-            for hand in self.hands:
-                if hand.ready and hand.awaited is None and (chunk := self.chunk()):
-                    hand.left, hand.awaited = deque(chunk), hand.actor.run.remote(chunk)
+        while self.waiting or self.isolated or any(worker.pending for worker in self.handles):
+            for worker in self.handles:
+                if worker.ready and worker.awaited is None and (chunk := self.chunk()):
+                    worker.pending, worker.awaited = deque(chunk), worker.actor.run.remote(chunk)
             yield from self.step()
         for folder in {job.destination.parent for job in self.deaths if not isinstance(job.destination, RemotePath)}:
             remove_leftovers(folder)
 
     def chunk(self) -> list[Job]:
         """The next jobs for one worker: fewer towards the end, so that all finish together; none if there are no more."""
-        if self.alone:
-            return [self.alone.popleft()]
-        most = min(MOST, -(-len(self.waiting) // (3 * self.share.workers)))
+        if self.isolated:
+            return [self.isolated.popleft()]
+        most = min(MAX_CHUNK_PICTURES, -(-len(self.waiting) // (3 * self.share.workers)))
         chunk: list[Job] = []
         total = 0
         while len(chunk) < most:
-            total += size_of(self.waiting[0])
-            if chunk and total > MOST_BYTES:
+            total += source_bytes(self.waiting[0])
+            if chunk and total > MAX_CHUNK_BYTES:
                 break
             chunk.append(self.waiting.popleft())
         return chunk
@@ -242,64 +242,71 @@ class Pool:
         """Wait for a worker to say something, and take it in."""
         import ray
 
-        awaited = [hand for hand in self.hands if hand.awaited is not None]
-        said, _ = ray.wait([hand.awaited for hand in awaited], timeout=self.patience)
+        awaited = [worker for worker in self.handles if worker.awaited is not None]
+        said, _ = ray.wait([worker.awaited for worker in awaited], timeout=self.notice_seconds)
         if not said and not self.loaded:
             log.warning("no worker yet: waiting for a node with room for one of %s", self.share)
-            self.patience *= 2
-        for hand in awaited:
-            if any(hand.awaited is ref for ref in said):
-                yield from self.heard(hand)
+            self.notice_seconds *= 2
+        for worker in awaited:
+            if any(worker.awaited is ref for ref in said):
+                yield from self.receive(worker)
 
-    def heard(self, hand: Hand) -> Iterator[Outcome]:
+    def receive(self, worker: WorkerHandle) -> Iterator[Outcome]:
         """What a worker said: that it is ready, an outcome, the end of its chunk; or that it died."""
         import ray
 
         try:
-            if hand.ready is None:
-                hand.ready, hand.awaited = ray.get(hand.awaited), None
-                self.stillborn = 0
-                log.debug("worker %d on %s: %s on %s", *worker_facts(hand.ready))
+            if worker.ready is None:
+                worker.ready, worker.awaited = ray.get(worker.awaited), None
+                self.failed_starts = 0
+                log.debug("worker %d on %s: %s on %s", *worker_facts(worker.ready))
                 return
-            outcome, entry, records = ray.get(next(hand.awaited))
+            outcome, entry, records = ray.get(next(worker.awaited))
         except StopIteration:
-            hand.awaited = None
-            if hand.left:
-                yield from self.bury(hand, "it ended early")
+            worker.awaited = None
+            if worker.pending:
+                yield from self.replace_dead(worker, "it ended early")
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, SanrtError) else worker_error(error) from None
         except ray.exceptions.RayError as error:
-            yield from self.bury(hand, type(error).__name__)
+            yield from self.replace_dead(worker, type(error).__name__)
         else:
-            job = hand.left.popleft()
+            job = worker.pending.popleft()
             for record in records:
                 logging.getLogger(record.name).handle(record)
             if entry and self.record:
                 write_entry(self.record, entry)
             yield replace(outcome, job=job)
 
-    def bury(self, hand: Hand, why: str) -> Iterator[Failed]:
-        """Put a new worker in a dead one's place, and do its pictures again; those given up come out."""
+    def replace_dead(self, worker: WorkerHandle, why: str) -> Iterator[Failed]:
+        """Start a worker in a dead one's place and do its pictures again; yields those that are given up.
+
+        Each of the pending pictures may be what killed it, so each is sent out again in a chunk of its own.
+        """
         import ray
 
-        log.debug("worker %s died (%s)", hand.ready and hand.ready.pid, why)
-        ray.kill(hand.actor)
-        self.stillborn += hand.ready is None
-        if self.stillborn == TRIES:
-            raise BackendError(f"{self.task.model}: {TRIES} workers in a row died while loading it ({why}); see Ray's logs")
-        self.hands[self.hands.index(hand)] = self.hired()
-        for job in hand.left:
+        log.debug("worker %s died (%s)", worker.ready and worker.ready.pid, why)
+        ray.kill(worker.actor)
+        self.failed_starts += worker.ready is None
+        if self.failed_starts == MAX_ATTEMPTS:
+            raise BackendError(
+                f"{self.task.model}: {MAX_ATTEMPTS} workers in a row died while loading it ({why}); see Ray's logs"
+            )
+        self.handles[self.handles.index(worker)] = self.start_worker()
+        for job in worker.pending:
             self.deaths[job] += 1
-            if self.deaths[job] < TRIES:
-                self.alone.append(job)
+            if self.deaths[job] < MAX_ATTEMPTS:
+                self.isolated.append(job)
             else:
-                yield Failed(job, f"{job.source}: {TRIES} workers died over it; look at it, or give workers more memory")
+                yield Failed(
+                    job, f"{job.source}: {MAX_ATTEMPTS} workers died over it; look at it, or give workers more memory"
+                )
 
-    def hired(self) -> Hand:
+    def start_worker(self) -> WorkerHandle:
         """A new worker, loading the model as soon as a node has room for it."""
         level = logging.getLogger("sanrt").getEffectiveLevel()
-        actor = self.kind.remote(self.task, self.files, self.share, level, self.witness)
-        return Hand(actor, actor.load.remote())
+        actor = self.kind.remote(self.task, self.files, self.share, level, self.probe)
+        return WorkerHandle(actor, actor.load.remote())
 
 
 def worker_facts(ready: Ready) -> tuple[int, str, str, str]:
@@ -312,7 +319,7 @@ def worker_error(error: Exception) -> BackendError:
     return BackendError(f"a worker failed ({text}); every node needs the same sanrt and Ray as this one")
 
 
-def size_of(job: Job) -> int:
+def source_bytes(job: Job) -> int:
     """Bytes of the source; 0 if they cannot be told, which opening it will."""
     try:
         return job.source.stat().st_size
@@ -329,7 +336,7 @@ def model_files(model: Path) -> Files:
     return weights | {path.name: path.read_bytes() for path in dict.fromkeys(paths) if path.exists()}
 
 
-def placed(model: Path, files: Files) -> tuple[tempfile.TemporaryDirectory[str] | None, Path]:
+def place_model(model: Path, files: Files) -> tuple[tempfile.TemporaryDirectory[str] | None, Path]:
     """The model on this node: where the driver has it if it is the same there, else a copy, gone with the folder."""
     with contextlib.suppress(OSError):
         if all((model.parent / name).read_bytes() == content for name, content in files.items()):
@@ -343,12 +350,12 @@ def placed(model: Path, files: Files) -> tuple[tempfile.TemporaryDirectory[str] 
 
 
 @contextmanager
-def witness(folder: Path) -> Iterator[Path | None]:
+def shared_folder_probe(folder: Path) -> Iterator[Path | None]:
     """A file by which a node sees whether it shares `folder`, locked: `remove_leftovers` spares it. None for a URL."""
     if isinstance(folder, RemotePath):
         yield None
         return
-    path = folder / f".witness.sanrt-{secrets.token_hex(4)}.partial"
+    path = folder / f".shared-folder-probe.sanrt-{secrets.token_hex(4)}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("wb")
@@ -370,7 +377,7 @@ def connected(address: str, workers: int | None = None, threads: int | None = No
     """
     if address.startswith("ray://"):
         raise UsageError(f"--ray {address}: Ray's client is not supported; run on a node: ray job submit -- sanrt run ...")
-    os.environ.update(QUIET)
+    os.environ.update(RAY_ENVIRONMENT)
     with extra("ray", "--ray"):
         import ray
     local = {"num_cpus": max(len(os.sched_getaffinity(0)), (workers or 0) * (threads or 1)), "include_dashboard": False}
@@ -400,7 +407,7 @@ def check_reachable(address: str) -> None:
     from ray._private.services import canonicalize_bootstrap_address
 
     host, _, port = (canonicalize_bootstrap_address(address) or address).rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), REACH).close()
+    socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def shared_out(nodes: Sequence[Mapping[str, float]], workers: int | None, threads: int | None) -> Share:

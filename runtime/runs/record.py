@@ -34,7 +34,7 @@ STRIP = 256
 """Rows that are compared at a time."""
 
 TOLERANCE = 1 / 255
-"""Of the full scale: results that differ by rounding alone are at most one 8-bit step apart."""
+"""Largest difference as a share of the full scale: rounding alone makes at most one 8-bit step."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Entry:
     device: str
     precision: str
     tiling: str
-    """As chosen, never auto."""
+    """The tiling that really ran, never auto."""
     tile: int
     regions: int
     overlap: int | None
@@ -285,7 +285,7 @@ def compared(entry: Entry, output: Path) -> Replay:
 
 
 def largest_difference(first: Path, second: Path) -> float:
-    """Of the full scale, over all pixels, in strips; raises PictureError for files that are no pictures."""
+    """Largest difference over all pixels, as a share of the full scale; PictureError for files that are no pictures."""
     with open_picture(first) as one, open_picture(second) as other:
         if (one.info.height, one.info.width, one.info.dtype) != (other.info.height, other.info.width, other.info.dtype):
             return 1.0

@@ -41,7 +41,7 @@ PROCESS_MEMORY = 400 * 2**20
 """Interpreter, libraries, picture buffers: what a run holds beside the budget."""
 
 MEMORY_SHARE = 0.6
-"""Of the free memory: the rest is for decoding, encoding and everybody else."""
+"""Share of the free memory that a run takes: the rest is for decoding, encoding and everybody else."""
 
 
 class Tiling(StrEnum):
@@ -121,9 +121,9 @@ class MemoryBudget:
     """Bytes that a run may take."""
 
     host: int
-    """Of the machine's memory."""
+    """Bytes of the machine's memory."""
     device: int | None = None
-    """Of a GPU's own, which the network then runs in; None where it runs in the machine's."""
+    """Bytes of a GPU's own memory, which the network then runs in; None where it runs in the machine's."""
 
     @classmethod
     def of(cls, backend: Backend, options: UpscaleOptions) -> MemoryBudget:

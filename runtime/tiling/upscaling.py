@@ -190,7 +190,7 @@ def upscale(
 def stream_ensembled(
     run: Callable[[PixelSource, PixelSink], None], pixels: PixelSource, scale: int, store: FeatureStore, sink: PixelSink
 ) -> None:
-    """As `self_ensembled`, one pass after another, their sum in a map of the store."""
+    """The self-ensemble of a streamed picture: one pass after another, their sum in a map of the store."""
     picture = Box(0, 0, *pixels.size).scaled(scale)
     total = store.new(3, picture.height, picture.width, on_device=False)
     for orientation in ORIENTATIONS:

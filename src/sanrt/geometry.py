@@ -85,7 +85,7 @@ class TileAxis:
     """One axis of a picture cut into tiles of one size; the last is pulled back to end at the border."""
 
     side: int
-    """Of the picture."""
+    """Length of the picture along this axis, pixels."""
     limit: int
     """Tiles are no longer than this."""
     overlap: int

@@ -155,5 +155,5 @@ def check(picture: Any) -> None:
 
 
 def rounded(values: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> Picture:
-    """As `dtype`, to the nearest integer where that is one."""
+    """The values in another type, rounded to the nearest integer where it is an integer type."""
     return (np.rint(values) if dtype.kind == "u" else values).astype(dtype)

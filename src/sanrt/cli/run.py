@@ -223,9 +223,9 @@ def run_on_ray(
 ) -> None:
     """The same as on one machine, by workers of a Ray cluster."""
     from sanrt.runtime.runs.pipeline import Skipped
-    from sanrt.runtime.runs.ray_pool import LOCAL, Pool, connected, witness
+    from sanrt.runtime.runs.ray_pool import LOCAL, Pool, connected, shared_folder_probe
 
-    shared = nullcontext() if address == LOCAL else witness(found.to_do[0].destination.parent)
+    shared = nullcontext() if address == LOCAL else shared_folder_probe(found.to_do[0].destination.parent)
     with shared as seen, connected(address, workers, task.running.threads) as share, Pool(task, share, seen) as pool:
         tell_model(choice, pool.loaded[0], reporter)
         reporter.say(f"Ray {address}: {share}")

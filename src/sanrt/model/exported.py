@@ -41,7 +41,7 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 HALF_ROUNDING, HALF_LEAST = 2.0**-10, 2.0**-23
 """How far fp16 may lie from the fp32 value that it was made of: relatively, and near zero, where converters write 1e-7."""
 PADDED_WIDTH = 16
-"""Of inner attention in engines' graphs (`GraphOptions.attention_width`)."""
+"""Width of the inner attention in engines' graphs (`GraphOptions.attention_width`)."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ OPSET = 22
 IR_VERSION = 10
 
 TYPED_DIVISOR = 16.0
-"""Of queries and keys in fp16 and bf16: scores up to 16 million fit, and TensorRT still fuses the attention."""
+"""Divisor of queries and keys in fp16 and bf16: scores up to 16 million fit, and TensorRT still fuses the attention."""
 
 ONNX_TYPES = {
     Precision.FP32: TensorProto.FLOAT,

@@ -169,7 +169,7 @@ class ModelSpec:
     iterations: int
     """Newton-Schulz steps in the graph."""
     precision: Precision = Precision.FP32
-    """Of convolutions and attention; SOCA's root is always fp32."""
+    """Type of convolutions and attention; SOCA's root is always fp32."""
     regions: int = 2
     """k: attention works within k x k regions of the picture."""
     min_side: int = MIN_SIDE

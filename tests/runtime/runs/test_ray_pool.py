@@ -96,7 +96,7 @@ def nodes():
     """A node with four CPUs, however many there are; tests add others."""
     pytest.importorskip("ray", reason="needs the extra [ray]")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**cluster.QUIET, "RAY_AUTH_MODE": "disabled"}.items():
+        for name, value in {**cluster.RAY_ENVIRONMENT, "RAY_AUTH_MODE": "disabled"}.items():
             patch.setenv(name, value)
         from ray.cluster_utils import Cluster
 
@@ -329,7 +329,7 @@ def test_a_cluster_without_room_is_waited_for_and_that_is_told(ray, monkeypatch,
 
     other, told = Other.remote(), []
     assert ray.get(other.ready.remote(), timeout=WAIT)
-    monkeypatch.setattr(cluster, "PATIENCE", 0.3)
+    monkeypatch.setattr(cluster, "FIRST_NOTICE_SECONDS", 0.3)
 
     def warned(text, *arguments):
         told.append(text % arguments)
@@ -350,13 +350,13 @@ def survived(nodes, model: Path, folder: Path, count: int) -> list:
     with connected(nodes.address, 4, 2) as share, Pool(task, share) as pool, closing(pool.run(jobs)) as coming:
         for outcome in coming:
             outcomes.append(outcome)
-            busy = [hand for hand in pool.hands if hand.left]
+            busy = [worker for worker in pool.handles if worker.pending]
             if len(outcomes) >= count // 2 and busy and not killed:
                 killed = busy[0]
                 os.kill(killed.ready.pid, signal.SIGKILL)
             if len(outcomes) == 3 * count // 4:
                 nodes.remove_node(other, allow_graceful=False)
-        assert killed not in [None, *pool.hands]
+        assert killed not in [None, *pool.handles]
     return outcomes
 
 
@@ -396,7 +396,7 @@ def test_the_cluster_file_of_the_documentation_is_one_that_ray_takes_once_filled
     util = pytest.importorskip("ray.autoscaler._private.util", reason="needs the extra [ray]")
     import yaml
 
-    page = Path(__file__).parents[2].joinpath("docs", "ray.md").read_text()
+    page = Path(__file__).parents[3].joinpath("docs", "ray.md").read_text()
     text = textwrap.dedent(re.search(r"^    cluster_name:.*?(?=\n\n)", page, re.DOTALL | re.MULTILINE)[0])
     filled = {"NODES": "2", "REGION": "us-west-2", "MODEL": __file__, "IMAGE": "ami-0", "EXTRA": "cpu"}
     filled |= dict.fromkeys(("HEAD_TYPE", "WORKER_TYPE"), "m5.large")
