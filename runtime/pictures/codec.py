@@ -41,6 +41,10 @@ _OPTIMISED_PIXELS = 20_000_000
 _UNKNOWN_RESOLUTION, _SCREEN_RESOLUTION = 1.0, 72 / 25.4
 
 
+class OccupiedError(PictureError):
+    """A file that may not be replaced is in the place of one that was to be written."""
+
+
 @dataclass(frozen=True)
 class PictureInfo:
     """What a picture file's header says."""
@@ -107,6 +111,8 @@ class Output:
     """What the format cannot hold and the user asked to go without, one line each."""
     provenance: Provenance | None = None
     """What the file says of its making; None for files that are no results."""
+    replaces: bool = True
+    """Whether a file that is at the path may be replaced."""
 
 
 class SourcePicture:
@@ -376,11 +382,11 @@ def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | 
     """Encode (H, W, 3) pixels, uint8 or uint16, and (H, W) opacity to `output.path`, whole or not at all.
 
     Grey outputs get the mean of the three channels. `alpha` is needed if the output has alpha, or a background to lay it
-    onto. PictureError if the file cannot be written.
+    onto. PictureError if the file cannot be written, OccupiedError if another one is there that may not be replaced.
     """
     with _vips_told_as(f"{output.path}: cannot be written"):
         image = _with_metadata(_encodable(output, rgb, alpha), output)
-        with _replacing(output.path) as descriptor:
+        with _replacing(output.path, output.replaces) as descriptor:
             target = _vips().Target.new_to_descriptor(descriptor)
             try:
                 getattr(image, f"{output.format.facts.libvips}save_target")(target, **_saver_options(output))
@@ -466,19 +472,19 @@ def _saver_options(output: Output) -> dict[str, Any]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[int]:
+def _replacing(path: Path, may_replace: bool) -> Iterator[int]:
     """Descriptor of a new file beside `path`, which takes its place if the body succeeds and is removed if not.
 
-    The file is locked while its writer lives: that tells `remove_leftovers` which ones are nobody's.
+    The file is locked while its writer lives: that tells `remove_leftovers` which ones are nobody's. OccupiedError if there
+    is a file at `path` that may not be replaced.
     """
-    partial = path.with_name(f".{path.name[:50]}.sanrt-{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        partial, descriptor = _locked_partial(path)
         try:
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield descriptor
+            if not may_replace and os.path.lexists(path):
+                raise OccupiedError(f"{path}: cannot be written (a file appeared there)")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -487,10 +493,24 @@ def _replacing(path: Path) -> Iterator[int]:
         raise PictureError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+def _locked_partial(path: Path) -> tuple[Path, int]:
+    """A new file beside `path`, open and locked; made again if another run removed it before it was locked."""
+    while True:
+        partial = path.with_name(f".{path.name[:50]}.sanrt-{secrets.token_hex(4)}.partial")
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return partial, descriptor
+        os.close(descriptor)
+
+
 def remove_leftovers(folder: Path) -> list[Path]:
     """Remove what killed runs left half-written in `folder` (not below), sparing files whose writer lives; the removed."""
     removed = []
-    for partial in folder.glob(".*.sanrt-*.partial"):
+    for partial in folder.glob(f".*.sanrt-{'[0-9a-f]' * 8}.partial"):
+        if partial.is_symlink() or not partial.is_file():  # opening a pipe would wait for its writer
+            continue
         with suppress(OSError), partial.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             partial.unlink()

@@ -6,6 +6,7 @@ locally, whole, before it is sent.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import secrets
@@ -122,11 +123,26 @@ class RemotePath(PosixPath):
         with told_of(self, "cannot be written"):
             if not direct:
                 filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-            with local.open("rb") as source, filesystem.open_output_stream(written) as stream:
+            with local.open("rb") as source, publishing(filesystem.open_output_stream(written)) as stream:
                 while piece := source.read(1 << 22):
                     stream.write(piece)
             if not direct:
                 filesystem.move(written, path)
+
+
+@contextmanager
+def publishing(stream: Any) -> Iterator[Any]:
+    """An output stream of pyarrow's, closed, which publishes the object, only if the body succeeds.
+
+    pyarrow cannot give a stream up, and closes one that is freed. So after an error it is neither closed nor ever freed,
+    and the object stays as it was.
+    """
+    try:
+        yield stream
+    except BaseException:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
+        raise
+    stream.close()
 
 
 def located(text: str) -> Path:

@@ -23,6 +23,7 @@ from sanrt.errors import SanrtError
 from sanrt.runtime import host as machine
 from sanrt.runtime.pictures.codec import (
     Encoding,
+    OccupiedError,
     Output,
     Pixels,
     open_picture,
@@ -140,7 +141,8 @@ def read(job: Job, runner: NetworkRunner, options: PipelineOptions) -> Loaded:
         output = plan_output(source.info, job.destination, options.scale, options.encoding)
         plan = runner.decide(source.info)
         identity = identify(path, job.source)
-        output = replace(output, provenance=options.recipe.provenance(identity, output.format))
+        made = options.recipe.provenance(identity, output.format)
+        output = replace(output, provenance=made, replaces=job.replaces)
         streams = plan.tiling is Tiling.EXACT
         rgb = None if streams else source.rgb()
         alpha = source.alpha() if source.info.alpha and not streams else None
@@ -181,7 +183,12 @@ def write(picture: Loaded, options: PipelineOptions) -> Written | Skipped:
         if appeared(picture.job, options.recipe):
             return Skipped(picture.job)
         path = opened.enter_context(delivered(output.path))
-        write_picture(replace(output, path=path), rgb, alpha)
+        try:
+            write_picture(replace(output, path=path), rgb, alpha)
+        except OccupiedError:
+            if appeared(picture.job, options.recipe):
+                return Skipped(picture.job)
+            raise
     seconds = {**picture.seconds, "write": since(started)}
     notes = picture.notes + tiling_note(picture.plan)
     return Written(picture.job, output.width * output.height, notes, picture.plan, picture.source, seconds)

@@ -17,6 +17,7 @@ import pyvips
 from sanrt.errors import PictureError
 from sanrt.runtime.pictures.codec import (
     Encoding,
+    OccupiedError,
     Output,
     open_picture,
     plan_output,
@@ -418,13 +419,46 @@ def test_missing_folders_are_made_and_long_names_written(tmp_path):
 
 def test_only_leftovers_of_dead_writers_are_removed(tmp_path):
     dead, alive = (tmp_path / f".{name}.png.sanrt-0123abcd.partial" for name in ("dead", "alive"))
-    others = [tmp_path / "a.png", tmp_path / ".other.partial"]
+    others = [tmp_path / name for name in ("a.png", ".other.partial", ".a.sanrt-notes.partial")]
     for path in (dead, alive, *others):
         path.touch()
     with alive.open("rb") as writer:
         fcntl.flock(writer, fcntl.LOCK_EX)
         assert remove_leftovers(tmp_path) == [dead]
     assert sorted(tmp_path.iterdir()) == sorted([alive, *others])
+
+
+def test_what_only_has_a_leftovers_name_is_left_alone(tmp_path):
+    pipe, link, target = tmp_path / ".a.sanrt-0123abcd.partial", tmp_path / ".b.sanrt-0123abcd.partial", tmp_path / "a.png"
+    os.mkfifo(pipe)
+    target.touch()
+    link.symlink_to(target)
+    assert remove_leftovers(tmp_path) == []
+    assert sorted(tmp_path.iterdir()) == sorted([pipe, link, target])
+
+
+def test_a_file_that_another_run_cleans_away_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    real, cleaned = fcntl.flock, []
+
+    def cleaning_first(descriptor, operation):
+        if not cleaned:
+            monkeypatch.setattr(fcntl, "flock", real)
+            cleaned.extend(remove_leftovers(tmp_path))
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", cleaning_first)
+    write_picture(Output(tmp_path / "a.png", Format.PNG, 1, 1), np.zeros((1, 1, 3), np.uint8))
+    assert len(cleaned) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_file_that_may_not_be_replaced_is_not(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"somebody's")
+    with pytest.raises(OccupiedError, match="a file appeared there"):
+        write_picture(Output(path, Format.PNG, 1, 1, replaces=False), np.zeros((1, 1, 3), np.uint8))
+    assert path.read_bytes() == b"somebody's"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

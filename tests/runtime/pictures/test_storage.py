@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,41 @@ def test_a_large_upload_cut_in_a_later_part_leaves_nothing(s3, tmp_path):
     finally:
         s3.proxy.cut = set()
     assert s3.tree("large") == {}
+
+
+@pytest.mark.parametrize("size", [9 << 20, 40 << 20])
+def test_a_result_that_cannot_be_read_to_its_end_leaves_the_object_as_it_was(s3, tmp_path, size):
+    """In a process of its own: what is left open must not be published when it ends either."""
+    (tmp_path / "local").write_bytes(bytes(size))
+    s3.put("unread", b"earlier")
+    code = """
+import sys
+from pathlib import Path
+from sanrt.errors import PictureError
+from sanrt.runtime.pictures.storage import located
+
+class Failing:
+    def __init__(self, file): self.file, self.left = file, 2
+    def __enter__(self): return self
+    def __exit__(self, *_): self.file.close()
+    def read(self, size):
+        self.left -= 1
+        if self.left < 0: raise OSError(5, "Input/output error")
+        return self.file.read(size)
+
+class Local(type(Path())):
+    def open(self, mode): return Failing(super().open(mode))
+
+try:
+    located(sys.argv[1]).upload(Local(sys.argv[2]))
+except PictureError as error:
+    print(error)
+"""
+    url = f"s3://{server.BUCKET}/unread"
+    done = subprocess.run([sys.executable, "-c", code, url, tmp_path / "local"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{url}: cannot be written ([Errno 5] Input/output error)\n"
+    assert s3.tree("unread") == {"": b"earlier"}
 
 
 def test_wrong_credentials_are_told_in_one_line(s3, sanrt, tmp_path, monkeypatch):

@@ -96,6 +96,19 @@ def test_a_file_that_appears_while_its_picture_is_upscaled_is_not_replaced(jobs)
     assert jobs[0].destination.read_bytes() == b"somebody's"
 
 
+def test_two_runs_that_encode_the_same_picture_at_once_give_one_result_and_no_failure(jobs, monkeypatch):
+    real = pipeline.write_picture
+
+    def meanwhile(output, *pixels):
+        monkeypatch.setattr(pipeline, "write_picture", real)
+        assert [type(outcome) for outcome in pipeline.run(jobs[:1], double, OPTIONS)] == [Written]
+        real(output, *pixels)
+
+    monkeypatch.setattr(pipeline, "write_picture", meanwhile)
+    assert [type(outcome) for outcome in pipeline.run(jobs[:1], double, OPTIONS)] == [Skipped]
+    assert files(jobs[0].destination.parent) == ["0.png"]
+
+
 @pytest.mark.parametrize(
     "error", [BackendError("it broke"), OutOfMemoryError("none left"), MemoryError(), ValueError("odd")]
 )
