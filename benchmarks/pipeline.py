@@ -26,7 +26,7 @@ from sanrt.errors import PictureError, SanrtError, UsageError
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.pictures.codec import Encoding
-from sanrt.runtime.pictures.jobs import Job, Naming, find_pictures
+from sanrt.runtime.pictures.jobs import Job, Naming, Replaceable, find_pictures
 from sanrt.runtime.runs.pipeline import Outcome, PipelineOptions, Written, encoders, enlarge, read, run, write
 from sanrt.runtime.runs.results import Recipe
 from sanrt.runtime.tiling.plan import Tiling, UpscaleOptions
@@ -133,7 +133,7 @@ def measure(jobs: list[Job], network: Backend, options: UpscaleOptions) -> Measu
     """The pictures one step after the other, then overlapped; raises SanrtError when one of them fails."""
     recipe = Recipe.of(network.spec, None, options, Encoding())
     steps, runner = PipelineOptions(recipe), NetworkRunner(network, options)
-    jobs = [replace(job, replaces=True) for job in jobs]
+    jobs = [replace(job, replaces=Replaceable.ANYTHING) for job in jobs]
     watch = Stopwatch(network)
     step_by_step(jobs[0], runner, steps)  # warms up, and does not count
     watch.seconds = 0.0

@@ -32,6 +32,11 @@ class Format(StrEnum):
         return next((form for magic, form in _MAGIC.items() if head.startswith(magic)), None)
 
     @classmethod
+    def named(cls, name: str) -> Format | None:
+        """The format that a person calls so: by its name or by one of its endings, in capitals too."""
+        return cls.of_suffix(Path(f"a.{name.lower()}"))
+
+    @classmethod
     def of_suffix(cls, path: Path) -> Format | None:
         """The format that the file name stands for; None if it stands for none."""
         return next((form for form in cls if path.suffix.lower() in form.facts.suffixes), None)

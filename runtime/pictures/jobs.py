@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 
 from sanrt.errors import PictureError, UsageError
@@ -17,14 +18,23 @@ ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}$")
 """Of file names; `v1.2` has none."""
 
 
+class Replaceable(Enum):
+    """What a result may replace."""
+
+    NOTHING = "nothing"
+    RESULT = "result"
+    """An earlier result, as sanrt wrote it."""
+    ANYTHING = "anything"
+
+
 @dataclass(frozen=True)
 class Job:
     """One picture to read and the file that its result goes to."""
 
     source: Path
     destination: Path
-    replaces: bool = False
-    """Whether a file that is at the destination may be replaced; else finding one there is an error."""
+    replaces: Replaceable = Replaceable.NOTHING
+    """What may be replaced at the destination; anything else there is an error."""
 
 
 @dataclass(frozen=True)

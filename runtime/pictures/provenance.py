@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import UUID
 
-from sanrt.errors import PictureError
 from sanrt.runtime.pictures.formats import Format
-from sanrt.runtime.pictures.storage import RemotePath, reason
+from sanrt.runtime.pictures.storage import RemotePath, told_of
 
 BEGINNING = b"sanrt-result:"
 WINDOW = 4096
@@ -60,7 +59,7 @@ class Mark:
 
     provenance: Provenance
     content: str
-    """SHA-256 of the file without the mark, by which a change of pixels or metadata shows."""
+    """SHA-256 of the file without the mark, and of the provenance: a change of pixels, metadata or mark shows."""
 
     @property
     def text(self) -> bytes:
@@ -80,13 +79,11 @@ class Mark:
 
 
 def identify(local: Path, origin: Path) -> SourceIdentity:
-    """The identity of a picture that lies at `origin` and, the same bytes, in the file `local`."""
-    try:
+    """The identity of a picture that lies at `origin` and, the same bytes, in the file `local`; PictureError if unreadable."""
+    with told_of(origin, "cannot be read"):
         with local.open("rb") as file:
             sha256, md5, size = digests(file)
         etag = origin.etag if isinstance(origin, RemotePath) else None
-    except OSError as error:
-        raise PictureError(f"{origin}: cannot be read ({reason(error)})") from None
     return SourceIdentity(sha256, size, etag or md5)
 
 
@@ -121,7 +118,7 @@ def seal(file: IO[bytes], form: Format, made: Provenance) -> None:
     if form is Format.WEBP:
         file.seek(4)
         file.write((size + length - 8).to_bytes(4, "little"))
-    insert(file, at, envelope(form, Mark(made, content_digest(file, at, at)).text))
+    insert(file, at, envelope(form, Mark(made, content_digest(file, at, at, made)).text))
 
 
 def read_mark(path: Path) -> Mark | None:
@@ -135,16 +132,16 @@ def read_mark(path: Path) -> Mark | None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a file is, byte for byte, what sanrt wrote; OSError if it cannot be read."""
+    """Whether a file is, byte for byte, what sanrt wrote; PictureError if it cannot be read."""
     form = Format.of_suffix(path)
-    with path.open("rb") as file:
+    with told_of(path, "cannot be read"), path.open("rb") as file:
         if form is None or not (found := find_mark(file, path)):
             return False
         mark, text_at = found
         whole = envelope(form, mark.text)
         at = text_at - whole.index(mark.text)
         file.seek(max(0, at))
-        return file.read(len(whole)) == whole and content_digest(file, at, at + len(whole)) == mark.content
+        return file.read(len(whole)) == whole and content_digest(file, at, at + len(whole), mark.provenance) == mark.content
 
 
 def find_mark(file: IO[bytes], path: Path) -> tuple[Mark, int] | None:
@@ -199,8 +196,8 @@ def insert(file: IO[bytes], at: int, data: bytes) -> None:
     file.write(data)
 
 
-def content_digest(file: IO[bytes], start: int, end: int) -> str:
-    """SHA-256 of a file without the bytes from `start` to `end`."""
+def content_digest(file: IO[bytes], start: int, end: int, made: Provenance) -> str:
+    """SHA-256 of a file without the bytes from `start` to `end`, and of what it was made from."""
     digest = hashlib.sha256()
     file.seek(0)
     while start and (block := file.read(min(BLOCK, start))):
@@ -209,6 +206,7 @@ def content_digest(file: IO[bytes], start: int, end: int) -> str:
     file.seek(end)
     while block := file.read(BLOCK):
         digest.update(block)
+    digest.update(digest_of(asdict(made)).encode())
     return digest.hexdigest()
 
 

@@ -179,7 +179,7 @@ def file_system(root: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def told_of(path: RemotePath, what: str) -> Iterator[None]:
+def told_of(path: Path, what: str) -> Iterator[None]:
     """An OSError as a PictureError of one line."""
     try:
         yield

@@ -33,7 +33,7 @@ from sanrt.runtime.pictures.codec import (
     upscale_alpha,
     write_picture,
 )
-from sanrt.runtime.pictures.jobs import Job
+from sanrt.runtime.pictures.jobs import Job, Replaceable
 from sanrt.runtime.pictures.provenance import SourceIdentity, identify
 from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.pictures.storage import RemotePath, delivered, fetched, scratch_folder
@@ -142,7 +142,7 @@ def read(job: Job, runner: NetworkRunner, options: PipelineOptions) -> Loaded:
         plan = runner.decide(source.info)
         identity = identify(path, job.source)
         made = options.recipe.provenance(identity, output.format)
-        output = replace(output, provenance=made, replaces=job.replaces)
+        output = replace(output, provenance=made, replaces=job.replaces is not Replaceable.NOTHING)
         streams = plan.tiling is Tiling.EXACT
         rgb = None if streams else source.rgb()
         alpha = source.alpha() if source.info.alpha and not streams else None

@@ -13,9 +13,9 @@ from sanrt.errors import PictureError, UsageError
 from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.formats import Format
-from sanrt.runtime.pictures.jobs import Job
+from sanrt.runtime.pictures.jobs import Job, Replaceable
 from sanrt.runtime.pictures.provenance import Provenance, SourceIdentity, digest_of, is_intact, is_unchanged, read_mark
-from sanrt.runtime.pictures.storage import RemotePath, reason
+from sanrt.runtime.pictures.storage import RemotePath, told_of
 from sanrt.runtime.tiling.plan import Tiling, UpscaleOptions
 
 THREADS = 16
@@ -102,7 +102,7 @@ def sort_out(jobs: Sequence[Job], recipe: Recipe, overwrite: bool = False) -> Fi
     UsageError if a file that sanrt did not make, or that was changed since, would have to be replaced.
     """
     if overwrite:
-        return Findings([replace(job, replaces=True) for job in jobs])
+        return Findings([replace(job, replaces=Replaceable.ANYTHING) for job in jobs])
     present = {job: found for job, found in together(lambda job: look_at(job.destination), jobs).items() if found}
     results = {job: found.made for job, found in present.items() if found.made}
     refuse([job.destination for job in present if job not in results], "not made by sanrt")
@@ -110,30 +110,31 @@ def sort_out(jobs: Sequence[Job], recipe: Recipe, overwrite: bool = False) -> Fi
     again = {job: why for job, why in differences.items() if why}
     intact = together(lambda job: is_intact(job.destination), again)
     refuse([job.destination for job, is_own in intact.items() if not is_own], "changed since sanrt made it")
-    done = [job for job in jobs if differences.get(job) == ""]
-    to_do = [replace(job, replaces=job in again) for job in jobs if differences.get(job) != ""]
-    return Findings(to_do, done, list(reasons(again)))
+    done = differences.keys() - again.keys()
+    to_do = [replace(job, replaces=Replaceable.RESULT) if job in again else job for job in jobs if job not in done]
+    return Findings(to_do, [job for job in jobs if job in done], list(reasons(again)))
 
 
 def appeared(job: Job, recipe: Recipe) -> bool:
-    """Whether another run has written this very result since this one began; PictureError if it is another file."""
-    if job.replaces or (found := look_at(job.destination)) is None:
+    """Whether another run has written this very result since this one began; PictureError if it may not be replaced."""
+    if job.replaces is Replaceable.ANYTHING or (found := look_at(job.destination)) is None:
         return False
     if found.made and not difference(job, found.made, recipe):
         return True
-    raise PictureError(f"{job.destination}: was not there when the run began; it is not replaced")
+    if job.replaces is Replaceable.RESULT and is_intact(job.destination):
+        return False
+    raise PictureError(f"{job.destination}: appeared, or was changed, since the run began; it is not replaced")
 
 
 def look_at(path: Path) -> Present | None:
     """What is in a result's place; None if there is nothing."""
-    try:
+    with told_of(path, "cannot be read"):
         if not isinstance(path, RemotePath) and not path.is_file():
             return Present(None) if path.is_symlink() or path.exists() else None
-        mark = read_mark(path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise PictureError(f"{path}: cannot be read ({reason(error)})") from None
+        try:
+            mark = read_mark(path)
+        except FileNotFoundError:
+            return None
     return Present(mark.provenance if mark else None)
 
 
@@ -147,11 +148,10 @@ def difference(job: Job, made: Provenance, recipe: Recipe) -> str:
     if made.options != now.options:
         return "made with other options before"
     try:
-        return (
-            "" if is_unchanged(made.source, job.source) else "made from another picture, or from this one before it changed"
-        )
+        unchanged = is_unchanged(made.source, job.source)
     except OSError:
         return UNREADABLE
+    return "" if unchanged else "made from another picture, or from this one before it changed"
 
 
 def refuse(paths: Sequence[Path], what: str) -> None:

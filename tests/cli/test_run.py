@@ -329,6 +329,13 @@ def test_options_of_format_quality_and_transparency_reach_the_file(sanrt, tmp_pa
     assert sizes[1] > 1.5 * sizes[0]
 
 
+@pytest.mark.parametrize(("name", "ending"), [("jpg", "jpg"), ("JPEG", "jpg"), ("tif", "tif"), ("Webp", "webp")])
+def test_a_format_may_be_named_by_its_ending_and_in_capitals(sanrt, tmp_path, name, ending):
+    noise(tmp_path / "in" / "a.png")
+    assert sanrt("in", "out", "--format", name)[0] == 0
+    assert files(tmp_path / "out") == [f"a.{ending}"]
+
+
 def test_self_ensemble_and_tiles_change_the_picture_and_are_repeatable(sanrt, tmp_path):
     noise(tmp_path / "a.png", 40, 50)
     results = {}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sanrt.cli.formats import FORMATS, written_format
 from sanrt.cli.models import known_scale
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, exported_path
 from sanrt.runtime.pictures.formats import Format
@@ -34,7 +35,10 @@ def plan(
     tiling: Annotated[Tiling, typer.Option(help="As for `sanrt run`.", rich_help_panel=RUN_OPTIONS)] = Tiling.AUTO,
     tile: Annotated[int | None, typer.Option(min=16, help="As for `sanrt run`.", rich_help_panel=RUN_OPTIONS)] = None,
     memory: Annotated[str | None, typer.Option(help="As for `sanrt run`, such as 4G.", rich_help_panel=RUN_OPTIONS)] = None,
-    format: Annotated[Format | None, typer.Option(help="As for `sanrt run`.", rich_help_panel=RUN_OPTIONS)] = None,
+    format: Annotated[
+        Format | None,
+        typer.Option(parser=written_format, metavar=FORMATS, help="As for `sanrt run`.", rich_help_panel=RUN_OPTIONS),
+    ] = None,
     suffix: Annotated[str, typer.Option(help="As for `sanrt run`.", rich_help_panel=RUN_OPTIONS)] = "",
 ) -> None:
     """Say how pictures would be upscaled, and what memory and time that takes on each backend; none is upscaled."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from sanrt.cli.formats import FORMATS, written_format
 from sanrt.cli.models import bundled_weights, default_model, known_scale, require_scale
 from sanrt.model.spec import Precision
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, exported_path, other_models
@@ -113,7 +114,10 @@ def run(
     ] = None,
     regions: Annotated[str, typer.Option(help="k of the k x k attention regions; auto is by the picture's size.")] = "auto",
     self_ensemble: Annotated[bool, typer.Option("--self-ensemble", help="Average over 8 flips and rotations.")] = False,
-    format: Annotated[Format | None, typer.Option(help="Of every result; each picture's own if left out.")] = None,
+    format: Annotated[
+        Format | None,
+        typer.Option(parser=written_format, metavar=FORMATS, help="Of every result; each picture's own if left out."),
+    ] = None,
     suffix: Annotated[str, typer.Option(help="Added to every name, such as _x4.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace whatever is in the results' places.")] = False,
     quality: Annotated[int | None, typer.Option(min=1, max=100, help="Of JPEG, WebP and AVIF.")] = None,
@@ -150,8 +154,6 @@ def run(
     from sanrt.runtime.tiling.plan import UpscaleOptions, parse_memory
     from sanrt.runtime.tiling.upscaling import NetworkRunner
 
-    if format and format.written_as is not format:
-        raise typer.BadParameter(f"--format {format}: sanrt reads it, and writes {format.written_as} instead")
     k = region_count(regions)
     upscaling = UpscaleOptions(tile, overlap, self_ensemble, tiling, k, parse_memory(memory) if memory else None)
     choice = ModelChoice(model, models, scale, backend, RunOptions(threads=threads, precision=precision, device=device))

@@ -13,11 +13,11 @@ import pyvips
 
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.runtime.pictures.codec import Encoding, SourcePicture
-from sanrt.runtime.pictures.jobs import Job, find_pictures
+from sanrt.runtime.pictures.jobs import Job, Replaceable, find_pictures
 from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.pipeline import Failed, PipelineOptions, Planned, Skipped, Written
-from sanrt.runtime.runs.results import Recipe
+from sanrt.runtime.runs.results import Recipe, sort_out
 from sanrt.runtime.tiling.plan import Tiling, TilingPlan
 
 RECIPE = Recipe(2, "a network that doubles")
@@ -79,9 +79,9 @@ def test_what_another_run_wrote_meanwhile_is_skipped_if_it_is_the_same_and_else_
     kept = [job.destination.read_bytes() for job in jobs[:4]]
     outcomes = list(pipeline.run(jobs, Runner(), OPTIONS))
     assert [type(outcome) for outcome in outcomes] == [Skipped] * 2 + [Failed] * 2 + [Written] * 2
-    assert "was not there when the run began" in outcomes[3].reason
+    assert "appeared, or was changed, since the run began" in outcomes[3].reason
     assert [job.destination.read_bytes() for job in jobs[:4]] == kept
-    replaced = list(pipeline.run([replace(job, replaces=True) for job in jobs], Runner(), OPTIONS))
+    replaced = list(pipeline.run([replace(job, replaces=Replaceable.ANYTHING) for job in jobs], Runner(), OPTIONS))
     assert [type(outcome) for outcome in replaced] == [Written] * 6
 
 
@@ -92,8 +92,23 @@ def test_a_file_that_appears_while_its_picture_is_upscaled_is_not_replaced(jobs)
         return double(rgb)
 
     (outcome,) = pipeline.run(jobs[:1], Runner(slow), OPTIONS)
-    assert "was not there when the run began" in outcome.reason
+    assert "appeared, or was changed, since the run began" in outcome.reason
     assert jobs[0].destination.read_bytes() == b"somebody's"
+
+
+def test_a_result_that_is_edited_while_it_is_made_again_is_not_replaced(jobs):
+    other = PipelineOptions(Recipe(2, "another network"))
+    assert [type(outcome) for outcome in pipeline.run(jobs[:2], Runner(), OPTIONS)] == [Written] * 2
+    again = sort_out(jobs[:2], other.recipe).to_do
+    edited = jobs[1].destination.read_bytes() + b"edited"
+
+    def editing(rgb):
+        jobs[1].destination.write_bytes(edited)
+        return double(rgb)
+
+    outcomes = list(pipeline.run(again, Runner(editing), other))
+    assert [type(outcome) for outcome in outcomes] == [Written, Failed]
+    assert jobs[1].destination.read_bytes() == edited
 
 
 def test_two_runs_that_encode_the_same_picture_at_once_give_one_result_and_no_failure(jobs, monkeypatch):
@@ -101,11 +116,11 @@ def test_two_runs_that_encode_the_same_picture_at_once_give_one_result_and_no_fa
 
     def meanwhile(output, *pixels):
         monkeypatch.setattr(pipeline, "write_picture", real)
-        assert [type(outcome) for outcome in pipeline.run(jobs[:1], double, OPTIONS)] == [Written]
+        assert [type(outcome) for outcome in pipeline.run(jobs[:1], Runner(), OPTIONS)] == [Written]
         real(output, *pixels)
 
     monkeypatch.setattr(pipeline, "write_picture", meanwhile)
-    assert [type(outcome) for outcome in pipeline.run(jobs[:1], double, OPTIONS)] == [Skipped]
+    assert [type(outcome) for outcome in pipeline.run(jobs[:1], Runner(), OPTIONS)] == [Skipped]
     assert files(jobs[0].destination.parent) == ["0.png"]
 
 
