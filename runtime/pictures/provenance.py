@@ -79,7 +79,10 @@ class Mark:
 
 
 def identify(local: Path, origin: Path) -> SourceIdentity:
-    """The identity of a picture that lies at `origin` and, the same bytes, in the file `local`; PictureError without them."""
+    """The identity of a picture that lies at `origin` and, the same bytes, in the file `local`.
+
+    PictureError if they cannot be read.
+    """
     with told_of(origin, "cannot be read"):
         with local.open("rb") as file:
             sha256, md5, size = digests(file)
