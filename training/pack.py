@@ -33,7 +33,7 @@ SMALLEST = 24
 def pack(
     photos: Annotated[Path, typer.Argument(help="Folder that holds train/ and dev/.")],
     out: Annotated[Path, typer.Argument(help="Folder for the packed pictures.")],
-    quality: Annotated[int, typer.Option(help="AVIF quality of the tiles; 0 keeps every pixel, as PNG.")] = 85,
+    quality: Annotated[int, typer.Option(help="AVIF quality of the tiles; 0 keeps every pixel, as PNG.")] = 90,
     detail: Annotated[float, typer.Option(help="Leave out tiles that halving and doubling keeps better, dB.")] = 37,
     photo_scale: Annotated[list[int] | None, typer.Option(help="Pack worn pictures for this scale. Repeatable.")] = None,
     versions: Annotated[int, typer.Option(help="Worn versions of every tile.")] = VERSIONS,

@@ -1,6 +1,7 @@
 """The queue goes on where it was left, on this machine or from what the repository keeps; a GPU visit is rehearsed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sanrt.errors import UsageError
-from training.recipe import QUEUE, best_weights, keep, named, next_item, training_command
+from sanrt.errors import SanrtError, UsageError
+from sanrt.model.checkpoint import load_checkpoint
+from sanrt.model.spec import Architecture
+from training.recipe import QUEUE, best_weights, cpu_options, go_on, keep, named, next_item, seen, training_command
 from training.train import Worker, train_on
 from training.visit import parsed, visit
 
@@ -66,6 +69,44 @@ def test_a_network_starts_from_the_best_there_is(plan, tiles, tmp_path):
     photo = training_command(named("x4-photo"), tmp_path, runs, states, 10, [])
     assert "--photo" in photo
     assert photo[photo.index("--start") + 1] == str(states / "x4-clean" / "decayed.safetensors")
+
+
+@pytest.mark.slow
+def test_the_queue_trains_packs_what_is_missing_and_keeps_the_states(plan, tiles, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.recipe.cores", lambda: 1)
+    tiny = replace(QUEUE[1], scale=2, cpu_patch=8, channels=16)
+    monkeypatch.setattr("training.recipe.QUEUE", (replace(QUEUE[0], goal=0), tiny))
+    states, runs = tmp_path / "states", tmp_path / "runs"
+    like = Architecture(scale=2, groups=4, blocks=4, channels=16, reduction=4)
+    trained(plan, tiles, states / "x4-clean", arch=like)
+    data = tmp_path / "data"
+    shutil.copytree(packed, data)
+    for path in data.glob("photo-*"):
+        path.unlink()
+    go_on(data, 3, states=states, runs=runs)
+    assert {path.name for path in (states / "x4-photo").iterdir()} == {"stable.safetensors", "decayed.safetensors"}
+    assert len(list(data.glob("photo-x2-*.npz"))) == len(list(data.glob("high-*.npz")))
+    assert seen(tiny, states, tmp_path / "none").pixels == seen(tiny, states, runs).pixels > 0
+    assert load_checkpoint(states / "x4-photo" / "decayed.safetensors").architecture == like
+
+
+def test_a_run_that_fails_is_told(tmp_path, capfd):
+    with pytest.raises(SanrtError, match="x4-clean: training ended with exit status 1; see above"):
+        go_on(tmp_path, 1, ["x4-clean"], states=tmp_path, runs=tmp_path / "runs")
+    assert "no high*.npz" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("count", "batch"), [(1, "8"), (2, "8"), (3, "9"), (16, "16")])
+def test_every_core_has_its_share_of_a_batch(monkeypatch, count, batch):
+    monkeypatch.setattr("training.recipe.cores", lambda: count)
+    options = cpu_options(QUEUE[0])
+    assert options[options.index("--batch") + 1] == batch
+
+
+@pytest.mark.parametrize(("features", "option"), [(("AVX-512",), "--fp32"), (("AVX-512", "AMX-BF16"), "--bf16")])
+def test_bf16_is_for_processors_that_multiply_in_it(monkeypatch, features, option):
+    monkeypatch.setattr("training.recipe.cpu_features", lambda: features)
+    assert option in cpu_options(QUEUE[0])
 
 
 def test_names_that_are_not_in_the_queue_and_odd_budgets_are_told():
