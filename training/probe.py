@@ -14,6 +14,7 @@ from sanrt.model.san import SAN
 from sanrt.model.spec import Architecture
 from training.command import run
 from training.degrade import degrade
+from training.device import training_device
 from training.learner import Learner
 from training.network import initialise
 from training.recording import cuda_graph, plain, tape
@@ -33,7 +34,7 @@ def probe(
     patch: Annotated[list[int] | None, typer.Option(help="Sides of patches to be timed. [default: 32, 48 and 64]")] = None,
 ) -> None:
     """Compare the device's arithmetic with the CPU's, a recorded step with a plain one, and time both."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     begun = time.monotonic()
     tiles = load_tiles(data, scale, photo=False, device=device)
     print(f"{len(tiles.high)} tiles read and reduced in {time.monotonic() - begun:.1f} s, {torch.__version__}, {device}")

@@ -22,6 +22,7 @@ from sanrt.model.checkpoint import save_checkpoint
 from sanrt.model.san import SAN
 from sanrt.model.spec import Architecture
 from training.command import run
+from training.device import training_device
 from training.learner import Learner, on_device
 from training.network import initialise
 from training.recording import Record, cuda_graph, plain, tape
@@ -257,7 +258,7 @@ def train(
     graph: Annotated[bool | None, typer.Option(help="Record a step and replay it. [default: on a GPU]")] = None,
 ) -> None:
     """Train with L1 and Adam for a budget of seconds: the rate rises, stays and falls. Write states and OUT/log.jsonl."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     if workers > 1 and (device.type == "cuda" or batch % workers):
         raise UsageError(f"--workers {workers}: expected 1 on a GPU, and a divisor of the batch of {batch} on a CPU")
     arch = Architecture(scale, groups, blocks, channels, reduction)
