@@ -8,10 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from benchmarks.measure import Size, events_usable, free_on_gpu, peak_memory, timed, timed_by_events
+from sanrt.arrays import Array
 from sanrt.errors import UsageError
 from sanrt.model.spec import Precision
 from sanrt.runtime import host as machine
@@ -22,8 +20,6 @@ from sanrt.runtime.tiling.plan import PAPER_REGIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Array = npt.NDArray[np.float32]
 
 AUTO = "auto"
 """The row that the others are compared with."""

@@ -22,7 +22,7 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
-from benchmarks.contenders import AUTO, Array, Contender, LeftOut, Session, chosen, open_backend, require_memory
+from benchmarks.contenders import AUTO, Contender, LeftOut, Session, chosen, open_backend, require_memory
 from benchmarks.measure import (
     Interval,
     Limits,
@@ -36,12 +36,13 @@ from benchmarks.measure import (
     picture,
     run_command,
 )
+from sanrt.arrays import Array, psnr
 from sanrt.errors import BackendError, UsageError
-from sanrt.export.metrics import psnr
 from sanrt.extras import extra
 from sanrt.model.spec import GRAPH_PRECISIONS, SCALES, Architecture, Precision
 from sanrt.runtime.artifacts.models import read_spec
 from sanrt.runtime.tiling.plan import PAPER_REGIONS, choose_regions
+from sanrt.runtime.tiling.upscaling import network_input
 
 SIZES = ("160x90", "320x180")
 LEAST_TURNS, TURN = 5, 1.0
@@ -229,7 +230,7 @@ def race(
         ]
         share = seconds / len(entrants)
         for size in sizes:
-            x = network_input(size, arch.value_range)
+            x = network_input(picture(size), arch.value_range)
             reference = judge.call("warm_up", x, 0.0, size.regions)
             for entrant in entrants:
                 entrant.enter(size, x, reference, arch.value_range, share / 2)
@@ -244,12 +245,6 @@ def take_turns(entrants: list[Entrant], seconds: float) -> None:
     """Whoever has done least goes next: all begin one after the other, fast ones' turns then lie between slow ones'."""
     while (behind := min(entrants, key=lambda entrant: entrant.progress(seconds))).progress(seconds) < 1:
         behind.go(seconds)
-
-
-def network_input(size: Size, value_range: float) -> Array:
-    """The measured picture, (1, 3, H, W)."""
-    pixels = picture(size).transpose(2, 0, 1)[None]
-    return np.ascontiguousarray(pixels, np.float32) * np.float32(value_range / 255)
 
 
 def measure_limits(worker: Worker) -> dict[str, float]:

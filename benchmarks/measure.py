@@ -24,7 +24,7 @@ import numpy.typing as npt
 import typer
 from rich.console import Console
 
-from sanrt.errors import BackendError, ModelError, SanrtError, UsageError
+from sanrt.errors import BackendError, ModelError, SanrtError, UsageError, first_line
 from sanrt.extras import extra
 from sanrt.model.spec import MIN_SIDE, Architecture, Precision
 from sanrt.runtime import host as machine
@@ -131,7 +131,7 @@ def serve(connection: Connection, make: Callable[[], Any]) -> None:
             made = made or [make()]
             answer = False, getattr(made[0], method)(*arguments)
         except Exception as error:  # whatever a library raises becomes a row's reason
-            answer = True, next(iter(str(error).splitlines()), "") or type(error).__name__
+            answer = True, first_line(error)
         connection.send(answer)
 
 

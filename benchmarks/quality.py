@@ -22,11 +22,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
+from sanrt.arrays import psnr
 from sanrt.errors import PictureError, SanrtError, UsageError
-from sanrt.export.metrics import Score, y_score
+from sanrt.export.metrics import shaved_luma, ssim
 from sanrt.model.spec import SCALES
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.tiling.upscaling import network_input, network_output
 from training.data import Picture, picture_files, read_rgb
 from training.degrade import bicubic
 
@@ -65,8 +67,18 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Score:
+    """How near a method's output comes to the true picture, on luma."""
+
+    psnr: float
+    """dB; infinite for equal pictures."""
+    ssim: float
+    """At most 1."""
+
+
+@dataclass(frozen=True)
 class Row:
-    """What one method reached on one set, averaged over its pictures."""
+    """One method's scores on one set, averaged over its pictures."""
 
     set: str
     scale: int
@@ -185,10 +197,8 @@ def model_method(backend: Backend, name: str) -> Method:
     arch = backend.spec.architecture
 
     def upscale(pair: Pair, _: int) -> Picture:
-        low = read_rgb(pair.low).transpose(2, 0, 1)[None].astype(np.float32)
-        output = backend.infer(np.ascontiguousarray(low * (arch.value_range / 255)))[0] * (255 / arch.value_range)
-        pixels: Picture = output.clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0)
-        return pixels
+        low = read_rgb(pair.low)
+        return network_output(backend.infer(network_input(low, arch.value_range)), low, arch.value_range)
 
     return Method(f"sanrt x{name}" if name.isdigit() else name, arch.scale, upscale)
 
@@ -226,7 +236,8 @@ def score_all(methods: list[Method], sets: list[PictureSet]) -> tuple[list[Row],
             high = read_rgb(pair.high)
             results = {method.name: method.upscale(pair, each.scale) for method in fitting}
             for name, output in results.items():
-                scores[name][pair.low.stem] = y_score(output, high, each.scale)
+                luma = shaved_luma(output, high, each.scale)
+                scores[name][pair.low.stem] = Score(psnr(*luma), ssim(*luma))
             labels = {name: f"{name} {scores[name][pair.low.stem].psnr:.2f} dB" for name in results}
             strips.append(strip(pair, each.scale, high, {labels[name]: output for name, output in results.items()}))
         rows += [summary(each, name, pictures) for name, pictures in scores.items()]
@@ -235,8 +246,8 @@ def score_all(methods: list[Method], sets: list[PictureSet]) -> tuple[list[Row],
 
 def summary(pictures: PictureSet, method: str, scores: dict[str, Score]) -> Row:
     """Mean over the pictures."""
-    psnr, ssim = (float(np.mean(values)) for values in zip(*((s.psnr, s.ssim) for s in scores.values()), strict=True))
-    return Row(pictures.name, pictures.scale, method, psnr, ssim, scores)
+    means = [float(np.mean([getattr(score, name) for score in scores.values()])) for name in ("psnr", "ssim")]
+    return Row(pictures.name, pictures.scale, method, means[0], means[1], scores)
 
 
 def table(rows: list[Row]) -> Table:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+Float64 = npt.NDArray[np.float64]
 
 
-def cubic(x: Array) -> Array:
+def cubic(x: Float64) -> Float64:
     """Keys' cubic convolution kernel with a = -0.5."""
     x = np.abs(x)
     near = (1.5 * x - 2.5) * x * x + 1
@@ -16,7 +16,7 @@ def cubic(x: Array) -> Array:
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
-def resize_matrix(size: int, scale: float) -> Array:
+def resize_matrix(size: int, scale: float) -> Float64:
     """Weights (round(size * scale), size) of one axis; below 1 the kernel is widened by 1 / scale (antialiasing).
 
     Pixels beyond the border are the picture mirrored, its edge pixel included.
@@ -42,7 +42,7 @@ def bicubic(picture: npt.NDArray[np.uint8], scale: float) -> npt.NDArray[np.uint
     return round_to_uint8(np.einsum("xw,ywc->yxc", horizontal, columns, optimize=True))
 
 
-def round_to_uint8(values: Array) -> npt.NDArray[np.uint8]:
+def round_to_uint8(values: Float64) -> npt.NDArray[np.uint8]:
     """Nearest grey level, halves up, clipped to 0..255."""
     return np.floor(values.clip(0, 255) + 0.5).astype(np.uint8)
 

@@ -27,6 +27,7 @@ from sanrt.runtime.artifacts.models import read_spec
 from sanrt.runtime.artifacts.variants import FOLDER, derived_model
 from sanrt.runtime.backends.onnxruntime import CPU_FORM, open_session
 from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.tiling.upscaling import network_input
 from sanrt.version import __version__
 
 REMEDY = "nothing was written; check the checkpoint's values, or report it"
@@ -41,7 +42,7 @@ class ExportOptions:
     iterations: int | None = None
     """Newton-Schulz steps; None is as trained, or as many as an exact-root checkpoint needs."""
     picture: npt.NDArray[np.uint8] = field(default_factory=natural_scene)
-    """(H, W, 3), what the square root is measured on."""
+    """(H, W, 3) uint8 on which the square root is measured."""
     picture_name: str = "a generated scene"
     check: bool = True
     """Compare the ONNX with PyTorch, and write nothing when they differ."""
@@ -51,7 +52,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written and measured."""
+    """The written file, and the measurements made on it."""
 
     path: Path
     spec: ModelSpec
@@ -59,7 +60,7 @@ class ExportReport:
     parity: Difference | None
     """The worst over every checked input; None when not checked."""
     replaced: str
-    """What was there before, for people; empty where nothing was."""
+    """A description of the file that was there before; empty where none was."""
 
 
 @torch.inference_mode()
@@ -70,9 +71,9 @@ def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None
     ParityError when ONNX Runtime's output differs from PyTorch's; then what was there is left as it was.
     """
     options = options or ExportOptions()
-    replaced = present(out, checkpoint, options.overwrite)
+    replaced = describe_replaced(out, checkpoint, options.overwrite)
     arch = checkpoint.architecture
-    pixels = network_input(options.picture, arch.value_range)
+    pixels = torch.from_numpy(network_input(options.picture, arch.value_range))
     try:
         iterations = options.iterations or iterations_for(checkpoint, pixels)
         root = square_root_report(checkpoint, iterations, pixels, options.picture_name)
@@ -84,7 +85,7 @@ def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None
     weights = {name: tensor.numpy() for name, tensor in checkpoint.tensors.items()}
     reference = with_root(checkpoint.network(), iterations)
     with staging(out) as staged:
-        parity, tolerance = checked(spec, weights, reference, pixels, staged.parent) if options.check else (None, None)
+        parity, tolerance = check_parity(spec, weights, reference, pixels, staged.parent) if options.check else (None, None)
         measured = parity and tolerance and {**parity.to_json(), "tolerance": tolerance.max_abs}
         spec = replace(spec, report={"square_root": root.to_json(), "parity": measured})
         # The same nodes as those just checked: only the metadata gained the measurements.
@@ -93,8 +94,8 @@ def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None
     return ExportReport(out, spec, root, parity, replaced)
 
 
-def present(out: Path, checkpoint: Checkpoint, overwrite: bool) -> str:
-    """What an export to `out` replaces, for people; empty where nothing is there.
+def describe_replaced(out: Path, checkpoint: Checkpoint, overwrite: bool) -> str:
+    """A description of the file that an export to `out` replaces; empty where none is there.
 
     Raises ModelError for what is not an export of the same weights, unless that may be overwritten.
     """
@@ -115,16 +116,11 @@ def present(out: Path, checkpoint: Checkpoint, overwrite: bool) -> str:
     )
 
 
-def network_input(picture: npt.NDArray[np.uint8], value_range: float) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (1, 3, H, W) float32, 0..value_range."""
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() * (value_range / 255.0)
-
-
-def checked(
+def check_parity(
     spec: ModelSpec, weights: Weights, reference: SAN, pixels: torch.Tensor, folder: Path
 ) -> tuple[Difference, Tolerance]:
     """The worst difference of ONNX Runtime's outputs from PyTorch's; raises ParityError beyond the tolerance."""
-    inputs = list(cases(pixels))
+    inputs = list(check_inputs(pixels))
     expected = [reference(torch.from_numpy(x)).numpy() for x in inputs]
     tolerance = rounding_tolerance(reference, inputs)
     draft = folder / "draft.onnx"
@@ -142,8 +138,8 @@ def checked(
     return worst(differences), tolerance
 
 
-def cases(pixels: torch.Tensor) -> Iterator[Array]:
-    """Inputs to compare on: crops of the picture of several sizes, pairs of them, a black picture, and the whole."""
+def check_inputs(pixels: torch.Tensor) -> Iterator[Array]:
+    """(B, 3, H, W) inputs to compare on: crops of the picture in several sizes, pairs of them, a black one, the whole."""
     for batch, height, width in CHECKED_SIZES:
         crop = pixels[:, :, :height, :width]
         yield torch.cat([crop, crop.flip(3)])[:batch].numpy()

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sanrt.arrays import psnr
 from sanrt.errors import ParityError
 from sanrt.model.spec import Precision, QuantisedType
 
-Array = npt.NDArray[np.floating[Any]]
+Floats = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,13 @@ class Difference:
         return {"max_abs": self.max_abs, "mean_abs": self.mean_abs, "psnr": None if math.isinf(self.psnr) else self.psnr}
 
 
-def compare(reference: Array, candidate: Array, value_range: float = 255.0) -> Difference:
+def compare(reference: Floats, candidate: Floats, value_range: float = 255.0) -> Difference:
     """The difference of two outputs of one shape, in a network's value range; raises ParityError when shapes differ."""
     if reference.shape != candidate.shape:
         raise ParityError(f"outputs of shapes {list(reference.shape)} and {list(candidate.shape)}: expected the same")
     error = (candidate.astype(np.float64) - reference.astype(np.float64)) * (255.0 / value_range)
-    mse = float(np.square(error).mean())
-    psnr = 20 * math.log10(255.0) - 10 * math.log10(mse) if mse else math.inf
-    return Difference(float(np.abs(error).max()), float(np.abs(error).mean()), psnr)
+    decibels = psnr(reference, candidate, value_range)
+    return Difference(float(np.abs(error).max()), float(np.abs(error).mean()), decibels)
 
 
 def worst(differences: Iterable[Difference]) -> Difference:

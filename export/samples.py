@@ -12,6 +12,8 @@ import numpy.typing as npt
 from sanrt.errors import PictureError
 from sanrt.export.bicubic import degrade
 from sanrt.export.scene import natural_scene
+from sanrt.geometry import Box
+from sanrt.model.spec import MIN_SIDE
 from sanrt.runtime.pictures.codec import open_picture
 from sanrt.runtime.pictures.formats import Format
 
@@ -19,6 +21,9 @@ Picture = npt.NDArray[np.uint8]
 
 SCENES = 3
 SCENE_SIDE = 192
+"""How many scenes are generated where there are no pictures, and their side in pixels."""
+MAX_SCENE_SIDE = 192
+"""Longest side of a picture that an export is measured on: steady statistics, in seconds of work."""
 
 
 @dataclass(frozen=True)
@@ -97,3 +102,12 @@ def read_rgb(path: Path) -> Picture:
     with open_picture(path) as source:
         pixels = source.rgb()
     return np.asarray(pixels if pixels.dtype == np.uint8 else pixels >> 8, np.uint8)
+
+
+def read_scene(path: Path) -> Picture:
+    """The middle of a picture file, at most MAX_SCENE_SIDE a side, as (H, W, 3) uint8; raises PictureError."""
+    pixels = read_rgb(path)
+    if min(pixels.shape[:2]) < MIN_SIDE:
+        raise PictureError(f"{path}: {pixels.shape[1]} x {pixels.shape[0]}, expected {MIN_SIDE} px a side or more")
+    box = Box(0, 0, *pixels.shape[:2]).middle(MAX_SCENE_SIDE)
+    return pixels[box.top : box.bottom, box.left : box.right]

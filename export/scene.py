@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 
-from sanrt.errors import PictureError
-from sanrt.model.spec import MIN_SIDE
-from sanrt.runtime.pictures.codec import open_picture
-
 LEAVES = 1200
-MAX_SIDE = 192
-"""Of a measured picture: enough for steady statistics, small enough for seconds of work."""
+"""How many discs a scene is made of."""
 
 
 def natural_scene(height: int = 96, width: int = 96, seed: int = 0) -> npt.NDArray[np.uint8]:
@@ -34,17 +27,6 @@ def natural_scene(height: int = 96, width: int = 96, seed: int = 0) -> npt.NDArr
     picture += 12 * pink_noise(rng, 2 * height, 2 * width)[..., None]
     anti_aliased = picture.reshape(height, 2, width, 2, 3).mean((1, 3))
     return np.asarray(anti_aliased.round().clip(0, 255), np.uint8)
-
-
-def read_scene(path: Path) -> npt.NDArray[np.uint8]:
-    """The middle of a picture file, at most MAX_SIDE a side, as (H, W, 3) uint8; raises PictureError."""
-    with open_picture(path) as source:
-        pixels = source.rgb()
-    if min(pixels.shape[:2]) < MIN_SIDE:
-        raise PictureError(f"{path}: {pixels.shape[1]} x {pixels.shape[0]}, expected {MIN_SIDE} px a side or more")
-    top, left = (max(0, size - MAX_SIDE) // 2 for size in pixels.shape[:2])
-    middle = pixels[top : top + MAX_SIDE, left : left + MAX_SIDE]
-    return np.asarray(middle if middle.dtype == np.uint8 else middle >> 8, np.uint8)
 
 
 def pink_noise(rng: np.random.Generator, height: int, width: int) -> npt.NDArray[np.float64]:

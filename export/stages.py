@@ -21,7 +21,7 @@ def stage_ranges(graph: onnx.ModelProto, tiles: Profile) -> dict[str, tuple[Valu
     metadata = {p.key: p.value for p in graph.metadata_props}
     arch = ModelSpec.from_metadata(metadata, graph.graph.name).architecture
     kind = json.loads(metadata["sanrt.stage"]).partition(".")[0]
-    halo = {"head": HEAD_HALO, "body": 2 * arch.blocks, "join": JOIN_HALO, "tail": TAIL_HALO}.get(kind, 0)
+    halo = {"head": HEAD_HALO, "body": arch.body_halo, "join": JOIN_HALO, "tail": TAIL_HALO}.get(kind, 0)
     ranges = zip((tiles.min, tiles.opt, tiles.max), (0, halo, halo), KEYS, strict=True)
     low, usual, high = (stage_inputs(arch, kind, *each) for each in ranges)
     return {name: (low[name], usual[name], high[name]) for name in STAGE_INPUTS[kind]}

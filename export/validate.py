@@ -21,7 +21,7 @@ from sanrt.export.rounding import rounding_tolerance
 from sanrt.export.samples import Picture, Sample
 from sanrt.export.squareroot import with_root
 from sanrt.export.tensors import input_type
-from sanrt.geometry import pad
+from sanrt.geometry import Box, pad
 from sanrt.model.checkpoint import Checkpoint, bundled_checkpoint, load_checkpoint
 from sanrt.model.exported import ExportedModel, read_exported
 from sanrt.model.san import SAN
@@ -226,8 +226,8 @@ def tolerance_for(
 
 def middle(sample: Sample) -> Sample:
     """The middle of a picture, to be run by the file's own graph."""
-    top, left = (max(0, side - FILE_SIDE) // 2 for side in sample.low.shape[:2])
-    part = sample.low[top : top + FILE_SIDE, left : left + FILE_SIDE]
+    box = Box(0, 0, *sample.low.shape[:2]).middle(FILE_SIDE)
+    part = sample.low[box.top : box.bottom, box.left : box.right]
     return Sample(f"{sample.name}, middle, the file's own graph", np.ascontiguousarray(part), None)
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from sanrt.geometry import TileAxis, pad, padded_side
+from sanrt.geometry import Box, TileAxis, pad, padded_side
 
 
 @pytest.mark.parametrize("side", [1, 5, 8, 15, 16, 17, 63, 64, 65, 100, 127, 1000])
@@ -60,3 +60,11 @@ def test_padding_repeats_the_last_row_and_column():
     assert np.array_equal(y[..., :3, :4], x)
     assert np.array_equal(y[0, 0, 3:, :4], np.stack([x[0, 0, 2]] * 2))
     assert np.array_equal(y[0, 0, :3, 4], x[0, 0, :, 3])
+
+
+@pytest.mark.parametrize(
+    ("box", "middle"),
+    [(Box(0, 0, 10, 7), Box(3, 1, 7, 5)), (Box(2, 3, 5, 30), Box(2, 14, 5, 18)), (Box(1, 1, 3, 3), Box(1, 1, 3, 3))],
+)
+def test_the_middle_of_a_box_is_cut_only_where_it_is_too_large(box, middle):
+    assert box.middle(4) == middle

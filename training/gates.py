@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from sanrt.arrays import psnr
 from sanrt.errors import PictureError
-from sanrt.export.metrics import psnr, y_psnr
+from sanrt.export.metrics import y_psnr
 from sanrt.model.san import SAN
 from sanrt.model.soca import SOCA
 from training.command import run

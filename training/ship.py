@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 import typer
 
+from sanrt.arrays import psnr
 from sanrt.errors import CheckpointError, ParityError
-from sanrt.export.metrics import psnr
 from sanrt.model.checkpoint import load_checkpoint, save_checkpoint
 from sanrt.model.san import SAN
 from training.command import run

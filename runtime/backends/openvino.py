@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import time
@@ -19,7 +18,7 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 
-from sanrt.arrays import Array
+from sanrt.arrays import Array, psnr
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError
 from sanrt.model.spec import Attention, GraphOptions, Precision
 from sanrt.runtime import host as machine
@@ -220,12 +219,10 @@ def measured(graph: Path, options: RunOptions, value_range: float) -> Trial:
     squares = np.kron(random.random((1, 3, TRIAL_SIDE // 8, TRIAL_SIDE // 8)), np.ones((8, 8)))
     picture = ((0.9 * squares + 0.1 * random.random(squares.shape)) * value_range).astype(np.float32)
     requests = {p: compiled(graph, p, options) for p in HINTS}
-    fp32, bf16 = (infer(request, picture)[0].astype(np.float64) for request in requests.values())
+    fp32, bf16 = (infer(request, picture)[0] for request in requests.values())
     rounds = [[timed(request, picture) for request in requests.values()] for _ in range(TRIAL_ROUNDS)]
     fp32_seconds, bf16_seconds = map(min, zip(*rounds, strict=True))
-    error = float(np.mean((bf16 - fp32) ** 2))
-    psnr = 10 * math.log10(value_range**2 / max(error, 1e-12)) if math.isfinite(error) else 0.0
-    return Trial(fp32_seconds, bf16_seconds, psnr)
+    return Trial(fp32_seconds, bf16_seconds, psnr(bf16, fp32, value_range))
 
 
 def timed(request: Any, picture: Array) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy.typing as npt
 
 from sanrt.arrays import Array
-from sanrt.errors import BackendError, OutOfMemoryError
+from sanrt.errors import BackendError, OutOfMemoryError, first_line
 from sanrt.model.spec import MIN_SIDE, ModelSpec, Precision
 from sanrt.runtime.artifacts.sizes import Limits
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version, require_precision
@@ -119,7 +119,7 @@ def call(function: Callable[..., list[Any]], *inputs: npt.NDArray[Any]) -> list[
         with torch.inference_mode():
             return [output.numpy() for output in function(*map(torch.from_numpy, inputs))]
     except RuntimeError as error:
-        text = str(error).splitlines()[0]
+        text = first_line(error)
         if "memory" in text or "alloc" in text:
             raise OutOfMemoryError(f"torch ran out of memory ({text})") from error
         raise BackendError(f"torch failed ({text})") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from sanrt.arrays import Array
-from sanrt.errors import BackendError, OutOfMemoryError
+from sanrt.errors import BackendError, OutOfMemoryError, first_line
 from sanrt.geometry import Box
 from sanrt.model.contract import STAGE_INPUTS, STAGE_MAPS
 from sanrt.model.spec import GRAPH_PRECISIONS, Precision
@@ -118,7 +118,7 @@ def told(device: str) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemoryError("torch ran out of GPU memory") from error
     except RuntimeError as error:
-        raise BackendError(f"torch failed on {device} ({str(error).splitlines()[0]})") from error
+        raise BackendError(f"torch failed on {device} ({first_line(error)})") from error
 
 
 class TorchStages:

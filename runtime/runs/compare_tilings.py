@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
+from sanrt.arrays import psnr
+from sanrt.geometry import Box
 from sanrt.runtime.backends.protocol import Backend
 from sanrt.runtime.pictures.codec import Pixels, open_picture
 from sanrt.runtime.tiling.plan import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.upscaling import upscale
 
 SAMPLE = 192
-"""Longest side of the sample, from the picture's centre."""
+"""Longest side of the sample, which is the picture's middle."""
 
 TILE = 64
 """Side of its tiles where none is asked for: small beside the sample, as tiles are beside a large picture."""
@@ -53,10 +55,8 @@ def explain(backend: Backend, path: Path, options: UpscaleOptions) -> Iterator[E
         with grown.watched():
             result = upscale(backend, picture, sampled(options, tiling, tile))
         whole = result if whole is None else whole
-        difference = result.astype(np.float64) - whole
-        error = float(np.mean(difference**2))
-        psnr = float("inf") if error == 0 else -10 * float(np.log10(error))
-        yield Explained(tiling, float(abs(difference).max()) * 255, psnr, time.perf_counter() - started, grown.bytes)
+        largest = 255 * float(abs(result - whole).max())
+        yield Explained(tiling, largest, psnr(result, whole, peak=1), time.perf_counter() - started, grown.bytes)
 
 
 def sampled(options: UpscaleOptions, tiling: Tiling, tile: int) -> UpscaleOptions:
@@ -66,11 +66,10 @@ def sampled(options: UpscaleOptions, tiling: Tiling, tile: int) -> UpscaleOption
 
 
 def sample(path: Path) -> Pixels:
-    """The centre of a picture, at most SAMPLE pixels a side."""
+    """The middle of a picture, at most SAMPLE pixels a side."""
     with open_picture(path) as source:
-        height, width = min(source.info.height, SAMPLE), min(source.info.width, SAMPLE)
-        top, left = (source.info.height - height) // 2, (source.info.width - width) // 2
-        return source.rgb(top, height)[:, left : left + width]
+        box = Box(0, 0, source.info.height, source.info.width).middle(SAMPLE)
+        return source.rgb(box.top, box.height)[:, box.left : box.right]
 
 
 @dataclass

@@ -54,7 +54,7 @@ class Speed:
 
     def seconds(self, height: int, width: int, plan: TilingPlan, arch: Architecture) -> float:
         """An estimate for one picture, the halos of its tiles included."""
-        halo = 0 if plan.tiling is Tiling.WHOLE else 2 * (2 * arch.blocks)
+        halo = 0 if plan.tiling is Tiling.WHOLE else 2 * arch.body_halo
         grown = (1 + halo / plan.tile) ** 2
         return height * width * self.pixel * grown + pairs(height, width, plan.regions) * self.pair
 

@@ -121,7 +121,7 @@ class Streaming:
         """A group's residual blocks over all tiles; returns the gate of the whole picture's covariance."""
         moments = Moments(np.zeros(self.arch.channels), np.zeros((self.arch.channels,) * 2))
         for box in self.picture.tiles(self.tile):
-            halo = box.grown(2 * self.arch.blocks, self.picture)
+            halo = box.grown(self.arch.body_halo, self.picture)
             part, mean, scatter = self.stages.run(f"body.{group}", x.read(halo), box.inside(halo).array())
             features.write(box, part)
             moments.add(mean[0, :, 0], scatter[0], box.area)

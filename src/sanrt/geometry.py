@@ -42,6 +42,12 @@ class Box:
             min(self.right + halo, within.right),
         )
 
+    def middle(self, most: int) -> Box:
+        """The part in the middle whose sides are at most `most`; the whole box where it is no larger."""
+        height, width = min(self.height, most), min(self.width, most)
+        top, left = self.top + (self.height - height) // 2, self.left + (self.width - width) // 2
+        return Box(top, left, top + height, left + width)
+
     def inside(self, outer: Box) -> Box:
         """The same box counted from `outer`'s corner."""
         top, left = outer.top, outer.left

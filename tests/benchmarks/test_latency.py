@@ -145,7 +145,7 @@ def test_a_baseline_computes_the_network(tiny_model, name):
 
     if name.startswith("openvino"):
         pytest.importorskip("openvino")
-    x = latency.network_input(SMALL, 255)
+    x = latency.network_input(latency.picture(SMALL), 255)
     session = Session(BASELINES[name].open, tiny_model(), 1)
     reference = Session(partial(open_backend, "torch", None), tiny_model(), 1).warm_up(x, 0)
     assert latency.psnr(session.warm_up(x, 0), reference) > (40 if session.facts()[0] == "bf16" else 80)

@@ -130,7 +130,7 @@ def test_a_place_that_cannot_be_written_is_one_clear_line(checkpoint, tmp_path):
 def test_every_backend_runs_the_steps_that_were_asked_for(checkpoint, tmp_path, trained):
     changed = replace(checkpoint, architecture=replace(checkpoint.architecture, sqrt_iterations=trained))
     path = export_onnx(changed, tmp_path / "a.onnx", replace(QUICK, iterations=2, check=False)).path
-    picture = exporter.network_input(QUICK.picture, 255.0).numpy()
+    picture = exporter.network_input(QUICK.picture, 255.0)
     outputs = []
     for name in ("torch", "onnxruntime"):
         with load_backend(name, path, RunOptions()) as backend:
@@ -148,7 +148,7 @@ def test_an_exact_root_checkpoint_gets_as_many_steps_as_its_spectra_need(checkpo
 
 
 def worst_gate(checkpoint, iterations):
-    pixels = exporter.network_input(QUICK.picture, 255.0)
+    pixels = torch.from_numpy(exporter.network_input(QUICK.picture, 255.0))
     net = checkpoint.network()
     _, sigmas = squareroot.with_covariances(net, pixels)
     return max(squareroot.gate_error(soca, s, iterations) for soca, s in zip(squareroot.socas(net), sigmas, strict=True))

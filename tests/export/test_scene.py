@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sanrt.errors import PictureError
-from sanrt.export.scene import MAX_SIDE, natural_scene, read_scene
+from sanrt.export.samples import MAX_SCENE_SIDE, read_scene
+from sanrt.export.scene import natural_scene
 
 
 def test_a_scene_is_the_same_for_its_seed_and_another_for_another():
@@ -26,11 +27,11 @@ def test_a_scenes_spectrum_falls_about_as_natural_ones_do():
 def test_a_picture_file_is_cut_to_its_middle_in_8_bits(tmp_path):
     import pyvips
 
-    wide = np.zeros((20, MAX_SIDE + 100, 3), np.uint16)
-    wide[:, 50 : 50 + MAX_SIDE] = 0x1234
+    wide = np.zeros((20, MAX_SCENE_SIDE + 100, 3), np.uint16)
+    wide[:, 50 : 50 + MAX_SCENE_SIDE] = 0x1234
     pyvips.Image.new_from_array(wide).write_to_file(tmp_path / "wide.png")
     scene = read_scene(tmp_path / "wide.png")
-    assert scene.shape == (20, MAX_SIDE, 3)
+    assert scene.shape == (20, MAX_SCENE_SIDE, 3)
     assert (scene == 0x12).all()
 
 

@@ -57,7 +57,8 @@ def export(
         raise typer.BadParameter("say which weights: --scale 4 for the bundled ones, or --checkpoint PATH")
     with extra("export", "sanrt export"):
         from sanrt.export.onnx import ExportOptions, export_onnx
-    from sanrt.export.scene import natural_scene, read_scene
+    from sanrt.export.samples import read_scene
+    from sanrt.export.scene import natural_scene
 
     weights, default = chosen_weights(scale, checkpoint, models)
     options = ExportOptions(

@@ -115,6 +115,11 @@ class Architecture:
         return self.channels // 8
 
     @property
+    def body_halo(self) -> int:
+        """Pixels to each side that a group's features depend on: one for each of the blocks' 3 x 3 convolutions."""
+        return 2 * self.blocks
+
+    @property
     def upsampling(self) -> tuple[int, ...]:
         """Factors of the sub-pixel convolutions, in order: one of 3 for x3, else one of 2 for every doubling."""
         return (3,) if self.scale == 3 else (2,) * (self.scale.bit_length() - 1)

@@ -327,6 +327,16 @@ def test_native_is_automatic_where_it_was_measured(features, automatic, monkeypa
     assert status("native").usable
 
 
+def test_an_error_of_torch_without_a_text_is_told_by_its_kind():
+    from sanrt.runtime.backends.torch import call
+
+    def fail(*_):
+        raise RuntimeError
+
+    with pytest.raises(BackendError, match=r"torch failed \(RuntimeError\)"):
+        call(fail, np.zeros((1, 3, 4, 4), np.float32))
+
+
 # --- bf16 or fp32 -------------------------------------------------------------------------------------------------
 
 
