@@ -42,12 +42,12 @@ class Running:
     infer: Callable[[Array], Array]
     """float32 (1, 3, H, W) -> (1, 3, sH, sW)."""
     precision: Precision
-    """Of convolutions and attention, as it runs here."""
+    """The type of convolutions and attention, as it runs here."""
     on: str
-    """What runs it, and where."""
+    """The library that runs it, and the device: `torch on CPU`."""
     on_gpu: bool = False
     infer_with_regions: Callable[[Array, int], Array] | None = None
-    """As of a `Backend`."""
+    """The same with k x k attention regions, as `Backend.infer_with_regions`; None where it has the paper's only."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def centred_by_matrix(soca: Any, features: Tensor) -> Tensor:
 
 
 def matrix_bytes(size: Size) -> int:
-    """What the M x M covariance needs."""
+    """Bytes that the M x M covariance needs."""
     return CENTRING_COPIES * 4 * size.pixels**2
 
 
@@ -204,7 +204,7 @@ def open_openvino_plain(model: Path, threads: int | None) -> Running:
 
 
 def baselines() -> Iterator[Contender]:
-    """What sanrt's backends are compared with."""
+    """The ways of running the network that sanrt's backends are compared with."""
     yield Contender("torch-bf16", partial(open_torch, "half", "cpu"))
     yield Contender("torch-compile", partial(open_torch, "compile", "cpu"), slow_to_start=True)
     yield Contender("torch-mxm", partial(open_torch, "mxm", "cpu"), matrix_bytes)
@@ -217,7 +217,7 @@ def baselines() -> Iterator[Contender]:
 
 
 BASELINES = {each.name: each for each in baselines()}
-"""By the names that `--backend` takes beside sanrt's own."""
+"""The baselines by name, as `--backend` takes them."""
 
 
 def chosen(names: list[str], precisions: list[Precision]) -> list[Contender]:
@@ -239,7 +239,7 @@ def in_precision(name: str, precision: Precision | None) -> Contender:
 
 
 def own_precisions(name: str) -> list[Precision | None]:
-    """What a backend is measured in unless told: its own choice, and both where that is a choice of two."""
+    """The precisions that a backend is measured in unless told: its own choice, and both where that is a choice of two."""
     fast = {"openvino": (Precision.BF16, {"AMX-BF16", "AVX512-BF16"}), "native": (Precision.INT16, {"AVX512-VNNI"})}
     precision, features = fast.get(name, (None, set[str]()))
     return [Precision.FP32, precision] if features & set(machine.cpu_features()) else [None]

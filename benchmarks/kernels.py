@@ -102,12 +102,12 @@ def attention_row(height: int, width: int) -> Row:
 
 
 def plain_gate(module: SOCA, x: Tensor) -> Tensor:
-    """As the reference network has it."""
+    """The gate as the reference network computes it."""
     return module.gate(covariance(x))
 
 
 def plain_attention(maps: Tensor) -> Tensor:
-    """As the reference network has it: scaled_dot_product_attention in each region."""
+    """Attention as the reference network computes it: scaled_dot_product_attention in each region."""
     rows, columns = (edges(size, REGIONS) for size in maps.shape[2:])
     return torch.cat([torch.cat([attend(maps[:, :, a:b, c:d]) for c, d in columns], 3) for a, b in rows], 2)
 

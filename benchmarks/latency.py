@@ -77,11 +77,11 @@ class Measured:
     p99: Interval
     runs: int
     turns: int
-    """In which these runs were."""
+    """Turns that these runs were made in."""
     rate: float
     """Operations per second at p50."""
     share: float | None
-    """Of the measured limit of the CPU or GPU it ran on, in this precision; None where that is not known."""
+    """Rate over the measured limit of the CPU or GPU it ran on, in this precision; None where that is not known."""
     peak: int
     """Bytes resident at most, of the whole process."""
     gpu_memory: int | None
@@ -104,7 +104,7 @@ class Row:
 
 @dataclass
 class Entrant:
-    """A contender on one size."""
+    """A contender's runs on one size, in its own process."""
 
     contender: Contender
     worker: Worker
@@ -138,7 +138,7 @@ class Entrant:
             self.psnr = psnr(output, reference, peak)
 
     def progress(self, seconds: float) -> float:
-        """How much it has done, 1 is all: its runs took its seconds, in LEAST_TURNS turns or more."""
+        """The share of its work that it has done, 1 is all: its runs took its seconds, in LEAST_TURNS turns or more."""
         if self.stopped:
             return 1.0
         used = sum(map(sum, self.turns)) / seconds if seconds else 1.0
@@ -258,7 +258,7 @@ def measure_limits(worker: Worker) -> dict[str, float]:
 
 
 def row(entrant: Entrant, size: Case, arch: Architecture) -> Row:
-    """What an entrant reached."""
+    """The table's row of an entrant: its figures, or the reason why it has none."""
     name, stopped = entrant.contender.name, entrant.stopped
     if stopped:
         return Row(size, name, None, str(stopped), not isinstance(stopped, LeftOut))
@@ -340,7 +340,7 @@ def report(subject: str, stamp: dict[str, str], limits: dict[str, float], rows: 
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """What --json wrote; raises UsageError for anything else."""
+    """Read what --json wrote; raises UsageError for anything else."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         return {"subject": found["subject"], "rows": {(each["size"], each["name"]): each for each in found["rows"]}}

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a process per candidate, times with intervals, this machine's limits and its description."""
+"""Parts that the benchmarks share: a process per candidate, times with intervals, this machine's limits and description."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from sanrt.runtime.artifacts.models import MODELS, exported_path
 Pixels = npt.NDArray[np.uint8]
 
 RESAMPLES, CONFIDENCE = 2000, 95
-"""Of the bootstrapped intervals; per cent."""
+"""Draws of the bootstrap, and the confidence of its intervals in per cent."""
 SCENE = 192
 """Side of the generated picture that larger ones repeat: drawing it takes time that grows with its size."""
 MATRIX, GPU_MATRIX, COPIED, REPEATS = 2048, 8192, 2**28, 5
@@ -44,7 +44,7 @@ PACKAGES = ("sanrt", "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "llvmli
 
 @dataclass(frozen=True)
 class Size:
-    """Of a picture, in pixels."""
+    """A picture's size in pixels."""
 
     width: int
     height: int
@@ -58,7 +58,7 @@ class Size:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From WIDTHxHEIGHT; raises UsageError for anything else, and for sides that the network does not take."""
+        """The size in WIDTHxHEIGHT; raises UsageError for anything else, and for sides that the network does not take."""
         found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
         if not found or min(map(int, found.groups())) < MIN_SIDE:
             raise UsageError(f"size {text!r}: expected WIDTHxHEIGHT such as 320x180, each side at least {MIN_SIDE} pixels")
@@ -100,7 +100,7 @@ class Worker:
         theirs.close()
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """What the object's method returns; raises BackendError with the reason when it fails or the process ends."""
+        """Call the object's method; raises BackendError with the reason when it fails or the process ends."""
         try:
             self.connection.send((method, arguments))
             failed, result = self.connection.recv()
@@ -158,7 +158,7 @@ def operations(arch: Architecture, size: Size, regions: int = 2) -> float:
 
 
 class Limits:
-    """What this machine reaches at most, by PyTorch; runs in a Worker."""
+    """The largest rates that PyTorch reaches on this machine; runs in a Worker."""
 
     def __init__(self, threads: int | None) -> None:
         with extra("export", "measuring this machine's limits"):
@@ -231,7 +231,7 @@ def free_on_gpu() -> int | None:
 
 
 def environment(threads: int | None) -> dict[str, str]:
-    """What the figures depend on: machine, versions, threads, and what else the machine did at this moment."""
+    """Everything that the figures depend on: machine, versions, threads, and what else the machine did at this moment."""
     gpus = machine.gpus()
     clock = machine.fields(machine.CPUINFO).get("cpu MHz", "")
     return {

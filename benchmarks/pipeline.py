@@ -53,7 +53,7 @@ class Stopwatch:
         setattr(self.backend, name, partial(self.timed, getattr(self.backend, name)))
 
     def timed(self, infer: Callable[..., Array], *arguments: Any) -> Array:
-        """What `infer` returns."""
+        """Call `infer`, and add its time to `seconds`."""
         started = time.perf_counter()
         try:
             return infer(*arguments)
@@ -66,7 +66,7 @@ class Measured:
     """One folder."""
 
     pixels: int
-    """Of all results."""
+    """Pixels of all results."""
     steps: dict[str, float]
     """Seconds of each of STEPS, one after the other."""
     overlapped: float
@@ -83,7 +83,7 @@ class Measured:
 
     @property
     def closeness(self) -> float:
-        """Of the overlapped run to its slowest step; 1 is as fast as it can be."""
+        """Time of the slowest step over that of the overlapped run; 1 is as fast as it can be."""
         return self.slowest / self.overlapped
 
 

@@ -1,4 +1,4 @@
-"""What precisions cost and gain: `python benchmarks/precision.py MODEL --set DIR`, MODEL as `sanrt export` wrote it.
+"""The quality and the speed of every precision: `python benchmarks/precision.py MODEL --set DIR`, MODEL being an export.
 
 Y-PSNR on test sets by the papers' protocol against the fp32 graph's, and time on the CPU, everything in turns.
 """
@@ -24,8 +24,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
+from benchmarks.measure import run_command
 from sanrt.arrays import Array
-from sanrt.errors import BackendError, SanrtError
+from sanrt.errors import BackendError
 from sanrt.export.metrics import y_psnr
 from sanrt.export.parity import compare, worst
 from sanrt.export.quantise.calibration import calibration_set
@@ -39,16 +40,18 @@ from sanrt.runtime.backends.registry import load_unguarded
 from sanrt.runtime.tiling.upscaling import network_input, network_output
 
 TIMED = (1, 3, 128, 128)
-TIMED_WAYS = (
+TIMED_BACKENDS = (
     *((name, Precision.FP32) for name in ("openvino", "onnxruntime", "native")),
     ("native", Precision.INT16),
 )
+"""Shape of the timed input, and the backends that are timed with their precisions."""
 ROUNDS = 7
+"""Turns of every backend; the least processor time counts."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """One variant of the network."""
+class Variant:
+    """The network in one precision, as a function (1, 3, H, W) -> (1, 3, sH, sW)."""
 
     name: str
     infer: Callable[[Array], Array]
@@ -63,41 +66,45 @@ def precision(
     """Measure every precision that this machine can compute, and naive int8 of the whole network beside them."""
     spec, _ = read_model(model)
     with TemporaryDirectory() as folder:
-        ways = list(variants(model, spec, calibration, Path(folder), threads))
-        reference, others = ways[0], ways[1:]
+        measured = list(variants(model, spec, calibration, Path(folder), threads))
+        reference, others = measured[0], measured[1:]
         table = Table(
-            "variant", *(name(s) for s in set_), "max", "mean", title="Change of Y-PSNR, dB; difference from fp32, of 255"
+            "variant",
+            *(set_name(s) for s in set_),
+            "max",
+            "mean",
+            title="Change of Y-PSNR, dB; difference from fp32, of 255",
         )
         pictures = [list(samples(s / "LR", s / "HR", spec.architecture.scale)) for s in set_]
         expected = [[scored(reference, sample, spec) for sample in each] for each in track(pictures, "fp32")]
-        for way in track(others, "Quality"):
-            table.add_row(way.name, *row(way, pictures, expected, spec))
+        for variant in track(others, "Quality"):
+            table.add_row(variant.name, *row(variant, pictures, expected, spec))
         Console().print(table)
     Console().print(timed(model, threads))
 
 
-def name(folder: Path) -> str:
-    """A test set is usually kept as NAME/SCALE."""
+def set_name(folder: Path) -> str:
+    """The name of a test set, which is usually kept as NAME/SCALE."""
     return folder.resolve().parts[-2]
 
 
-def variants(model: Path, spec: ModelSpec, calibration: Path, folder: Path, threads: int) -> Iterator[Way]:
-    """fp32 first; typed graphs as the engines have them, by ONNX Runtime; OpenVINO's bf16; int8 of all kinds."""
+def variants(model: Path, spec: ModelSpec, calibration: Path, folder: Path, threads: int) -> Iterator[Variant]:
+    """The variants, fp32 first: engines' typed graphs by ONNX Runtime, other backends' own types, int8 of all kinds."""
     _, weights = read_model(model)
-    yield Way("fp32", probe(san_model(spec, weights)))
-    yield Way("fp16", probe(san_model(spec, weights, GraphOptions(precision=Precision.FP16))))
-    yield Way("bf16", probe(san_model(spec, weights, GraphOptions(precision=Precision.BF16))))
-    yield Way("bf16, openvino", load_unguarded("openvino", model, RunOptions(threads, Precision.BF16)).infer)
+    yield Variant("fp32", probe(san_model(spec, weights)))
+    yield Variant("fp16", probe(san_model(spec, weights, GraphOptions(precision=Precision.FP16))))
+    yield Variant("bf16", probe(san_model(spec, weights, GraphOptions(precision=Precision.BF16))))
+    yield Variant("bf16, openvino", load_unguarded("openvino", model, RunOptions(threads, Precision.BF16)).infer)
     with suppress(BackendError):
-        yield Way("int16, native", load_unguarded("native", model, RunOptions(threads, Precision.INT16)).infer)
+        yield Variant("int16, native", load_unguarded("native", model, RunOptions(threads, Precision.INT16)).infer)
     int8 = model.with_name(f"{model.stem}.int8.onnx")
     if int8.exists():
         quantised, its_weights = read_model(int8)
-        yield Way("int8, budget", probe(san_model(quantised, its_weights)))
+        yield Variant("int8, budget", probe(san_model(quantised, its_weights)))
         half = san_model(quantised, its_weights, GraphOptions(precision=Precision.FP16))
-        yield Way("int8, budget, rest fp16", probe(half))
-        yield Way("int8, budget, onnxruntime", load_unguarded("onnxruntime", int8, RunOptions(threads)).infer)
-    yield Way("int8, whole network", naive(model, calibration, folder / "naive.onnx", spec))
+        yield Variant("int8, budget, rest fp16", probe(half))
+        yield Variant("int8, budget, onnxruntime", load_unguarded("onnxruntime", int8, RunOptions(threads)).infer)
+    yield Variant("int8, whole network", naive(model, calibration, folder / "naive.onnx", spec))
 
 
 def probe(graph: onnx.ModelProto) -> Callable[[Array], Array]:
@@ -113,7 +120,7 @@ def naive(model: Path, calibration: Path, path: Path, spec: ModelSpec) -> Callab
     crops = calibration_set(calibration, spec.architecture.scale).crops
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
-        """The same crops that sanrt calibrates with."""
+        """Gives onnxruntime's calibration the crops that sanrt calibrates with."""
 
         def __init__(self) -> None:
             self.inputs = iter([network_input(crop.low, spec.architecture.value_range) for crop in crops])
@@ -126,21 +133,23 @@ def naive(model: Path, calibration: Path, path: Path, spec: ModelSpec) -> Callab
     return probe(onnx.load(path))
 
 
-def scored(way: Way, sample: Sample, spec: ModelSpec) -> tuple[float, Array]:
+def scored(variant: Variant, sample: Sample, spec: ModelSpec) -> tuple[float, Array]:
     """Y-PSNR of one picture, and the output."""
     arch = spec.architecture
     assert sample.high is not None
-    y = way.infer(network_input(sample.low, arch.value_range))
+    y = variant.infer(network_input(sample.low, arch.value_range))
     return y_psnr(network_output(y, sample.high, arch.value_range), sample.high, arch.scale), y
 
 
-def row(way: Way, pictures: list[list[Sample]], expected: list[list[tuple[float, Array]]], spec: ModelSpec) -> Iterator[str]:
+def row(
+    variant: Variant, pictures: list[list[Sample]], expected: list[list[tuple[float, Array]]], spec: ModelSpec
+) -> Iterator[str]:
     """Mean change on each set, then the largest difference and the largest mean difference of any picture."""
     differences = []
     for each, wanted in zip(pictures, expected, strict=True):
         changes = []
         for sample, (psnr, y) in zip(each, wanted, strict=True):
-            found, output = scored(way, sample, spec)
+            found, output = scored(variant, sample, spec)
             changes.append(found - psnr)
             differences.append(compare(y, output, spec.architecture.value_range))
         yield f"{np.mean(changes):+.4f}"
@@ -151,7 +160,7 @@ def timed(model: Path, threads: int) -> Table:
     """Everything that runs on the CPU, in turns: the least processor time of ROUNDS runs (others do not lengthen it)."""
     int8 = model.with_name(f"{model.stem}.int8.onnx")
     loaded = {}
-    for path, (name, precision) in product(filter(Path.exists, (model, int8)), TIMED_WAYS):
+    for path, (name, precision) in product(filter(Path.exists, (model, int8)), TIMED_BACKENDS):
         with suppress(BackendError):
             loaded[path.name, f"{name}, {precision}"] = load_unguarded(name, path, RunOptions(threads, precision))
     x = np.random.default_rng(0).uniform(0, 255, TIMED).astype(np.float32)
@@ -161,7 +170,9 @@ def timed(model: Path, threads: int) -> Table:
             start = time.process_time()
             backend.infer(x)
             least[key] = min(least[key], time.process_time() - start)
-    best = min(seconds for (file, way), seconds in least.items() if file == model.name and way.endswith(Precision.FP32))
+    best = min(
+        seconds for (file, variant), seconds in least.items() if file == model.name and variant.endswith(Precision.FP32)
+    )
     size = f"{TIMED[3]} x {TIMED[2]}"
     table = Table(
         "model", "backend", "ms", "speed", title=f"{size}, {threads} threads: processor time; speed over the best fp32"
@@ -171,16 +182,5 @@ def timed(model: Path, threads: int) -> Table:
     return table
 
 
-def main() -> None:
-    """Run the command line: one line on stderr and exit 1 for whatever is wrong."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(precision)
-    try:
-        app()
-    except SanrtError as error:
-        print(f"precision: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command("precision", precision)

@@ -22,8 +22,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
+from benchmarks.measure import run_command
 from sanrt.arrays import psnr
-from sanrt.errors import PictureError, SanrtError, UsageError
+from sanrt.errors import PictureError, UsageError
 from sanrt.export.metrics import shaved_luma, ssim
 from sanrt.model.spec import SCALES
 from sanrt.runtime.backends.protocol import Backend, RunOptions
@@ -166,7 +167,7 @@ def size(path: Path) -> tuple[int, int]:
 
 
 def scale_of(pair: Pair) -> int:
-    """How many times wider the high-resolution picture is."""
+    """The factor by which the high-resolution picture is wider."""
     return round(size(pair.high)[0] / size(pair.low)[0])
 
 
@@ -294,16 +295,5 @@ def cell(label: str, crop: Picture) -> pyvips.Image:
     return label_line.colourspace("srgb").join(framed, "vertical", expand=True, background=255)
 
 
-def main() -> None:
-    """Run the command line: one line on stderr and exit 1 for whatever is wrong."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(quality)
-    try:
-        app()
-    except SanrtError as error:
-        print(f"quality: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command("quality", quality)

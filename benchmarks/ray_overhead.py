@@ -1,4 +1,4 @@
-"""What Ray costs: the same small pictures by the local pipeline and by one worker on a local Ray, with the same threads.
+"""The time that Ray costs: the same small pictures by the local pipeline and by one worker on a local Ray, threads alike.
 
     python -m benchmarks.ray_overhead --model models/san_x4.onnx
 
@@ -31,7 +31,7 @@ from sanrt.runtime.tiling.upscaling import NetworkRunner
 
 
 def pictures(folder: Path, count: int, side: int) -> Path:
-    """PNGs of noise."""
+    """Write PNG files of noise into a new folder."""
     folder.mkdir()
     for seed in range(count):
         values = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
@@ -46,7 +46,7 @@ def timed(outcomes: list[pipeline.Outcome], started: float) -> float:
 
 
 def local_seconds(network: Backend, jobs: list[Job]) -> float:
-    """What the pipeline of one machine takes."""
+    """Seconds that the pipeline of one machine takes."""
     upscaling = UpscaleOptions()
     options = PipelineOptions(Recipe.of(network.spec, None, upscaling, Encoding()))
     started = time.perf_counter()

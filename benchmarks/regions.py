@@ -1,4 +1,4 @@
-"""What finer attention regions cost in PSNR: `python benchmarks/regions.py SET MODEL.onnx`; SET holds HR/ and LR/."""
+"""The PSNR that finer attention regions cost: `python benchmarks/regions.py SET MODEL.onnx`; SET holds HR/ and LR/."""
 
 from __future__ import annotations
 

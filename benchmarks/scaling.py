@@ -31,7 +31,7 @@ from sanrt.runtime.tiling.upscaling import upscale
 SMALLEST = 64
 TILINGS = (Tiling.WHOLE, Tiling.EXACT)
 LEAST_POINTS = 3
-"""For a fit."""
+"""Fewest pictures that a growth is fitted to."""
 
 
 @dataclass(frozen=True)

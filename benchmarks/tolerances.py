@@ -24,6 +24,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
+from benchmarks.measure import run_command
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, SanrtError
 from sanrt.export.parity import TOLERANCES, Tolerance, worst
@@ -40,13 +41,13 @@ from sanrt.runtime.backends.registry import load_unguarded
 from sanrt.runtime.tiling.upscaling import network_input
 
 DIFFERENCE_MARGIN, DROP_MARGIN = 4.0, 2.0
-"""For other weights and pictures; the largest of all differences varies more than a mean."""
+"""Factors for weights and pictures that were not measured; the largest of all differences varies more than a mean."""
 PSNR_STEP = 5.0
 """dB to which a PSNR is rounded down."""
 LEAST = 0.001
 """dB, and of 255: nobody sees less."""
 CPU_BACKENDS = ("onnxruntime", "openvino")
-"""Those that run the graph; sanrt's own kernels have to keep within the same, but for int16, which only they have."""
+"""Backends that run the graph; sanrt's own kernels have to keep within the same, but for int16, which only they have."""
 
 Kind = Precision | QuantisedType
 Infer = Callable[[Array], Array]
@@ -85,7 +86,7 @@ def tolerances(
 
 
 def input_of(sample: Sample, spec: ModelSpec) -> Array:
-    """What the network is given."""
+    """The network's input for a sample."""
     return network_input(sample.low, spec.architecture.value_range)
 
 
@@ -101,7 +102,7 @@ def by_the_rule(difference: float, psnr: float, drop: float) -> Tolerance:
 
 
 def round_up(value: float) -> float:
-    """To the next of 1, 2 and 5 times a power of ten; LEAST or more."""
+    """A value rounded up to 1, 2 or 5 times a power of ten; LEAST or more."""
     value = max(LEAST, value)
     power = math.floor(math.log10(value))
     return next(f for f in (float(f"{digit}e{power}") for digit in (1, 2, 5, 10)) if value <= f)
@@ -140,16 +141,5 @@ def runnable(
             yield kind, load_unguarded(name, model, RunOptions(precision=precision)).infer
 
 
-def main() -> None:
-    """Run the command line: one line on stderr and exit 1 for whatever is wrong."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(tolerances)
-    try:
-        app()
-    except SanrtError as error:
-        print(f"tolerances: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command("tolerances", tolerances)

@@ -1,1 +1,1 @@
-"""PyTorch to ONNX: export, precision, quantisation, parity."""
+"""From PyTorch to ONNX and engines: export, precision, quantisation, parity, proof."""

@@ -29,7 +29,7 @@ from sanrt.runtime.artifacts.engines import (
     check_fresh,
     default_path,
     read_engine,
-    read_plan,
+    read_engine_bytes,
     save_engine,
     stage_archive,
 )
@@ -119,8 +119,8 @@ def build_engine(
     monitor = monitor_class(trt)(progress or NoProgress(), cancel)
     built = [compile_proved(trt, graph, options, monitor, cancel, timings) for graph in graphs.values()]
     engines = dict(zip(graphs, (engine for engine, _ in built), strict=True))
-    findings = proofs.check(
-        proofs.merged([found for _, found in built]),
+    findings = proofs.check_proof(
+        proofs.merge_proofs([found for _, found in built]),
         options.precision,
         options.allow_precision,
         options.allow_unfused_attention,
@@ -200,7 +200,7 @@ def reusable(path: Path, identity: Identity) -> EngineInfo | None:
         if info.identity != identity:
             return None
         check_fresh(info)
-        read_plan(info)
+        read_engine_bytes(info)
     except ModelError:
         return None
     return info

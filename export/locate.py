@@ -45,7 +45,7 @@ class StageError:
     """One tensor of the graph."""
 
     stage: str
-    """Its name: a convolution's is its parameters' name."""
+    """The tensor's name; a convolution's is its parameters' name."""
     error: float
     """Root mean square of the difference, relative to the reference's; NaN where the graph's is not finite."""
 
@@ -148,7 +148,7 @@ def reference_stages(net: SAN, x: Array) -> dict[str, Array]:
 
 
 def graph_stages(path: Path, names: Sequence[str], x: Array) -> dict[str, Array]:
-    """The same of a graph as ONNX Runtime computes it, for the names that it has, in their order."""
+    """A graph's intermediate results by ONNX Runtime, for those of the names that it has, in their order."""
     model = onnx.load(path)
     made = {output for node in model.graph.node for output in node.output}
     return Probe(model, [name for name in names if name in made])(x)

@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far from the PyTorch reference still counts as the same network."""
+    """The largest distance from the PyTorch reference that still counts as the same network."""
 
     max_abs: float
     """Largest difference of any value, on the 0..255 scale."""
@@ -37,12 +37,12 @@ TOLERANCES: Mapping[Precision | QuantisedType, Tolerance] = {
     QuantisedType.INT8: Tolerance(100.0, 35.0, 0.2),
     QuantisedType.FP8: Tolerance(100.0, 35.0, 0.2),
 }
-"""By the coarsest type that a model computes in (`ModelSpec.coarsest`); `benchmarks/tolerances.py` has the rule."""
+"""The tolerance by the coarsest type of a model (`ModelSpec.coarsest`); `benchmarks/tolerances.py` has the rule."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a candidate's output lies from the reference's, on the 0..255 scale whatever the network's value range."""
+    """The distance of an output from the reference's, on the 0..255 scale whatever the network's value range."""
 
     max_abs: float
     """NaN where either output holds one."""
@@ -55,7 +55,7 @@ class Difference:
         return self.max_abs <= tolerance.max_abs and self.psnr >= tolerance.min_psnr
 
     def to_json(self) -> dict[str, float | None]:
-        """For metadata; JSON has no infinity, so equal outputs have the PSNR null."""
+        """The figures as JSON has them; the infinite PSNR of equal outputs is null."""
         return {"max_abs": self.max_abs, "mean_abs": self.mean_abs, "psnr": None if math.isinf(self.psnr) else self.psnr}
 
 

@@ -1,4 +1,4 @@
-"""What a built engine really does, read off its layer list and held against the graph it was built from."""
+"""The proof of a built engine: its layer list, held against the graph that it was built from."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def prove(model: onnx.ModelProto, layers: Sequence[Layer], source: str, memory: 
     )
 
 
-def merged(proofs: Sequence[Proof]) -> Proof:
+def merge_proofs(proofs: Sequence[Proof]) -> Proof:
     """The findings of all stages as one; the stages run one after another, so the largest one's memory counts."""
     if len(proofs) == 1:
         return proofs[0]
@@ -202,7 +202,7 @@ def computes_fp32(layer: Layer) -> bool:
     return "fp32" in layer.outputs if ends_block else all(kind == "fp32" for kind in layer.outputs)
 
 
-def check(proof: Proof, precision: Precision, allow_precision: bool, allow_unfused_attention: bool) -> Proof:
+def check_proof(proof: Proof, precision: Precision, allow_precision: bool, allow_unfused_attention: bool) -> Proof:
     """Raise BuildError naming the layers that are not as asked for; what is allowed, or cannot be, becomes a remark."""
     remarks = []
     for layers, what, allowed in (

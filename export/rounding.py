@@ -1,4 +1,4 @@
-"""How far PyTorch's own fp32 rounds: the least by which other implementations of fp32 may differ from it."""
+"""The rounding of PyTorch's own fp32: other implementations of fp32 may differ from it by as much, and more."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ MAX_SCENE_SIDE = 192
 
 @dataclass(frozen=True)
 class Sample:
-    """What the network is given, and what it should find."""
+    """A low-resolution picture, and the high-resolution one that the network should find."""
 
     name: str
     """A picture's path in its folder."""

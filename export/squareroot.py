@@ -1,4 +1,4 @@
-"""How far a number of Newton-Schulz steps is from the exact matrix square root, and what that costs a picture."""
+"""The distance of n Newton-Schulz steps from the exact matrix square root, and what it costs a picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sanrt.model.soca import SOCA, covariance, exact_sqrt, newton_schulz_sqrt
 from sanrt.model.spec import MAX_SQRT_ITERATIONS
 
 GATE_TOLERANCE = 1e-3
-"""An exact-root checkpoint gets the first number of steps that brings its gates, within (0, 1), this near the exact."""
+"""Largest error of a gate, which lies in (0, 1), with the number of steps that an exact-root checkpoint is given."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class SquareRootReport:
     iterations: int
     """Newton-Schulz steps in the graph."""
     trained: int | None
-    """As trained; None is the exact root."""
+    """Steps that the network was trained with; None is the exact root."""
     picture: str
     difference: Difference
     """The upscaled picture against the exact root's."""
     groups: tuple[RootConvergence, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """For the model's metadata."""
+        """The report as JSON, for the model's metadata."""
         return {**asdict(self), "difference": self.difference.to_json(), "groups": [asdict(group) for group in self.groups]}
 
 
@@ -86,7 +86,7 @@ def with_covariances(net: SAN, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def convergence(group: int, soca: SOCA, sigma: Tensor, iterations: int) -> RootConvergence:
-    """What n float32 steps make of one covariance (1, C, C), judged in float64."""
+    """The convergence of n float32 steps on one covariance (1, C, C), judged in float64."""
     wide = sigma.double()
     root, exact = newton_schulz_sqrt(sigma, iterations).double(), exact_sqrt(wide)
     eigenvalues = torch.linalg.eigvalsh(wide)

@@ -38,12 +38,12 @@ Infer = Callable[[Array], Array]
 """float32 (1, 3, H, W) -> (1, 3, sH, sW)."""
 
 FILE_SIDE = 96
-"""Of the picture that goes through an ONNX's own graph, whose plain attention holds its scores in memory."""
+"""Longest side of the picture that goes through an ONNX's own graph, whose plain attention holds its scores in memory."""
 
 
 @dataclass(frozen=True)
 class ValidateOptions:
-    """What an artifact is held against, and how."""
+    """The reference that an artifact is held against, and the limits."""
 
     backend: str = "auto"
     precision: Precision | None = None
@@ -67,13 +67,13 @@ class PictureResult:
     """The coarsest type in which the artifact's output was computed."""
     difference: Difference
     tolerance: Tolerance
-    """Of that type."""
+    """The limits of that type."""
     ssim: float
-    """Of the two outputs as 8-bit luma; NaN where a side is too short for SSIM's window."""
+    """SSIM of the two outputs as 8-bit luma; NaN where a side is too short for SSIM's window."""
     y_psnr: float | None
-    """The reference's, against the high-resolution picture, where there is one."""
+    """dB of the reference against the high-resolution picture; None where there is none."""
     y_psnr_drop: float | None
-    """How much lower the artifact's is."""
+    """dB by which the artifact's Y-PSNR is lower."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ class Validation:
     backend: str
     checkpoint: Path
     tolerance: Tolerance
-    """Of what the backend computed."""
+    """The limits for what the backend computed."""
     pictures: tuple[PictureResult, ...]
     own_graph: PictureResult | None
     """The middle of the first picture, by an ONNX's own graph."""
     wrong: str | None
-    """What of an ONNX is not the checkpoint's; None where all is, or where an engine's ONNX is not there."""
+    """A weight of the ONNX that is not the checkpoint's; None where all are, or where an engine's ONNX is not there."""
 
     @property
     def rows(self) -> tuple[PictureResult, ...]:
@@ -199,7 +199,7 @@ def validate(artifact: Path, pictures: Callable[[int], Iterable[Sample]], option
 
 
 def exported_model(artifact: Path) -> ExportedModel | None:
-    """What an ONNX holds, or the one that an engine was built from where that is still there; ModelError if it is spoilt."""
+    """The content of an ONNX, or of the one that an engine was built from while it is there; ModelError if it is spoilt."""
     model = artifact if artifact.suffix == ".onnx" else read_engine(artifact).model_path
     return read_exported(model) if model.exists() else None
 

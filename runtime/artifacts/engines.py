@@ -242,22 +242,22 @@ def identity_from_json(facts: Mapping[str, Any]) -> Identity:
     return Identity(**{**facts, "options": BuildOptions(**options)})
 
 
-def read_plan(info: EngineInfo) -> bytes:
+def read_engine_bytes(info: EngineInfo) -> bytes:
     """The engine's bytes, exactly as built; raises ModelError for a missing, truncated or altered file."""
     try:
-        plan = info.path.read_bytes()
+        content = info.path.read_bytes()
     except OSError as error:
         raise ModelError(f"{info.path}: cannot be read ({error.strerror}); rebuild with `{info.command}`") from error
-    if len(plan) != info.size:
+    if (found := len(content)) != info.size:
         raise ModelError(
-            f"{info.path}: damaged ({len(plan)} bytes, expected {info.size}); copy it again or rebuild with `{info.command}`"
+            f"{info.path}: damaged ({found} bytes, expected {info.size}); copy it again or rebuild with `{info.command}`"
         )
-    found = hashlib.sha256(plan).hexdigest()
-    if found != info.digest:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != info.digest:
         raise ModelError(
-            f"{info.path}: altered (sha256 {found[:12]}, expected {info.digest[:12]}); rebuild with `{info.command}`"
+            f"{info.path}: altered (sha256 {digest[:12]}, expected {info.digest[:12]}); rebuild with `{info.command}`"
         )
-    return plan
+    return content
 
 
 def check_fresh(info: EngineInfo) -> None:
@@ -355,10 +355,10 @@ def choose_stages(whole: EngineInfo, gpu: str, capability: str) -> EngineInfo:
     )
 
 
-def stage_archive(plans: Mapping[str, bytes]) -> bytes:
+def stage_archive(engines: Mapping[str, bytes]) -> bytes:
     """The content of a set's file."""
     content = BytesIO()
     with ZipFile(content, "w") as archive:
-        for name, plan in plans.items():
-            archive.writestr(ZipInfo(name), plan)
+        for name, engine_bytes in engines.items():
+            archive.writestr(ZipInfo(name), engine_bytes)
     return content.getvalue()

@@ -1,4 +1,4 @@
-"""What can go wrong, told to a person: subject, what was found, what was expected, what to do."""
+"""The errors that sanrt raises on purpose; their texts name the subject, what was found, what was expected, what to do."""
 
 
 class SanrtError(Exception):

@@ -71,7 +71,7 @@ class Upscaler:
 
     @property
     def spec(self) -> ModelSpec:
-        """What the loaded model is."""
+        """The description of the loaded model."""
         return self.backend.spec
 
     @property

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import pyvips
 
-from benchmarks.quality import main
+from benchmarks.measure import run_command
+from benchmarks.quality import quality
 from training.data import read_rgb
 from training.degrade import bicubic, degrade
 
@@ -44,7 +45,7 @@ def score(monkeypatch, tmp_path, capsys):
         report = tmp_path / "scores.json"
         monkeypatch.setattr(sys, "argv", ["quality.py", *map(str, arguments), "--json", str(report)])
         with pytest.raises(SystemExit) as end:
-            main()
+            run_command("quality", quality)
         if end.value.code:
             return end.value.code, capsys.readouterr().err
         return {row["method"]: row for row in json.loads(report.read_text())}

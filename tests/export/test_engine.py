@@ -26,7 +26,7 @@ from sanrt.export import engine
 from sanrt.export.engine import build_engine, choose_flavor
 from sanrt.model.graph import san_model
 from sanrt.model.spec import GRAPH_PRECISIONS, Architecture, ModelSpec, Precision
-from sanrt.runtime.artifacts.engines import BuildOptions, EngineInfo, choose_engine, read_engine, read_plan
+from sanrt.runtime.artifacts.engines import BuildOptions, EngineInfo, choose_engine, read_engine, read_engine_bytes
 from sanrt.runtime.artifacts.flavors import Flavor
 from sanrt.runtime.artifacts.sizes import TILES, Profile, Size
 from sanrt.runtime.backends.protocol import RunOptions
@@ -86,7 +86,7 @@ def test_engines_are_what_was_asked_for(exported: Path, tmp_path: Path, precisio
     info, built = build_engine(exported, replace(OPTIONS, precision=precision), tmp_path / "x.engine", progress)
     assert built
     assert read_engine(info.path) == info
-    assert len(read_plan(info)) == info.size > 1_000_000
+    assert len(read_engine_bytes(info)) == info.size > 1_000_000
     assert info.spec.precision == precision
     assert info.proof.convolutions[str(precision)] > 30
     assert (info.proof.wrong_convolutions, info.proof.wrong_soca) == ([], [])
@@ -106,7 +106,7 @@ def test_stage_engines_are_proved_as_a_whole_one_is(exported: Path, tmp_path: Pa
     info, built = build_engine(exported, options, tmp_path / "x.stages")
     assert built
     assert build_engine(exported, options, tmp_path / "x.stages") == (info, False)
-    with ZipFile(BytesIO(read_plan(read_engine(info.path)))) as archive:
+    with ZipFile(BytesIO(read_engine_bytes(read_engine(info.path)))) as archive:
         assert archive.namelist() == ["head", "keys-values", "attend", "body.0", "gate.0", "join.0", "tail"]
         assert min(len(archive.read(name)) for name in archive.namelist()) > 100_000
     assert info.spec.precision == precision

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from sanrt.errors import BuildError
-from sanrt.export.proof import Layer, check, layers_from_inspector, layers_from_log, prove
+from sanrt.export.proof import Layer, check_proof, layers_from_inspector, layers_from_log, prove
 from sanrt.model.graph import san_model
 from sanrt.model.spec import Architecture, GraphOptions, ModelSpec, Precision
 
@@ -95,7 +95,7 @@ def altered(layers: list[Layer], name: str, **changes: object) -> list[Layer]:
 
 def test_a_faithful_engine_is_proven():
     model = typed_model()
-    proof = check(prove(model, faithful_layers(model), "test"), Precision.FP16, False, False)
+    proof = check_proof(prove(model, faithful_layers(model), "test"), Precision.FP16, False, False)
     assert proof.attention == 8
     assert proof.kernels == ["_gemm_mha_v2"]
     assert proof.convolutions["fp16"] > 30
@@ -118,8 +118,8 @@ def test_another_precision_fails_unless_it_is_allowed(name: str, changes: dict[s
     model = typed_model()
     proof = prove(model, altered(faithful_layers(model), name, **changes), "test")
     with pytest.raises(BuildError, match=message):
-        check(proof, Precision.FP16, False, True)
-    assert check(proof, Precision.FP16, True, False).remarks
+        check_proof(proof, Precision.FP16, False, True)
+    assert check_proof(proof, Precision.FP16, True, False).remarks
 
 
 def split_attention(layers: list[Layer]) -> list[Layer]:
@@ -137,9 +137,9 @@ def test_unfused_attention_fails_unless_it_is_allowed_or_fp32():
     model = typed_model()
     proof = prove(model, split_attention(faithful_layers(model)), "test")
     with pytest.raises(BuildError, match=r"1 of 8 attention regions are not one fused kernel: attention\.in\.region\d-\d"):
-        check(proof, Precision.FP16, True, False)
-    assert "allowed" in check(proof, Precision.FP16, False, True).remarks[0]
-    assert "none for fp32" in check(proof, Precision.FP32, False, False).remarks[0]
+        check_proof(proof, Precision.FP16, True, False)
+    assert "allowed" in check_proof(proof, Precision.FP16, False, True).remarks[0]
+    assert "none for fp32" in check_proof(proof, Precision.FP32, False, False).remarks[0]
 
 
 @pytest.mark.parametrize("lost", [CONV, STEP])

@@ -25,7 +25,7 @@ from sanrt.runtime.artifacts.engines import (
     choose_engine,
     choose_stages,
     read_engine,
-    read_plan,
+    read_engine_bytes,
 )
 from sanrt.runtime.artifacts.flavors import REMEDIES, TITLES, Flavor, installed_version
 from sanrt.runtime.artifacts.sizes import Limits, Size
@@ -174,7 +174,7 @@ class TensorRTBackend:
         smallest = min(max(profile.min.height, profile.min.width) for profile in self.profiles)
         self.spec = replace(info.spec, min_side=max(info.spec.min_side, smallest))
         self.watch = Watch(self.trt)
-        self.engine = self.deserialize(read_plan(info))
+        self.engine = self.deserialize(read_engine_bytes(info))
         self.settings = self.runtime_settings()
         self.opened_stages: TensorRTStages | None = None
         self.lanes: LifoQueue[Lane] = LifoQueue()

@@ -16,7 +16,7 @@ from sanrt.arrays import Array
 from sanrt.errors import ModelError
 from sanrt.geometry import Box
 from sanrt.model.contract import STAGE_INPUTS, STAGE_MAPS
-from sanrt.runtime.artifacts.engines import EngineInfo, read_plan, stage_archive
+from sanrt.runtime.artifacts.engines import EngineInfo, read_engine_bytes, stage_archive
 from sanrt.runtime.artifacts.flavors import Flavor
 from sanrt.runtime.artifacts.variants import replace_file
 from sanrt.runtime.backends.protocol import FeatureMap
@@ -75,7 +75,7 @@ class TensorRTStages:
 
     def __init__(self, info: EngineInfo, gpu: Device, trt: Any) -> None:
         self.info, self.gpu, self.trt = info, gpu, trt
-        self.plans = ZipFile(BytesIO(read_plan(info)))
+        self.plans = ZipFile(BytesIO(read_engine_bytes(info)))
         self.rtx = info.identity.options.flavor == Flavor.RTX
         self.watch, self.opened = Watch(trt), dict[str, Stage]()
         self.kernels = self.kept_kernels()

@@ -1,4 +1,4 @@
-"""What a person sees: the console, progress bars on a terminal, one line per problem, a summary at the end."""
+"""The terminal: the console, progress bars, one line per problem, a summary at the end."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def describe_onnx(path: Path) -> Iterator[RenderableType]:
 
 
 def model_facts(spec: ModelSpec) -> dict[str, str]:
-    """What a model's description says, whichever file carried it."""
+    """The facts in a model's description, whichever file carried it."""
     from sanrt.cli.tables import parity_line, quantisation_line, square_root_line
 
     arch = spec.architecture
@@ -103,11 +103,11 @@ def describe_checkpoint(path: Path) -> Iterator[RenderableType]:
 def describe_engine(path: Path) -> Iterator[RenderableType]:
     """An engine's facts; raises ModelError after them when it is damaged or its ONNX has changed since."""
     from sanrt.cli.tables import facts_table
-    from sanrt.runtime.artifacts.engines import check_fresh, read_engine, read_plan
+    from sanrt.runtime.artifacts.engines import check_fresh, read_engine, read_engine_bytes
 
     info = read_engine(path)
     yield facts_table(info.table())
-    read_plan(info)
+    read_engine_bytes(info)
     check_fresh(info)
 
 
@@ -119,4 +119,4 @@ DESCRIBERS: dict[str, Callable[[Path], Iterator[RenderableType]]] = {
     ".pth": describe_checkpoint,
     ".safetensors": describe_checkpoint,
 }
-"""What is printed of a file, by its suffix."""
+"""The function that prints a file, by the file's suffix."""

@@ -10,14 +10,14 @@ from rich.text import Text
 
 
 def parity_line(parity: Mapping[str, Any] | None) -> str:
-    """How near the ONNX is to PyTorch."""
+    """The distance of the ONNX from PyTorch, as a line."""
     if parity is None:
         return "not checked (--no-check)"
     return f"at most {parity['max_abs']:.2g} of 255 apart, tolerance {parity['tolerance']:g}"
 
 
 def square_root_line(report: Mapping[str, Any]) -> str:
-    """How far the steps are from converged, and what that costs."""
+    """The convergence of the square root's steps, and what it costs, as a line."""
     steps, trained = report["iterations"], report["trained"]
     how = {None: "trained with the exact root", steps: "as trained"}.get(trained, f"trained with {trained}")
     residual = max(row["residual"] for row in report["groups"])
@@ -50,7 +50,7 @@ def facts_table(facts: Mapping[str, str]) -> Table:
 
 
 def quantisation_line(report: Mapping[str, Any]) -> str:
-    """How much is in 8 bits, and what that costs."""
+    """The share of the parts in 8 bits, and what it costs, as a line."""
     parts = report["parts"]
     count = sum(part["quantised"] for part in parts)
     return (

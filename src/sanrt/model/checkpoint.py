@@ -61,7 +61,7 @@ class Checkpoint:
     digest: str
     """SHA-256 of the file."""
     origin: str
-    """What the file says of itself, for people."""
+    """The file's own description of its origin."""
 
     def network(self) -> SAN:
         """The network with these weights, in evaluation mode on the CPU, float32."""
@@ -202,7 +202,7 @@ def numeric_settings(path: Path, settings: Mapping[str, Any]) -> tuple[float, in
 
 
 def count(path: Path, tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbers follow `prefix` in the names; raises CheckpointError unless they are 0, 1, 2, ..."""
+    """The count of numbers that follow `prefix` in the names; raises CheckpointError unless they are 0, 1, 2, ..."""
     numbers = {int(m[1]) for name in tensors if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))}
     if gaps := set(range(len(numbers))) - numbers:
         raise CheckpointError(

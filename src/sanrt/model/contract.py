@@ -1,4 +1,4 @@
-"""What the stages of every backend agree on, see `sanrt.model.graph.stage_model`; imports NumPy alone."""
+"""The interface that the stages of every backend share, see `sanrt.model.graph.stage_model`; imports NumPy alone."""
 
 from __future__ import annotations
 

@@ -37,16 +37,16 @@ from sanrt.model.spec import (
 
 REMEDY = "make it again with `sanrt export`"
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
-"""What fp32 may have been converted to, itself among them."""
+"""The types that fp32 weights may have been converted to, fp32 among them."""
 HALF_ROUNDING, HALF_LEAST = 2.0**-10, 2.0**-23
-"""How far fp16 may lie from the fp32 value that it was made of: relatively, and near zero, where converters write 1e-7."""
+"""Distance of fp16 from the fp32 value that it was made of: relatively, and near zero, where converters write 1e-7."""
 PADDED_WIDTH = 16
 """Width of the inner attention in engines' graphs (`GraphOptions.attention_width`)."""
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """What an ONNX holds, after it was found to be what it says."""
+    """The content of an ONNX that was found to be what its description says."""
 
     spec: ModelSpec
     tensors: Mapping[str, Array]
@@ -54,7 +54,7 @@ class ExportedModel:
     halved: frozenset[str]
     """Those that the file has in fp16 in place of fp32."""
     precision: Precision
-    """In which the file's own graph computes: the spec's, or fp16 after a conversion."""
+    """The precision that the file's own graph computes in: the spec's, or fp16 after a conversion."""
 
     def weights(self) -> dict[str, Array]:
         """float32 by the reference network's names; 8-bit weights as what they stand for."""
@@ -77,7 +77,7 @@ class ExportedModel:
 
 
 class Unlike(Exception):
-    """What an ONNX has that its description does not allow, or lacks."""
+    """Something in an ONNX that its description does not allow, or something that it lacks."""
 
 
 def read_model(path: Path) -> tuple[ModelSpec, dict[str, Array]]:
@@ -198,7 +198,7 @@ def require_shape(tensor: TensorProto, shape: Sequence[int], name: str, spec: Mo
 def as_described(
     graph: onnx.GraphProto, stored: Mapping[str, TensorProto], spec: ModelSpec, metadata: Mapping[str, str]
 ) -> onnx.ModelProto:
-    """What sanrt writes for a description, with zeros for weights; the variant is read off the graph."""
+    """The graph that sanrt writes for a description, with zeros for weights; the variant is read off the graph."""
     stage = json.loads(metadata.get(STAGE, '""'))
     kind, _, group = str(stage).partition(".")
     if stage and not (kind in STAGE_INPUTS and int(group or 0) < spec.architecture.groups):

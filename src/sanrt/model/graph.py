@@ -263,7 +263,7 @@ class GraphWriter:
 
     @property
     def inner_divisor(self) -> float:
-        """What queries and keys are divided by, a power of two, so that unscaled scores of 0..255 features fit fp16."""
+        """The divisor of queries and keys, a power of two, so that unscaled scores of 0..255 features fit fp16."""
         typed = self.options.precision != Precision.FP32 and self.options.attention == Attention.MATMUL
         return TYPED_DIVISOR if typed else 1.0
 
@@ -394,7 +394,7 @@ class GraphWriter:
 
 
 def scale_for(largest: Array, steps: float, dtype: Any) -> Array:
-    """What one step of an 8-bit type stands for, so that `largest` is its last; rounded to dtype, and never 0."""
+    """The value of one step of an 8-bit type whose last step is `largest`; rounded to dtype, and never 0."""
     smallest = float(ml_dtypes.finfo(dtype).smallest_normal)  # type: ignore[no-untyped-call]
     scales: Array = np.maximum(largest / steps, smallest).astype(dtype)
     return scales

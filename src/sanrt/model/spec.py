@@ -1,4 +1,4 @@
-"""What a SAN is, in numbers: read off a checkpoint, written into an ONNX, carried beside an engine. Imports no torch."""
+"""The numbers that describe a SAN: read off a checkpoint, written into an ONNX, kept beside an engine. Imports no torch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Precision(StrEnum):
 
 
 GRAPH_PRECISIONS = (Precision.FP32, Precision.FP16, Precision.BF16)
-"""Those that graphs and engines are written in."""
+"""The precisions that graphs and engines are written in."""
 
 
 class QuantisedType(StrEnum):
@@ -65,7 +65,7 @@ class Quantisation:
 
 
 class Attention(StrEnum):
-    """How softmax(q k^T) v is written."""
+    """The operators that softmax(q k^T) v is written in."""
 
     MATMUL = "matmul"
     """MatMul, Softmax, MatMul on 4-D tensors: standard operators, and the form that TensorRT fuses."""
@@ -170,7 +170,7 @@ class ModelSpec:
     weights_digest: str
     """SHA-256 of the checkpoint file."""
     weights_origin: str
-    """What the checkpoint says of itself, for people."""
+    """The checkpoint's own description of its origin."""
     iterations: int
     """Newton-Schulz steps in the graph."""
     precision: Precision = Precision.FP32
@@ -186,7 +186,7 @@ class ModelSpec:
     quantisation: Quantisation | None = None
     """Convolutions in 8 bits, in every graph written for this model; the others are in `precision`."""
     report: Mapping[str, Any] = field(default_factory=dict)
-    """What was measured at export (parity, square root, quantisation); see `sanrt info`."""
+    """The measurements made at export (parity, square root, quantisation); `sanrt info` shows them."""
 
     @property
     def coarsest(self) -> Precision | QuantisedType:

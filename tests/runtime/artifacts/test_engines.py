@@ -25,7 +25,7 @@ from sanrt.runtime.artifacts.engines import (
     default_path,
     json_path,
     read_engine,
-    read_plan,
+    read_engine_bytes,
     save_engine,
 )
 from sanrt.runtime.artifacts.flavors import Flavor
@@ -58,7 +58,7 @@ def test_facts_are_read_back_as_they_were_written(model: Path):
     profiles = (Profile(), Profile(Size(1, 8, 8), Size(2, 9, 9), Size(2, 10, 10)))
     info = saved(model, replace(RTX, profiles=profiles, workspace=64, timing_cache=Path("a/b")))
     assert read_engine(info.path) == info
-    assert read_plan(info) == PLAN
+    assert read_engine_bytes(info) == PLAN
     assert [p.name for p in model.parent.iterdir() if "partial" in p.name] == []
 
 
@@ -130,7 +130,7 @@ def test_damaged_engines_are_refused(model: Path, damage, message: str):
     info = saved(model)
     damage(info.path)
     with pytest.raises(ModelError, match=message) as caught:
-        read_plan(read_engine(info.path))
+        read_engine_bytes(read_engine(info.path))
     assert f"rebuild with `{info.command}`" in one_line(caught)
 
 
