@@ -24,12 +24,12 @@ from benchmarks.measure import Size, environment, found_model, picture, run_comm
 from sanrt.arrays import Array
 from sanrt.errors import PictureError, SanrtError, UsageError
 from sanrt.runtime.backends.protocol import Backend, RunOptions
-from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.backends.registry import load_unguarded
 from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.jobs import Job, Naming, Replaceable, find_pictures
 from sanrt.runtime.runs.pipeline import Outcome, PipelineOptions, Written, encoders, enlarge, read, run, write
 from sanrt.runtime.runs.results import Recipe
-from sanrt.runtime.tiling.plan import Tiling, UpscaleOptions
+from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.upscaling import NetworkRunner
 
 STEPS = {
@@ -107,7 +107,7 @@ def pipeline(
         source = folder or generated(scratch / "pictures", count, Size.parse(size))
         jobs = find_pictures([source], scratch / "results", Naming())
         path = stack.enter_context(found_model(model, 4, paper))
-        network = stack.enter_context(load_backend(backend, path, RunOptions(threads=threads)))
+        network = stack.enter_context(load_unguarded(backend, path, RunOptions(threads=threads)))
         found = measure(jobs, network, UpscaleOptions(tiling=tiling))
         subject = f"{path.name}, {network.name} on {network.device}, {network.spec.precision}"
     for name, value in environment(threads).items():

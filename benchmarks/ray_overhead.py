@@ -26,7 +26,7 @@ from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.pipeline import PipelineOptions, Written
 from sanrt.runtime.runs.ray_pool import LOCAL, Pool, Task, connected
 from sanrt.runtime.runs.results import Recipe
-from sanrt.runtime.tiling.plan import UpscaleOptions
+from sanrt.runtime.tiling.options import UpscaleOptions
 from sanrt.runtime.tiling.upscaling import NetworkRunner
 
 

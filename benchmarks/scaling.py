@@ -25,7 +25,8 @@ from benchmarks.measure import Size, Worker, console, environment, found_model, 
 from sanrt.errors import BackendError, UsageError
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_unguarded
-from sanrt.runtime.tiling.plan import PAPER_REGIONS, Tiling, UpscaleOptions
+from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
+from sanrt.runtime.tiling.plan import PAPER_REGIONS
 from sanrt.runtime.tiling.upscaling import upscale
 
 SMALLEST = 64

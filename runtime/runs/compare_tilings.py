@@ -16,7 +16,7 @@ from sanrt.arrays import psnr
 from sanrt.geometry import Box
 from sanrt.runtime.backends.protocol import Backend
 from sanrt.runtime.pictures.codec import Pixels, open_picture
-from sanrt.runtime.tiling.plan import Tiling, UpscaleOptions
+from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.upscaling import upscale
 
 SAMPLE = 192

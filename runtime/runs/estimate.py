@@ -22,16 +22,8 @@ from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import BACKENDS, load_unguarded, status
 from sanrt.runtime.pictures.codec import open_picture, plan_output
 from sanrt.runtime.pictures.jobs import Job
-from sanrt.runtime.tiling.plan import (
-    MemoryBudget,
-    Tiling,
-    TilingPlan,
-    UpscaleOptions,
-    by_stages,
-    network_bytes,
-    plan_tiling,
-    result_bytes,
-)
+from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
+from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, by_stages, network_bytes, plan_tiling, result_bytes
 
 SIDES = (64, 192)
 """Sides of the two pictures that a backend's speed is measured on: attention's share is small in one, large in the other."""

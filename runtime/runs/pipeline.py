@@ -38,7 +38,8 @@ from sanrt.runtime.pictures.provenance import SourceIdentity, identify
 from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.pictures.storage import RemotePath, delivered, fetched, scratch_folder
 from sanrt.runtime.runs.results import Recipe, appeared
-from sanrt.runtime.tiling.plan import PAPER_REGIONS, Tiling, TilingPlan
+from sanrt.runtime.tiling.options import Tiling
+from sanrt.runtime.tiling.plan import PAPER_REGIONS, TilingPlan
 from sanrt.runtime.tiling.upscaling import NetworkRunner
 
 log = logging.getLogger(__name__)

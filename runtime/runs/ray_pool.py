@@ -38,7 +38,7 @@ from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.pipeline import Failed, Outcome, PipelineOptions, Written
 from sanrt.runtime.runs.record import Entry, Recorder, open_record, write_entry
 from sanrt.runtime.runs.results import Recipe
-from sanrt.runtime.tiling.plan import PROCESS_MEMORY, UpscaleOptions
+from sanrt.runtime.tiling.options import PROCESS_MEMORY, UpscaleOptions
 from sanrt.runtime.tiling.upscaling import NetworkRunner
 
 log = logging.getLogger(__name__)

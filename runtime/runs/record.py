@@ -25,7 +25,7 @@ from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.storage import fetched, located
 from sanrt.runtime.runs.pipeline import Failed, Outcome, PipelineOptions, Written, run
 from sanrt.runtime.runs.results import Recipe
-from sanrt.runtime.tiling.plan import PROCESS_MEMORY, Tiling, UpscaleOptions
+from sanrt.runtime.tiling.options import PROCESS_MEMORY, Tiling, UpscaleOptions
 from sanrt.runtime.tiling.upscaling import NetworkRunner
 from sanrt.version import __version__
 

@@ -16,7 +16,7 @@ from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.jobs import Job, Replaceable
 from sanrt.runtime.pictures.provenance import Provenance, SourceIdentity, digest_of, is_intact, is_unchanged, read_mark
 from sanrt.runtime.pictures.storage import RemotePath, told_of
-from sanrt.runtime.tiling.plan import Tiling, UpscaleOptions
+from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 
 THREADS = 16
 """Files that are looked at together: an object store answers each after some milliseconds."""

@@ -20,17 +20,9 @@ from sanrt.runtime.backends.protocol import Backend, Stages
 from sanrt.runtime.pictures.codec import PictureInfo, SourcePicture
 from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.tiling.featuremaps import FeatureStore
+from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.orientations import ORIENTATIONS, Orientation, OrientedSource
-from sanrt.runtime.tiling.plan import (
-    MemoryBudget,
-    Tiling,
-    TilingPlan,
-    UpscaleOptions,
-    by_stages,
-    check_result_size,
-    plan_tiling,
-    smaller_plan,
-)
+from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, by_stages, check_result_size, plan_tiling, smaller_plan
 from sanrt.runtime.tiling.streaming import (
     STRIP_ROWS,
     ArraySource,

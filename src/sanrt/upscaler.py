@@ -16,7 +16,8 @@ from sanrt.runtime.backends.default_variant import load_default
 from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
-from sanrt.runtime.tiling.plan import PAPER_REGIONS, Tiling, UpscaleOptions
+from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
+from sanrt.runtime.tiling.plan import PAPER_REGIONS
 from sanrt.runtime.tiling.upscaling import upscale
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import pyvips
 from benchmarks.measure import run_command
 from benchmarks.pipeline import Measured, Stopwatch, pipeline
 from sanrt.runtime.backends.protocol import RunOptions
-from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.backends.registry import load_unguarded
 from sanrt.runtime.runs.pipeline import Written
-from sanrt.runtime.tiling.plan import Tiling, UpscaleOptions
+from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.upscaling import upscale
 
 
@@ -47,7 +47,7 @@ def test_every_step_of_a_folder_is_told(measure):
 @pytest.mark.parametrize("name", ["native", "onnxruntime"])
 def test_computing_is_timed_once_with_whatever_regions(name, tiny_model):
     picture = np.full((20, 24, 3), 90, np.uint8)
-    with load_backend(name, tiny_model(), RunOptions(threads=1)) as backend:
+    with load_unguarded(name, tiny_model(), RunOptions(threads=1)) as backend:
         watch = Stopwatch(backend)
         for options in (UpscaleOptions(), UpscaleOptions(tile=16, tiling=Tiling.OVERLAP)):
             before, started = watch.seconds, time.perf_counter()

@@ -9,7 +9,7 @@ from benchmarks import scaling
 from benchmarks.measure import Size, run_command
 from benchmarks.scaling import Point, exponent, growth, measure, sizes
 from sanrt.errors import BackendError
-from sanrt.runtime.tiling.plan import Tiling
+from sanrt.runtime.tiling.options import Tiling
 
 
 class Fake:

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from sanrt.cli import app
 from sanrt.errors import ModelError, UsageError
 from sanrt.runtime.runs.estimate import Speed
-from sanrt.runtime.tiling.plan import Tiling, TilingPlan
+from sanrt.runtime.tiling.options import Tiling
+from sanrt.runtime.tiling.plan import TilingPlan
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_a_backend_that_cannot_do_a_picture_says_why_beside_the_others(folder, t
     from sanrt.runtime.backends.registry import load_backend
     from sanrt.runtime.pictures.jobs import Job
     from sanrt.runtime.runs.estimate import picture_plan
-    from sanrt.runtime.tiling.plan import UpscaleOptions
+    from sanrt.runtime.tiling.options import UpscaleOptions
 
     job, speeds = Job(folder / "small.png", folder / "out.png"), {"torch": Speed(1.0, 0), "onnxruntime": Speed(1.0, 0)}
     loaded = [load_backend(name, tiny_model(2), RunOptions(threads=1)) for name in speeds]
@@ -101,7 +102,7 @@ def test_streamed_pictures_are_planned_at_the_speed_of_the_stages(tiny_model, ti
     from sanrt.runtime.backends.protocol import RunOptions
     from sanrt.runtime.backends.registry import load_backend
     from sanrt.runtime.runs.estimate import BY_STAGES, estimate
-    from sanrt.runtime.tiling.plan import UpscaleOptions
+    from sanrt.runtime.tiling.options import UpscaleOptions
 
     speeds = {"torch": Speed(1e-2, 0), "torch" + BY_STAGES: Speed(3e-2, 0)}
     with load_backend("torch", tiny_model(2), RunOptions(threads=1)) as backend:

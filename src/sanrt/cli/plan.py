@@ -11,7 +11,7 @@ from sanrt.cli.formats import FORMATS, written_format
 from sanrt.cli.models import known_scale
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, exported_path
 from sanrt.runtime.pictures.formats import Format
-from sanrt.runtime.tiling.plan import Tiling
+from sanrt.runtime.tiling.options import Tiling
 
 if TYPE_CHECKING:
     from sanrt.runtime.runs.estimate import PicturePlan
@@ -48,7 +48,8 @@ def plan(
     from sanrt.runtime.pictures.jobs import Naming, find_pictures
     from sanrt.runtime.runs import estimate as plans
     from sanrt.runtime.runs.results import Recipe, sort_out
-    from sanrt.runtime.tiling.plan import UpscaleOptions, parse_memory
+    from sanrt.runtime.tiling.options import UpscaleOptions
+    from sanrt.runtime.tiling.plan import parse_memory
 
     jobs = find_pictures(inputs, output or Path("results.sanrt-plan"), Naming(suffix, format))
     options = UpscaleOptions(tile, tiling=tiling, memory=parse_memory(memory) if memory else None)

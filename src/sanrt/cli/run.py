@@ -18,14 +18,14 @@ from sanrt.model.spec import Precision
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, exported_path, other_models
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.storage import check_buckets, located
-from sanrt.runtime.tiling.plan import Tiling
+from sanrt.runtime.tiling.options import Tiling
 
 if TYPE_CHECKING:
     from sanrt.cli.console import Reporter
     from sanrt.runtime.backends.protocol import Backend, RunOptions
     from sanrt.runtime.runs.ray_pool import Ready, Task
     from sanrt.runtime.runs.results import Findings
-    from sanrt.runtime.tiling.plan import UpscaleOptions
+    from sanrt.runtime.tiling.options import UpscaleOptions
 
 ADDRESS = re.compile(r"local|auto|ray://.*|[^/]+:\d+")
 """What `--ray` takes for an address, not for the next argument."""
@@ -151,7 +151,8 @@ def run(
     from sanrt.runtime.runs.ray_pool import Task
     from sanrt.runtime.runs.record import Recorder
     from sanrt.runtime.runs.results import Recipe, sort_out
-    from sanrt.runtime.tiling.plan import UpscaleOptions, parse_memory
+    from sanrt.runtime.tiling.options import UpscaleOptions
+    from sanrt.runtime.tiling.plan import parse_memory
     from sanrt.runtime.tiling.upscaling import NetworkRunner
 
     k = region_count(regions)

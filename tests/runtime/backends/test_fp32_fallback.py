@@ -10,7 +10,7 @@ from sanrt.runtime.artifacts.sizes import Limits
 from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
-from sanrt.runtime.tiling.plan import Tiling, UpscaleOptions
+from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.upscaling import upscale
 
 

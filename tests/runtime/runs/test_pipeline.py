@@ -18,7 +18,8 @@ from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.pipeline import Failed, PipelineOptions, Planned, Skipped, Written
 from sanrt.runtime.runs.results import Recipe, sort_out
-from sanrt.runtime.tiling.plan import Tiling, TilingPlan
+from sanrt.runtime.tiling.options import Tiling
+from sanrt.runtime.tiling.plan import TilingPlan
 
 RECIPE = Recipe(2, "a network that doubles")
 OPTIONS = PipelineOptions(RECIPE)

@@ -33,7 +33,7 @@ from sanrt.runtime.runs.pipeline import Failed, Skipped, Written
 from sanrt.runtime.runs.ray_pool import Pool, Share, Task, connected, shared_out
 from sanrt.runtime.runs.record import Verdict, read_record, verify
 from sanrt.runtime.runs.results import Recipe
-from sanrt.runtime.tiling.plan import UpscaleOptions
+from sanrt.runtime.tiling.options import UpscaleOptions
 from tests.runtime import s3
 from tests.runtime.artifacts.test_engines import RTX, TILES, saved
 

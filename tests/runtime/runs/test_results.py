@@ -13,7 +13,7 @@ from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.provenance import SourceIdentity
 from sanrt.runtime.runs.results import Recipe
-from sanrt.runtime.tiling.plan import Tiling
+from sanrt.runtime.tiling.options import Tiling
 from sanrt.runtime.tiling.upscaling import UpscaleOptions
 
 SPEC = ModelSpec(Architecture(2, 1, 1, 16, 4), "0" * 64, "nowhere", 5)

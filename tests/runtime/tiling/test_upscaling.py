@@ -16,8 +16,9 @@ from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.results import Recipe
+from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.orientations import ORIENTATIONS, OrientedSource
-from sanrt.runtime.tiling.plan import Tiling, TilingPlan, UpscaleOptions, network_bytes, plan_tiling
+from sanrt.runtime.tiling.plan import TilingPlan, network_bytes, plan_tiling
 from sanrt.runtime.tiling.streaming import ArraySource
 from sanrt.runtime.tiling.upscaling import NetworkRunner, upscale
 

@@ -29,7 +29,7 @@ from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import candidates, load_backend
 from sanrt.runtime.backends.tensorrt import backend as tensorrt
 from sanrt.runtime.backends.tensorrt.device import Corner, Grid
-from sanrt.runtime.tiling.plan import UpscaleOptions
+from sanrt.runtime.tiling.options import UpscaleOptions
 from sanrt.upscaler import Upscaler
 
 PLAN = b"a plan"

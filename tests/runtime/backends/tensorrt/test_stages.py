@@ -29,16 +29,8 @@ from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.backends.tensorrt.backend import TensorRTBackend
 from sanrt.runtime.backends.tensorrt.stages import TensorRTStages
-from sanrt.runtime.tiling.plan import (
-    MEMORY_SHARE,
-    Tiling,
-    TilingPlan,
-    UpscaleOptions,
-    network_bytes,
-    plan_tiling,
-    result_bytes,
-    warn_once,
-)
+from sanrt.runtime.tiling.options import MEMORY_SHARE, Tiling, UpscaleOptions
+from sanrt.runtime.tiling.plan import TilingPlan, network_bytes, plan_tiling, result_bytes, warn_once
 from sanrt.runtime.tiling.upscaling import upscale
 from tests.runtime.backends.tensorrt.test_backend import ErrorCode, FakeContext, FakeDevice, FakeEngine, Rig, floats
 
