@@ -209,8 +209,8 @@ def explain(network: Backend, choice: ModelChoice, picture: Path, options: Upsca
     from sanrt.runtime.backends.registry import load_backend
     from sanrt.runtime.runs import compare_tilings as samples
 
-    if network.spec.precision == Precision.INT16:
-        reporter.say("all in fp32, as stages are, so that the tilings alone differ")
+    if network.device == "CPU" and network.spec.precision != Precision.FP32:
+        reporter.say("all in fp32, so that the tilings alone differ")
         with load_backend(network.name, choice.path, replace(choice.options, precision=Precision.FP32)) as exact:
             explain(exact, choice, picture, options, reporter)
         return
