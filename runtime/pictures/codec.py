@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sanrt.errors import PictureError
+from sanrt.runtime.pictures import jpeg
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.provenance import Provenance, seal
 from sanrt.runtime.pictures.scratch import ScratchPicture
@@ -37,6 +39,7 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
 _KEPT = ("icc-profile-data", "exif-data", "xmp-data", "iptc-data")
 _PIECE_ROWS = 64
+_READING = Lock()
 _OPTIMISED_PIXELS = 20_000_000
 _UNKNOWN_RESOLUTION, _SCREEN_RESOLUTION = 1.0, 72 / 25.4
 
@@ -161,7 +164,7 @@ class SourcePicture:
     def _decode(self, top: int, bottom: int) -> NDArray[Any]:
         """In pieces, so that a damaged file with a large header fails soon: libvips tries again for every few rows asked."""
         info, step = self.info, _PIECE_ROWS
-        with _vips_told_as(f"{info.path}: damaged"):
+        with _reading(info.path, f"damaged {info.format.upper()} file"):
             if self._region is None:
                 self._region = _vips().Region.new(_decoded(_loaded(info.path, info.format)))
             pieces = [self._region.fetch(0, at, info.width, min(step, bottom - at)) for at in range(top, bottom, step)]
@@ -188,7 +191,7 @@ def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> SourcePicture:
     form = Format.of_content(head)
     if form is None:
         raise PictureError(f"{path}: {_unknown(head)}; expected {', '.join(form.upper() for form in Format)}")
-    with _vips_told_as(f"{path}: damaged {form.upper()} file"):
+    with _reading(path, f"damaged {form.upper()} file"):
         image = _loaded(path, form)
         _check_header(path, image, max_pixels)
         return SourcePicture(_info(path, form, image))
@@ -220,6 +223,26 @@ def _vips() -> Any:
 
 
 @contextmanager
+def _reading(path: Path, otherwise: str) -> Iterator[None]:
+    """One thread at a time opens or decodes: libvips' error buffer belongs to the process, and says of which file nowhere.
+
+    PictureError, `otherwise` and what libvips said, for its errors; also for what libjpeg warned of in the last rows, which
+    libvips looks at only before the next ones.
+    """
+    with _READING, _vips_told_as(f"{path}: {otherwise}"):
+        yield
+        if warnings := [line for line in _vips_said() if line.startswith("VipsJpeg")]:
+            raise PictureError(f"{path}: {otherwise} ({warnings[-1]})")
+
+
+def _vips_said() -> list[str]:
+    """The lines in libvips' error buffer."""
+    pyvips = _vips()
+    text: str = pyvips.ffi.string(pyvips.vips_lib.vips_error_buffer()).decode(errors="replace")
+    return text.splitlines()
+
+
+@contextmanager
 def _vips_told_as(subject: str) -> Iterator[None]:
     """Errors of libvips as one line about `subject`, with the last things that libvips said."""
     pyvips = _vips()
@@ -237,12 +260,15 @@ def _loaded(path: Path, form: Format) -> pyvips.Image:
     """The file as stored, by the loader of its format and no other, so that no untrusted loader is ever tried.
 
     Decoded once from top to bottom if its orientation allows, else as a whole (libvips uses a nameless file above 100 MB).
-    Warnings of libjpeg mean pixels made up; those of other formats are about metadata.
+    Warnings of libjpeg mean pixels made up, once the file is repaired; those of other formats are about metadata.
     """
     load = getattr(_vips().Image, f"{form.facts.libvips}load_source")
     fail_on = "warning" if form is Format.JPEG else "error"
+    repaired = jpeg.repaired(path) if form is Format.JPEG else None
 
     def opened(access: str) -> pyvips.Image:
+        if repaired:
+            return _vips().Image.jpegload_buffer(repaired, access=access, fail_on=fail_on)
         return load(_vips().Source.new_from_file(os.fsencode(path)), access=access, fail_on=fail_on)
 
     image = opened("sequential")
@@ -290,7 +316,7 @@ def _info(path: Path, form: Format, image: pyvips.Image) -> PictureInfo:
         lossless=form is Format.WEBP and _is_lossless_webp(path),
         resolution=_resolution(image),
         metadata=_metadata(image),
-        notes=tuple(_notes(form, image)),
+        notes=tuple(_notes(path, form, image)),
     )
 
 
@@ -309,7 +335,9 @@ def _resolution(image: pyvips.Image) -> tuple[float, float]:
     return (image.yres, image.xres) if _orientation(image) >= 5 else (image.xres, image.yres)
 
 
-def _notes(form: Format, image: pyvips.Image) -> Iterator[str]:
+def _notes(path: Path, form: Format, image: pyvips.Image) -> Iterator[str]:
+    if form is Format.JPEG and (reasons := dict.fromkeys(repair.reason for repair in jpeg.repairs(path))):
+        yield f"read in spite of {', '.join(reasons)}: no pixel is missing"
     pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
     if pages > 1:
         yield f"only the first of its {pages} frames"
@@ -527,7 +555,7 @@ def upscale_alpha(alpha: Pixels, scale: int) -> Pixels:
 def streamed_alpha(path: Path, scale: int) -> pyvips.Image:
     """The same of a picture file with opacity, decoded and upscaled only as it is written, from top to bottom."""
     info = open_picture(path).info
-    with _vips_told_as(f"{path}: damaged"):
+    with _reading(path, f"damaged {info.format.upper()} file"):
         image = _decoded(_loaded(path, info.format))
         return _bicubic(image.extract_band(image.bands - 1), scale)
 

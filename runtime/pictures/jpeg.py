@@ -1,0 +1,130 @@
+"""JPEG files that break the standard in ways that cost no pixel, as phones and cameras write them.
+
+libjpeg warns of these as it warns of missing pixels, and tells only the first warning. So what is harmless is put right
+before it decodes, and whatever it warns of then means pixels that it made up.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+BLOCK = 1 << 20
+MARKER = re.compile(rb"\xff+[^\x00\xff]")
+MARKER_BEHIND_DATA = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+"""In entropy-coded data FF 00 is a byte of it, and D0 to D7 restart it."""
+SOI, EOI, SOS, APP0, APP14 = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
+STANDALONE = {0x01, *range(0xD0, 0xD9)}
+"""Markers without a segment behind them."""
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+SEQUENTIAL = {0xC0, 0xC1, 0xC9}
+WHOLE_BLOCK = bytes([0, 63, 0])
+"""First and last coefficient and bit position of a sequential scan."""
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Bytes to put in place of others."""
+
+    at: int
+    length: int
+    """How many bytes go."""
+    content: bytes
+    reason: str
+    """What was wrong, for people."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A marker and what follows it."""
+
+    marker: int
+    begin: int
+    """Position of the content, behind the length."""
+    content: bytes
+
+
+def repairs(path: Path) -> list[Repair]:
+    """What puts a JPEG file right without a change to its pixels, in order; empty for a sound or a damaged one."""
+    with path.open("rb") as file:
+        return sorted(find_repairs(file), key=lambda repair: repair.at)
+
+
+def repaired(path: Path) -> bytes | None:
+    """The whole file put right; None if there is nothing to repair."""
+    if not (changes := repairs(path)):
+        return None
+    content, pieces, at = path.read_bytes(), [], 0
+    for change in changes:
+        pieces += [content[at : change.at], change.content]
+        at = change.at + change.length
+    return b"".join([*pieces, content[at:]])
+
+
+def find_repairs(file: IO[bytes]) -> Iterator[Repair]:
+    """The changes, as they are found; it ends silently where the file cannot be followed, which libjpeg will report."""
+    at, behind_scan, frame = 2, False, 0
+    components: bytes = b""
+    decoded: dict[int, set[int]] = {}
+    adobe: Repair | None = None
+    while (start := position(file, MARKER_BEHIND_DATA if behind_scan else MARKER, at)) is not None:
+        if start > at and not behind_scan:
+            yield Repair(at, start - at, b"", "bytes before a marker")
+        segment, at = segment_at(file, start)
+        if segment is None or segment.marker == EOI:
+            return
+        behind_scan, content = segment.marker == SOS, segment.content
+        if segment.marker in FRAMES and len(content) > 5:
+            frame, components = segment.marker, content[6::3]
+        elif segment.marker == APP0 and content.startswith(b"JFIF\0") and content[5:6] not in (b"\1", b""):
+            yield Repair(segment.begin + 5, 1, b"\1", "an unknown JFIF version")
+        elif segment.marker == APP14 and content.startswith(b"Adobe") and len(content) >= 12:
+            adobe = Repair(segment.begin + 11, 1, b"", "an unknown colour transform")
+            transform = content[11]
+        elif segment.marker == SOS and len(content) >= 6:
+            parameters = content[-3:]
+            if frame in SEQUENTIAL and parameters != WHOLE_BLOCK:
+                yield Repair(segment.begin + len(content) - 3, 3, WHOLE_BLOCK, "odd scan parameters")
+                parameters = WHOLE_BLOCK
+            usual = {3: 1, 4: 2}.get(len(components), 0)
+            if adobe and transform not in (0, usual):
+                yield Repair(adobe.at, 1, bytes([usual]), adobe.reason)
+                adobe = None
+            if parameters[2] & 15 == 0:
+                for component in content[1:-3:2]:
+                    decoded.setdefault(component, set()).update(range(parameters[0], parameters[1] + 1))
+    if behind_scan and all(len(decoded.get(component, ())) == 64 for component in components):
+        yield Repair(file.seek(0, os.SEEK_END), 0, bytes([0xFF, EOI]), "no end marker")
+
+
+def position(file: IO[bytes], pattern: re.Pattern[bytes], at: int) -> int | None:
+    """Where the pattern of a marker is found first, from `at` on."""
+    file.seek(at)
+    while len(block := file.read(BLOCK)) > 1:
+        if found := pattern.search(block):
+            return at + found.start()
+        at += len(block) - 1
+        file.seek(at)
+    return None
+
+
+def segment_at(file: IO[bytes], start: int) -> tuple[Segment | None, int]:
+    """The segment whose marker begins at `start`, None if it leaves the file, and where it ends."""
+    file.seek(start)
+    head = file.read(BLOCK)
+    fill = len(head) - len(head.lstrip(b"\xff"))
+    if fill == len(head):
+        return None, start
+    marker, begin = head[fill], start + fill + 1
+    if marker in STANDALONE or marker == EOI:
+        return Segment(marker, begin, b""), begin
+    file.seek(begin)
+    length = int.from_bytes(file.read(2), "big")
+    content = file.read(max(0, length - 2))
+    if length < 2 or len(content) < length - 2:
+        return None, start
+    return Segment(marker, begin + 2, content), begin + length
