@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sanrt.cli.models import default_model, known_scale, one_of, require_scale
+from sanrt.cli.panels import panel
 from sanrt.errors import UsageError
 from sanrt.extras import extra
 from sanrt.model.spec import Precision, QuantisedType
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from sanrt.runtime.artifacts.sizes import Profile
 
 
-QUANTISATION, SIZES, TENSORRT = "8-bit options", "Sizes", "TensorRT options"
-"""Panels of the help, after the everyday options."""
+eight_bit_option, size_option, tensorrt_option = map(panel, ("8-bit options", "Sizes", "TensorRT options"))
 
 
 def build(
@@ -41,61 +41,37 @@ def build(
     stages: Annotated[
         bool, typer.Option("--stages", help="One engine per stage, for exact streaming; sizes are of tiles.")
     ] = False,
-    max_psnr_drop: Annotated[
-        float, typer.Option(min=0, help="What quantisation may cost, dB of Y-PSNR.", rich_help_panel=QUANTISATION)
-    ] = 0.1,
+    max_psnr_drop: Annotated[float, eight_bit_option(min=0, help="What quantisation may cost, dB of Y-PSNR.")] = 0.1,
     calibration: Annotated[
-        Path | None,
-        typer.Option(help="Pictures to quantise by; generated scenes if left out.", rich_help_panel=QUANTISATION),
+        Path | None, eight_bit_option(help="Pictures to quantise by; generated scenes if left out.")
     ] = None,
     calibrator: Annotated[
         str,
-        typer.Option(
+        eight_bit_option(
             help="min-max, or percentile: the largest one in ten thousand values saturate.",
             callback=one_of("min-max", "percentile"),
-            rich_help_panel=QUANTISATION,
         ),
     ] = "min-max",
-    keep_fp16: Annotated[
-        list[str] | None,
-        typer.Option(help="Parts not to quantise, such as 'groups.0.*'.", rich_help_panel=QUANTISATION),
-    ] = None,
-    smallest: Annotated[
-        list[str] | None,
-        typer.Option("--min", help="Smallest input, BxHxW; repeat for profiles.", rich_help_panel=SIZES),
-    ] = None,
-    best: Annotated[list[str] | None, typer.Option("--opt", help="The input to tune for.", rich_help_panel=SIZES)] = None,
-    largest: Annotated[list[str] | None, typer.Option("--max", help="Largest input.", rich_help_panel=SIZES)] = None,
-    flavor: Annotated[
-        str,
-        typer.Option(help="auto, tensorrt or rtx.", callback=one_of("auto", *Flavor), rich_help_panel=TENSORRT),
-    ] = "auto",
-    gpu: Annotated[
-        str,
-        typer.Option(help="RTX: targets, such as sm89,sm120; Ampere and newer if left out.", rich_help_panel=TENSORRT),
-    ] = "",
-    workspace: Annotated[
-        int | None, typer.Option(min=1, help="MiB one layer may use; leave it out on RTX.", rich_help_panel=TENSORRT)
-    ] = None,
-    level: Annotated[int, typer.Option(min=0, max=5, help="How long TensorRT searches.", rich_help_panel=TENSORRT)] = 3,
-    timing_cache: Annotated[
-        Path | None, typer.Option(help="TensorRT: where to keep timings.", rich_help_panel=TENSORRT)
-    ] = None,
+    keep_fp16: Annotated[list[str] | None, eight_bit_option(help="Parts not to quantise, such as 'groups.0.*'.")] = None,
+    smallest: Annotated[list[str] | None, size_option("--min", help="Smallest input, BxHxW; repeat for profiles.")] = None,
+    best: Annotated[list[str] | None, size_option("--opt", help="The input to tune for.")] = None,
+    largest: Annotated[list[str] | None, size_option("--max", help="Largest input.")] = None,
+    flavor: Annotated[str, tensorrt_option(help="auto, tensorrt or rtx.", callback=one_of("auto", *Flavor))] = "auto",
+    gpu: Annotated[str, tensorrt_option(help="RTX: targets, such as sm89,sm120; Ampere and newer if left out.")] = "",
+    workspace: Annotated[int | None, tensorrt_option(min=1, help="MiB one layer may use; leave it out on RTX.")] = None,
+    level: Annotated[int, tensorrt_option(min=0, max=5, help="How long TensorRT searches.")] = 3,
+    timing_cache: Annotated[Path | None, tensorrt_option(help="TensorRT: where to keep timings.")] = None,
     kernels: Annotated[
         str,
-        typer.Option(
-            help="TensorRT: none, or fused for SOCA by sanrt's own CUDA kernels.",
-            callback=one_of("none", "fused"),
-            rich_help_panel=TENSORRT,
+        tensorrt_option(
+            help="TensorRT: none, or fused for SOCA by sanrt's own CUDA kernels.", callback=one_of("none", "fused")
         ),
     ] = "none",
     allow_precision: Annotated[
-        bool,
-        typer.Option("--allow-precision", help="Accept layers in another precision.", rich_help_panel=TENSORRT),
+        bool, tensorrt_option("--allow-precision", help="Accept layers in another precision.")
     ] = False,
     allow_unfused_attention: Annotated[
-        bool,
-        typer.Option("--allow-unfused-attention", help="Accept attention that is not one kernel.", rich_help_panel=TENSORRT),
+        bool, tensorrt_option("--allow-unfused-attention", help="Accept attention that is not one kernel.")
     ] = False,
 ) -> None:
     """Build an exported ONNX into a TensorRT engine, and prove that it is what was asked for."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sanrt.cli.models import build_words, known_scale, require_scale, run_words
+from sanrt.cli.panels import panel
 from sanrt.extras import extra
 from sanrt.model.spec import MAX_SQRT_ITERATIONS
 from sanrt.runtime.artifacts.models import MODELS, checkpoint_path, exported_path
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from sanrt.model.checkpoint import Checkpoint
 
 
-MEASUREMENTS = "Measurements"
-"""Panel of the help, after the everyday options."""
+measurement_option = panel("Measurements")
 
 
 def export(
@@ -32,25 +32,17 @@ def export(
         typer.Option("--output", "-o", help="File to write, instead of san_xN.onnx or CHECKPOINT.onnx in MODELS."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is not of the same weights.")] = False,
-    check: Annotated[
-        bool, typer.Option(help="Compare the ONNX with PyTorch before it gets its name.", rich_help_panel=MEASUREMENTS)
-    ] = True,
+    check: Annotated[bool, measurement_option(help="Compare the ONNX with PyTorch before it gets its name.")] = True,
     sqrt_iterations: Annotated[
         int | None,
-        typer.Option(
+        measurement_option(
             min=1,
             max=MAX_SQRT_ITERATIONS,
             help="Newton-Schulz steps of the square root, instead of as many as trained with.",
-            rich_help_panel=MEASUREMENTS,
         ),
     ] = None,
-    picture: Annotated[
-        Path | None, typer.Option(help="Measure the square root on this picture.", rich_help_panel=MEASUREMENTS)
-    ] = None,
-    verbose: Annotated[
-        bool,
-        typer.Option("--verbose", "-v", help="Show the square root of every group.", rich_help_panel=MEASUREMENTS),
-    ] = False,
+    picture: Annotated[Path | None, measurement_option(help="Measure the square root on this picture.")] = None,
+    verbose: Annotated[bool, measurement_option("--verbose", "-v", help="Show the square root of every group.")] = False,
 ) -> None:
     """Write a checkpoint as an ONNX file and check it against PyTorch."""
     if checkpoint is None and scale is None:

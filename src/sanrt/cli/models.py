@@ -29,8 +29,8 @@ def default_model(models: Path, scale: int | None, say: Callable[[str], None]) -
         say(f"{path}: not there yet{other_models(models)}; exporting the bundled x{scale} weights first")
         with extra("export", "making a model"):
             from sanrt.export.onnx import export_onnx
-            from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
-        export_onnx(load_checkpoint(bundled_checkpoint(scale)), path)
+            from sanrt.model.checkpoint import load_checkpoint
+        export_onnx(load_checkpoint(bundled_weights(scale)), path)
     return path
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import typer
 from typer.core import TyperCommand
+
+
+def panel(title: str) -> Callable[..., Any]:
+    """`typer.Option` for the options of one panel."""
+    return partial(typer.Option, rich_help_panel=title)
 
 
 class PanelCommand(TyperCommand):

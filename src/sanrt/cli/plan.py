@@ -9,6 +9,7 @@ import typer
 
 from sanrt.cli.formats import FORMATS, written_format
 from sanrt.cli.models import known_scale
+from sanrt.cli.panels import panel
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, exported_path
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.tiling.options import Tiling
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from sanrt.runtime.runs.estimate import PicturePlan
 
 
-RUN_OPTIONS = "Options of the run"
-"""Panel of the help, after the everyday options."""
+run_option = panel("Options of the run")
 
 
 def plan(
@@ -32,14 +32,11 @@ def plan(
         int, typer.Option(help="2, 3, 4 or 8, where no --model is given.", callback=known_scale)
     ] = DEFAULT_SCALE,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the network; all if left out.")] = None,
-    tiling: Annotated[Tiling, typer.Option(help="As for `sanrt run`.", rich_help_panel=RUN_OPTIONS)] = Tiling.AUTO,
-    tile: Annotated[int | None, typer.Option(min=16, help="As for `sanrt run`.", rich_help_panel=RUN_OPTIONS)] = None,
-    memory: Annotated[str | None, typer.Option(help="As for `sanrt run`, such as 4G.", rich_help_panel=RUN_OPTIONS)] = None,
-    format: Annotated[
-        Format | None,
-        typer.Option(parser=written_format, metavar=FORMATS, help="As for `sanrt run`.", rich_help_panel=RUN_OPTIONS),
-    ] = None,
-    suffix: Annotated[str, typer.Option(help="As for `sanrt run`.", rich_help_panel=RUN_OPTIONS)] = "",
+    tiling: Annotated[Tiling, run_option(help="As for `sanrt run`.")] = Tiling.AUTO,
+    tile: Annotated[int | None, run_option(min=16, help="As for `sanrt run`.")] = None,
+    memory: Annotated[str | None, run_option(help="As for `sanrt run`, such as 4G.")] = None,
+    format: Annotated[Format | None, run_option(parser=written_format, metavar=FORMATS, help="As for `sanrt run`.")] = None,
+    suffix: Annotated[str, run_option(help="As for `sanrt run`.")] = "",
 ) -> None:
     """Say how pictures would be upscaled, and what memory and time that takes on each backend; none is upscaled."""
     from sanrt.runtime.backends.protocol import RunOptions

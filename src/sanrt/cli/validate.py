@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sanrt.cli.panels import panel
 from sanrt.errors import ModelError, UsageError
 from sanrt.extras import extra
 from sanrt.model.spec import Precision
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from sanrt.export.validate import Validation
 
 
-LIMITS, REPORTS = "Limits", "Reports"
-"""Panels of the help, after the everyday options."""
+limit_option, report_option = panel("Limits"), panel("Reports")
 
 
 def validate(
@@ -34,22 +34,15 @@ def validate(
     backend: Annotated[str, typer.Option(help="What runs the artifact; auto takes the first that is usable.")] = "auto",
     precision: Annotated[Precision | None, typer.Option(help="Of an ONNX, where the backend has a choice.")] = None,
     tolerance: Annotated[
-        float | None,
-        typer.Option(min=0, help="Largest difference, of 255; by its precision if left out.", rich_help_panel=LIMITS),
+        float | None, limit_option(min=0, help="Largest difference, of 255; by its precision if left out.")
     ] = None,
     min_psnr: Annotated[
-        float | None,
-        typer.Option(min=0, help="Lowest PSNR to the reference, dB; by its precision if left out.", rich_help_panel=LIMITS),
+        float | None, limit_option(min=0, help="Lowest PSNR to the reference, dB; by its precision if left out.")
     ] = None,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Write every figure to this file.", rich_help_panel=REPORTS)
-    ] = None,
-    heatmap: Annotated[
-        Path | None, typer.Option(help="Folder for pictures of where the outputs differ.", rich_help_panel=REPORTS)
-    ] = None,
+    json_: Annotated[Path | None, report_option("--json", help="Write every figure to this file.")] = None,
+    heatmap: Annotated[Path | None, report_option(help="Folder for pictures of where the outputs differ.")] = None,
     locate: Annotated[
-        bool,
-        typer.Option("--locate", help="Compare stage by stage; name where a difference begins.", rich_help_panel=REPORTS),
+        bool, report_option("--locate", help="Compare stage by stage; name where a difference begins.")
     ] = False,
 ) -> None:
     """Hold an ONNX or engine against the PyTorch network of the checkpoint it came from; exit 1 outside the tolerance."""
