@@ -35,7 +35,7 @@ from sanrt.runtime.artifacts.engines import (
 )
 from sanrt.runtime.artifacts.flavors import TITLES, Flavor, installed_version
 from sanrt.runtime.artifacts.variants import FOLDER, model_digest
-from sanrt.runtime.backends.tensorrt.library import Watch, import_flavor
+from sanrt.runtime.backends.tensorrt.library import TensorRTLog, import_flavor
 from sanrt.version import __version__
 
 FUSED_WIDTH = 16
@@ -137,10 +137,10 @@ def compile_proved(
     trt: Any, graph: onnx.ModelProto, options: BuildOptions, monitor: Any, cancel: Event, timings: Path | None
 ) -> tuple[bytes, Proof]:
     """Compile a graph: the engine's bytes, and the proof from its layer list."""
-    watch = Watch(trt, keep=True)
-    engine_bytes = interruptible(lambda: compile_engine(trt, graph, options, watch, monitor, timings), cancel)
-    layers, source = layer_list(trt, options.flavor, engine_bytes, watch)
-    return engine_bytes, proofs.prove(graph, layers, source, activation_memory(watch))
+    trt_log = TensorRTLog(trt, keep=True)
+    engine_bytes = interruptible(lambda: compile_engine(trt, graph, options, trt_log, monitor, timings), cancel)
+    layers, source = layer_list(trt, options.flavor, engine_bytes, trt_log)
+    return engine_bytes, proofs.prove(graph, layers, source, activation_memory(trt_log))
 
 
 def typed_graphs(model: Path, options: BuildOptions) -> tuple[ModelSpec, dict[str, onnx.ModelProto]]:
@@ -228,13 +228,13 @@ def interruptible(work: Callable[[], bytes], cancel: Event) -> bytes:
 
 
 def compile_engine(
-    trt: Any, graph: onnx.ModelProto, options: BuildOptions, watch: Watch, monitor: Any, timings: Path | None
+    trt: Any, graph: onnx.ModelProto, options: BuildOptions, trt_log: TensorRTLog, monitor: Any, timings: Path | None
 ) -> bytes:
-    """The serialised engine; `watch` and `monitor` must outlive the call."""
+    """The serialised engine; `trt_log` and `monitor` must outlive the call."""
     # No error recorder here: TensorRT-RTX 1.7 destroys the parser after its network and crashes on the recorder.
-    builder = trt.Builder(watch.logger)
+    builder = trt.Builder(trt_log.logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, watch.logger)
+    parser = trt.OnnxParser(network, trt_log.logger)
     if not parser.parse(graph.SerializeToString()):
         raise BuildError(f"{TITLES[options.flavor]} cannot parse the graph ({parser.get_error(0).desc()})")
     config = builder.create_builder_config()
@@ -245,7 +245,7 @@ def compile_engine(
         config.set_timing_cache(config.create_timing_cache(timings.read_bytes() if timings.exists() else b""), False)
     engine_bytes = builder.build_serialized_network(network, config)
     if engine_bytes is None:
-        raise BuildError(f"{TITLES[options.flavor]} cannot build the engine: {watch.first}")
+        raise BuildError(f"{TITLES[options.flavor]} cannot build the engine: {trt_log.first}")
     if timings:
         save_timing_cache(timings, config.get_timing_cache().serialize())
     return bytes(engine_bytes)
@@ -321,18 +321,18 @@ def save_timing_cache(path: Path, content: Any) -> None:
         ) from error
 
 
-def layer_list(trt: Any, flavor: Flavor, engine_bytes: bytes, watch: Watch) -> tuple[list[proofs.Layer], str]:
+def layer_list(trt: Any, flavor: Flavor, engine_bytes: bytes, trt_log: TensorRTLog) -> tuple[list[proofs.Layer], str]:
     """The engine's layers: from the build log of TensorRT-RTX, which needs no GPU, or TensorRT's engine inspector."""
     if flavor == Flavor.RTX:
-        return proofs.layers_from_log(watch.messages), "build log"
-    engine = trt.Runtime(watch.logger).deserialize_cuda_engine(engine_bytes)
+        return proofs.layers_from_log(trt_log.messages), "build log"
+    engine = trt.Runtime(trt_log.logger).deserialize_cuda_engine(engine_bytes)
     if engine is None:
-        raise BuildError(f"{TITLES[flavor]} cannot load the engine it just built: {watch.first}")
+        raise BuildError(f"{TITLES[flavor]} cannot load the engine it just built: {trt_log.first}")
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return proofs.layers_from_inspector(text), "engine inspector"
 
 
-def activation_memory(watch: Watch) -> int | None:
+def activation_memory(trt_log: TensorRTLog) -> int | None:
     """Bytes of activations at the largest profile, as the build log states them."""
-    stated = (re.match(r"Total Activation Memory: (\d+) bytes", message) for message in watch.messages)
+    stated = (re.match(r"Total Activation Memory: (\d+) bytes", message) for message in trt_log.messages)
     return max((int(match[1]) for match in stated if match), default=None)

@@ -180,10 +180,10 @@ def default_path(model: Path, identity: Identity) -> Path:
     return model.with_name(f"{model.stem}-{options.precision}-{options.flavor}-{target}-{identity.digest[:8]}{suffix}")
 
 
-def save_engine(info: EngineInfo, plan: bytes | memoryview) -> None:
+def save_engine(info: EngineInfo, engine_bytes: bytes | memoryview) -> None:
     """Write an engine and its JSON under temporary names, then move both into place; nothing is left on failure."""
     facts = asdict(info) | {"path": info.path.name, "spec": spec_to_json(info.spec), "identity_digest": info.identity.digest}
-    contents = {info.path: plan, json_path(info.path): json.dumps(facts, indent=2, default=str).encode()}
+    contents = {info.path: engine_bytes, json_path(info.path): json.dumps(facts, indent=2, default=str).encode()}
     partials = {path: path.with_name(f"{path.name}.{os.getpid()}.partial") for path in contents}
     try:
         for path, content in contents.items():

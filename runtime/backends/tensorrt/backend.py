@@ -32,7 +32,7 @@ from sanrt.runtime.artifacts.sizes import Limits, Size
 from sanrt.runtime.artifacts.variants import replace_file
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, require_precision
 from sanrt.runtime.backends.tensorrt.device import FLOAT_BYTES, Buffer, Device, HostBuffer, open_device
-from sanrt.runtime.backends.tensorrt.library import Watch, engine_from_plan, import_flavor
+from sanrt.runtime.backends.tensorrt.library import TensorRTLog, engine_from_bytes, import_flavor
 from sanrt.runtime.backends.tensorrt.stages import TensorRTStages
 
 NAME = "tensorrt"
@@ -123,8 +123,8 @@ class Graph:
 class Lane:
     """What one picture needs while it is under way: a stream, an execution context and memory."""
 
-    def __init__(self, gpu: Device, watch: Watch) -> None:
-        self.gpu, self.watch = gpu, watch
+    def __init__(self, gpu: Device, trt_log: TensorRTLog) -> None:
+        self.gpu, self.trt_log = gpu, trt_log
         self.stream = gpu.create_stream()
         self.context: Any = None
         self.size: Size | None = None
@@ -173,19 +173,19 @@ class TensorRTBackend:
         self.profiles = info.identity.options.profiles
         smallest = min(max(profile.min.height, profile.min.width) for profile in self.profiles)
         self.spec = replace(info.spec, min_side=max(info.spec.min_side, smallest))
-        self.watch = Watch(self.trt)
+        self.trt_log = TensorRTLog(self.trt)
         self.engine = self.deserialize(read_engine_bytes(info))
         self.settings = self.runtime_settings()
         self.opened_stages: TensorRTStages | None = None
         self.lanes: LifoQueue[Lane] = LifoQueue()
         for _ in range(contexts):
-            self.lanes.put(Lane(gpu, Watch(self.trt)))
+            self.lanes.put(Lane(gpu, TensorRTLog(self.trt)))
 
-    def deserialize(self, plan: bytes) -> Any:
+    def deserialize(self, engine_bytes: bytes) -> Any:
         """The engine, ready to run; raises ModelError with TensorRT's reason."""
-        engine = engine_from_plan(self.trt, self.watch, plan)
+        engine = engine_from_bytes(self.trt, self.trt_log, engine_bytes)
         if engine is None:
-            raise ModelError(f"{self.info.path}: {self.watch.first}; rebuild with `{self.info.command}`")
+            raise ModelError(f"{self.info.path}: {self.trt_log.first}; rebuild with `{self.info.command}`")
         return engine
 
     def runtime_settings(self) -> Any:
@@ -261,7 +261,7 @@ class TensorRTBackend:
         lane = self.lanes.get()
         try:
             self.gpu.activate()
-            lane.watch.errors.clear()
+            lane.trt_log.errors.clear()
             if lane.size != size and size not in lane.graphs:
                 self.set_up(lane, size)
             yield lane
@@ -300,7 +300,7 @@ class TensorRTBackend:
         """An execution context that reports to the lane."""
         context = self.engine.create_execution_context(self.settings)
         self.check(context is not None, lane, "execution context")
-        context.error_recorder = lane.watch.recorder
+        context.error_recorder = lane.trt_log.recorder
         return context
 
     def execute(self, lane: Lane, size: Size) -> None:
@@ -332,7 +332,7 @@ class TensorRTBackend:
 
     def failure(self, lane: Lane, what: str) -> BackendError:
         """OutOfMemoryError or BackendError, in TensorRT's words."""
-        return lane.watch.failure(self.info.path, what)
+        return lane.trt_log.failure(self.info.path, what)
 
     @cached_property
     def stage_info(self) -> EngineInfo | str:

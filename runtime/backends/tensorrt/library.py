@@ -22,10 +22,10 @@ def import_flavor(flavor: Flavor) -> Any:
         raise BackendError(f"{title} {reason}; {remedy}") from error
 
 
-class Watch:
+class TensorRTLog:
     """What TensorRT says: a logger and an error recorder for its objects, and what both were told.
 
-    TensorRT keeps bare pointers to the two, so a Watch must outlive every object it was given to.
+    TensorRT keeps bare pointers to the two, so a TensorRTLog must outlive every object it was given to.
     """
 
     def __init__(self, trt: Any, keep: bool = False) -> None:
@@ -49,61 +49,61 @@ class Watch:
         return kind(f"{subject}: {what} failed ({self.first})")
 
 
-def engine_from_plan(trt: Any, watch: Watch, plan: bytes) -> Any:
-    """The engine, ready to run; None where TensorRT refuses it, which `watch` is told."""
-    runtime = trt.Runtime(watch.logger)
-    runtime.error_recorder = watch.recorder
-    return runtime.deserialize_cuda_engine(plan)
+def engine_from_bytes(trt: Any, trt_log: TensorRTLog, engine_bytes: bytes) -> Any:
+    """The engine, ready to run; None where TensorRT refuses it, which `trt_log` is told."""
+    runtime = trt.Runtime(trt_log.logger)
+    runtime.error_recorder = trt_log.recorder
+    return runtime.deserialize_cuda_engine(engine_bytes)
 
 
 @cache
-def recorder_class(trt: Any) -> Callable[[Watch], Any]:
-    """An IErrorRecorder that fills a Watch."""
+def recorder_class(trt: Any) -> Callable[[TensorRTLog], Any]:
+    """An IErrorRecorder that fills a TensorRTLog."""
 
     class Recorder(trt.IErrorRecorder):  # type: ignore[misc]
         """TensorRT may call it from any thread; list operations are atomic."""
 
-        def __init__(self, watch: Watch) -> None:
+        def __init__(self, trt_log: TensorRTLog) -> None:
             trt.IErrorRecorder.__init__(self)
-            self.watch = watch
+            self.trt_log = trt_log
 
         def num_errors(self) -> int:
-            return len(self.watch.errors)
+            return len(self.trt_log.errors)
 
         def get_error_code(self, index: int) -> Any:
-            return trt.ErrorCodeTRT(self.watch.errors[index][0])
+            return trt.ErrorCodeTRT(self.trt_log.errors[index][0])
 
         def get_error_desc(self, index: int) -> str:
-            return self.watch.errors[index][1]
+            return self.trt_log.errors[index][1]
 
         def has_overflowed(self) -> bool:
             return False
 
         def clear(self) -> None:
-            self.watch.errors.clear()
+            self.trt_log.errors.clear()
 
         def report_error(self, code: Any, description: str) -> bool:
-            self.watch.errors.append((int(code), description))
+            self.trt_log.errors.append((int(code), description))
             return False
 
     return Recorder
 
 
 @cache
-def logger_class(trt: Any) -> Callable[[Watch], Any]:
-    """An ILogger that fills a Watch."""
+def logger_class(trt: Any) -> Callable[[TensorRTLog], Any]:
+    """An ILogger that fills a TensorRTLog."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Prints nothing: what matters is raised, or read back, by whoever owns the Watch."""
+        """Prints nothing: what matters is raised, or read back, by whoever owns the TensorRTLog."""
 
-        def __init__(self, watch: Watch) -> None:
+        def __init__(self, trt_log: TensorRTLog) -> None:
             trt.ILogger.__init__(self)
-            self.watch = watch
+            self.trt_log = trt_log
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                self.watch.errors.append((0, message))
-            elif self.watch.keep:
-                self.watch.messages.append(message)
+                self.trt_log.errors.append((0, message))
+            elif self.trt_log.keep:
+                self.trt_log.messages.append(message)
 
     return Logger

@@ -21,7 +21,7 @@ from sanrt.runtime.artifacts.flavors import Flavor
 from sanrt.runtime.artifacts.variants import replace_file
 from sanrt.runtime.backends.protocol import FeatureMap
 from sanrt.runtime.backends.tensorrt.device import FLOAT_BYTES, Buffer, Device, Grid, HostBuffer
-from sanrt.runtime.backends.tensorrt.library import Watch, engine_from_plan
+from sanrt.runtime.backends.tensorrt.library import TensorRTLog, engine_from_bytes
 
 MOST_TENSORS = 4
 """Arrays that a stage takes or gives."""
@@ -75,9 +75,9 @@ class TensorRTStages:
 
     def __init__(self, info: EngineInfo, gpu: Device, trt: Any) -> None:
         self.info, self.gpu, self.trt = info, gpu, trt
-        self.plans = ZipFile(BytesIO(read_engine_bytes(info)))
+        self.engine_files = ZipFile(BytesIO(read_engine_bytes(info)))
         self.rtx = info.identity.options.flavor == Flavor.RTX
-        self.watch, self.opened = Watch(trt), dict[str, Stage]()
+        self.trt_log, self.opened = TensorRTLog(trt), dict[str, Stage]()
         self.kernels = self.kept_kernels()
         gpu.activate()
         self.stream = gpu.create_stream()
@@ -130,7 +130,7 @@ class TensorRTStages:
 
     def run(self, stage: str, *inputs: Any) -> list[Any]:
         self.gpu.activate()
-        self.watch.errors.clear()
+        self.trt_log.errors.clear()
         # What the stage before gave may be an input, and is wanted again if this one overflows.
         self.outputs, self.spare_outputs = self.spare_outputs, self.outputs
         try:
@@ -140,13 +140,13 @@ class TensorRTStages:
             self.check(opened.context.execute_async_v3(self.stream), stage)
             return self.results(shapes, stage.partition(".")[0] in STAGE_MAPS)
         except RuntimeError as error:  # TensorRT's bindings raise it for a failed shape inference
-            raise self.watch.failure(self.info.path, f"stage {stage}") from error
+            raise self.trt_log.failure(self.info.path, f"stage {stage}") from error
 
     def open(self, stage: str) -> Stage:
         """Deserialise an engine and make its context."""
-        engine = engine_from_plan(self.trt, self.watch, self.plans.read(stage))
+        engine = engine_from_bytes(self.trt, self.trt_log, self.engine_files.read(stage))
         if engine is None:
-            raise ModelError(f"{self.info.path}: {stage}: {self.watch.first}; rebuild with `{self.info.command}`")
+            raise ModelError(f"{self.info.path}: {stage}: {self.trt_log.first}; rebuild with `{self.info.command}`")
         settings = engine.create_runtime_config()
         settings.set_execution_context_allocation_strategy(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self.rtx:
@@ -156,7 +156,7 @@ class TensorRTStages:
             settings.set_runtime_cache(cache)
         context = engine.create_execution_context(settings)
         self.check(context is not None, f"execution context of {stage}")
-        context.error_recorder = self.watch.recorder
+        context.error_recorder = self.trt_log.recorder
         self.check(context.set_optimization_profile_async(0, self.stream), f"profile of {stage}")
         inputs = STAGE_INPUTS[stage.partition(".")[0]]
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -213,7 +213,7 @@ class TensorRTStages:
     def check(self, done: bool, what: str) -> None:
         """Raise what TensorRT told the recorder, where a call did not succeed."""
         if not done:
-            raise self.watch.failure(self.info.path, what)
+            raise self.trt_log.failure(self.info.path, what)
 
     @property
     def kernel_cache(self) -> Path:
