@@ -12,7 +12,6 @@ from sanrt.cli.panels import panel
 from sanrt.errors import UsageError
 from sanrt.extras import extra
 from sanrt.model.spec import Precision, QuantisedType
-from sanrt.runtime.artifacts.flavors import Flavor, installed_version
 from sanrt.runtime.artifacts.models import MODELS, read_spec
 
 if TYPE_CHECKING:
@@ -56,7 +55,9 @@ def build(
     smallest: Annotated[list[str] | None, size_option("--min", help="Smallest input, BxHxW; repeat for profiles.")] = None,
     best: Annotated[list[str] | None, size_option("--opt", help="The input to tune for.")] = None,
     largest: Annotated[list[str] | None, size_option("--max", help="Largest input.")] = None,
-    flavor: Annotated[str, tensorrt_option(help="auto, tensorrt or rtx.", callback=one_of("auto", *Flavor))] = "auto",
+    flavor: Annotated[
+        str, tensorrt_option(help="auto, tensorrt or rtx.", callback=one_of("auto", "tensorrt", "rtx"))
+    ] = "auto",
     gpu: Annotated[str, tensorrt_option(help="RTX: targets, such as sm89,sm120; Ampere and newer if left out.")] = "",
     workspace: Annotated[int | None, tensorrt_option(min=1, help="MiB one layer may use; leave it out on RTX.")] = None,
     level: Annotated[int, tensorrt_option(min=0, max=5, help="How long TensorRT searches.")] = 3,
@@ -79,6 +80,7 @@ def build(
         from sanrt.export.engine import build_engine, choose_flavor
     from sanrt.cli.console import BuildProgressBar
     from sanrt.runtime.artifacts.engines import BuildOptions
+    from sanrt.runtime.artifacts.flavors import Flavor, installed_version
     from sanrt.runtime.artifacts.sizes import TILES, Profile
 
     precision = only_one(fp32=fp32, fp16=fp16, bf16=bf16)
