@@ -2,7 +2,7 @@
 
     python -m benchmarks.ray_overhead --model models/san_x4.onnx
 
-Loading the model and starting Ray are left out of both times and told apart. The two take turns, so that whatever else
+Loading the model and starting Ray are left out of both times and printed apart. The two take turns, so that whatever else
 the machine does meets both.
 """
 

@@ -37,7 +37,7 @@ LEAST_POINTS = 3
 
 @dataclass(frozen=True)
 class Point:
-    """One picture, one way."""
+    """One picture, upscaled with one tiling."""
 
     tiling: Tiling
     size: Size
@@ -69,7 +69,7 @@ def scaling(
     scale: Annotated[int, typer.Option(help="Of the network, where --model is left out.")] = 4,
     backend: Annotated[str, typer.Option(help="What runs it.")] = "auto",
     largest: Annotated[str, typer.Option(help="WIDTHxHEIGHT: stop at more pixels.")] = "4096x4096",
-    seconds: Annotated[float, typer.Option(help="Stop a way before a picture that would take longer.")] = 30,
+    seconds: Annotated[float, typer.Option(help="Stop a tiling before a picture that would take longer.")] = 30,
     regions: Annotated[int | None, typer.Option(min=1, help="k of the regions; by the picture's size if left out.")] = None,
     tile: Annotated[int | None, typer.Option(min=16, help="Side of exact tiles; by the memory if left out.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if left out.")] = None,

@@ -66,7 +66,7 @@ def tolerances(
         net = reference_network(source_checkpoint(spec, model, None), spec)
         samples = [degraded(path.name, read_rgb(path), spec.architecture.scale) for path in paths]
         outputs = {sample.name: reference_output(net, spec, input_of(sample, spec)) for sample in track(samples, "PyTorch")}
-        for kind, infer in ways(model):
+        for kind, infer in types_run_here(model):
             results = [
                 picture_result(s, partial(recalled, outputs[s.name]), infer, spec, kind, TOLERANCES[kind])
                 for s in track(samples, f"{model.name} {kind}")
@@ -113,7 +113,7 @@ def text(tolerance: Tolerance) -> str:
     return f"{tolerance.max_abs:g}, {tolerance.min_psnr:g} dB, {tolerance.y_psnr_drop:g} dB"
 
 
-def ways(model: Path) -> Iterator[tuple[Kind, Infer]]:
+def types_run_here(model: Path) -> Iterator[tuple[Kind, Infer]]:
     """Each type with everything here that computes in it; engines' typed graphs are run or emulated by ONNX Runtime."""
     spec, weights = read_model(model)
     for precision in (Precision.FP16, Precision.BF16):

@@ -87,10 +87,10 @@ class Reporter(logging.Handler):
     def summary(self) -> str:
         """All in one line."""
         counts = self.counts
-        told = [f"{counts[Planned]} to write" if counts[Planned] else f"{counts[Written]} written"]
-        told += [f"{counts[kind]} {name}" for kind, name in ((Skipped, "skipped"), (Failed, "failed")) if counts[kind]]
+        parts = [f"{counts[Planned]} to write" if counts[Planned] else f"{counts[Written]} written"]
+        parts += [f"{counts[kind]} {name}" for kind, name in ((Skipped, "skipped"), (Failed, "failed")) if counts[kind]]
         seconds = time.monotonic() - self.started
-        return ", ".join(told) + (f" in {seconds:.1f} s ({self.rates()})" if counts[Written] else "")
+        return ", ".join(parts) + (f" in {seconds:.1f} s ({self.rates()})" if counts[Written] else "")
 
     def rates(self) -> str:
         """Results and their pixels per second so far."""

@@ -22,7 +22,7 @@ def bundled_weights(scale: int) -> Path:
 
 
 def default_model(models: Path, scale: int | None, say: Callable[[str], None]) -> Path:
-    """The model where none is named, exported from the bundled weights first if it is not there; `say` is told so."""
+    """The model where none is named, exported from the bundled weights first if it is not there, which `say` prints."""
     path = exported_path(models, scale)
     if not path.exists():
         scale = scale or DEFAULT_SCALE

@@ -76,11 +76,11 @@ def lines(plan: PicturePlan) -> list[str]:
     """One picture, for people."""
     if plan.skipped:
         return [f"skipped: {plan.skipped}"]
-    told = [f"{plan.path}: {plan.width} x {plan.height}", *(f"  {refusal}" for refusal in plan.refusals)]
+    rows = [f"{plan.path}: {plan.width} x {plan.height}", *(f"  {refusal}" for refusal in plan.refusals)]
     for each in plan.estimates:
         scratch = f" and {each.scratch / 2**30:.1f} GiB of scratch files" if each.scratch else ""
-        told.append(f"  {each.backend}: {each.plan}, {each.memory / 2**30:.2f} GiB{scratch}, about {duration(each.seconds)}")
-    return told
+        rows.append(f"  {each.backend}: {each.plan}, {each.memory / 2**30:.2f} GiB{scratch}, about {duration(each.seconds)}")
+    return rows
 
 
 def duration(seconds: float) -> str:
