@@ -66,7 +66,7 @@ class Measured:
     """One folder."""
 
     pixels: int
-    """Pixels of all results."""
+    """Pixels of all sources."""
     steps: dict[str, float]
     """Seconds of each of STEPS, one after the other."""
     overlapped: float
@@ -112,7 +112,7 @@ def pipeline(
         subject = f"{path.name}, {network.name} on {network.device}, {network.spec.precision}"
     for name, value in environment(threads).items():
         print(f"{name:<10}{value}")
-    print(f"\n{subject}: {len(jobs)} pictures, {found.pixels / 1e6:.2f} Mpx written")
+    print(f"\n{subject}: {len(jobs)} pictures, {found.pixels / 1e6:.2f} Mpx of input")
     for name, title in STEPS.items():
         print(f"{title:<30}{found.steps[name]:8.2f} s {found.steps[name] / found.total:7.1%}")
     print(f"{'one after the other':<30}{found.total:8.2f} s {len(jobs) / found.total:7.2f} pictures/s")

@@ -1,13 +1,19 @@
-"""What this machine has: CPU features, usable cores, free disk, NVIDIA GPUs. Standard library only."""
+"""What this machine has for this process: CPU features, cores, memory, disk, NVIDIA GPUs; a container's limits count."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from math import ceil
 from pathlib import Path
+
+import psutil
 
 CPU_FEATURES = {
     "AVX2": "avx2",
@@ -24,8 +30,12 @@ CPU_FEATURES = {
 COMPUTE_CAPABILITY = (75, 76)
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
 
-CPUINFO, CGROUPS = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup")
+CPUINFO, CGROUPS, OWN_CGROUP = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
+
+
+CACHED_FILES = ("active_file", "inactive_file", "slab_reclaimable")
+"""Lines of a control group's memory.stat; in version 1 with `total_` before them."""
 
 
 @dataclass(frozen=True)
@@ -67,26 +77,51 @@ def fields(path: Path) -> dict[str, str]:
 
 def cpu_name() -> str:
     """The processor's name."""
-    return fields(CPUINFO).get("model name", "unknown")
+    return fields(CPUINFO).get("model name") or platform.processor() or platform.machine() or "unknown"
 
 
 def cpu_features() -> tuple[str, ...]:
-    """Which of CPU_FEATURES the processor has."""
-    flags = fields(CPUINFO).get("flags", "").split()
-    return tuple(name for name, flag in CPU_FEATURES.items() if flag in flags)
+    """Which of CPU_FEATURES the processor has: as the kernel says or, where there is no /proc, as LLVM finds."""
+    flags = {flag.replace("_", "") for flag in fields(CPUINFO).get("flags", "").split() or llvm_features()}
+    return tuple(name for name, flag in CPU_FEATURES.items() if flag.replace("_", "") in flags)
+
+
+def llvm_features() -> Iterator[str]:
+    """The features that LLVM finds, where llvmlite is installed."""
+    if CPUINFO.exists():
+        return
+    with suppress(ImportError):
+        from llvmlite import binding
+
+        yield from (name.replace("-", "_") for name, found in binding.get_host_cpu_features().items() if found)
 
 
 def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Cores that this process may keep busy: those it may run on, or a container's share of their time if that is less."""
+    process = psutil.Process()
+    usable = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
+    return min(usable, ceil(core_quota() or usable))
 
 
 def core_quota() -> float | None:
     """A container's share of the machine's time, in cores (cgroups version 2 and 1); None without a limit."""
-    folder = CGROUPS / "cpu"
-    given = text(CGROUPS / "cpu.max") or f"{text(folder / 'cpu.cfs_quota_us')} {text(folder / 'cpu.cfs_period_us')}"
-    numbers = [int(word) for word in given.split() if word.isdigit()]
-    return numbers[0] / numbers[1] if len(numbers) == 2 else None
+    quotas = []
+    for folder in cgroup_folders("cpu"):
+        given = text(folder / "cpu.max") or f"{text(folder / 'cpu.cfs_quota_us')} {text(folder / 'cpu.cfs_period_us')}"
+        numbers = [int(word) for word in given.split() if word.isdigit()]
+        quotas += [numbers[0] / numbers[1]] if len(numbers) == 2 else []
+    return min(quotas, default=None)
+
+
+def cgroup_folders(controller: str) -> Iterator[Path]:
+    """The control groups that limit this process, in cgroups version 2 and 1; some may not be visible in a container."""
+    for line in text(OWN_CGROUP).splitlines() or ["0::/"]:
+        _, controllers, group = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = CGROUPS / controller if controllers else CGROUPS
+        own = root / group.strip("/")
+        yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
 
 
 def free_disk(folder: Path) -> int:
@@ -138,31 +173,29 @@ def gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
     return Gpu(name.value.decode(), (capability[0], capability[1]), memory.value)
 
 
-CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-"""A container's limit and use, in cgroups version 2 and 1."""
-
-
 def free_host_memory() -> int:
-    """Bytes that can be had without swapping: the machine's, or the container's if that is less."""
-    limits = [room for limit, used in CGROUP_FILES if (room := container_room(Path(limit), Path(used))) is not None]
-    return min([machine_room(), *limits])
+    """Bytes that can be had without swapping: the machine's, or a container's if that is less.
+
+    Cached files are given up when memory is wanted, so they do not count as used.
+    """
+    limits = [free for folder in cgroup_folders("memory") if (free := free_in_cgroup(folder)) is not None]
+    return min([psutil.virtual_memory().available, *limits])
 
 
-def machine_room() -> int:
-    """What the kernel says is available; half of the machine's memory where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def container_room(limit: Path, used: Path) -> int | None:
-    """What a container has left; None outside of one, or without a limit."""
-    try:
-        return max(0, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):
+def free_in_cgroup(folder: Path) -> int | None:
+    """What a control group has left, its cached files included; None without a limit."""
+    limit = text(folder / "memory.max") or text(folder / "memory.limit_in_bytes")
+    used = text(folder / "memory.current") or text(folder / "memory.usage_in_bytes")
+    if not (limit.strip().isdigit() and used.strip().isdigit()):
         return None
+    counted = dict(line.split() for line in text(folder / "memory.stat").splitlines())
+    cached = sum(int(counted.get(f"total_{name}", counted.get(name, 0))) for name in CACHED_FILES)
+    return max(0, int(limit) - max(0, int(used) - cached))
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Make a new file `size` bytes long, with room on its disk where the system can promise it; OSError if there is none."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)

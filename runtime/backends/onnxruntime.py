@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError, first_line
 from sanrt.model.spec import Attention, GraphOptions, ModelSpec, Precision, QuantisedType
+from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.models import read_spec
 from sanrt.runtime.artifacts.sizes import Limits
 from sanrt.runtime.artifacts.variants import derived_model
@@ -105,7 +105,7 @@ def open_session(graph: Path, options: RunOptions) -> Any:
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = options.threads or len(os.sched_getaffinity(0))
+    settings.intra_op_num_threads = options.threads or machine.cores()
     settings.log_severity_level = 3
     return session_on(graph, settings, ["CPUExecutionProvider"])
 

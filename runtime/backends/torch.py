@@ -13,6 +13,7 @@ import numpy.typing as npt
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError, first_line
 from sanrt.model.spec import MIN_SIDE, ModelSpec, Precision
+from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.sizes import Limits
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version, require_precision
 
@@ -49,8 +50,7 @@ class TorchBackend:
         import torch
 
         require_precision(NAME, options, Precision.FP32)
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        torch.set_num_threads(options.threads or min(torch.get_num_threads(), machine.cores()))
         self.net, self.spec = network(model, options.regions)
 
     def infer(self, pictures: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import struct
 import tempfile
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sanrt.errors import PictureError
+from sanrt.runtime.host import reserve
 
 if TYPE_CHECKING:
     import pyvips
@@ -47,7 +47,7 @@ class ScratchPicture:
                 )
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             # Taken now, so that a full disk is told before hours of work and not in the middle of them.
-            os.posix_fallocate(self._file.fileno(), 0, size)
+            reserve(self._file.fileno(), size)
             self._file.write(header)
 
     @contextmanager

@@ -231,5 +231,6 @@ def scratch_folder(result: Path) -> Path:
     """Where scratch files for a result go: beside it if that is local, else where the system has them."""
     if isinstance(result, RemotePath):
         return Path(tempfile.gettempdir())
-    result.parent.mkdir(parents=True, exist_ok=True)
+    with told_of(result.parent, "cannot be written"):
+        result.parent.mkdir(parents=True, exist_ok=True)
     return result.parent

@@ -20,7 +20,7 @@ from sanrt.runtime.artifacts.engines import SUFFIX
 from sanrt.runtime.artifacts.variants import FOLDER, model_digest
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import BACKENDS, load_unguarded, status
-from sanrt.runtime.pictures.codec import open_picture, plan_output
+from sanrt.runtime.pictures.codec import PictureInfo, open_picture, plan_output
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, by_stages, network_bytes, plan_tiling, result_bytes
@@ -60,7 +60,7 @@ class Estimate:
     memory: int
     """Bytes beside the process itself, a GPU's included."""
     scratch: int
-    """Bytes of scratch files."""
+    """Bytes of scratch files, the result before it is encoded included."""
     seconds: float
 
 
@@ -116,23 +116,28 @@ def picture_plan(job: Job, loaded: list[Backend], speeds: Mapping[str, Speed], o
     estimates, refusals = [], []
     for backend in loaded:
         try:
-            estimates.append(estimate(backend, speeds, info.height, info.width, options))
+            estimates.append(estimate(backend, speeds, info, options))
         except BackendError as error:
             refusals.append(str(error))
     return PicturePlan(job.source, info.width, info.height, "", tuple(estimates), tuple(refusals))
 
 
-def estimate(backend: Backend, speeds: Mapping[str, Speed], height: int, width: int, options: UpscaleOptions) -> Estimate:
+def estimate(backend: Backend, speeds: Mapping[str, Speed], info: PictureInfo, options: UpscaleOptions) -> Estimate:
     """What one picture takes on one backend."""
-    arch, plan = backend.spec.architecture, plan_tiling(backend, height, width, options)
+    arch, height, width = backend.spec.architecture, info.height, info.width
+    plan = plan_tiling(backend, height, width, options)
     speed = speeds[backend.name]
     if by_stages(plan, backend):
         speed = speeds.get(backend.name + BY_STAGES, speed)
-    maps = 3 * 4 * arch.channels * height * width if plan.tiling is Tiling.EXACT else 0
     tile = min(height, plan.tile) * min(width, plan.tile) * network_bytes(arch)
-    held = 0 if plan.tiling is Tiling.EXACT else height * width * result_bytes(arch)
-    scratch = max(0, maps - sum(MemoryBudget.of(backend, options).maps(arch, plan.tile)))
-    return Estimate(backend.name, plan, tile + held + maps - scratch, scratch, speed.seconds(height, width, plan, arch))
+    seconds = speed.seconds(height, width, plan, arch)
+    if plan.tiling is not Tiling.EXACT:
+        return Estimate(backend.name, plan, tile + height * width * result_bytes(arch), 0, seconds)
+    colours = 3 * info.dtype.itemsize
+    maps = height * width * (3 * 4 * arch.channels + colours)
+    beyond = max(0, maps - sum(MemoryBudget.of(backend, options).maps(arch, plan.tile)))
+    result = height * width * arch.scale**2 * colours
+    return Estimate(backend.name, plan, tile + maps - beyond, beyond + result, seconds)
 
 
 def speed_of(backend: Backend, model: Path, options: RunOptions) -> Speed:

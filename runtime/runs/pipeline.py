@@ -92,7 +92,7 @@ class Written:
 
     job: Job
     pixels: int
-    """Pixels of the result."""
+    """Pixels of the source, as the benchmarks count."""
     notes: tuple[str, ...] = ()
     """What was not taken over from the source, one line each."""
     plan: TilingPlan | None = field(default=None, compare=False)
@@ -132,13 +132,48 @@ class Failed:
 Outcome = Written | Planned | Skipped | Failed
 
 
-def read(job: Job, runner: NetworkRunner, options: PipelineOptions) -> Loaded:
+@dataclass(frozen=True)
+class Opened:
+    """A picture's header was read."""
+
+    job: Job
+    pixels: int
+    """Pixels of the source: what its work is measured by."""
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """A part of a picture went through the network."""
+
+    job: Job
+    share: float
+    """Of the picture; negative where it must be done again in smaller tiles."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A picture's outcome is certain; a result is on disk."""
+
+    outcome: Outcome
+
+
+Event = Opened | Advanced | Finished
+Listener = Callable[[Event], None]
+"""Told what happens to the pictures as it happens, from several threads."""
+
+
+def nobody(event: Event) -> None:
+    """Listen to nothing."""
+
+
+def read(job: Job, runner: NetworkRunner, options: PipelineOptions, listener: Listener = nobody) -> Loaded:
     """Decode a picture whose result can be made and written; anything else is refused before a pixel is decoded.
 
     Raises PictureError, and BackendError or UsageError where the backend cannot take it.
     """
     started = time.perf_counter()
     with fetched(job.source) as path, open_picture(path) as source:
+        listener(Opened(job, source.info.width * source.info.height))
         output = plan_output(source.info, job.destination, options.scale, options.encoding)
         plan = runner.decide(source.info)
         identity = identify(path, job.source)
@@ -156,16 +191,21 @@ def tiling_note(plan: TilingPlan) -> tuple[str, ...]:
     return (str(plan),) if plan.tiling is not Tiling.WHOLE or plan.regions != PAPER_REGIONS else ()
 
 
-def enlarge(picture: Loaded, runner: NetworkRunner) -> Loaded:
+def enlarge(picture: Loaded, runner: NetworkRunner, listener: Listener = nobody) -> Loaded:
     """The same picture with its colours upscaled, and the plan that really ran."""
+
+    def progress(share: float) -> None:
+        listener(Advanced(picture.job, share))
+
     started = time.perf_counter()
+    folder = scratch_folder(picture.output.path)
     rgb: Pixels | ScratchPicture
     if picture.rgb is None:
         with fetched(picture.job.source) as path, open_picture(path) as source:
-            rgb, plan = runner.run_file(picture.plan, source, scratch_folder(picture.output.path))
+            rgb, plan = runner.run_file(picture.plan, source, folder, progress)
     else:
         assert isinstance(picture.rgb, np.ndarray)
-        rgb, plan = runner.run_array(picture.plan, picture.rgb)
+        rgb, plan = runner.run_array(picture.plan, picture.rgb, progress, folder)
     return replace(picture, rgb=rgb, plan=plan, seconds={**picture.seconds, "upscale": since(started)})
 
 
@@ -192,7 +232,8 @@ def write(picture: Loaded, options: PipelineOptions) -> Written | Skipped:
             raise
     seconds = {**picture.seconds, "write": since(started)}
     notes = picture.notes + tiling_note(picture.plan)
-    return Written(picture.job, output.width * output.height, notes, picture.plan, picture.source, seconds)
+    pixels = output.width * output.height // options.scale**2
+    return Written(picture.job, pixels, notes, picture.plan, picture.source, seconds)
 
 
 def since(started: float) -> float:
@@ -200,12 +241,15 @@ def since(started: float) -> float:
     return round(time.perf_counter() - started, 3)
 
 
-def run(jobs: Iterable[Job], runner: NetworkRunner, options: PipelineOptions) -> Generator[Outcome, None, None]:
+def run(
+    jobs: Iterable[Job], runner: NetworkRunner, options: PipelineOptions, listener: Listener = nobody
+) -> Generator[Outcome, None, None]:
     """Every job's outcome, in order, on this machine; what killed runs left in the destination folders is removed.
 
-    Close the iterator to stop early: what is being written is finished, nothing half-written stays.
+    Close the iterator to stop early: what is being written is finished, nothing half-written stays. After an interrupt the
+    outcomes of what is on disk still come, then the KeyboardInterrupt.
     """
-    yield from overlapped(without_leftovers(jobs), runner, options)
+    yield from overlapped(without_leftovers(jobs), runner, options, listener)
 
 
 def encoders() -> int:
@@ -213,26 +257,35 @@ def encoders() -> int:
     return max(1, min(MOST_ENCODERS, machine.cores() // CORES_PER_ENCODER))
 
 
-def overlapped(jobs: Iterable[Job], runner: NetworkRunner, options: PipelineOptions) -> Generator[Outcome, None, None]:
+def overlapped(
+    jobs: Iterable[Job], runner: NetworkRunner, options: PipelineOptions, listener: Listener = nobody
+) -> Generator[Outcome, None, None]:
     """Every job's outcome, in order; the next picture is decoded and the last ones encoded while this thread computes."""
 
     def start(job: Job) -> Loaded | Skipped | Failed:
-        return guarded(job, lambda: Skipped(job) if appeared(job, options.recipe) else read(job, runner, options))
+        return guarded(job, lambda: Skipped(job) if appeared(job, options.recipe) else read(job, runner, options, listener))
 
     def finish(picture: Loaded | Skipped | Failed) -> Outcome:
-        return then(picture, lambda picture: write(picture, options))
+        outcome = then(picture, lambda picture: write(picture, options))
+        listener(Finished(outcome))
+        return outcome
 
     writers = encoders()
     reader, writer = ThreadPoolExecutor(1, "sanrt-read"), ThreadPoolExecutor(writers, "sanrt-write")
     writing: deque[Future[Outcome]] = deque()
     try:
         for reading in ahead(reader, start, jobs):
-            enlarged = then(reading.result(), lambda picture: enlarge(picture, runner))
+            enlarged = then(reading.result(), lambda picture: enlarge(picture, runner, listener))
             writing.append(writer.submit(finish, enlarged))
             while len(writing) >= WAITING + writers or (writing and writing[0].done()):
                 yield writing.popleft().result()
         while writing:
             yield writing.popleft().result()
+    except KeyboardInterrupt:
+        for pool in (reader, writer):
+            pool.shutdown(wait=True, cancel_futures=True)
+        yield from (future.result() for future in writing if not future.cancelled())
+        raise
     finally:
         for pool in (reader, writer):
             pool.shutdown(wait=True, cancel_futures=True)

@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import tempfile
+import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,12 +21,14 @@ from dataclasses import dataclass, field, replace
 from logging.handlers import QueueHandler
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
 from sanrt.errors import BackendError, PictureError, SanrtError, UsageError
 from sanrt.extras import extra
 from sanrt.model.spec import ModelSpec
+from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, engines_of, json_path, read_engine
 from sanrt.runtime.artifacts.models import external_files
 from sanrt.runtime.artifacts.variants import model_digest
@@ -35,7 +38,7 @@ from sanrt.runtime.pictures.codec import Encoding, remove_leftovers
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.storage import RemotePath
 from sanrt.runtime.runs import pipeline
-from sanrt.runtime.runs.pipeline import Failed, Outcome, PipelineOptions, Written
+from sanrt.runtime.runs.pipeline import Advanced, Event, Failed, Listener, Outcome, PipelineOptions, Written, nobody
 from sanrt.runtime.runs.record import Entry, Recorder, open_record, write_entry
 from sanrt.runtime.runs.results import Recipe
 from sanrt.runtime.tiling.options import PROCESS_MEMORY, UpscaleOptions
@@ -63,6 +66,8 @@ Files = Mapping[str, bytes]
 """Names and contents of a model's files."""
 WorkerResult = tuple[Outcome, Entry | None, list[logging.LogRecord]]
 """A picture's outcome, its line in the record, and what was logged on the way."""
+PROGRESS_SECONDS = 0.5
+"""Seconds between two messages of a worker on how far a picture is, at least."""
 
 
 @dataclass(frozen=True)
@@ -139,16 +144,49 @@ class Worker:
         self.recorder.model_digest = model_digest(model)
         return Ready(network.name, network.device, network.spec, node, os.getpid())
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[WorkerResult]:
-        """Every job's outcome, in order."""
-        for outcome in pipeline.overlapped(jobs, self.runner, self.options):
-            entry = self.recorder.entry(outcome) if self.task.record and isinstance(outcome, Written) else None
-            yield outcome, entry, [self.records.get() for _ in range(self.records.qsize())]
+    def run(self, jobs: Sequence[Job]) -> Iterator[WorkerResult | Event]:
+        """Every job's outcome, in order, and between them what happens to the pictures, as it happens."""
+        messages: SimpleQueue[WorkerResult | Event | BaseException | None] = SimpleQueue()
+        listener = Throttled(messages.put)
+
+        def work() -> None:
+            try:
+                for outcome in pipeline.overlapped(jobs, self.runner, self.options, listener.hear):
+                    entry = self.recorder.entry(outcome) if self.task.record and isinstance(outcome, Written) else None
+                    messages.put((outcome, entry, [self.records.get() for _ in range(self.records.qsize())]))
+                messages.put(None)
+            except BaseException as error:
+                messages.put(error)
+
+        Thread(target=work, name="sanrt-pictures", daemon=True).start()
+        while (message := messages.get()) is not None:
+            if isinstance(message, BaseException):
+                raise message
+            yield message
 
     def leave(self) -> None:
         """Remove the copy of the model: Ray kills processes, which removes nothing."""
         if self.folder:
             self.folder.cleanup()
+
+
+@dataclass
+class Throttled:
+    """A `pipeline.Listener` that passes on how far a picture is no oftener than every PROGRESS_SECONDS."""
+
+    listener: Listener
+    share: float = 0.0
+    told: float = 0.0
+
+    def hear(self, event: Event) -> None:
+        """Pictures go through the network one after the other, so one sum is enough."""
+        if not isinstance(event, Advanced):
+            return self.listener(event)
+        self.share += event.share
+        if time.monotonic() - self.told >= PROGRESS_SECONDS:
+            self.listener(Advanced(event.job, self.share))
+            self.share, self.told = 0.0, time.monotonic()
+        return None
 
 
 @dataclass(eq=False)
@@ -166,9 +204,9 @@ class WorkerHandle:
 class Pool:
     """Workers on the connected cluster; a context manager, entered when the first worker has the model."""
 
-    def __init__(self, task: Task, share: Share, probe: Path | None = None) -> None:
+    def __init__(self, task: Task, share: Share, probe: Path | None = None, listener: Listener = nobody) -> None:
         """`probe` is a file that every node must see."""
-        self.task, self.share, self.probe = task, share, probe
+        self.task, self.share, self.probe, self.listener = task, share, probe, listener
         self.waiting: deque[Job] = deque()
         self.isolated: deque[Job] = deque()
         """Jobs that may have killed a worker: each is sent out in a chunk of its own."""
@@ -252,7 +290,7 @@ class Pool:
                 yield from self.receive(worker)
 
     def receive(self, worker: WorkerHandle) -> Iterator[Outcome]:
-        """What a worker said: that it is ready, an outcome, the end of its chunk; or that it died."""
+        """What a worker said: that it is ready, how far it is, an outcome, the end of its chunk; or that it died."""
         import ray
 
         try:
@@ -261,7 +299,7 @@ class Pool:
                 self.failed_starts = 0
                 log.debug("worker %d on %s: %s on %s", *worker_facts(worker.ready))
                 return
-            outcome, entry, records = ray.get(next(worker.awaited))
+            message = ray.get(next(worker.awaited))
         except StopIteration:
             worker.awaited = None
             if worker.pending:
@@ -271,6 +309,10 @@ class Pool:
         except ray.exceptions.RayError as error:
             yield from self.replace_dead(worker, type(error).__name__)
         else:
+            if isinstance(message, Event):
+                self.listener(message)
+                return
+            outcome, entry, records = message
             job = worker.pending.popleft()
             for record in records:
                 logging.getLogger(record.name).handle(record)
@@ -380,7 +422,7 @@ def connected(address: str, workers: int | None = None, threads: int | None = No
     os.environ.update(RAY_ENVIRONMENT)
     with extra("ray", "--ray"):
         import ray
-    local = {"num_cpus": max(len(os.sched_getaffinity(0)), (workers or 0) * (threads or 1)), "include_dashboard": False}
+    local = {"num_cpus": max(machine.cores(), (workers or 0) * (threads or 1)), "include_dashboard": False}
     try:
         if address != LOCAL:
             check_reachable(address)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from sanrt.errors import OutOfMemoryError, ScratchError
 from sanrt.geometry import Box
 from sanrt.runtime.backends.protocol import DeviceMaps, FeatureMap
+from sanrt.runtime.host import reserve
 
 Array = npt.NDArray[Any]
 
@@ -52,7 +52,7 @@ class ScratchMap:
         try:
             self.file = tempfile.TemporaryFile(dir=folder, prefix="sanrt-", buffering=0)  # noqa: SIM115
             # Taken now, so that a full disk is told before hours of work and not in the middle of them.
-            os.posix_fallocate(self.file.fileno(), 0, size)
+            reserve(self.file.fileno(), size)
         except OSError as error:
             raise scratch_error(folder, size, error) from error
         self.folder = folder
@@ -86,16 +86,18 @@ class ScratchMap:
         """All columns of a band's rows: (h, C, BAND)."""
         rows = np.empty((band.height, self.channels, BAND), self.dtype)
         view, done = rows.reshape(-1).view(np.uint8).data, 0
+        self.file.seek(self.offset(band))
         while done < len(view):
-            done += os.preadv(self.file.fileno(), [view[done:]], self.offset(band) + done)
+            done += self.file.readinto(view[done:])  # type: ignore[attr-defined]
         return rows
 
     def save(self, band: Box, rows: Array) -> None:
         """The opposite of `load`."""
         view, done = rows.reshape(-1).view(np.uint8).data, 0
         try:
+            self.file.seek(self.offset(band))
             while done < len(view):
-                done += os.pwrite(self.file.fileno(), view[done:], self.offset(band) + done)
+                done += self.file.write(view[done:])
         except OSError as error:
             raise scratch_error(self.folder, len(view), error) from error
 
@@ -125,7 +127,7 @@ def scratch_error(folder: Path, size: int, error: OSError) -> ScratchError:
     """A scratch file that cannot be made or written."""
     return ScratchError(
         f"{folder}: no scratch file of {size / 1e9:.1f} GB ({error.strerror}); "
-        "free some space, set TMPDIR to a folder with more, or raise --memory"
+        "free some space, name a folder with more by --scratch, or raise --memory"
     )
 
 

@@ -47,7 +47,7 @@ class UpscaleOptions:
     memory: int | None = None
     """Bytes of the host's memory that the process should stay below; None leaves it a share of what is free."""
     scratch: Path | None = None
-    """Folder of the scratch files; None is the system's (TMPDIR)."""
+    """Folder of the scratch files; None is that of the result, or the system's (TMPDIR) for pictures in memory."""
 
     def __post_init__(self) -> None:
         if self.tile is not None and self.tile < 16:

@@ -74,43 +74,64 @@ class NetworkRunner:
         check_result_size(self.backend.spec.architecture, height, width, self.options)
         return plan_tiling(self.backend, height, width, self.options)
 
-    def run_array(self, plan: TilingPlan, picture: Picture, progress: Progress = no_progress) -> tuple[Picture, TilingPlan]:
-        """RGB (H, W, 3) -> (sH, sW, 3) of the same type, see `upscale`; and the plan that ran."""
+    def run_array(
+        self, plan: TilingPlan, picture: Picture, progress: Progress = no_progress, folder: Path | None = None
+    ) -> tuple[Picture, TilingPlan]:
+        """RGB (H, W, 3) -> (sH, sW, 3) of the same type, see `upscale`; and the plan that ran.
+
+        folder: where scratch files go unless the options name one; the system's if left out.
+        """
         value_range = self.backend.spec.architecture.value_range
         x = network_input(picture, value_range)
 
-        def attempt(plan: TilingPlan) -> Picture:
+        def attempt(plan: TilingPlan, progress: Progress) -> Picture:
             passes = len(ORIENTATIONS) if self.options.self_ensemble else 1
-            infer: Infer = partial(self.infer, plan, progress=lambda share: progress(share / passes))
+            infer: Infer = partial(self.infer, plan, progress=lambda share: progress(share / passes), folder=folder)
             y = (self_ensembled(infer) if self.options.self_ensemble else infer)(x)
             return network_output(y, picture, value_range)
 
-        return self.retried(plan, attempt)
+        return self.retried(plan, attempt, progress)
 
     def run_file(
         self, plan: TilingPlan, source: SourcePicture, folder: Path, progress: Progress = no_progress
     ) -> tuple[ScratchPicture, TilingPlan]:
-        """A picture file upscaled into a scratch file in `folder`, neither in memory as a whole; and the plan that ran."""
-        return self.retried(plan, lambda plan: self.stream_file(plan, source, folder, progress))
+        """A picture file upscaled into a scratch file, neither in memory as a whole; and the plan that ran.
 
-    def retried(self, plan: TilingPlan, attempt: Callable[[TilingPlan], Result]) -> tuple[Result, TilingPlan]:
-        """The attempt's result and its plan, with smaller tiles for as long as memory does not suffice."""
+        folder: where that file and the maps that exceed the memory go, unless the options name another.
+        """
+        folder = self.options.scratch or folder
+        return self.retried(plan, lambda plan, progress: self.stream_file(plan, source, folder, progress), progress)
+
+    def retried(
+        self, plan: TilingPlan, attempt: Callable[[TilingPlan, Progress], Result], progress: Progress
+    ) -> tuple[Result, TilingPlan]:
+        """The attempt's result and its plan, with smaller tiles for as long as memory does not suffice.
+
+        `progress` is told that a failed attempt's shares are to be done again: all that it is told sums to 1.
+        """
         while True:
+            shares: list[float] = []
+
+            def counted(share: float, shares: list[float] = shares) -> None:
+                shares.append(share)
+                progress(share)
+
             try:
-                return attempt(plan), plan
+                return attempt(plan, counted), plan
             except OutOfMemoryError as error:
+                progress(-sum(shares))
                 smaller = smaller_plan(plan, self.backend, self.options)
                 if smaller is None:
                     raise
                 log.warning("%s going %s; doing this picture again: %s", error, plan, smaller)
                 plan = smaller
 
-    def infer(self, plan: TilingPlan, x: Array, progress: Progress) -> Array:
+    def infer(self, plan: TilingPlan, x: Array, progress: Progress, folder: Path | None = None) -> Array:
         """One picture (1, 3, H, W), 0..value_range -> (1, 3, sH, sW), not clipped."""
         if plan.tiling is Tiling.OVERLAP:
             return infer_tiled(partial(infer_padded, self.backend), x, self.scale, plan.tile, plan.overlap, progress)
         if by_stages(plan, self.backend):
-            return self.stream_array(plan, x, progress)
+            return self.stream_array(plan, x, progress, folder)
         if infer := self.backend.infer_with_regions:
             y = infer_padded(self.backend, x, lambda pictures: infer(pictures, plan.regions))
         else:
@@ -118,7 +139,7 @@ class NetworkRunner:
         progress(1.0)
         return y
 
-    def stream_array(self, plan: TilingPlan, x: Array, progress: Progress) -> Array:
+    def stream_array(self, plan: TilingPlan, x: Array, progress: Progress, folder: Path | None) -> Array:
         """One picture in memory, stage by stage."""
         y: Array = np.empty((1, 3, self.scale * x.shape[2], self.scale * x.shape[3]), np.float32)
 
@@ -126,7 +147,7 @@ class NetworkRunner:
             y[:, :, box.top : box.bottom, box.left : box.right] = part
 
         stages = self.backend.stages()
-        with self.feature_store(stages, plan) as store:
+        with self.feature_store(stages, plan, folder) as store:
             Streaming(stages, self.backend.spec, ArraySource(x), store, plan.tile, plan.regions, progress).run(sink)
         return y
 
@@ -144,7 +165,7 @@ class NetworkRunner:
                 result.put(box.top, box.left, network_output(part, like, value_range))
 
             stages = self.backend.stages()
-            with self.feature_store(stages, plan) as store:
+            with self.feature_store(stages, plan, folder) as store:
                 pixels = decoded(source, store, value_range)
 
                 def part_done(share: float) -> None:
@@ -160,11 +181,11 @@ class NetworkRunner:
             undo.pop_all()
             return result
 
-    def feature_store(self, stages: Stages, plan: TilingPlan) -> FeatureStore:
-        """Where a streamed picture's maps go."""
+    def feature_store(self, stages: Stages, plan: TilingPlan, folder: Path | None) -> FeatureStore:
+        """Where a streamed picture's maps go; scratch files to the options' folder, or else to `folder`."""
         budget = MemoryBudget.of(self.backend, self.options)
         host, device = budget.maps(self.backend.spec.architecture, plan.tile)
-        return FeatureStore(host, self.options.scratch, stages.maps, device)
+        return FeatureStore(host, self.options.scratch or folder, stages.maps, device)
 
 
 def upscale(

@@ -38,7 +38,7 @@ def test_closeness_is_that_of_the_slowest_thread():
 def test_every_step_of_a_folder_is_told(measure):
     status, shown = measure("--count", 2, "--size", "20x16")
     assert status == 0
-    assert "2 pictures, 0.00 Mpx written" in shown.out
+    assert "2 pictures, 0.00 Mpx of input" in shown.out
     lines = [line for line in shown.out.splitlines() if line.endswith("%") and " s " in line]
     assert len(lines) == 4
     assert sum(float(line.split()[-1].rstrip("%")) for line in lines) == pytest.approx(100, abs=0.3)

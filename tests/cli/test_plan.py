@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +8,8 @@ from typer.testing import CliRunner
 
 from sanrt.cli import app
 from sanrt.errors import ModelError, UsageError
+from sanrt.runtime.pictures.codec import PictureInfo
+from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.runs.estimate import Speed
 from sanrt.runtime.tiling.options import Tiling
 from sanrt.runtime.tiling.plan import TilingPlan
@@ -106,7 +109,8 @@ def test_streamed_pictures_are_planned_at_the_speed_of_the_stages(tiny_model, ti
 
     speeds = {"torch": Speed(1e-2, 0), "torch" + BY_STAGES: Speed(3e-2, 0)}
     with load_backend("torch", tiny_model(2), RunOptions(threads=1)) as backend:
-        found = estimate(backend, speeds, 10, 10, UpscaleOptions(tiling=tiling, tile=16))
+        info = PictureInfo(Path("a.png"), Format.PNG, 10, 10)
+        found = estimate(backend, speeds, info, UpscaleOptions(tiling=tiling, tile=16))
         assert found.seconds == speeds[measured].seconds(10, 10, found.plan, backend.spec.architecture)
 
 

@@ -472,6 +472,7 @@ def test_an_interrupt_ends_the_run_with_130_and_nothing_half_written(models, tmp
     assert err.splitlines()[1:] == ["sanrt: interrupted"]
     left = files(out)
     assert 2 <= len(left) < 12, "the interrupt came too late to show anything"
+    assert err.startswith(f"sanrt: {len(left)} written in ")
     for name in left:
         assert picture(out / name).shape == (200, 200, 3)
 

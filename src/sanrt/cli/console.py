@@ -8,14 +8,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from sanrt.runtime.runs.pipeline import Failed, Outcome, Planned, Skipped, Written
+from sanrt.runtime.runs.pipeline import Advanced, Event, Failed, Finished, Opened, Outcome, Planned, Skipped, Written
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
+
+    from sanrt.runtime.pictures.jobs import Job
 
 Item = TypeVar("Item")
 
@@ -25,11 +28,8 @@ class Reporter(logging.Handler):
 
     def __init__(self, total: int, quiet: bool = False, verbose: bool = False) -> None:
         super().__init__(logging.DEBUG if verbose else logging.WARNING)
-        self.total, self.quiet, self.verbose = total, quiet, verbose
-        self.counts: Counter[type[Outcome]] = Counter()
-        self.pixels = 0
-        self.started = time.monotonic()
-        self.advance: Callable[[], None] = lambda: None
+        self.quiet, self.verbose = quiet, verbose
+        self.progress = RunProgress(total)
 
     def __enter__(self) -> Self:
         self.logger = logging.getLogger("sanrt")
@@ -39,11 +39,13 @@ class Reporter(logging.Handler):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.logger.removeHandler(self)
+        if kind is KeyboardInterrupt and self.progress.counts:
+            print(f"sanrt: {self.progress.summary()} so far; the same command goes on from here", file=sys.stderr)
 
     @property
     def status(self) -> int:
         """The command's exit status."""
-        return 1 if self.counts[Failed] else 0
+        return 1 if self.progress.counts[Failed] else 0
 
     def say(self, text: str) -> None:
         """A line for people, unless they want none."""
@@ -54,20 +56,18 @@ class Reporter(logging.Handler):
         """A log record of sanrt's as a line on stderr."""
         print(f"sanrt: {self.format(record)}", file=sys.stderr, flush=True)
 
+    def hear(self, event: Event) -> None:
+        """A `pipeline.Listener`, for any thread."""
+        self.progress.hear(event)
+
     def follow(self, outcomes: Iterable[Outcome]) -> None:
         """Tell every outcome as it comes, and sum them up at the end."""
-        self.started = time.monotonic()
+        self.progress.started = time.monotonic()
         with self.bar():
-            try:
-                for outcome in outcomes:
-                    self.counts[type(outcome)] += 1
-                    self.pixels += outcome.pixels if isinstance(outcome, Written) else 0
-                    self.tell(outcome)
-                    self.advance()
-            except KeyboardInterrupt:
-                print(f"sanrt: {self.summary()} so far; the same command goes on from here", file=sys.stderr)
-                raise
-        self.say(self.summary())
+            for outcome in outcomes:
+                self.hear(Finished(outcome))
+                self.tell(outcome)
+        self.say(self.progress.summary())
 
     def tell(self, outcome: Outcome) -> None:
         """A failure, what a result lacks, and on demand everything."""
@@ -84,6 +84,97 @@ class Reporter(logging.Handler):
             for note in outcome.notes:
                 self.say(f"{outcome.job.destination}: {note}")
 
+    @contextmanager
+    def bar(self) -> Iterator[None]:
+        """A progress bar on stderr, if that is a terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(), TextColumn("left")
+        console = Console(stderr=True)
+        with Progress(
+            *columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty(), speed_estimate_period=600
+        ) as bar:
+            task = bar.add_task(self.progress.line(), total=None)
+
+            def show() -> None:
+                done, total = self.progress.pixels_done, self.progress.pixels_in_all
+                bar.update(task, completed=done, total=total, description=self.progress.line())
+
+            self.progress.show = show
+            try:
+                yield
+            finally:
+                self.progress.show = lambda: None
+
+
+class RunProgress:
+    """How far a run is, by what its pictures told; for any thread.
+
+    Work is counted in pixels of the sources. Pictures that have not been opened count as the mean of those that were.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        """Pictures, the skipped ones too."""
+        self.counts: Counter[type[Outcome]] = Counter()
+        self.pixels = 0
+        """Pixels of the sources whose results are on disk, which rates are told by."""
+        self.started = time.monotonic()
+        self.show: Callable[[], None] = lambda: None
+        self.lock = Lock()
+        self.finished: set[Job] = set()
+        self.opened: dict[Job, int] = {}
+        """Pixels of each picture whose header was read and that has not failed."""
+        self.shares: dict[Job, float] = {}
+        """How much of each picture went through the network."""
+
+    def hear(self, event: Event) -> None:
+        """Take in what happened; an outcome counts once, however often it is told."""
+        with self.lock:
+            match event:
+                case Opened(job, pixels):
+                    self.opened[job], self.shares[job] = pixels, 0.0
+                case Advanced(job, share) if job in self.shares:
+                    self.shares[job] += share
+                case Finished(outcome) if outcome.job not in self.finished:
+                    self.finish(outcome)
+        self.show()
+
+    def finish(self, outcome: Outcome) -> None:
+        """Count an outcome."""
+        job = outcome.job
+        self.finished.add(job)
+        self.counts[type(outcome)] += 1
+        if isinstance(outcome, Written):
+            self.pixels += outcome.pixels
+            self.shares[job] = 1.0
+        else:
+            self.opened.pop(job, None)
+            self.shares.pop(job, None)
+
+    @property
+    def pixels_done(self) -> float:
+        """Pixels of the sources that went through the network, of failed pictures none."""
+        with self.lock:
+            return sum(self.opened.get(job, 0) * share for job, share in self.shares.items())
+
+    @property
+    def pixels_in_all(self) -> float | None:
+        """An estimate of all that has to go through it; None before a picture was opened."""
+        with self.lock:
+            if not self.opened:
+                return None
+            without_work = sum(number for kind, number in self.counts.items() if kind is not Written)
+            return sum(self.opened.values()) / len(self.opened) * (self.total - without_work)
+
+    def line(self) -> str:
+        """Beside the bar: pictures done and in all, and what comes out per second."""
+        return f"{len(self.finished)}/{self.total}  {self.rates()}"
+
     def summary(self) -> str:
         """All in one line."""
         counts = self.counts
@@ -95,28 +186,7 @@ class Reporter(logging.Handler):
     def rates(self) -> str:
         """Results and their pixels per second so far."""
         seconds = max(time.monotonic() - self.started, 1e-9)
-        return f"{self.counts[Written] / seconds:.2f} pictures/s, {self.pixels / seconds / 1e6:.2f} Mpx/s"
-
-    @contextmanager
-    def bar(self) -> Iterator[None]:
-        """A progress bar on stderr, if that is a terminal."""
-        if self.quiet or not sys.stderr.isatty():
-            yield
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
-            task = bar.add_task(self.rates(), total=self.total)
-            self.advance = lambda: bar.update(task, advance=1, description=self.rates())
-            yield
+        return f"{self.counts[Written] / seconds:.2f} pictures/s, {self.pixels / seconds / 1e6:.2f} Mpx/s of input"
 
 
 class BuildProgressBar:

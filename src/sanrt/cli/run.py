@@ -198,7 +198,11 @@ def run(
             recorder = None
             if record and not dry_run:
                 recorder = Recorder(record, network, choice.path, choice.options, upscaling, encoding, recipe)
-            work = pipeline.preview(found.to_do, runner, options) if dry_run else pipeline.run(found.to_do, runner, options)
+            work = (
+                pipeline.preview(found.to_do, runner, options)
+                if dry_run
+                else pipeline.run(found.to_do, runner, options, reporter.hear)
+            )
             with closing(work) as outcomes, recorder or nullcontext():
                 reporter.follow(chain(skipped, recorder.follow(outcomes) if recorder else outcomes))
     raise typer.Exit(reporter.status)
@@ -229,7 +233,11 @@ def run_on_ray(
     from sanrt.runtime.runs.ray_pool import LOCAL, Pool, connected, shared_folder_probe
 
     shared = nullcontext() if address == LOCAL else shared_folder_probe(found.to_do[0].destination.parent)
-    with shared as seen, connected(address, workers, task.running.threads) as share, Pool(task, share, seen) as pool:
+    with (
+        shared as seen,
+        connected(address, workers, task.running.threads) as share,
+        Pool(task, share, seen, reporter.hear) as pool,
+    ):
         tell_model(choice, pool.loaded[0], reporter)
         reporter.say(f"Ray {address}: {share}")
         with closing(pool.run(found.to_do)) as outcomes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from sanrt.runtime.pictures.codec import Encoding, SourcePicture
 from sanrt.runtime.pictures.jobs import Job, Replaceable, find_pictures
 from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.runs import pipeline
-from sanrt.runtime.runs.pipeline import Failed, PipelineOptions, Planned, Skipped, Written
+from sanrt.runtime.runs.pipeline import Failed, Finished, Opened, PipelineOptions, Planned, Skipped, Written
 from sanrt.runtime.runs.results import Recipe, sort_out
 from sanrt.runtime.tiling.options import Tiling
 from sanrt.runtime.tiling.plan import TilingPlan
@@ -38,10 +40,13 @@ class Runner:
     def decide(self, info):
         return self.plan
 
-    def run_array(self, plan, picture):
-        return self.enlarge(picture), plan
+    def run_array(self, plan, picture, progress, folder):
+        progress(0.25)
+        result = self.enlarge(picture)
+        progress(0.75)
+        return result, plan
 
-    def run_file(self, plan, source, folder):
+    def run_file(self, plan, source, folder, progress):
         info = source.info
         result = ScratchPicture(2 * info.width, 2 * info.height, 3, info.dtype.type, folder)
         for top in range(0, info.height, 7):
@@ -68,7 +73,7 @@ def files(folder: Path) -> list[str]:
 
 def test_every_picture_is_written_once_in_order_with_its_own_pixels(jobs):
     outcomes = list(pipeline.run(jobs, Runner(), OPTIONS))
-    assert outcomes == [Written(job, pixels=120) for job in jobs]
+    assert outcomes == [Written(job, pixels=30) for job in jobs]
     for number, job in enumerate(jobs):
         assert np.array_equal(pyvips.Image.new_from_file(str(job.destination)).numpy(), np.full((12, 10, 3), 10 * number))
 
@@ -158,9 +163,9 @@ def test_the_next_picture_is_read_and_the_last_written_while_the_network_runs(jo
         read[job], wrote[job] = threading.Event(), threading.Event()
     real_read, real_write = pipeline.read, pipeline.write
 
-    def recorded_read(job, runner, options):
+    def recorded_read(job, runner, options, listener):
         read[job].set()
-        return real_read(job, runner, options)
+        return real_read(job, runner, options, listener)
 
     def recorded_write(picture, options):
         done = real_write(picture, options)
@@ -190,7 +195,43 @@ def test_many_cores_encode_several_pictures_at_once_and_the_order_stays(jobs, mo
         return real_write(picture, options)
 
     monkeypatch.setattr(pipeline, "write", meeting_write)
-    assert list(pipeline.run(jobs, Runner(), OPTIONS)) == [Written(job, pixels=120) for job in jobs]
+    assert list(pipeline.run(jobs, Runner(), OPTIONS)) == [Written(job, pixels=30) for job in jobs]
+
+
+def test_a_listener_hears_of_a_picture_when_it_is_opened_moves_and_is_on_disk(jobs):
+    events, during = [], []
+
+    def slow(rgb):
+        during.append([type(event) for event in events].count(Finished))
+        for _ in range(500):
+            if [type(event) for event in events].count(Finished) == len(during) - 1:
+                return double(rgb)
+            time.sleep(0.01)
+        raise AssertionError("the picture before is on disk, and nobody was told")
+
+    def listener(event):
+        if isinstance(event, Finished):
+            assert event.outcome.job.destination.exists()
+        events.append(event)
+
+    list(pipeline.run(jobs, Runner(slow), OPTIONS, listener))
+    for job in jobs:
+        own = [event for event in events if not isinstance(event, Finished) and event.job == job]
+        assert own[0] == Opened(job, 30)
+        assert [event.share for event in own[1:]] == [0.25, 0.75]
+    assert [event.outcome for event in events if isinstance(event, Finished)] == [Written(job, 30) for job in jobs]
+
+
+def test_after_an_interrupt_the_outcomes_of_all_that_is_on_disk_still_come(jobs):
+    def interrupted(rgb):
+        if rgb[0, 0, 0] == 30:
+            raise KeyboardInterrupt
+        return double(rgb)
+
+    outcomes, running = [], pipeline.run(jobs, Runner(interrupted), OPTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        deque(map(outcomes.append, running))
+    assert outcomes == [Written(job, 30) for job in jobs if job.destination.exists()] != []
 
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 1), (8, 2), (16, 4), (64, 4)])

@@ -110,7 +110,7 @@ def test_a_disk_that_fills_up_while_writing_is_told(tmp_path):
         import numpy as np
         from sanrt.errors import ScratchError
         from sanrt.geometry import Box
-        from sanrt.runtime.featuremaps import ScratchMap
+        from sanrt.runtime.tiling.featuremaps import ScratchMap
         m = ScratchMap(4, 64, 64, np.float32, Path({str(tmp_path)!r}))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -129,7 +129,7 @@ def test_a_killed_process_leaves_no_scratch_file(tmp_path):
         from pathlib import Path
         import numpy as np
         from sanrt.geometry import Box
-        from sanrt.runtime.featuremaps import FeatureStore
+        from sanrt.runtime.tiling.featuremaps import FeatureStore
         with FeatureStore(0, Path({str(tmp_path)!r})) as store:
             store.new(4, 64, 64).write(Box(0, 0, 64, 64), np.ones((1, 4, 64, 64), np.float32))
             os.kill(os.getpid(), {int(signal.SIGKILL)})
