@@ -179,7 +179,7 @@ def free_host_memory() -> int:
     Cached files are given up when memory is wanted, so they do not count as used.
     """
     limits = [free for folder in cgroup_folders("memory") if (free := free_in_cgroup(folder)) is not None]
-    return min([psutil.virtual_memory().available, *limits])
+    return min([int(psutil.virtual_memory().available), *limits])
 
 
 def free_in_cgroup(folder: Path) -> int | None:
