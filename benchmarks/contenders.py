@@ -189,7 +189,7 @@ def open_onnxruntime_plain(model: Path, threads: int | None) -> Running:
     """ONNX Runtime on the exported file as it is."""
     from sanrt.runtime.backends.onnxruntime import open_session
 
-    session = open_session(model, RunOptions(threads=threads))
+    session = open_session(model, model, RunOptions(threads=threads))
     return Running(lambda x: session.run(None, {"input": x})[0], Precision.FP32, "onnxruntime on CPU")
 
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from threading import Event
@@ -18,6 +18,7 @@ import onnx
 from sanrt.errors import BackendError, BuildError, ModelError, UsageError
 from sanrt.export import proof as proofs
 from sanrt.export.stages import stage_ranges
+from sanrt.files import cache_folder, keep, kept, require_writable, source_digest, write_whole
 from sanrt.model.exported import read_model
 from sanrt.model.graph import san_model, stage_model
 from sanrt.model.spec import GraphOptions, ModelSpec, Precision
@@ -34,7 +35,7 @@ from sanrt.runtime.artifacts.engines import (
     stage_archive,
 )
 from sanrt.runtime.artifacts.flavors import TITLES, Flavor, installed_version
-from sanrt.runtime.artifacts.variants import FOLDER, model_digest
+from sanrt.runtime.artifacts.variants import model_digest
 from sanrt.runtime.backends.tensorrt.library import TensorRTLog, import_flavor
 from sanrt.version import __version__
 
@@ -108,14 +109,14 @@ def build_engine(
     if options.kernels:
         register_kernels(trt, options.flavor)
     spec, graphs = typed_graphs(model, options)
-    identity = Identity(
-        model_digest(model), options, installed_version(options.flavor) or "", target(trt, options), __version__
-    )
+    code = source_digest("sanrt.model", "sanrt.export", *["sanrt.kernels"] * options.kernels)
+    made_by = f"{__version__}, source {code[:16]}"
+    identity = Identity(model_digest(model), options, installed_version(options.flavor) or "", target(trt, options), made_by)
     path = output or default_path(model, identity)
     if (existing := reusable(path, identity)) is not None:
         return existing, False
-    check_writable(path)
-    cancel, timings = Event(), timing_cache_path(model, options, identity)
+    require_writable(path, "choose another place with -o")
+    cancel, timings = Event(), timing_cache(options, identity)
     monitor = monitor_class(trt)(progress or NoProgress(), cancel)
     built = [compile_proved(trt, graph, options, monitor, cancel, timings) for graph in graphs.values()]
     engines = dict(zip(graphs, (engine for engine, _ in built), strict=True))
@@ -134,7 +135,7 @@ def build_engine(
 
 
 def compile_proved(
-    trt: Any, graph: onnx.ModelProto, options: BuildOptions, monitor: Any, cancel: Event, timings: Path | None
+    trt: Any, graph: onnx.ModelProto, options: BuildOptions, monitor: Any, cancel: Event, timings: TimingCache | None
 ) -> tuple[bytes, Proof]:
     """Compile a graph: the engine's bytes, and the proof from its layer list."""
     trt_log = TensorRTLog(trt, keep=True)
@@ -206,16 +207,6 @@ def reusable(path: Path, identity: Identity) -> EngineInfo | None:
     return info
 
 
-def check_writable(path: Path) -> None:
-    """Find out before the build, not after it."""
-    probe = path.with_name(f"{path.name}.probe")
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise BuildError(f"{path}: cannot be written ({error.strerror}); choose another place with -o") from error
-
-
 def interruptible(work: Callable[[], bytes], cancel: Event) -> bytes:
     """Run `work` beside this thread, so that Ctrl-C arrives at once; `cancel` then asks it to stop, and it is waited for."""
     with ThreadPoolExecutor(1) as pool:
@@ -228,7 +219,7 @@ def interruptible(work: Callable[[], bytes], cancel: Event) -> bytes:
 
 
 def compile_engine(
-    trt: Any, graph: onnx.ModelProto, options: BuildOptions, trt_log: TensorRTLog, monitor: Any, timings: Path | None
+    trt: Any, graph: onnx.ModelProto, options: BuildOptions, trt_log: TensorRTLog, monitor: Any, timings: TimingCache | None
 ) -> bytes:
     """The serialised engine; `trt_log` and `monitor` must outlive the call."""
     # No error recorder here: TensorRT-RTX 1.7 destroys the parser after its network and crashes on the recorder.
@@ -242,12 +233,12 @@ def compile_engine(
     add_profiles(builder, config, graph, options)
     config.progress_monitor = monitor
     if timings:
-        config.set_timing_cache(config.create_timing_cache(timings.read_bytes() if timings.exists() else b""), False)
+        config.set_timing_cache(config.create_timing_cache(timings.read()), False)
     engine_bytes = builder.build_serialized_network(network, config)
     if engine_bytes is None:
         raise BuildError(f"{TITLES[options.flavor]} cannot build the engine: {trt_log.first}")
     if timings:
-        save_timing_cache(timings, config.get_timing_cache().serialize())
+        timings.write(bytes(config.get_timing_cache().serialize()))
     return bytes(engine_bytes)
 
 
@@ -302,23 +293,32 @@ def monitor_class(trt: Any) -> Callable[[BuildProgress, Event], Any]:
     return Monitor
 
 
-def timing_cache_path(model: Path, options: BuildOptions, identity: Identity) -> Path | None:
-    """TensorRT's timing cache, one per GPU and version unless named; TensorRT-RTX has none."""
+@dataclass(frozen=True)
+class TimingCache:
+    """TensorRT's own cache of timings: a file that the user named, or one per GPU and version that only spares work."""
+
+    named: Path | None
+    name: str
+
+    def read(self) -> bytes:
+        """What earlier builds measured; empty where none did."""
+        if self.named:
+            return self.named.read_bytes() if self.named.exists() else b""
+        return kept([cache_folder() / "timings"], self.name) or b""
+
+    def write(self, content: bytes) -> None:
+        """Keep it for the next build; raises FileError where a named file cannot be written."""
+        if self.named:
+            write_whole(self.named, content, "choose another place with --timing-cache")
+        else:
+            keep([cache_folder() / "timings"], self.name, content)
+
+
+def timing_cache(options: BuildOptions, identity: Identity) -> TimingCache | None:
+    """Where this build's timings are; TensorRT-RTX has none."""
     if options.flavor == Flavor.RTX:
         return None
-    name = re.sub(r"[^\w.]+", "-", f"timing-{identity.gpu}-{identity.version}.cache")
-    return options.timing_cache or model.parent / FOLDER / name
-
-
-def save_timing_cache(path: Path, content: Any) -> None:
-    """Keep the timings for the next build."""
-    try:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise BuildError(
-            f"{path}: cannot be written ({error.strerror}); choose another place with --timing-cache"
-        ) from error
+    return TimingCache(options.timing_cache, re.sub(r"[^\w.]+", "-", f"{identity.gpu}-{identity.version}.cache"))
 
 
 def layer_list(trt: Any, flavor: Flavor, engine_bytes: bytes, trt_log: TensorRTLog) -> tuple[list[proofs.Layer], str]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from glob import escape
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
@@ -19,18 +16,20 @@ from sanrt.export.parity import Difference, Tolerance, compare, require, worst
 from sanrt.export.rounding import rounding_tolerance
 from sanrt.export.scene import natural_scene
 from sanrt.export.squareroot import SquareRootReport, iterations_for, square_root_report, with_root
+from sanrt.files import require_writable, write_whole
 from sanrt.model.checkpoint import Checkpoint
 from sanrt.model.graph import Weights, san_model
 from sanrt.model.san import SAN
 from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.artifacts.models import read_spec
-from sanrt.runtime.artifacts.variants import FOLDER, derived_model
+from sanrt.runtime.artifacts.variants import derived_model, forget, variant_bytes
 from sanrt.runtime.backends.onnxruntime import CPU_FORM, open_session
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.tiling.upscaling import network_input
 from sanrt.version import __version__
 
-REMEDY = "nothing was written; check the checkpoint's values, or report it"
+REPORT = "nothing was written; check the checkpoint's values, or report it"
+REMEDY = "choose another folder with --models"
 CHECKED_SIZES = ((1, 4, 4), (2, 5, 7), (1, 17, 23), (2, 32, 24))
 """Batch, height and width of the pictures on which an export is checked; a black one and the whole scene come on top."""
 
@@ -72,6 +71,7 @@ def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None
     """
     options = options or ExportOptions()
     replaced = describe_replaced(out, checkpoint, options.overwrite)
+    require_writable(out, REMEDY)
     arch = checkpoint.architecture
     pixels = torch.from_numpy(network_input(options.picture, arch.value_range))
     try:
@@ -84,13 +84,14 @@ def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None
     spec = ModelSpec(arch, checkpoint.digest, checkpoint.origin, iterations, version=__version__)
     weights = {name: tensor.numpy() for name, tensor in checkpoint.tensors.items()}
     reference = with_root(checkpoint.network(), iterations)
-    with staging(out) as staged:
-        parity, tolerance = check_parity(spec, weights, reference, pixels, staged.parent) if options.check else (None, None)
-        measured = parity and tolerance and {**parity.to_json(), "tolerance": tolerance.max_abs}
-        spec = replace(spec, report={"square_root": root.to_json(), "parity": measured})
-        # The same nodes as those just checked: only the metadata gained the measurements.
-        staged.write_bytes(san_model(spec, weights).SerializeToString())
-        derived_model(staged, CPU_FORM)
+    parity, tolerance = check_parity(out, spec, weights, reference, pixels) if options.check else (None, None)
+    measured = parity and tolerance and {**parity.to_json(), "tolerance": tolerance.max_abs}
+    spec = replace(spec, report={"square_root": root.to_json(), "parity": measured})
+    if replaced:
+        forget(out)
+    # The same nodes as those just checked: only the metadata gained the measurements.
+    write_whole(out, san_model(spec, weights).SerializeToString(), REMEDY)
+    derived_model(out, CPU_FORM)
     return ExportReport(out, spec, root, parity, replaced)
 
 
@@ -117,23 +118,21 @@ def describe_replaced(out: Path, checkpoint: Checkpoint, overwrite: bool) -> str
 
 
 def check_parity(
-    spec: ModelSpec, weights: Weights, reference: SAN, pixels: torch.Tensor, folder: Path
+    out: Path, spec: ModelSpec, weights: Weights, reference: SAN, pixels: torch.Tensor
 ) -> tuple[Difference, Tolerance]:
     """The worst difference of ONNX Runtime's outputs from PyTorch's; raises ParityError beyond the tolerance."""
     inputs = list(check_inputs(pixels))
     expected = [reference(torch.from_numpy(x)).numpy() for x in inputs]
     tolerance = rounding_tolerance(reference, inputs)
-    draft = folder / "draft.onnx"
-    draft.write_bytes(san_model(spec, weights).SerializeToString())
     differences = []
     for graph, form in (
-        (draft, "as exported"),
-        (derived_model(draft, CPU_FORM), "as sanrt's onnxruntime backend runs it"),
+        (san_model(spec, weights).SerializeToString(), "as exported"),
+        (variant_bytes(CPU_FORM, spec, weights), "as sanrt's onnxruntime backend runs it"),
     ):
-        session = open_session(graph, RunOptions())
+        session = open_session(graph, out, RunOptions())
         for x, y in zip(inputs, expected, strict=True):
             difference = compare(y, session.run(None, {"input": x})[0], spec.architecture.value_range)
-            require(difference, tolerance, f"{spec.architecture.name} {form}, input {list(x.shape)}", REMEDY)
+            require(difference, tolerance, f"{spec.architecture.name} {form}, input {list(x.shape)}", REPORT)
             differences.append(difference)
     return worst(differences), tolerance
 
@@ -145,21 +144,3 @@ def check_inputs(pixels: torch.Tensor) -> Iterator[Array]:
         yield torch.cat([crop, crop.flip(3)])[:batch].numpy()
     yield np.zeros((1, 3, 16, 16), np.float32)
     yield pixels.numpy()
-
-
-@contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """A path of the same name in a folder of its own; when all went well, it and its variants replace `out` and its own."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
-            staged = Path(folder) / out.name
-            yield staged
-            for stale in (out.parent / FOLDER).glob(f"{escape(out.stem)}-*"):
-                stale.unlink(missing_ok=True)
-            for variant in (staged.parent / FOLDER).glob(f"{escape(out.stem)}-*"):
-                (out.parent / FOLDER).mkdir(exist_ok=True)
-                variant.replace(out.parent / FOLDER / variant.name)
-            staged.replace(out)
-    except OSError as error:
-        raise ModelError(f"{out}: cannot be written ({error.strerror}); choose another place with -o PATH") from error

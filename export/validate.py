@@ -233,7 +233,7 @@ def middle(sample: Sample) -> Sample:
 
 def own_graph(path: Path, spec: ModelSpec) -> Infer:
     """An ONNX's nodes as they are in the file."""
-    session = open_session(path, RunOptions())
+    session = open_session(path, path, RunOptions())
     dtype = input_type(session)
 
     def infer(x: Array) -> Array:

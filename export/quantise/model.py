@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +19,15 @@ from sanrt.export.quantise.calibration import (
 )
 from sanrt.export.quantise.parts import matching_parts, quantisable_parts, restricted_to
 from sanrt.export.quantise.search import LossMeasurements, PartSelection, select_parts
+from sanrt.files import write_whole
 from sanrt.model.exported import read_model
 from sanrt.model.graph import san_model
 from sanrt.model.spec import ModelSpec, Quantisation, QuantisedType
 from sanrt.runtime.artifacts.models import read_spec
-from sanrt.runtime.artifacts.variants import FOLDER, model_digest
-from sanrt.version import __version__
+from sanrt.runtime.artifacts.variants import cache_folders, cache_name, cached_for
+
+CODE = ("sanrt.model", "sanrt.export")
+"""The packages that decide what is measured."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,21 @@ def quantise(model: Path, options: QuantiseOptions, track: Track = untracked) ->
     parts = quantisable_parts(spec.architecture)
     kept = matching_parts(parts, options.keep)
     pictures = calibration_set(options.calibration, spec.architecture.scale, track)
-    identity = [model_digest(model), __version__, pictures.digest]
-    ranges = cached_ranges(
-        cache_path(model, f"ranges-{options.method}", identity),
-        lambda: measure_ranges(spec, weights, pictures.crops, options.method, track),
-    )
+
+    def ranges_json() -> bytes:
+        return json.dumps(asdict(measure_ranges(spec, weights, pictures.crops, options.method, track))).encode()
+
+    what, identity = f"ranges-{options.method}.json", [pictures.digest]
+    ranges = TensorRanges(**json.loads(cached_for(model, what, identity, CODE, ranges_json)))
     quantisation = Quantisation(options.type, ranges.inputs, ranges.outputs)
-    cache = cache_path(model, f"{options.type}-losses", [*identity, json.dumps(ranges.inputs)])
-    measure = LossMeasurements(spec, weights, quantisation, pictures.held_out, cache)
+    losses = cache_name(model, f"losses-{options.type}.json", [*identity, json.dumps(ranges.inputs)], CODE)
+    measure = LossMeasurements(spec, weights, quantisation, pictures.held_out, (cache_folders(model), losses))
     selection = select_parts(parts, kept, measure, options.max_psnr_drop, track)
     if not selection.parts:
         raise nothing_fits(model, options, selection)
     report = {**spec.report, "quantisation": quantisation_report(options, pictures, selection)}
     quantised = replace(spec, quantisation=restricted_to(quantisation, selection.parts), report=report)
-    write(path, san_model(quantised, weights).SerializeToString())
+    write_whole(path, san_model(quantised, weights).SerializeToString())
     return QuantisedModel(path, quantised, selection, pictures)
 
 
@@ -98,22 +99,6 @@ def is_quantised(path: Path) -> bool:
         return read_spec(path).quantisation is not None
     except ModelError:
         return False
-
-
-def cached_ranges(path: Path, measure: Callable[[], TensorRanges]) -> TensorRanges:
-    """The ranges kept in a file from an earlier search, or else measured now and written there."""
-    try:
-        return TensorRanges(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        ranges = measure()
-        write(path, json.dumps(asdict(ranges)).encode())
-        return ranges
-
-
-def cache_path(model: Path, what: str, identity: Sequence[str]) -> Path:
-    """Where a measurement is kept: beside the model, under a digest of all that the measurement depends on."""
-    tag = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
-    return model.parent / FOLDER / f"{model.stem}-{what}-{tag}.json"
 
 
 def nothing_fits(model: Path, options: QuantiseOptions, selection: PartSelection) -> ParityError:
@@ -137,16 +122,3 @@ def quantisation_report(options: QuantiseOptions, pictures: CalibrationSet, sele
         "psnr": selection.loss.psnr,
         "parts": selection.to_json(),
     }
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside its own, then rename it; raises ModelError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be written ({error.strerror}); use a writable --models folder") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from sanrt.export.quantise.calibration import Track, untracked
 from sanrt.export.quantise.parts import restricted_to
 from sanrt.export.samples import Sample
 from sanrt.export.tensors import Probe
+from sanrt.files import keep, kept
 from sanrt.model.graph import Weights, san_model
 from sanrt.model.spec import ModelSpec, Quantisation
 from sanrt.runtime.tiling.upscaling import network_input, network_output
@@ -73,21 +74,24 @@ class LossMeasurements:
     """Losses of sets of parts, each measured once: they are kept in a file, so that a search can be taken up again."""
 
     def __init__(
-        self, spec: ModelSpec, weights: Weights, quantisation: Quantisation, held_out: Sequence[Sample], cache: Path
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        quantisation: Quantisation,
+        held_out: Sequence[Sample],
+        cache: tuple[Sequence[Path], str],
     ) -> None:
+        """`cache` is where the losses are kept: folders, of which one can be written, and the file's name."""
         self.spec, self.weights, self.quantisation, self.held_out, self.cache = spec, weights, quantisation, held_out, cache
         self.reference: list[Array] = []
-        try:
-            self.known = {key: QualityLoss(**loss) for key, loss in json.loads(cache.read_text()).items()}
-        except (OSError, ValueError, TypeError):
-            self.known = {}
+        self.known = {key: QualityLoss(**loss) for key, loss in json.loads(kept(*cache) or b"{}").items()}
 
     def __call__(self, parts: Sequence[str]) -> QualityLoss:
         """The loss with these parts in 8 bits and all else as it is."""
         key = " ".join(sorted(parts))
         if key not in self.known:
             self.known[key] = self.measure(parts)
-            self.save()
+            keep(*self.cache, json.dumps({key: asdict(loss) for key, loss in self.known.items()}).encode())
         return self.known[key]
 
     def measure(self, parts: Sequence[str]) -> QualityLoss:
@@ -113,16 +117,6 @@ class LossMeasurements:
         arch = self.spec.architecture
         assert sample.high is not None
         return y_psnr(network_output(y, sample.high, arch.value_range), sample.high, arch.scale)
-
-    def save(self) -> None:
-        """Keep what is known; a folder that cannot be written costs only the next search's time."""
-        partial = self.cache.with_suffix(".partial")
-        try:
-            self.cache.parent.mkdir(exist_ok=True)
-            partial.write_text(json.dumps({key: asdict(loss) for key, loss in self.known.items()}))
-            partial.replace(self.cache)
-        except OSError:
-            partial.unlink(missing_ok=True)
 
 
 def select_parts(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import binding, ir
 
-from sanrt.kernels.cuda.nvrtc import cache_folder, write_whole
-from sanrt.version import __version__
+from sanrt.files import cache_folder, cached_file, source_digest
 
 INT, FLOAT, WORD, SHORT = ir.IntType(64), ir.FloatType(), ir.IntType(32), ir.IntType(16)
 POINTER = FLOAT.as_pointer()
@@ -33,8 +32,6 @@ ROUND_DOWN, CURRENT_ROUNDING = 1, 4
 """Rounding-mode operands of AVX-512's intrinsics."""
 CACHE_LINE = 64
 """Bytes in a cache line."""
-DIGEST_BYTES = hashlib.sha256().digest_size
-"""A file in the cache begins with the SHA-256 of the object code that follows."""
 
 
 def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
@@ -331,21 +328,18 @@ class Module:
     def machine_code(self) -> bytes:
         """The module as an object file, from the user's cache if the same IR was compiled for the same processor before."""
         source = str(self.module)
-        identity = "\0".join([source, self.processor.name, self.processor.features, version("llvmlite"), __version__])
+        made_by = version("llvmlite"), source_digest("sanrt.kernels.cpu")
+        identity = "\0".join([source, self.processor.name, self.processor.features, *made_by])
         name = f"cpu-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.o"
-        # The digest is checked because a damaged object file would crash the process when it is run. A cache that cannot be
-        # read or written only costs the time to compile.
-        with suppress(OSError, RuntimeError):
-            kept = (cache_folder() / name).read_bytes()
-            if hashlib.sha256(kept[DIGEST_BYTES:]).digest() == kept[:DIGEST_BYTES]:
-                return kept[DIGEST_BYTES:]
-        parsed, machine = binding.parse_assembly(source), self.machine()
-        passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
-        passes.getModulePassManager().run(parsed, passes)
-        code: bytes = machine.emit_object(parsed)
-        with suppress(OSError, RuntimeError):
-            write_whole(cache_folder() / name, hashlib.sha256(code).digest() + code)
-        return code
+
+        def compiled() -> bytes:
+            parsed, machine = binding.parse_assembly(source), self.machine()
+            passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
+            passes.getModulePassManager().run(parsed, passes)
+            code: bytes = machine.emit_object(parsed)
+            return code
+
+        return cached_file([cache_folder() / "kernels"], name, compiled)
 
     def machine(self) -> Any:
         """LLVM's code generator for the module's processor."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sanrt.errors import BackendError, first_line
+from sanrt.files import cache_folder, cached_file
 
 if TYPE_CHECKING:
     import torch
@@ -68,12 +67,8 @@ class CudaSource:
     def cached(self, architecture: str, kind: str) -> bytes:
         """Code from the user's cache, or compiled; its name has a digest of source, options and NVRTC: it is never stale."""
         identity = "\0".join([self.text, *self.options(architecture), str(nvrtc_version())])
-        path = cache_folder() / f"{self.name}-{architecture}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.{kind}"
-        if path.exists():
-            return path.read_bytes()
-        code, _ = self.compile(architecture)
-        write_whole(path, code)
-        return code
+        name = f"{self.name}-{architecture}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.{kind}"
+        return cached_file([cache_folder() / "kernels"], name, lambda: self.compile(architecture)[0])
 
     def compile(self, architecture: str) -> tuple[bytes, dict[str, KernelReport]]:
         """Code (a cubin for `sm_..`, PTX for `compute_..`) and, of a cubin, the report on each kernel."""
@@ -142,16 +137,3 @@ def parse_ptxas_report(log: str) -> dict[str, KernelReport]:
         assert registers, f"ptxas reports no registers: {part}"
         found[part.split("'")[0]] = KernelReport(int(registers[1]), spills, int(shared[1]) if shared else 0)
     return found
-
-
-def cache_folder() -> Path:
-    """`sanrt/kernels` in the user's cache folder ($XDG_CACHE_HOME, or ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sanrt" / "kernels"
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write and rename: another process never reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    Path(file.name).replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, ZipInfo
 
-from sanrt.errors import BuildError, ModelError, UsageError
+from sanrt.errors import ModelError, UsageError
+from sanrt.files import cache_folder, remove_leftovers, replacing
 from sanrt.model.spec import PREFIX, ModelSpec, Precision
 from sanrt.runtime.artifacts.flavors import TITLES, Flavor, installed_version
 from sanrt.runtime.artifacts.sizes import TILES, Profile, Size
@@ -183,21 +183,19 @@ def default_path(model: Path, identity: Identity) -> Path:
 def save_engine(info: EngineInfo, engine_bytes: bytes | memoryview) -> None:
     """Write an engine and its JSON under temporary names, then move both into place; nothing is left on failure."""
     facts = asdict(info) | {"path": info.path.name, "spec": spec_to_json(info.spec), "identity_digest": info.identity.digest}
-    contents = {info.path: engine_bytes, json_path(info.path): json.dumps(facts, indent=2, default=str).encode()}
-    partials = {path: path.with_name(f"{path.name}.{os.getpid()}.partial") for path in contents}
-    try:
-        for path, content in contents.items():
-            partials[path].write_bytes(content)
-        for path, partial in partials.items():
-            partial.replace(path)
-    except OSError as error:
-        raise BuildError(
-            f"{info.path}: cannot be written ({error.strerror}; it needs {info.size / 2**20:.0f} MiB); "
-            f"choose another place with -o"
-        ) from error
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
+    remedy = f"it needs {info.size / 2**20:.0f} MiB; choose another place with -o"
+    remove_leftovers(info.path.parent)
+    with replacing(json_path(info.path), remedy) as beside, replacing(info.path, remedy) as engine:
+        engine.write(engine_bytes)
+        beside.write(json.dumps(facts, indent=2, default=str).encode())
+
+
+def kernel_cache(info: EngineInfo) -> tuple[tuple[Path, Path], str]:
+    """The folders and the name under which the kernels are kept that TensorRT-RTX compiled on this GPU.
+
+    It checks by itself that they fit.
+    """
+    return (info.path.parent, cache_folder() / "engines"), f"{info.path.name}.kernels"
 
 
 def json_path(engine: Path) -> Path:

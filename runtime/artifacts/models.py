@@ -58,19 +58,25 @@ def find_model(models: Path, scale: int) -> Path:
 
 def read_spec(path: Path) -> ModelSpec:
     """The description that `sanrt export` wrote into an ONNX; raises ModelError when it cannot be read or is not there."""
-    return ModelSpec.from_metadata(onnx_metadata(path), str(path))
-
-
-def onnx_metadata(path: Path) -> dict[str, str]:
-    """The metadata_props of an ONNX file, the graph skipped; raises ModelError for anything else."""
     try:
         with path.open("rb") as file:
-            entries = [dict(protobuf_fields(BytesIO(entry))) for number, entry in protobuf_fields(file, METADATA_PROPS)]
-        return {entry[1].decode(): entry.get(2, b"").decode() for entry in entries}
+            return spec_in(file, str(path))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+
+
+def spec_in(file: BinaryIO, subject: str) -> ModelSpec:
+    """The same of an open ONNX; `subject` names it in errors."""
+    return ModelSpec.from_metadata(onnx_metadata(file, subject), subject)
+
+
+def onnx_metadata(file: BinaryIO, subject: str) -> dict[str, str]:
+    """The metadata_props of an ONNX, the graph skipped; raises ModelError for anything else."""
+    try:
+        entries = [dict(protobuf_fields(BytesIO(entry))) for number, entry in protobuf_fields(file, METADATA_PROPS)]
+        return {entry[1].decode(): entry.get(2, b"").decode() for entry in entries}
     except (ValueError, KeyError) as error:
-        raise ModelError(f"{path}: not an ONNX file, or a damaged one; {REMEDY}") from error
+        raise ModelError(f"{subject}: not an ONNX file, or a damaged one; {REMEDY}") from error
 
 
 def external_files(path: Path) -> list[str]:

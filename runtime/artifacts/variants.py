@@ -1,23 +1,20 @@
-"""Variants of an exported model that a backend wants, written once and kept beside it."""
+"""What is made of an exported model, made once and kept: the variants and the weights that a backend wants, measurements."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
-from sanrt.errors import BackendError, ModelError
-from sanrt.model.contract import STAGE_INPUTS
+from sanrt.errors import BackendError
+from sanrt.files import cache_folder, cached_file, file_digest, source_digest
 from sanrt.model.spec import GraphOptions, ModelSpec
 from sanrt.runtime.artifacts.models import external_files
 
@@ -25,15 +22,8 @@ Weights = Mapping[str, npt.NDArray[Any]]
 
 FOLDER = ".derived"
 """Beside the exported model; safe to delete at any time."""
-
-
-def file_digest(path: Path, remedy: str = "make a model with `sanrt export --scale 4`") -> str:
-    """SHA-256 of a file, as hex; raises ModelError when it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+GRAPH_CODE = ("sanrt.model",)
+"""The packages that decide what a variant is."""
 
 
 def model_digest(model: Path, remedy: str = "make a model with `sanrt export --scale 4`") -> str:
@@ -47,51 +37,54 @@ def model_digest(model: Path, remedy: str = "make a model with `sanrt export --s
     return hashlib.sha256("\n".join([digest, *beside]).encode()).hexdigest() if beside else digest
 
 
-def derived_model(model: Path, options: GraphOptions) -> Path:
-    """The given variant of an exported fp32 ONNX; the onnx package is needed only the first time.
-
-    The name carries a digest of the model and of every option, so a changed model or option never meets an old variant.
-    """
-    from sanrt.version import __version__
-
-    contract = str(STAGE_INPUTS) if options.stage else ""
-    identity = "\n".join([model_digest(model), __version__, contract, *map(str, astuple(options))])
-    tag = hashlib.sha256(identity.encode()).hexdigest()[:16]
+def derived_model(model: Path, options: GraphOptions) -> bytes:
+    """The given variant of an exported fp32 ONNX, as an ONNX file; the onnx package is needed only the first time."""
     part = options.stage or f"k{options.regions}"
-    path = model.parent / FOLDER / f"{model.stem}-{options.precision}-{options.attention}-{part}-{tag}.onnx"
-    if not path.exists():
-        write_derived(model, path, partial(variant_bytes, options))
-    return path
+    what = f"{options.precision}-{options.attention}-{part}.onnx"
+    identity = map(str, astuple(options))
+    return cached_for(model, what, identity, GRAPH_CODE, partial(made_of, model, partial(variant_bytes, options)))
 
 
 def derived_weights(model: Path) -> dict[str, npt.NDArray[np.float32]]:
     """The weights of an exported fp32 ONNX by parameter name; the onnx package is needed only the first time."""
-    path = model.parent / FOLDER / f"{model.stem}-weights-{model_digest(model)[:16]}.npz"
-    if not path.exists():
-        write_derived(model, path, weights_bytes)
-    try:
-        with np.load(path) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise ModelError(f"{path}: cannot be read, or is damaged ({error}); remove it, it is made again") from error
+    content = cached_for(model, "weights.npz", (), GRAPH_CODE, partial(made_of, model, weights_bytes))
+    with np.load(BytesIO(content)) as arrays:
+        return dict(arrays)
 
 
-def write_derived(model: Path, path: Path, content: Callable[[ModelSpec, Weights], bytes]) -> None:
-    """Write what is made of a model's spec and weights beside its final name and move it there."""
+def cached_for(model: Path, what: str, identity: Iterable[str], code: Sequence[str], make: Callable[[], bytes]) -> bytes:
+    """What `make` makes of a model, kept beside it, or in the user's cache folder where that cannot be written.
+
+    Its file's name ends in `what` and carries a digest of the model, of `identity`, which is all else that it depends on,
+    and of the packages whose `code` makes it: no change of any of them meets what was made before.
+    """
+    return cached_file(cache_folders(model), cache_name(model, what, identity, code), make)
+
+
+def cache_folders(model: Path) -> tuple[Path, Path]:
+    """Where is kept what is made of a model: the first of these that can be written."""
+    return model.parent / FOLDER, cache_folder() / "derived"
+
+
+def cache_name(model: Path, what: str, identity: Iterable[str], code: Sequence[str]) -> str:
+    """The file's name for `cached_for`."""
+    tag = hashlib.sha256("\n".join([*identity, source_digest(*code)]).encode()).hexdigest()
+    return f"{model.stem[:40]}-{model_digest(model)[:16]}-{tag[:16]}-{what}"
+
+
+def forget(model: Path) -> None:
+    """Remove what is kept beside a model that is about to be replaced."""
+    for path in (model.parent / FOLDER).glob(f"*-{file_digest(model)[:16]}-*"):
+        path.unlink(missing_ok=True)
+
+
+def made_of(model: Path, content: Callable[[ModelSpec, Weights], bytes]) -> bytes:
+    """What is made of a model's spec and weights."""
     try:
         from sanrt.model.exported import read_model
     except ModuleNotFoundError as error:
         raise BackendError(f"{model}: preparing it needs the onnx package; pip install 'sanrt[cpu]'") from error
-    made = content(*read_model(model))
-    unfinished = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        unfinished.write_bytes(made)
-        unfinished.replace(path)
-    except OSError as error:
-        raise ModelError(f"{path.parent}: cannot be written ({error.strerror}); use a writable --models folder") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    return content(*read_model(model))
 
 
 def variant_bytes(options: GraphOptions, spec: ModelSpec, weights: Weights) -> bytes:
@@ -107,11 +100,3 @@ def weights_bytes(spec: ModelSpec, weights: Weights) -> bytes:
     file = BytesIO()
     np.savez(file, **weights)  # type: ignore[arg-type]
     return file.getvalue()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Keep something that only spares work, whole or not at all: a folder that cannot be written costs that."""
-    unfinished = path.with_suffix(f".{os.getpid()}.partial")
-    with suppress(OSError):
-        unfinished.write_bytes(content)
-        unfinished.replace(path)

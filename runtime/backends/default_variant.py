@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sanrt.errors import ModelError
+from sanrt.files import write_whole
 from sanrt.model.spec import Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.variants import model_digest
@@ -38,10 +38,7 @@ def preference_path(model: Path) -> Path:
 def prefer(model: Path, variant: Path, backend: str, precision: Precision | None) -> None:
     """Make a variant the default choice for an exported model on this machine."""
     preference = Preference(variant.name, backend, precision, model_digest(model), machine.cpu_name())
-    try:
-        preference_path(model).write_text(json.dumps(asdict(preference), indent=2) + "\n")
-    except OSError as error:
-        raise ModelError(f"{preference_path(model)}: cannot be written ({error.strerror}); use a writable folder") from error
+    write_whole(preference_path(model), (json.dumps(asdict(preference), indent=2) + "\n").encode())
 
 
 def preferred(model: Path) -> Preference | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,9 +13,9 @@ import numpy.typing as npt
 
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError, first_line
-from sanrt.model.spec import Attention, GraphOptions, ModelSpec, Precision, QuantisedType
+from sanrt.model.spec import Attention, GraphOptions, Precision, QuantisedType
 from sanrt.runtime import host as machine
-from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.artifacts.models import read_spec, spec_in
 from sanrt.runtime.artifacts.sizes import Limits
 from sanrt.runtime.artifacts.variants import derived_model
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version, require_precision
@@ -52,8 +53,8 @@ class OnnxRuntimeBackend:
         require_precision(NAME, options, Precision.FP32)
         self.model, self.options = model, options
         graph = derived_model(model, replace(CPU_FORM, regions=options.regions))
-        self.session = open_session(graph, options)
-        self.spec = ModelSpec.from_metadata(self.session.get_modelmeta().custom_metadata_map, str(graph))
+        self.session = open_session(graph, model, options)
+        self.spec = spec_in(BytesIO(graph), str(model))
 
     def infer(self, pictures: Array) -> Array:
         try:
@@ -81,12 +82,12 @@ class OnnxRuntimeStages:
     maps = None
 
     def __init__(
-        self, model: Path, options: RunOptions, form: GraphOptions, opener: Callable[[Path, RunOptions], Any]
+        self, model: Path, options: RunOptions, form: GraphOptions, opener: Callable[[bytes, Path, RunOptions], Any]
     ) -> None:
-        """`opener` makes the InferenceSession of a graph."""
+        """`opener` makes the InferenceSession of a graph of the model."""
 
         def open_stage(stage: str) -> Any:
-            return opener(derived_model(model, replace(form, stage=stage)), options)
+            return opener(derived_model(model, replace(form, stage=stage)), model, options)
 
         self.session = lru_cache(maxsize=OPEN_STAGES)(open_stage)
 
@@ -100,27 +101,28 @@ class OnnxRuntimeStages:
         return outputs
 
 
-def open_session(graph: Path, options: RunOptions) -> Any:
-    """An InferenceSession on the CPU."""
+def open_session(graph: bytes | Path, model: Path, options: RunOptions) -> Any:
+    """An InferenceSession on the CPU of an ONNX, in memory or in a file, that was made of `model`."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.threads or machine.cores()
     settings.log_severity_level = 3
-    return session_on(graph, settings, ["CPUExecutionProvider"])
+    return session_on(graph, model, settings, ["CPUExecutionProvider"])
 
 
-def session_on(graph: Path, settings: Any, providers: list[Any]) -> Any:
-    """An InferenceSession; raises ModelError for a graph that onnxruntime refuses."""
+def session_on(graph: bytes | Path, model: Path, settings: Any, providers: list[Any]) -> Any:
+    """An InferenceSession; raises ModelError, naming the model, for a graph that onnxruntime refuses."""
     import onnxruntime
 
-    if read_spec(graph).coarsest == QuantisedType.FP8:
+    spec = read_spec(graph) if isinstance(graph, Path) else spec_in(BytesIO(graph), str(model))
+    if spec.coarsest == QuantisedType.FP8:
         # Beyond that, onnxruntime 1.32 drops a Relu in front of an fp8 QuantizeLinear.
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     try:
         return onnxruntime.InferenceSession(graph, settings, providers=providers)
     except Exception as error:
-        raise ModelError(f"{graph}: onnxruntime cannot load it ({first_line(error)})") from error
+        raise ModelError(f"{model}: onnxruntime cannot load it ({first_line(error)})") from error
 
 
 def run_error(error: Exception) -> BackendError:

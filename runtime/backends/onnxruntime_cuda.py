@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ from sanrt.arrays import Array
 from sanrt.errors import BackendError
 from sanrt.model.spec import GRAPH_PRECISIONS, Attention, GraphOptions, Precision
 from sanrt.runtime import host as machine
-from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.artifacts.models import spec_in
 from sanrt.runtime.artifacts.sizes import Limits
 from sanrt.runtime.artifacts.variants import derived_model
 from sanrt.runtime.backends.onnxruntime import OnnxRuntimeStages, run_error, session_on
@@ -62,8 +63,8 @@ class OnnxRuntimeCudaBackend:
         self.streams = precision is Precision.FP32
         self.device = device_name(options.device)
         self.memory = machine.free_gpu_memory(options.device)
-        self.session = open_cuda_session(graph, options)
-        self.spec = replace(read_spec(graph), precision=precision)
+        self.session = open_cuda_session(graph, model, options)
+        self.spec = replace(spec_in(BytesIO(graph), str(model)), precision=precision)
         self.binding = lru_cache(maxsize=1)(self.bind)
 
     def bind(self, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
@@ -116,7 +117,7 @@ def device_name(index: int) -> str:
     return devices[index].name
 
 
-def open_cuda_session(graph: Path, options: RunOptions) -> Any:
+def open_cuda_session(graph: bytes, model: Path, options: RunOptions) -> Any:
     """A session whose first provider is CUDA: onnxruntime itself would go on with the CPU when it cannot start CUDA."""
     import onnxruntime
 
@@ -124,7 +125,7 @@ def open_cuda_session(graph: Path, options: RunOptions) -> Any:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     provider = (PROVIDER, {"device_id": str(options.device), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"})
-    session = session_on(graph, settings, [provider])
+    session = session_on(graph, model, settings, [provider])
     if session.get_providers()[0] != PROVIDER:
         raise BackendError(
             f"{NAME}: the CUDA provider does not start, most often as CUDA or cuDNN libraries are missing; {INSTALL}"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -22,9 +23,9 @@ from sanrt.arrays import Array, psnr
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError
 from sanrt.model.spec import Attention, GraphOptions, Precision
 from sanrt.runtime import host as machine
-from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.artifacts.models import read_spec, spec_in
 from sanrt.runtime.artifacts.sizes import Limits
-from sanrt.runtime.artifacts.variants import derived_model
+from sanrt.runtime.artifacts.variants import cache_folders, cached_for, derived_model
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version
 from sanrt.runtime.backends.registry import OPEN_STAGES
 
@@ -73,11 +74,11 @@ class OpenVinoBackend:
 
     def __init__(self, model: Path, options: RunOptions) -> None:
         graph = derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, regions=options.regions))
-        spec = read_spec(graph)
-        precision = options.precision or chosen_precision(graph, options, spec.architecture.value_range)
+        spec = spec_in(BytesIO(graph), str(model))
+        precision = options.precision or chosen_precision(graph, model, options)
         self.model, self.options = model, replace(options, precision=precision)
         self.spec = replace(spec, precision=precision)
-        self.request = compiled(graph, precision, options)
+        self.request = compiled(graph, model, precision, options)
         warm_up(self.request, (1, 3, WARM_SIDE * options.regions, WARM_SIDE * options.regions))
 
     def infer(self, pictures: Array) -> Array:
@@ -104,9 +105,9 @@ class OpenVinoStages:
     def __init__(self, model: Path, options: RunOptions) -> None:
         def request(stage: str) -> Any:
             graph = derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, stage=stage))
-            made = compiled(graph, options.precision or Precision.FP32, options)
+            made = compiled(graph, model, options.precision or Precision.FP32, options)
             if stage == ATTENTION_STAGE:
-                arch = read_spec(graph).architecture
+                arch = read_spec(model).architecture
                 keys = (1, arch.attention_channels, WARM_SIDE, WARM_SIDE)
                 warm_up(made, (1, arch.channels, WARM_SIDE, WARM_SIDE), keys, keys)
             return made
@@ -117,8 +118,11 @@ class OpenVinoStages:
         return infer(self.request(stage), *inputs)
 
 
-def compiled(graph: Path, precision: Precision, options: RunOptions) -> Any:
-    """An inference request; compiled code is kept beside the graph. Raises BackendError for a precision it has not here."""
+def compiled(graph: bytes, model: Path, precision: Precision, options: RunOptions) -> Any:
+    """An inference request of a graph that was made of `model`; compiled code is kept where such graphs are.
+
+    Raises BackendError for a precision that it has not here.
+    """
     import openvino
 
     core = openvino.Core()
@@ -130,16 +134,16 @@ def compiled(graph: Path, precision: Precision, options: RunOptions) -> Any:
         "INFERENCE_NUM_THREADS": options.threads or machine.cores(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    if os.access(graph.parent, os.W_OK):
-        settings["CACHE_DIR"] = str(graph.parent / NAME)
+    if folder := next((folder for folder in cache_folders(model) if folder.is_dir() and os.access(folder, os.W_OK)), None):
+        settings["CACHE_DIR"] = str(folder / NAME)
     try:
-        model = partly_fp32(core, graph) if precision == Precision.BF16 else graph
-        return core.compile_model(model, "CPU", settings).create_infer_request()
+        network = partly_fp32(core, graph) if precision == Precision.BF16 else core.read_model(graph)
+        return core.compile_model(network, "CPU", settings).create_infer_request()
     except RuntimeError as error:
-        raise ModelError(f"{graph}: openvino cannot load it ({cause(error)})") from error
+        raise ModelError(f"{model}: openvino cannot load it ({cause(error)})") from error
 
 
-def partly_fp32(core: Any, graph: Path) -> Any:
+def partly_fp32(core: Any, graph: bytes) -> Any:
     """The graph with a mark at KEPT_FP32; OpenVINO 2026.4 takes such marks only from files in its own format."""
     import openvino
 
@@ -195,30 +199,25 @@ class Trial:
         return Precision.BF16 if pays else Precision.FP32
 
 
-def chosen_precision(graph: Path, options: RunOptions, value_range: float) -> Precision:
+def chosen_precision(graph: bytes, model: Path, options: RunOptions) -> Precision:
     """The better precision by a trial that is made once per model, processor, OpenVINO and number of threads."""
     if not {"AMX-BF16", "AVX512-BF16"} & set(machine.cpu_features()):
         return Precision.FP32
     machinery = [machine.cpu_name(), *machine.cpu_features(), str(library_version("openvino")), str(options.threads)]
-    tag = hashlib.sha256("\n".join(machinery).encode()).hexdigest()[:8]
-    path = graph.with_name(f"{graph.stem}-openvino-{tag}.json")
-    try:
-        return Trial(**json.loads(path.read_text())).precision
-    except (OSError, ValueError, TypeError):
-        trial = measured(graph, options, value_range)
-    if os.access(path.parent, os.W_OK):
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(asdict(trial)))
-        partial.replace(path)
-    return trial.precision
+
+    def trial() -> bytes:
+        return json.dumps(asdict(measured(graph, model, options))).encode()
+
+    identity = [hashlib.sha256(graph).hexdigest(), *machinery]
+    return Trial(**json.loads(cached_for(model, "openvino.json", identity, (__package__,), trial))).precision
 
 
-def measured(graph: Path, options: RunOptions, value_range: float) -> Trial:
+def measured(graph: bytes, model: Path, options: RunOptions) -> Trial:
     """Both precisions in turns on a seeded picture of coloured squares and noise; the best time of each."""
-    random = np.random.default_rng(0)
+    random, value_range = np.random.default_rng(0), read_spec(model).architecture.value_range
     squares = np.kron(random.random((1, 3, TRIAL_SIDE // 8, TRIAL_SIDE // 8)), np.ones((8, 8)))
     picture = ((0.9 * squares + 0.1 * random.random(squares.shape)) * value_range).astype(np.float32)
-    requests = {p: compiled(graph, p, options) for p in HINTS}
+    requests = {p: compiled(graph, model, p, options) for p in HINTS}
     fp32, bf16 = (infer(request, picture)[0] for request in requests.values())
     rounds = [[timed(request, picture) for request in requests.values()] for _ in range(TRIAL_ROUNDS)]
     fp32_seconds, bf16_seconds = map(min, zip(*rounds, strict=True))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from sanrt.errors import BackendError, SanrtError
 from sanrt.model.spec import Architecture, Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.engines import SUFFIX
-from sanrt.runtime.artifacts.variants import FOLDER, model_digest
+from sanrt.runtime.artifacts.variants import cached_for
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import BACKENDS, load_unguarded, status
 from sanrt.runtime.pictures.codec import PictureInfo, open_picture, plan_output
@@ -31,6 +29,8 @@ SIDES = (64, 192)
 ROUNDS = 3
 
 
+CODE = ("sanrt.model", "sanrt.runtime", "sanrt.kernels")
+"""The packages whose speed is measured."""
 BY_STAGES = " by stages"
 """Behind a backend's name: its speed where that is another than of whole pictures."""
 
@@ -142,19 +142,13 @@ def estimate(backend: Backend, speeds: Mapping[str, Speed], info: PictureInfo, o
 
 def speed_of(backend: Backend, model: Path, options: RunOptions) -> Speed:
     """The kept measurement of this backend, model and machine, or a new one."""
-    facts = [backend.name, str(status(backend.name).version), machine.cpu_name(), str(machine.cores()), str(options)]
-    tag = hashlib.sha256("\n".join([model_digest(model), str(backend.spec.precision), *facts]).encode()).hexdigest()[:16]
-    path = model.parent / FOLDER / f"{model.stem}-{backend.name}-speed-{tag}.json"
-    try:
-        return Speed(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        speed = measured(backend)
-    with suppress(OSError):  # a folder that cannot be written costs a second the next time, nothing else
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({"pixel": speed.pixel, "pair": speed.pair}))
-        partial.replace(path)
-    return speed
+    machinery = [str(status(backend.name).version), machine.cpu_name(), str(machine.cores())]
+    identity = [str(backend.spec.precision), *machinery, str(options)]
+
+    def speed() -> bytes:
+        return json.dumps(asdict(measured(backend))).encode()
+
+    return Speed(**json.loads(cached_for(model, f"speed-{backend.name}.json", identity, CODE, speed)))
 
 
 def measured(backend: Backend) -> Speed:

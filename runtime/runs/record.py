@@ -16,8 +16,9 @@ from typing import IO, Any, Self
 import numpy as np
 
 from sanrt.errors import ModelError, SanrtError, UsageError
+from sanrt.files import file_digest
 from sanrt.model.spec import Precision
-from sanrt.runtime.artifacts.variants import file_digest, model_digest
+from sanrt.runtime.artifacts.variants import model_digest
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import ALIASES, load_backend, status
 from sanrt.runtime.pictures.codec import Encoding, Pixels, open_picture

@@ -5,6 +5,10 @@ class SanrtError(Exception):
     """Base of every error that sanrt raises on purpose; its text is one line, fit for a terminal."""
 
 
+class FileError(SanrtError):
+    """A file that cannot be written: a full disk, a missing folder, no permission."""
+
+
 class MissingPackageError(SanrtError):
     """An optional package that is not installed."""
 

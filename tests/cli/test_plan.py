@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from sanrt.cli import app
 from sanrt.errors import ModelError, UsageError
+from sanrt.files import keep
 from sanrt.runtime.pictures.codec import PictureInfo
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.runs.estimate import Speed
@@ -35,9 +36,8 @@ def test_plan_tells_sizes_ways_and_what_is_skipped_and_keeps_its_measurement(fol
     assert "onnxruntime: exact in tiles of" in done.output
     assert "20 x 20 regions" in done.output
     assert f"skipped: {folder / 'broken.png'}" in done.output
-    kept = list((model.parent / ".derived").glob("*-onnxruntime-speed-*.json"))
-    assert len(kept) == 1
-    kept[0].write_text(json.dumps({"pixel": 1.0, "pair": 0.0}))
+    (kept,) = (model.parent / ".derived").glob("*-speed-onnxruntime.json")
+    keep([kept.parent], kept.name, json.dumps({"pixel": 1.0, "pair": 0.0}).encode())
     assert "onnxruntime: whole, 2 x 2 regions, 0.01 GiB, about 80 min" in CliRunner().invoke(app, arguments).output
     assert not (folder / "results.sanrt-plan").exists()
 
@@ -116,7 +116,7 @@ def test_streamed_pictures_are_planned_at_the_speed_of_the_stages(tiny_model, ti
 
 def test_explain_tiles_shows_exact_as_whole_and_overlapped_as_different(folder, tiny_model):
     arguments = [str(folder / "small.png"), str(folder / "out.png"), "--model", str(tiny_model(2)), "--threads", "1"]
-    done = CliRunner().invoke(app, ["run", *arguments, "--tile", "32", "--explain-tiles"])
+    done = CliRunner().invoke(app, ["run", *arguments, "--tile", "32", "--backend", "onnxruntime", "--explain-tiles"])
     assert done.exit_code == 0, done.output
     rows = {line.split()[0]: float(line.split()[1]) for line in done.output.splitlines() if " of 255 " in line}
     assert rows["whole"] == 0

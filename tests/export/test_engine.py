@@ -21,7 +21,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sanrt.cli import app
-from sanrt.errors import BackendError, BuildError, ModelError, SanrtError, UsageError
+from sanrt.errors import BackendError, BuildError, FileError, ModelError, SanrtError, UsageError
 from sanrt.export import engine
 from sanrt.export.engine import build_engine, choose_flavor
 from sanrt.model.graph import san_model
@@ -211,10 +211,10 @@ def test_models_that_are_not_ours_and_outputs_that_cannot_be_written_are_one_lin
         (tmp_path / "foreign.onnx", None, "not a sanrt model"),
         (tmp_path / "junk.onnx", None, "not an ONNX file"),
         (tmp_path / "none.onnx", None, "cannot be read"),
-        (exported, tmp_path / "nowhere" / "x.engine", "cannot be written .*; choose another place with -o"),
+        (exported, tmp_path / "junk.onnx" / "x.engine", "cannot be written .*; choose another place with -o"),
     ]
     for model, output, message in cases:
-        with pytest.raises((ModelError, BuildError), match=message) as caught:
+        with pytest.raises((ModelError, FileError), match=message) as caught:
             build_engine(model, OPTIONS, output)
         assert "\n" not in str(caught.value)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 
-from sanrt.errors import CheckpointError, ModelError, ParityError, UsageError
+from sanrt.errors import CheckpointError, FileError, ParityError, UsageError
 from sanrt.export import onnx as exporter
 from sanrt.export import squareroot
 from sanrt.export.onnx import ExportOptions, export_onnx
@@ -122,8 +125,34 @@ def test_a_refused_export_leaves_the_earlier_model_alone(checkpoint, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_one_clear_line(checkpoint, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ModelError, match=r"cannot be written \(File exists|Not a directory"):
+    with pytest.raises(FileError, match=r"cannot be written \((File exists|Not a directory)\); .*--models$"):
         export_onnx(checkpoint, tmp_path / "file" / "a.onnx", QUICK)
+
+
+@pytest.mark.parametrize("moment", ["check_parity", "write_whole", "derived_model"])
+def test_a_killed_export_leaves_the_whole_model_or_nothing(exported, tmp_path, moment):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from sanrt.export import onnx\n"
+        f"onnx.{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from sanrt.model.checkpoint import load_checkpoint\n"
+        "options = onnx.ExportOptions(check='check_parity' in sys.argv)\n"
+        "onnx.export_onnx(load_checkpoint(Path(sys.argv[1])), Path('a.onnx'), options)"
+    )
+    command = [sys.executable, "-c", code, exported.checkpoint, moment]
+    assert subprocess.run(command, cwd=tmp_path).returncode == -signal.SIGKILL
+    left = list(tmp_path.iterdir())
+    assert [path.name for path in left] == (["a.onnx"] if moment == "derived_model" else [])
+    for path in left:
+        onnx.checker.check_model(onnx.load(path))
+
+
+def test_an_export_forgets_what_was_made_of_the_model_that_it_replaces_and_nothing_else(checkpoint, tmp_path):
+    for name in ("a", "a-b"):
+        export_onnx(checkpoint, tmp_path / f"{name}.onnx", replace(QUICK, check=False, iterations=len(name)))
+    other = next((tmp_path / ".derived").glob("a-b-*"))
+    export_onnx(checkpoint, tmp_path / "a.onnx", replace(QUICK, check=False, iterations=2))
+    assert len(list((tmp_path / ".derived").iterdir())) == 2
+    assert other.exists()
 
 
 @pytest.mark.parametrize("trained", [5, None])

@@ -16,6 +16,7 @@ import numpy as np
 
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, ModelError, UsageError
+from sanrt.files import keep, kept
 from sanrt.model.spec import GRAPH_PRECISIONS
 from sanrt.runtime.artifacts.engines import (
     SUFFIX,
@@ -24,12 +25,12 @@ from sanrt.runtime.artifacts.engines import (
     check_host,
     choose_engine,
     choose_stages,
+    kernel_cache,
     read_engine,
     read_engine_bytes,
 )
 from sanrt.runtime.artifacts.flavors import REMEDIES, TITLES, Flavor, installed_version
 from sanrt.runtime.artifacts.sizes import Limits, Size
-from sanrt.runtime.artifacts.variants import replace_file
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, require_precision
 from sanrt.runtime.backends.tensorrt.device import FLOAT_BYTES, Buffer, Device, HostBuffer, open_device
 from sanrt.runtime.backends.tensorrt.library import TensorRTLog, engine_from_bytes, import_flavor
@@ -195,15 +196,10 @@ class TensorRTBackend:
         if self.rtx:
             settings.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             cache = settings.create_runtime_cache()
-            if self.kernel_cache.exists():
-                cache.deserialize(self.kernel_cache.read_bytes())
+            if kernels := kept(*kernel_cache(self.info)):
+                cache.deserialize(kernels)
             settings.set_runtime_cache(cache)
         return settings
-
-    @property
-    def kernel_cache(self) -> Path:
-        """Kernels that TensorRT-RTX compiled on this GPU; it checks by itself that they fit."""
-        return self.info.path.with_suffix(".kernels")
 
     def infer(self, pictures: Array) -> Array:
         size = self.checked_size(pictures.shape)
@@ -369,7 +365,7 @@ class TensorRTBackend:
         for _ in range(self.contexts):
             self.lanes.get().close()
         if self.rtx:
-            replace_file(self.kernel_cache, bytes(self.settings.get_runtime_cache().serialize()))
+            keep(*kernel_cache(self.info), bytes(self.settings.get_runtime_cache().serialize()))
         self.settings = self.engine = None
         self.gpu.close()
 

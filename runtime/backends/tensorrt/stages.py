@@ -5,20 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from io import BytesIO
 from math import prod
-from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import numpy.typing as npt
 
 from sanrt.arrays import Array
 from sanrt.errors import ModelError
+from sanrt.files import keep, kept
 from sanrt.geometry import Box
 from sanrt.model.contract import STAGE_INPUTS, STAGE_MAPS
-from sanrt.runtime.artifacts.engines import EngineInfo, read_engine_bytes, stage_archive
+from sanrt.runtime.artifacts.engines import EngineInfo, kernel_cache, read_engine_bytes, stage_archive
 from sanrt.runtime.artifacts.flavors import Flavor
-from sanrt.runtime.artifacts.variants import replace_file
 from sanrt.runtime.backends.protocol import FeatureMap
 from sanrt.runtime.backends.tensorrt.device import FLOAT_BYTES, Buffer, Device, Grid, HostBuffer
 from sanrt.runtime.backends.tensorrt.library import TensorRTLog, engine_from_bytes
@@ -215,25 +214,20 @@ class TensorRTStages:
         if not done:
             raise self.trt_log.failure(self.info.path, what)
 
-    @property
-    def kernel_cache(self) -> Path:
-        """Kernels that TensorRT-RTX compiled on this GPU, by stage; it checks by itself that they fit."""
-        return self.info.path.with_name(f"{self.info.path.name}.kernels")
-
     def kept_kernels(self) -> dict[str, bytes]:
-        """What an earlier run kept; nothing where that is damaged."""
-        try:
-            with ZipFile(self.kernel_cache) as archive:
-                return {name: archive.read(name) for name in archive.namelist()}
-        except (OSError, BadZipFile):
+        """Kernels that an earlier run compiled, by stage."""
+        content = kept(*kernel_cache(self.info))
+        if content is None:
             return {}
+        with ZipFile(BytesIO(content)) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
 
     def close(self) -> None:
         """Free everything."""
         if self.rtx and self.opened:
             caches = {name: stage.settings.get_runtime_cache() for name, stage in self.opened.items()}
             kernels = {name: bytes(cache.serialize()) for name, cache in caches.items()}
-            replace_file(self.kernel_cache, stage_archive(self.kernels | kernels))
+            keep(*kernel_cache(self.info), stage_archive(self.kernels | kernels))
         self.opened.clear()
         device = self.scratch, self.transfer, *self.inputs, *self.outputs, *self.spare_outputs
         for buffer in (*device, *self.host_inputs, *self.host_outputs):

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sanrt.cli.panels import panel
-from sanrt.errors import ModelError, UsageError
+from sanrt.errors import ModelError
 from sanrt.extras import extra
+from sanrt.files import write_whole
 from sanrt.model.spec import Precision
 
 if TYPE_CHECKING:
@@ -114,7 +115,4 @@ def print_location(console: Console, picture: str, location: Location) -> None:
 
 def write_json(path: Path, validation: Validation) -> None:
     """Every figure, to a file."""
-    try:
-        path.write_text(json.dumps(validation.to_json(), indent=2) + "\n")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another place for --json") from error
+    write_whole(path, (json.dumps(validation.to_json(), indent=2) + "\n").encode(), "choose another place for --json")

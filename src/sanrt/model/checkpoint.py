@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from sanrt.errors import CheckpointError, first_line
+from sanrt.files import write_whole
 from sanrt.model.san import SAN
 from sanrt.model.spec import SCALES, Architecture
 
@@ -109,14 +110,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def save_checkpoint(path: Path, net: SAN, origin: str, dtype: torch.dtype = torch.float16) -> None:
-    """Write a network as sanrt safetensors; raises CheckpointError if `dtype` cannot hold a weight."""
+    """Write a network as sanrt safetensors; raises CheckpointError if `dtype` cannot hold a weight, or FileError."""
     tensors = {name: t.detach().to(dtype).contiguous() for name, t in net.state_dict().items()}
     for name, t in tensors.items():
         if not t.isfinite().all():
             raise CheckpointError(f"{path}: {name} does not fit {dtype}; save it as torch.float32")
     arch = net.arch
     settings = {"value_range": arch.value_range, "sqrt_iterations": arch.sqrt_iterations, "origin": origin}
-    save_file(tensors, path, {"sanrt": json.dumps(settings)})
+    write_whole(path, save(tensors, {"sanrt": json.dumps(settings)}))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sanrt.errors import BuildError, ModelError, UsageError
+from sanrt.errors import FileError, ModelError, UsageError
 from sanrt.model.spec import Architecture, ModelSpec, Precision
 from sanrt.runtime.artifacts import engines
 from sanrt.runtime.artifacts.engines import (
@@ -238,20 +238,15 @@ def test_profiles_out_of_order_are_refused():
         Profile(Size(1, 64, 64), Size(1, 32, 64), Size(1, 64, 64))
 
 
-def test_a_full_disk_leaves_nothing(model: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(path: Path, content: bytes) -> int:
-        path.touch()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(BuildError, match=r"cannot be written \(No space left on device; it needs"):
-        saved_without_model(model)
+def test_a_full_disk_leaves_nothing(model: Path, small_disk: None):
+    with pytest.raises(FileError, match=r"cannot be written \(File too large\); it needs 0 MiB; choose .* -o"):
+        saved_without_model(model, bytes(5000))
     assert [p.name for p in model.parent.iterdir()] == [model.name]
 
 
-def saved_without_model(model: Path) -> None:
+def saved_without_model(model: Path, plan: bytes = b"plan") -> None:
     identity = Identity("1" * 64, RTX, "9.9", "sm89", "0.1")
-    save_engine(EngineInfo(model.with_name("e.engine"), SPEC, model.name, identity, 4, "2" * 64, PROOF), b"plan")
+    save_engine(EngineInfo(model.with_name("e.engine"), SPEC, model.name, identity, len(plan), "2" * 64, PROOF), plan)
 
 
 def test_engines_are_described_without_tensorrt_torch_or_onnx(model: Path):

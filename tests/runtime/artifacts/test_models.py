@@ -9,9 +9,14 @@ from sanrt.errors import ModelError
 from sanrt.runtime.artifacts.models import onnx_metadata, read_spec
 
 
+def metadata_of(path):
+    with path.open("rb") as file:
+        return onnx_metadata(file, str(path))
+
+
 def test_the_metadata_is_what_onnx_reads(tiny_model):
     path = tiny_model(scale=3)
-    assert onnx_metadata(path) == {p.key: p.value for p in onnx.load(path).metadata_props}
+    assert metadata_of(path) == {p.key: p.value for p in onnx.load(path).metadata_props}
     assert read_spec(path).architecture.scale == 3
 
 
@@ -20,7 +25,7 @@ def test_values_of_any_length_and_alphabet_survive(tmp_path):
     metadata = {"empty": "", "long": "x" * 70000, "größe": "…", "": "no key"}
     onnx.helper.set_model_props(model, metadata)
     onnx.save(model, tmp_path / "m.onnx")
-    assert onnx_metadata(tmp_path / "m.onnx") == metadata
+    assert metadata_of(tmp_path / "m.onnx") == metadata
 
 
 def test_every_cut_of_a_file_is_an_error_or_lacks_what_was_cut(tiny_model, tmp_path):

@@ -14,14 +14,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sanrt.errors import BackendError, ModelError, OutOfMemoryError
+from sanrt import files
+from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.export.onnx import ExportOptions, export_onnx
 from sanrt.export.scene import natural_scene
 from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
 from sanrt.model.exported import read_model
 from sanrt.model.graph import san_model
-from sanrt.model.spec import Precision, Quantisation, QuantisedType
+from sanrt.model.spec import GraphOptions, Precision, Quantisation, QuantisedType
 from sanrt.runtime import host as machine
+from sanrt.runtime.artifacts import variants
+from sanrt.runtime.artifacts.variants import derived_model, derived_weights
 from sanrt.runtime.backends import registry as backends
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions
 from sanrt.runtime.backends.registry import AUTO_ORDER, BACKENDS, load_unguarded, status
@@ -152,15 +155,69 @@ def test_native_s_maps_do_not_pile_up_over_pictures_of_many_sizes(tiny_model):
         assert len(set(held)) == 1
 
 
-def test_a_damaged_file_of_weights_is_told(tiny_model, tmp_path):
+def test_a_damaged_file_of_weights_is_made_again(tiny_model, tmp_path):
     model = tmp_path / "san_x2.onnx"
     model.write_bytes(tiny_model().read_bytes())
     with loaded("native", model):
         pass
     (weights,) = (tmp_path / ".derived").glob("*.npz")
-    weights.write_bytes(weights.read_bytes()[:999])
-    with pytest.raises(ModelError, match=r"damaged .*; remove it"), loaded("native", model):
+    content = weights.read_bytes()
+    weights.write_bytes(content[:999])
+    with loaded("native", model):
         pass
+    assert weights.read_bytes() == content
+
+
+def test_threads_that_load_a_new_model_at_once_all_get_it(tiny_model, tmp_path):
+    model = tmp_path / "san_x2.onnx"
+    model.write_bytes(tiny_model().read_bytes())
+    pixels = picture(1, 3, 8, 8)
+
+    def result(_):
+        with loaded("onnxruntime", model) as backend:
+            return backend.infer(pixels)
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(result, range(4))
+    assert all(np.array_equal(first, other) for other in others)
+    assert len(list((tmp_path / ".derived").iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_a_model_in_a_folder_that_cannot_be_written_keeps_its_variants_in_the_cache_folder(
+    name, tiny_model, tmp_path, monkeypatch
+):
+    model = tmp_path / "san_x2.onnx"
+    model.write_bytes(tiny_model().read_bytes())
+    (tmp_path / ".derived").touch()  # no folder can be made there, not even by root
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with loaded(name, model) as backend:
+        backend.infer(picture(1, 3, 8, 8))
+    kept = [path.name for path in (tmp_path / "cache" / "sanrt" / "derived").iterdir()]
+    assert any(each.startswith("san_x2-") for each in kept)
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_a_model_runs_where_nothing_can_be_written(name, tiny_model, tmp_path, monkeypatch):
+    model = tmp_path / "san_x2.onnx"
+    model.write_bytes(tiny_model().read_bytes())
+    (tmp_path / ".derived").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".derived"))
+    with loaded(name, model) as backend:
+        backend.infer(picture(1, 3, 8, 8))
+        backend.stages().run("head", picture(1, 3, 8, 8), np.array([0, 0, 8, 8]))
+
+
+def test_another_graph_writer_makes_variants_anew(tiny_model, tmp_path, monkeypatch):
+    model = tmp_path / "san_x2.onnx"
+    model.write_bytes(tiny_model().read_bytes())
+    derived_model(model, GraphOptions())
+    derived_weights(model)
+    monkeypatch.setattr(variants, "source_digest", lambda *packages: f"changed {packages}")
+    monkeypatch.setattr(variants, "made_of", lambda model, content: b"by the changed writer")
+    assert derived_model(model, GraphOptions()) == b"by the changed writer"
+    with pytest.raises(ValueError, match="pickle"):  # not the weights that were kept
+        derived_weights(model)
 
 
 def test_the_earlier_name_of_a_backend_works_and_says_so_in_one_line(tiny_model, caplog):
@@ -366,23 +423,23 @@ def test_the_trial_is_made_once_and_bf16_runs_when_it_pays(openvino_module, tiny
 
     monkeypatch.setattr(machine, "cpu_features", lambda: ("AMX-BF16",))
     monkeypatch.setattr(openvino_module, "measured", measured)
-    monkeypatch.setattr(openvino_module, "compiled", lambda graph, precision, options: precision)
+    monkeypatch.setattr(openvino_module, "compiled", lambda graph, model, precision, options: precision)
     monkeypatch.setattr(openvino_module, "warm_up", lambda request, shape: None)
     for _ in range(2):
         with load_unguarded("openvino", model, RunOptions(threads=1)) as backend:
             assert backend.spec.precision is backend.request is Precision.BF16
     assert len(trials) == 1
-    (kept,) = (tmp_path / ".derived").glob("*openvino*.json")
-    kept.write_text("{")
+    (path,) = (tmp_path / ".derived").glob("*openvino*.json")
+    path.write_text("{")
     load_unguarded("openvino", model, RunOptions(threads=1)).close()
     assert len(trials) == 2
-    assert json.loads(kept.read_text())["psnr"] == 60.0
+    assert json.loads(files.kept([path.parent], path.name))["psnr"] == 60.0
 
 
 def test_the_trial_measures_both_precisions(openvino_module, tiny_model):
     graph = tiny_model()
     try:
-        trial = openvino_module.measured(graph, ONE_THREAD, 255.0)
+        trial = openvino_module.measured(graph.read_bytes(), graph, ONE_THREAD)
     except BackendError as error:
         pytest.skip(str(error))
     assert trial.fp32_seconds > 0

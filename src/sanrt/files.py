@@ -1,0 +1,163 @@
+"""Files on disk: written whole or not at all, kept where they only spare work, and identified by their content."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
+
+from sanrt.errors import FileError, ModelError
+
+log = logging.getLogger(__name__)
+
+LEFTOVERS = ".*.sanrt-*.partial"
+"""Files that a killed process left half-written."""
+SOURCES = (".py", ".cu", ".cuh")
+SEAL = hashlib.sha256().digest_size
+"""Bytes of the digest at the beginning of a kept file: damaged code, or a damaged model, would be wrong without a word."""
+
+
+@contextmanager
+def replacing(path: Path, remedy: str = "choose another place") -> Iterator[IO[bytes]]:
+    """A new file beside `path`, open for writing, which takes its place if the body succeeds and is removed if not.
+
+    Its name belongs to this call alone, whatever other threads and processes write to `path`. It is locked while its
+    writer lives, so that `remove_leftovers` spares it. Raises FileError, ending in `remedy`, when it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished, file = locked_file(path)
+        with file:
+            try:
+                yield file
+                file.flush()
+                unfinished.replace(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
+
+
+def locked_file(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new empty file beside `path`, under a name of its own, and locked."""
+    while True:
+        unfinished = path.with_name(f".{path.name[:50]}.sanrt-{secrets.token_hex(8)}.partial")
+        file = unfinished.open("xb+")
+        with suppress(OSError):  # file systems without locks, where `remove_leftovers` gets none either
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return unfinished, file
+        file.close()  # taken for a leftover and removed between the two calls
+
+
+def write_whole(path: Path, content: bytes | memoryview, remedy: str = "choose another place") -> None:
+    """Write a file so that others see all of it or what was there before; FileError, ending in `remedy`, if that fails."""
+    remove_leftovers(path.parent)
+    with replacing(path, remedy) as file:
+        file.write(content)
+
+
+def require_writable(path: Path, remedy: str = "choose another place") -> None:
+    """Raise FileError, ending in `remedy`, where a file cannot be written, before the work that it is for."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished, file = locked_file(path)
+        with file:
+            unfinished.unlink()
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what killed processes left half-written in `folder` (not below); files whose writer lives are spared.
+
+    Returns what was removed.
+    """
+    removed = []
+    for leftover in folder.glob(LEFTOVERS):
+        with suppress(OSError), open(leftover, "rb", opener=without_waiting) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+                removed.append(leftover)
+    return removed
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """An `opener` that does not wait for the other end of a named pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def cache_folder() -> Path:
+    """sanrt's part of the user's cache folder: `sanrt` in $XDG_CACHE_HOME, or in ~/.cache; all of it may be deleted."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")  # noqa: PTH111, PTH118
+    return Path(home) / "sanrt"
+
+
+def cached_file(folders: Sequence[Path], name: str, make: Callable[[], bytes]) -> bytes:
+    """What an earlier call kept as `name` in one of these folders, else what `make` returns, which is kept now.
+
+    `name` must identify the content, the code that makes it included.
+    """
+    content = kept(folders, name)
+    if content is None:
+        content = make()
+        keep(folders, name, content)
+    return content
+
+
+def kept(folders: Sequence[Path], name: str) -> bytes | None:
+    """What `keep` wrote into the first of these folders that has it; None where none has, or it was damaged since."""
+    for folder in folders:
+        with suppress(OSError):
+            sealed = (folder / name).read_bytes()
+            if hashlib.sha256(sealed[SEAL:]).digest() == sealed[:SEAL]:
+                return sealed[SEAL:]
+    return None
+
+
+def keep(folders: Sequence[Path], name: str, content: bytes) -> None:
+    """Write what only spares work, its SHA-256 before it, to the first of these folders that can be written.
+
+    Where none can, nothing is kept, and the work is done again next time.
+    """
+    for folder in folders:
+        try:
+            return write_whole(folder / name, hashlib.sha256(content).digest() + content)
+        except FileError as error:
+            log.debug("%s", error)
+    return None
+
+
+def file_digest(path: Path, remedy: str = "make a model with `sanrt export --scale 4`") -> str:
+    """SHA-256 of a file, as hex; raises ModelError, ending in `remedy`, when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+
+
+@cache
+def source_digest(*packages: str) -> str:
+    """SHA-256 over the source of these packages, as hex, by which what they made is known to be made by other code.
+
+    The version number is not enough: it stays the same in a checkout.
+    """
+    digest = hashlib.sha256()
+    for package in packages:
+        spec = find_spec(package)
+        assert spec
+        for folder in spec.submodule_search_locations or ():
+            for path in sorted(path for path in Path(folder).rglob("*") if path.suffix in SOURCES):
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

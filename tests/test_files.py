@@ -1,0 +1,159 @@
+"""Files are written whole or not at all, and what is kept to spare work is never taken for something else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from sanrt import files
+from sanrt.errors import FileError
+from sanrt.files import cached_file, keep, kept, remove_leftovers, replacing, require_writable, source_digest, write_whole
+
+
+def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path, small_disk):
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"before")
+    with pytest.raises(FileError, match=r"a\.onnx: cannot be written \(File too large\); free some space$"):
+        write_whole(path, bytes(5000), "free some space")
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {"a.onnx": b"before"}
+
+
+def test_an_interrupt_while_writing_leaves_what_was_there_and_nothing_else(tmp_path):
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"before")
+
+    def interrupted():
+        with replacing(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {"a.onnx": b"before"}
+
+
+def test_threads_that_write_one_file_at_once_do_not_meet(tmp_path):
+    contents = [bytes([n]) * 100_000 for n in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda content: write_whole(tmp_path / "new" / "a.onnx", content), contents))
+    assert [each.name for each in (tmp_path / "new").iterdir()] == ["a.onnx"]
+    assert (tmp_path / "new" / "a.onnx").read_bytes() in contents
+
+
+def test_names_of_any_length_can_be_written(tmp_path):
+    path = tmp_path / ("ü" * 127)
+    write_whole(path, b"content")
+    assert path.read_bytes() == b"content"
+
+
+def test_the_next_write_removes_what_a_killed_one_left_and_spares_what_is_being_written(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from sanrt.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as file:\n    print('open', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "a.onnx"], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        write_whole(tmp_path / "b.onnx", b"meanwhile")
+        assert len(list(tmp_path.iterdir())) == 2
+        process.kill()
+    assert len(list(tmp_path.iterdir())) == 2
+    write_whole(tmp_path / "b.onnx", b"after")
+    assert [each.name for each in tmp_path.iterdir()] == ["b.onnx"]
+
+
+def test_a_named_pipe_called_like_a_leftover_does_not_stop_anybody(tmp_path):
+    os.mkfifo(tmp_path / ".a.sanrt-b.partial")
+    write_whole(tmp_path / "a.onnx", b"content")
+    assert (tmp_path / ".a.sanrt-b.partial").is_fifo()
+
+
+def test_a_file_that_is_swept_away_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    lock, removed = files.fcntl.flock, []
+
+    def late(file, how):
+        if not removed:
+            (path,) = tmp_path.iterdir()
+            path.unlink()
+            removed.append(path)
+        lock(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    write_whole(tmp_path / "a.onnx", b"content")
+    assert removed
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {"a.onnx": b"content"}
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match=r"cannot be written \((File exists|Not a directory)\); choose another place"):
+        require_writable(tmp_path / "file" / "a.onnx")
+    require_writable(tmp_path / "new" / "a.onnx")
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_what_is_kept_is_made_once(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return b"content"
+
+    for _ in range(3):
+        assert cached_file([tmp_path / "a", tmp_path / "b"], "name", make) == b"content"
+    assert len(made) == 1
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_replaced_by_the_next_and_the_last_by_memory(tmp_path):
+    (tmp_path / "file").touch()
+    keep([tmp_path / "file" / "a", tmp_path / "b"], "name", b"content")
+    assert kept([tmp_path / "file" / "a", tmp_path / "b"], "name") == b"content"
+    assert cached_file([tmp_path / "file" / "a"], "name", lambda: b"made") == b"made"
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: content[:-1] + b"?"])
+def test_damage_to_a_kept_file_is_seen_and_it_is_made_again(tmp_path, damage):
+    keep([tmp_path], "name", b"content")
+    path = tmp_path / "name"
+    path.write_bytes(damage(path.read_bytes()))
+    assert kept([tmp_path], "name") is None
+    assert cached_file([tmp_path], "name", lambda: b"again") == b"again"
+    assert kept([tmp_path], "name") == b"again"
+
+
+def test_without_a_home_folder_nothing_is_kept(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "none"))
+    assert files.cache_folder() == tmp_path / "file" / "none" / ".cache" / "sanrt"
+    assert cached_file([files.cache_folder()], "name", lambda: b"made") == b"made"
+
+
+def test_a_digest_of_source_changes_with_the_source_alone(tmp_path, monkeypatch):
+    folder = tmp_path / "somebody"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "a.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def digest():
+        source_digest.cache_clear()
+        return source_digest("somebody")
+
+    before = digest()
+    (folder / "notes.txt").write_text("no source")
+    assert digest() == before
+    (folder / "a.py").write_text("x = 2\n")
+    assert digest() != before
+    source_digest.cache_clear()
+
+
+def test_leftovers_of_other_kinds_stay(tmp_path):
+    for name in ("a.partial", ".a.partial", "a.sanrt-1.partial"):
+        (tmp_path / name).touch()
+    assert remove_leftovers(tmp_path) == []
