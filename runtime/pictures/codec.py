@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sanrt.errors import PictureError
-from sanrt.runtime.pictures import jpeg
+from sanrt.runtime.pictures import jpeg, tiff
 from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.kinds import kind_of_content
 from sanrt.runtime.pictures.provenance import Provenance, seal
 from sanrt.runtime.pictures.scratch import ScratchPicture
 
@@ -39,6 +40,8 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
 _KEPT = ("icc-profile-data", "exif-data", "xmp-data", "iptc-data")
 _PIECE_ROWS = 64
+_COLOURS = {"b-w": 1, "grey16": 1, "srgb": 3, "rgb": 3, "rgb16": 3, "cmyk": 4}
+"""Channels of the colour spaces that are read."""
 _READING = Lock()
 _OPTIMISED_PIXELS = 20_000_000
 _UNKNOWN_RESOLUTION, _SCREEN_RESOLUTION = 1.0, 72 / 25.4
@@ -191,6 +194,8 @@ def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> SourcePicture:
     form = Format.of_content(head)
     if form is None:
         raise PictureError(f"{path}: {_unknown(head)}; expected {', '.join(form.upper() for form in Format)}")
+    if form is Format.TIFF:
+        tiff.check(path)
     with _reading(path, f"damaged {form.upper()} file"):
         image = _loaded(path, form)
         _check_header(path, image, max_pixels)
@@ -208,6 +213,8 @@ def _head(path: Path) -> bytes:
 
 
 def _unknown(head: bytes) -> str:
+    if kind := kind_of_content(head):
+        return f"{kind.name}, which sanrt does not read"
     return "unknown content, no picture that sanrt reads" if head else "empty file"
 
 
@@ -272,7 +279,10 @@ def _loaded(path: Path, form: Format) -> pyvips.Image:
         return load(_vips().Source.new_from_file(os.fsencode(path)), access=access, fail_on=fail_on)
 
     image = opened("sequential")
-    return image if _orientation(image) in (1, 2) else opened("random")
+    image = image if _orientation(image) in (1, 2) else opened("random")
+    if form is Format.TIFF and (more := image.bands - _COLOURS.get(image.interpretation, image.bands)) > 0:
+        return image.extract_band(0, n=image.bands - more + tiff.first_extra_is_opacity(path))
+    return image
 
 
 def _orientation(image: pyvips.Image) -> int:
@@ -288,8 +298,7 @@ def _check_header(path: Path, image: pyvips.Image, max_pixels: int) -> None:
         )
     if image.format not in ("uchar", "ushort"):
         raise PictureError(f"{path}: samples are {image.format}; expected 8 or 16 bit unsigned, convert it to 16 bit first")
-    colours = image.bands - image.hasalpha()
-    if colours != {"b-w": 1, "grey16": 1, "srgb": 3, "rgb": 3, "rgb16": 3, "cmyk": 4}.get(image.interpretation):
+    if image.bands - image.hasalpha() != _COLOURS.get(image.interpretation):
         raise PictureError(f"{path}: {image.interpretation} with {image.bands} channels; expected grey, RGB or CMYK")
 
 
@@ -343,6 +352,8 @@ def _notes(path: Path, form: Format, image: pyvips.Image) -> Iterator[str]:
         yield f"only the first of its {pages} frames"
     if image.interpretation == "cmyk":
         yield "CMYK converted to sRGB"
+    if form is Format.TIFF and (more := tiff.other_channels(path)):
+        yield f"left out: channels that are neither colours nor transparency ({more})"
     if form.written_as is not form:
         yield f"{form.upper()} is written as {form.written_as.upper()}"
 

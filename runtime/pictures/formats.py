@@ -24,9 +24,10 @@ class Format(StrEnum):
 
     @classmethod
     def of_content(cls, head: bytes) -> Format | None:
-        """The format that a file starting with these bytes (32 suffice) has; None if it is no supported picture."""
+        """The format that a file starting with these bytes (256 suffice) has; None if it is no supported picture."""
         if head[4:8] == b"ftyp":
-            return cls.AVIF
+            brands = [head[at : at + 4] for at in range(8, min(len(head), int.from_bytes(head[:4], "big")), 4)]
+            return cls.AVIF if {b"avif", b"avis"} & {*brands} else None
         if head[:4] == b"RIFF":
             return cls.WEBP if head[8:12] == b"WEBP" else None
         return next((form for magic, form in _MAGIC.items() if head.startswith(magic)), None)

@@ -188,6 +188,6 @@ def _format_of_content(path: Path) -> Format:
     """By the first bytes; PNG where they tell nothing, which opening the file will report."""
     try:
         with path.open("rb") as file:
-            return Format.of_content(file.read(32)) or Format.PNG
+            return Format.of_content(file.read(256)) or Format.PNG
     except OSError:
         return Format.PNG

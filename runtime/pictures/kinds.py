@@ -1,0 +1,58 @@
+"""Picture files that sanrt does not read itself, called what they are."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file that people take for a picture."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    """File name endings, in lower case."""
+    magic: bytes | None = None
+    """Regular expression of the first bytes; None if they do not tell."""
+
+
+KINDS = (
+    Kind("HEIC", (".heic", ".heif", ".hif"), rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)"),
+    Kind("raw photograph", (".cr3",), rb".{4}ftypcrx |FUJIFILMCCD-RAW|IIU\0|II(RO|RS)|.{8}CR\x02\0"),
+    Kind("raw photograph", (".dng", ".cr2", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".3fr", ".raw")),
+    Kind("video", (), rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI "),
+    Kind("JPEG 2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf"), rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
+    Kind("JPEG XL", (".jxl",), rb"\xff\x0a|\0\0\0\x0cJXL "),
+    Kind("JPEG XR", (".jxr", ".wdp", ".hdp"), rb"II\xbc\x01"),
+    Kind("BMP", (".bmp", ".dib"), rb"BM.{4}\0\0\0\0"),
+    Kind("TGA", (".tga",)),
+    Kind("Photoshop file", (".psd", ".psb"), rb"8BPS"),
+    Kind("OpenEXR", (".exr",), rb"\x76\x2f\x31\x01"),
+    Kind("Radiance HDR", (".hdr",), rb"#\?(RADIANCE|RGBE)"),
+    Kind("PNM", (".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm"), rb"P[1-7Ff]\s"),
+    Kind("QOI", (".qoi",), rb"qoif"),
+    Kind("DDS", (".dds",), rb"DDS "),
+    Kind("icon", (".ico", ".cur"), rb"\0\0\x01\0"),
+    Kind("SVG", (".svg", ".svgz"), rb"\s*(<\?xml|<svg)"),
+    Kind("PDF", (), rb"%PDF-"),
+)
+
+
+def kind_of_content(head: bytes) -> Kind | None:
+    """The kind of a file that begins so."""
+    return next((kind for kind in KINDS if kind.magic and re.match(kind.magic, head, re.DOTALL)), None)
+
+
+def kind_of_suffix(path: Path) -> Kind | None:
+    """The kind that a file name stands for."""
+    return next((kind for kind in KINDS if path.suffix.lower() in kind.suffixes), None)
+
+
+def counted(paths: Iterable[Path]) -> str:
+    """How many files there are of which kind: `2 HEIC, 1 BMP`; empty if there are none."""
+    counts = Counter(kind.name for path in paths if (kind := kind_of_suffix(path)))
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
