@@ -37,6 +37,7 @@ from sanrt.runtime.pictures.jobs import Job, Replaceable
 from sanrt.runtime.pictures.provenance import SourceIdentity, identify
 from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.pictures.storage import RemotePath, delivered, fetched, scratch_folder
+from sanrt.runtime.pictures.transparency import fill_hidden
 from sanrt.runtime.runs.results import Recipe, appeared
 from sanrt.runtime.tiling.options import Tiling
 from sanrt.runtime.tiling.plan import PAPER_REGIONS, TilingPlan
@@ -182,6 +183,8 @@ def read(job: Job, runner: NetworkRunner, options: PipelineOptions, listener: Li
         streams = plan.tiling is Tiling.EXACT
         rgb = None if streams else source.rgb()
         alpha = source.alpha() if source.info.alpha and not streams else None
+        if rgb is not None and alpha is not None and not runner.options.keep_hidden:
+            rgb = fill_hidden(rgb, alpha)
         notes = source.info.notes + output.notes
         return Loaded(job, identity, output, rgb, alpha, notes, plan, {"read": since(started)})
 

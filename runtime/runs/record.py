@@ -76,13 +76,17 @@ class Entry:
     """SHA-256 of the TensorRT engine that ran the model, where one did."""
     recipe: Mapping[str, Any] | None = None
     """What the output says of its making, beside its source; None in records of a sanrt that wrote nothing of it."""
+    keep_hidden: bool = False
+    """Whether colours under full transparency were kept."""
 
     def upscaling(self) -> UpscaleOptions:
         """What makes the same choices again."""
         tiling = Tiling(self.tiling)
         tile = None if tiling is Tiling.WHOLE else self.tile
         overlap = self.overlap if tiling is Tiling.OVERLAP else None
-        return UpscaleOptions(tile, overlap, self.self_ensemble, tiling, self.regions, self.memory)
+        return UpscaleOptions(
+            tile, overlap, self.self_ensemble, tiling, self.regions, self.memory, keep_hidden=self.keep_hidden
+        )
 
     def loading(self) -> RunOptions:
         """How the model was loaded."""
@@ -152,6 +156,7 @@ class Recorder:
             seconds=outcome.seconds,
             engine_digest=backend.engine_digest,
             recipe=asdict(self.recipe),
+            keep_hidden=self.upscaling.keep_hidden,
         )
 
 

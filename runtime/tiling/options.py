@@ -48,6 +48,8 @@ class UpscaleOptions:
     """Bytes of the host's memory that the process should stay below; None leaves it a share of what is free."""
     scratch: Path | None = None
     """Folder of the scratch files; None is that of the result, or the system's (TMPDIR) for pictures in memory."""
+    keep_hidden: bool = False
+    """Keep the colours under full transparency, instead of those of the nearest visible pixels."""
 
     def __post_init__(self) -> None:
         if self.tile is not None and self.tile < 16:

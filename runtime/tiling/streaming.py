@@ -7,7 +7,7 @@ tiles' means and scatters, the keys and values of a whole region gathered before
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from sanrt.model.contract import HEAD_HALO, JOIN_HALO, TAIL_HALO, Moments
 from sanrt.model.spec import Architecture, ModelSpec
 from sanrt.runtime.backends.protocol import FeatureMap, Stages
 from sanrt.runtime.pictures.codec import SourcePicture
+from sanrt.runtime.pictures.transparency import distances, spread_down, spread_sideways
 from sanrt.runtime.tiling.featuremaps import FeatureStore
 
 MAX_PAIRS = 2**26
@@ -182,10 +183,33 @@ class MapSource:
         return scaled
 
 
-def decoded(source: SourcePicture, store: FeatureStore, value_range: float) -> MapSource:
-    """All pixels of a picture file, in a map: tiles want them in no order that a decoder could follow."""
+def decoded(source: SourcePicture, store: FeatureStore, value_range: float, keep_hidden: bool = False) -> MapSource:
+    """All pixels of a picture file, in a map: tiles want them in no order that a decoder could follow.
+
+    Unless they are kept, colours under full transparency are those of the nearest visible pixels, as in `fill_hidden`.
+    """
     info = source.info
     pixels = store.new(3, info.height, info.width, info.dtype)
-    for rows in Box(0, 0, info.height, info.width).grid(-(-info.height // STRIP_ROWS), 1):
-        pixels.write(rows, source.rgb(rows.top, rows.height).transpose(2, 0, 1)[None])
+    strips = list(Box(0, 0, info.height, info.width).grid(-(-info.height // STRIP_ROWS), 1))
+    away = store.new(1, info.height, info.width, np.uint16) if info.alpha and not keep_hidden else None
+    above = None
+    for rows in strips:
+        colours = source.rgb(rows.top, rows.height)
+        if away:
+            distance = distances(source.alpha(rows.top, rows.height))
+            above = spread_down(colours, distance, above)
+            away.write(rows, distance[None, None])
+        pixels.write(rows, colours.transpose(2, 0, 1)[None])
+    if away:
+        spread_up(pixels, away, strips)
     return MapSource(pixels, (info.height, info.width), np.float32(value_range / np.iinfo(info.dtype).max))
+
+
+def spread_up(pixels: FeatureMap, away: FeatureMap, strips: Sequence[Box]) -> None:
+    """Spread colours from the last strip to the first one, and sideways; `away` holds the distances."""
+    below = None
+    for rows in reversed(strips):
+        colours, distance = pixels.read(rows)[0].transpose(1, 2, 0), away.read(rows)[0, 0]
+        below = spread_down(colours[::-1], distance[::-1], below)
+        spread_sideways(colours, distance)
+        pixels.write(rows, np.ascontiguousarray(colours.transpose(2, 0, 1)[None]))

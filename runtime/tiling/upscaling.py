@@ -166,7 +166,7 @@ class NetworkRunner:
 
             stages = self.backend.stages()
             with self.feature_store(stages, plan, folder) as store:
-                pixels = decoded(source, store, value_range)
+                pixels = decoded(source, store, value_range, self.options.keep_hidden)
 
                 def part_done(share: float) -> None:
                     progress(share / passes)

@@ -16,6 +16,7 @@ from sanrt.runtime.backends.default_variant import load_default
 from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.pictures.transparency import fill_hidden
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.plan import PAPER_REGIONS
 from sanrt.runtime.tiling.upscaling import upscale
@@ -52,18 +53,20 @@ class Upscaler:
         self_ensemble: bool = False,
         tiling: str = Tiling.AUTO,
         regions: int | None = None,
+        keep_hidden: bool = False,
     ) -> Self:
         """A scale (2, 3, 4 or 8), meaning what `sanrt export` wrote into the folder `models`, or a model's path.
 
         Pictures larger than `tile` (by default those that do not fit the memory) are cut as `tiling` says: `auto`, `whole`,
         `exact` or `overlap`; `overlap` is in pixels. `regions` is the k of the k x k attention regions, by default chosen by
         a picture's size; `self_ensemble` averages over the 8 flips and rotations (SAN+, section 4 of the paper).
+        Colours under full transparency are those of the nearest visible pixels, unless `keep_hidden` (for textures).
         Raises ModelError when the model is missing or damaged, BackendError when the backend cannot run here, UsageError
         for options that make no sense.
         """
         if tiling not in list(Tiling):
             raise UsageError(f"tiling {tiling!r}: expected {', '.join(Tiling)}")
-        options = UpscaleOptions(tile, overlap, self_ensemble, Tiling(tiling), regions)
+        options = UpscaleOptions(tile, overlap, self_ensemble, Tiling(tiling), regions, keep_hidden=keep_hidden)
         run_options = RunOptions(threads=threads, device=device, regions=regions or PAPER_REGIONS)
         path = find_model(Path(models), model) if isinstance(model, int) else Path(model)
         automatic = isinstance(model, int) and backend == "auto"
@@ -119,7 +122,10 @@ class Upscaler:
             return rounded(colours.mean(axis=2, dtype=np.float64), picture.dtype)
         if picture.shape[2] == 3:
             return self.rgb(picture)
-        return np.dstack([self.rgb(picture[..., :3]), self.opacity(picture[..., 3])])
+        colours, alpha = picture[..., :3], picture[..., 3]
+        if not self.options.keep_hidden:
+            colours = fill_hidden(colours, alpha)
+        return np.dstack([self.rgb(colours), self.opacity(alpha)])
 
     def rgb(self, picture: Picture) -> Picture:
         """(H, W, 3) through the network."""

@@ -123,6 +123,13 @@ def run(
     quality: Annotated[int | None, typer.Option(min=1, max=100, help="Of JPEG, WebP and AVIF.")] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="WebP and AVIF without loss.")] = False,
     flatten: Annotated[str | None, typer.Option(help="Lay transparency onto white, black or #rrggbb.")] = None,
+    keep_hidden_colours: Annotated[
+        bool,
+        typer.Option(
+            "--keep-hidden-colours",
+            help="Under full transparency (textures of games); else they are the nearest visible ones.",
+        ),
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the network; all if left out.")] = None,
     device: Annotated[int, typer.Option(min=0, help="Number of the GPU.")] = 0,
     record: Annotated[Path | None, typer.Option(help="Append a line per result to this file, for `sanrt verify`.")] = None,
@@ -156,7 +163,15 @@ def run(
     from sanrt.runtime.tiling.upscaling import NetworkRunner
 
     k = region_count(regions)
-    upscaling = UpscaleOptions(tile, overlap, self_ensemble, tiling, k, parse_memory(memory) if memory else None)
+    upscaling = UpscaleOptions(
+        tile,
+        overlap,
+        self_ensemble,
+        tiling,
+        k,
+        parse_memory(memory) if memory else None,
+        keep_hidden=keep_hidden_colours,
+    )
     choice = ModelChoice(model, models, scale, backend, RunOptions(threads=threads, precision=precision, device=device))
     encoding = Encoding(quality, lossless, colour(flatten) if flatten else None)
     naming = Naming(suffix, format)

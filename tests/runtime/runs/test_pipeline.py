@@ -20,7 +20,7 @@ from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.pipeline import Failed, Finished, Opened, PipelineOptions, Planned, Skipped, Written
 from sanrt.runtime.runs.results import Recipe, sort_out
-from sanrt.runtime.tiling.options import Tiling
+from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.plan import TilingPlan
 
 RECIPE = Recipe(2, "a network that doubles")
@@ -35,7 +35,7 @@ class Runner:
     """Stands in for a NetworkRunner: pictures as a whole by `enlarge`, or streamed and doubled, as `tiling` says."""
 
     def __init__(self, enlarge=double, tiling: Tiling = Tiling.WHOLE) -> None:
-        self.enlarge, self.plan = enlarge, TilingPlan(tiling, 16, 2)
+        self.enlarge, self.plan, self.options = enlarge, TilingPlan(tiling, 16, 2), UpscaleOptions(keep_hidden=True)
 
     def decide(self, info):
         return self.plan
