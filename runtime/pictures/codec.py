@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sanrt.errors import PictureError
-from sanrt.runtime.pictures import jpeg, tiff
+from sanrt.runtime.pictures import jpeg, metadata, tiff
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.kinds import kind_of_content
 from sanrt.runtime.pictures.provenance import Provenance, seal
@@ -38,8 +38,8 @@ MAX_SIDE = 1_000_000
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
-_KEPT = ("icc-profile-data", "exif-data", "xmp-data", "iptc-data")
 _PIECE_ROWS = 64
+_LOSSLESS = (Format.PNG, Format.TIFF, Format.GIF)
 _COLOURS = {"b-w": 1, "grey16": 1, "srgb": 3, "rgb": 3, "rgb16": 3, "cmyk": 4}
 """Channels of the colour spaces that are read."""
 _READING = Lock()
@@ -70,7 +70,7 @@ class PictureInfo:
     resolution: tuple[float, float] = (_SCREEN_RESOLUTION, _SCREEN_RESOLUTION)
     """Pixels per millimetre, x and y."""
     metadata: Mapping[str, bytes] = field(default_factory=dict, repr=False)
-    """ICC profile, EXIF, XMP and IPTC, as stored and by libvips' names."""
+    """What a result may keep, as stored, by the names in `sanrt.runtime.pictures.metadata`."""
     notes: tuple[str, ...] = ()
     """What of the file is not taken over, one line each, for people."""
 
@@ -314,6 +314,7 @@ def _decoded(image: pyvips.Image) -> pyvips.Image:
 
 def _info(path: Path, form: Format, image: pyvips.Image) -> PictureInfo:
     turned = _orientation(image) >= 5
+    found = metadata.read(path, form, image)
     return PictureInfo(
         path,
         form,
@@ -324,17 +325,9 @@ def _info(path: Path, form: Format, image: pyvips.Image) -> PictureInfo:
         alpha=bool(image.hasalpha()),
         lossless=form is Format.WEBP and _is_lossless_webp(path),
         resolution=_resolution(image),
-        metadata=_metadata(image),
-        notes=tuple(_notes(path, form, image)),
+        metadata=found.kept,
+        notes=(*found.notes(), *_notes(path, form, image)),
     )
-
-
-def _metadata(image: pyvips.Image) -> dict[str, bytes]:
-    """What is kept; a CMYK profile is used up in the conversion."""
-    kept = {name: bytes(image.get(name)) for name in _KEPT if image.get_typeof(name)}
-    if image.interpretation == "cmyk":
-        kept.pop("icc-profile-data", None)
-    return kept
 
 
 def _resolution(image: pyvips.Image) -> tuple[float, float]:
@@ -347,9 +340,6 @@ def _resolution(image: pyvips.Image) -> tuple[float, float]:
 def _notes(path: Path, form: Format, image: pyvips.Image) -> Iterator[str]:
     if form is Format.JPEG and (reasons := dict.fromkeys(repair.reason for repair in jpeg.repairs(path))):
         yield f"read in spite of {', '.join(reasons)}: no pixel is missing"
-    pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
-    if pages > 1:
-        yield f"only the first of its {pages} frames"
     if image.interpretation == "cmyk":
         yield "CMYK converted to sRGB"
     if form is Format.TIFF and (more := tiff.other_channels(path)):
@@ -391,30 +381,33 @@ def plan_output(
     if alpha and not form.facts.alpha:
         raise PictureError(f"{path}: {form.upper()} holds no transparency, {source.path} has it; choose PNG or a background")
     wanted = bits or source.bits
+    written = min(wanted, form.facts.max_bits)
+    grey = source.grey and form.facts.grey and encoding.background is None
+    lossless = encoding.lossless or (source.lossless and form is Format.WEBP)
+    kept, losses = metadata.fitting(source.metadata, form, grey, (1 if grey else 3) + alpha, written == source.bits)
     return Output(
         path,
         form,
         width,
         height,
-        bits=min(wanted, form.facts.max_bits),
-        grey=source.grey and form.facts.grey and encoding.background is None,
+        bits=written,
+        grey=grey,
         alpha=alpha,
-        lossless=encoding.lossless or (source.lossless and form is Format.WEBP),
+        lossless=lossless,
         quality=encoding.quality or form.facts.quality or 100,
         background=encoding.background if source.alpha else None,
         resolution=source.resolution,
-        metadata=source.metadata,
-        notes=tuple(_losses(source, form, wanted)),
+        metadata=kept,
+        notes=(*losses, *_losses(source, form, wanted, lossless)),
     )
 
 
-def _losses(source: PictureInfo, form: Format, bits: int) -> Iterator[str]:
+def _losses(source: PictureInfo, form: Format, bits: int, lossless: bool) -> Iterator[str]:
     if bits > form.facts.max_bits:
         yield f"{bits}-bit samples become {form.facts.max_bits}-bit: {form.upper()} holds no more"
-    if source.grey and not form.facts.grey and "icc-profile-data" in source.metadata:
-        yield f"the grey ICC profile is not kept: {form.upper()} is written as RGB"
-    if "exif-data" in source.metadata and not form.facts.exif:
-        yield f"EXIF is not kept: libvips writes none into {form.upper()}"
+    misnamed = Format.of_suffix(source.path) not in (None, source.format)
+    if misnamed and source.format in _LOSSLESS and form not in _LOSSLESS and not lossless:
+        yield f"a lossless {source.format.upper()} is written as a lossy {form.upper()}, as its name says"
 
 
 def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | pyvips.Image | None = None) -> None:
@@ -432,8 +425,9 @@ def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | 
             except _vips().Error:
                 _raise_if_full(descriptor)
                 raise
-            if output.provenance:
-                with open(descriptor, "r+b", closefd=False) as file:
+            with open(descriptor, "r+b", closefd=False) as file:
+                metadata.put(file, output.format, output.metadata)
+                if output.provenance:
                     seal(file, output.format, output.provenance)
 
 
@@ -478,8 +472,9 @@ def _in_depth(image: pyvips.Image, sixteen: bool) -> pyvips.Image:
 def _with_metadata(image: pyvips.Image, output: Output) -> pyvips.Image:
     """The metadata, its EXIF without thumbnail and orientation; libvips itself sets the EXIF size on writing."""
     image = image.copy()
-    for name, value in output.metadata.items():
-        image.set_type(_vips().GValue.blob_type, name, value)
+    for name in metadata.BY_LIBVIPS:
+        if name in output.metadata:
+            image.set_type(_vips().GValue.blob_type, name, output.metadata[name])
     for name in image.get_fields():
         if name == "jpeg-thumbnail-data" or name.startswith("exif-ifd1"):
             image.remove(name)

@@ -64,8 +64,6 @@ class Facts:
     """Whether it holds transparency."""
     grey: bool = True
     """Whether it holds one-channel pictures."""
-    exif: bool = True
-    """Whether libvips writes EXIF into it."""
     quality: int | None = None
     """Default quality of a lossy format, 1 to 100."""
 
@@ -74,7 +72,7 @@ _FACTS = {
     Format.PNG: Facts("png", (".png",), max_side=1_000_000, max_bits=16),
     Format.JPEG: Facts("jpeg", (".jpg", ".jpeg", ".jpe", ".jfif"), max_side=65_500, alpha=False, quality=95),
     Format.WEBP: Facts("webp", (".webp",), max_side=16_383, grey=False, quality=95),
-    Format.TIFF: Facts("tiff", (".tif", ".tiff"), max_side=10_000_000, max_bits=16, exif=False),
+    Format.TIFF: Facts("tiff", (".tif", ".tiff"), max_side=10_000_000, max_bits=16),
     Format.AVIF: Facts("heif", (".avif",), max_side=16_384, max_bits=12, grey=False, quality=90),
     Format.GIF: Facts("gif", (".gif",), max_side=65_535),
 }
