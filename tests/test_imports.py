@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -111,3 +112,29 @@ def test_running_an_exported_model_loads_neither_torch_nor_onnx(tiny_model, tmp_
 def test_the_package_itself_brings_only_what_it_is_asked_for():
     done = python("import sys, sanrt; assert 'numpy' not in sys.modules; sanrt.Upscaler; assert 'torch' not in sys.modules")
     assert done.returncode == 0, done.stderr
+
+
+def test_with_the_base_install_alone_bundled_weights_upscale_and_nothing_is_written_but_the_result(tmp_path):
+    pyvips.Image.new_from_array(np.zeros((8, 8, 3), np.uint8)).write_to_file(str(tmp_path / "a.png"))
+    folder = tmp_path / "working"
+    folder.mkdir(mode=0o555)
+    beyond_base = [name for name in OPTIONAL if name not in ("llvmlite", "threadpoolctl", "safetensors")]
+    code = BLOCKED.format(blocked=beyond_base) + (
+        "\nimport importlib.metadata as m\nreal = m.version\n"
+        "def version(name):\n"
+        "    if name.startswith(('torch', 'onnx', 'openvino', 'tensorrt')): raise m.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "m.version = version\n"
+        "import sys, sanrt.cli\nsys.argv[0] = 'sanrt'\nsanrt.cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", str(tmp_path / "a.png"), str(tmp_path / "b.png")],
+        cwd=folder,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "native on CPU" in done.stdout
+    assert pyvips.Image.new_from_file(str(tmp_path / "b.png")).width == 32
+    assert not list(folder.iterdir())

@@ -71,7 +71,8 @@ class Tail:
         shift = exact["mean_out.weight"][:, :, 0, 0]
         bias = shift @ exact["tail.bias"] + exact["mean_out.bias"]
         self.last = Layer(np.einsum("po,ocij->pcij", shift, exact["tail.weight"]), bias, 1)
-        names = [n.removesuffix(".weight") for n in exact if n.startswith("upsampler.") and n.endswith(".weight")]
+        found = (n.removesuffix(".weight") for n in exact if n.startswith("upsampler.") and n.endswith(".weight"))
+        names = sorted(found, key=lambda name: int(name.rpartition(".")[2]))  # a mapping from a file may be in any order
         self.enlarging = [
             Layer(exact[f"{n}.weight"], exact[f"{n}.bias"], round((len(exact[f"{n}.bias"]) / channels) ** 0.5))
             for n in names

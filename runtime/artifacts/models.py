@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sanrt.errors import ModelError
+from sanrt.model.bundled import FOLDER as BUNDLED_FOLDER
+from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
+from sanrt.model.bundled import bundled_checkpoint, read_weights
 from sanrt.model.spec import ModelSpec, QuantisedType
 
 MODELS = Path("models")
@@ -26,7 +29,7 @@ REMEDY = "make a model with `sanrt export --scale 4`"
 
 
 def exported_path(models: Path, scale: int | None = None) -> Path:
-    """The model that every command takes where none is named: that of the bundled weights of a scale."""
+    """Where `sanrt export` writes the bundled weights of a scale."""
     return models / f"san_x{scale or DEFAULT_SCALE}.onnx"
 
 
@@ -46,18 +49,21 @@ def other_models(models: Path) -> str:
     return f" (there are others, which must be named: {names})" if names else ""
 
 
-def find_model(models: Path, scale: int) -> Path:
-    """The exported model of a scale; raises ModelError naming the command that makes it."""
+def default_model(models: Path, scale: int | None = None) -> Path:
+    """The model where none is named: what `sanrt export` wrote for the scale, else the bundled weights as they are."""
     path = exported_path(models, scale)
-    if not path.is_file():
-        folder = "" if models == MODELS else f" --models {models}"
-        others = other_models(models)
-        raise ModelError(f"{path}: no such model{others}; make it with `sanrt export --scale {scale}{folder}`")
-    return path
+    return path if path.is_file() else bundled_checkpoint(scale or DEFAULT_SCALE)
+
+
+def model_title(path: Path) -> str:
+    """A model's path, or what it is for people where it ships with sanrt."""
+    return f"bundled weights {path.stem}" if path.parent == BUNDLED_FOLDER else str(path)
 
 
 def read_spec(path: Path) -> ModelSpec:
-    """The description that `sanrt export` wrote into an ONNX; raises ModelError when it cannot be read or is not there."""
+    """The description of an exported ONNX or of weights in sanrt's format; ModelError or CheckpointError without one."""
+    if path.suffix == WEIGHTS_SUFFIX:
+        return read_weights(path).spec
     try:
         with path.open("rb") as file:
             return spec_in(file, str(path))

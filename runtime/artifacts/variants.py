@@ -15,6 +15,9 @@ import numpy.typing as npt
 
 from sanrt.errors import BackendError
 from sanrt.files import cache_folder, cached_file, file_digest, source_digest
+from sanrt.model.bundled import FOLDER as BUNDLED_FOLDER
+from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
+from sanrt.model.bundled import read_weights
 from sanrt.model.spec import GraphOptions, ModelSpec
 from sanrt.runtime.artifacts.models import external_files
 
@@ -38,7 +41,7 @@ def model_digest(model: Path, remedy: str = "make a model with `sanrt export --s
 
 
 def derived_model(model: Path, options: GraphOptions) -> bytes:
-    """The given variant of an exported fp32 ONNX, as an ONNX file; the onnx package is needed only the first time."""
+    """A variant of an fp32 model, exported or weights, as an ONNX file; the onnx package is needed only the first time."""
     part = options.stage or f"k{options.regions}"
     what = f"{options.precision}-{options.attention}-{part}.onnx"
     identity = map(str, astuple(options))
@@ -46,7 +49,9 @@ def derived_model(model: Path, options: GraphOptions) -> bytes:
 
 
 def derived_weights(model: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """The weights of an exported fp32 ONNX by parameter name; the onnx package is needed only the first time."""
+    """The weights of a model by parameter name; the onnx package is needed for an ONNX, and only the first time."""
+    if model.suffix == WEIGHTS_SUFFIX:
+        return dict(read_weights(model).tensors)
     content = cached_for(model, "weights.npz", (), GRAPH_CODE, partial(made_of, model, weights_bytes))
     with np.load(BytesIO(content)) as arrays:
         return dict(arrays)
@@ -61,9 +66,10 @@ def cached_for(model: Path, what: str, identity: Iterable[str], code: Sequence[s
     return cached_file(cache_folders(model), cache_name(model, what, identity, code), make)
 
 
-def cache_folders(model: Path) -> tuple[Path, Path]:
-    """Where is kept what is made of a model: the first of these that can be written."""
-    return model.parent / FOLDER, cache_folder() / "derived"
+def cache_folders(model: Path) -> tuple[Path, ...]:
+    """Where is kept what is made of a model: the first of these that can be written; nothing beside weights that ship."""
+    users = cache_folder() / "derived"
+    return (users,) if model.parent == BUNDLED_FOLDER else (model.parent / FOLDER, users)
 
 
 def cache_name(model: Path, what: str, identity: Iterable[str], code: Sequence[str]) -> str:
@@ -81,9 +87,14 @@ def forget(model: Path) -> None:
 def made_of(model: Path, content: Callable[[ModelSpec, Weights], bytes]) -> bytes:
     """What is made of a model's spec and weights."""
     try:
-        from sanrt.model.exported import read_model
+        import onnx  # noqa: F401
     except ModuleNotFoundError as error:
         raise BackendError(f"{model}: preparing it needs the onnx package; pip install 'sanrt[cpu]'") from error
+    if model.suffix == WEIGHTS_SUFFIX:
+        weights = read_weights(model)
+        return content(weights.spec, weights.tensors)
+    from sanrt.model.exported import read_model
+
     return content(*read_model(model))
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from sanrt.errors import BackendError, ModelError, UsageError
+from sanrt.errors import BackendError, CheckpointError, ModelError, UsageError
 from sanrt.extras import extra
+from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
+from sanrt.model.bundled import read_weights
 from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, engines_of, read_engine
 from sanrt.runtime.artifacts.models import read_spec
@@ -58,9 +61,10 @@ def load_backend(name: str, model: Path, options: RunOptions) -> FP32Fallback:
     """
 
     def load_fp32(regions: int) -> Backend:
-        onnx = read_engine(model).model_path if model.suffix == SUFFIX else model
-        name = "onnxruntime" if onnx.suffix == ".onnx" and status("onnxruntime").usable else "torch"
-        return load_unguarded(name, onnx, RunOptions(threads=options.threads, precision=Precision.FP32, regions=regions))
+        source = read_engine(model).model_path if model.suffix == SUFFIX else model
+        names = ("onnxruntime", "native", "torch") if is_described(source) else ("torch",)
+        name = next((name for name in names if status(name).usable), "torch")
+        return load_unguarded(name, source, RunOptions(threads=options.threads, precision=Precision.FP32, regions=regions))
 
     return FP32Fallback(load_unguarded(name, model, options), load_fp32)
 
@@ -84,6 +88,15 @@ def load_unguarded(name: str, model: Path, options: RunOptions) -> Backend:
     return load(model, options)
 
 
+def is_described(model: Path) -> bool:
+    """Whether a file says what it is, as exported models and weights in sanrt's format do; torch must read any other."""
+    if model.suffix == WEIGHTS_SUFFIX:
+        with suppress(CheckpointError):
+            return bool(read_weights(model))
+        return False
+    return model.suffix == ".onnx"
+
+
 def require_whole(model: Path) -> None:
     """UsageError for the stages of a model."""
     if model.suffix == STAGES_SUFFIX:
@@ -93,7 +106,7 @@ def require_whole(model: Path) -> None:
 def model_spec(model: Path) -> ModelSpec:
     """What a model is by its own description, without loading it to run; SanrtError when that cannot be read."""
     require_whole(model)
-    if model.suffix == ".onnx":
+    if is_described(model):
         return read_spec(model)
     if model.suffix == SUFFIX:
         return read_engine(model).spec
@@ -106,7 +119,7 @@ def candidates(model: Path, options: RunOptions) -> tuple[str, ...]:
     """What `auto` may choose for a model: only TensorRT runs engines, and it runs a model only by an engine that fits."""
     if model.suffix == SUFFIX:
         return ("tensorrt",)
-    if model.suffix != ".onnx":
+    if not is_described(model):
         return CHECKPOINT_BACKENDS
     names = EIGHT_BIT_BACKENDS if computes_in_8_bits(model) else AUTO_ORDER
     return tuple(name for name in names if name != "tensorrt" or engine_fits(model, options))

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sanrt.errors import UsageError
-from sanrt.runtime.artifacts.models import MODELS, find_model
+from sanrt.runtime.artifacts.models import MODELS, default_model
 from sanrt.runtime.backends.default_variant import load_default
 from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import RunOptions
@@ -55,7 +55,7 @@ class Upscaler:
         regions: int | None = None,
         keep_hidden: bool = False,
     ) -> Self:
-        """A scale (2, 3, 4 or 8), meaning what `sanrt export` wrote into the folder `models`, or a model's path.
+        """A scale (2, 3, 4 or 8), meaning what `sanrt export` wrote into `models`, else the bundled weights; or a path.
 
         Pictures larger than `tile` (by default those that do not fit the memory) are cut as `tiling` says: `auto`, `whole`,
         `exact` or `overlap`; `overlap` is in pixels. `regions` is the k of the k x k attention regions, by default chosen by
@@ -68,7 +68,7 @@ class Upscaler:
             raise UsageError(f"tiling {tiling!r}: expected {', '.join(Tiling)}")
         options = UpscaleOptions(tile, overlap, self_ensemble, Tiling(tiling), regions, keep_hidden=keep_hidden)
         run_options = RunOptions(threads=threads, device=device, regions=regions or PAPER_REGIONS)
-        path = find_model(Path(models), model) if isinstance(model, int) else Path(model)
+        path = default_model(Path(models), model) if isinstance(model, int) else Path(model)
         automatic = isinstance(model, int) and backend == "auto"
         network = load_default(path, run_options) if automatic else load_backend(backend, path, run_options)
         return cls(network, options)

@@ -309,12 +309,13 @@ def test_a_dry_run_says_what_would_be_done_and_touches_nothing(sanrt, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_without_a_model_makes_none(sanrt, tmp_path):
+def test_without_a_model_the_bundled_weights_run_and_none_is_made(sanrt, tmp_path):
     noise(tmp_path / "in" / "a.png")
-    status, out, _ = sanrt("in", "out", "--dry-run", "--models", "none", scale=4)
+    status, out, _ = sanrt("in", "out", "--models", "none", scale=4)
     assert status == 0
-    assert "would export the bundled x4 weights" in out
-    assert "(120 x 80)" in out
+    assert "bundled weights san_x4: SAN x4" in out
+    assert pyvips.Image.new_from_file(str(tmp_path / "out" / "a.png")).width == 120
+    assert not (tmp_path / "none").exists()
 
 
 def test_options_of_format_quality_and_transparency_reach_the_file(sanrt, tmp_path):

@@ -10,7 +10,7 @@ import typer
 from sanrt.cli.formats import FORMATS, written_format
 from sanrt.cli.models import known_scale
 from sanrt.cli.panels import panel
-from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, exported_path
+from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, default_model
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.tiling.options import Tiling
 
@@ -50,7 +50,7 @@ def plan(
 
     jobs = find_pictures(inputs, output or Path("results.sanrt-plan"), Naming(suffix, format))
     options = UpscaleOptions(tile, tiling=tiling, memory=parse_memory(memory) if memory else None)
-    path = model or exported_path(models, scale)
+    path = model or default_model(models, scale)
     remaining = jobs
     if output:
         found = sort_out(jobs, Recipe.of(model_spec(path), None, options, Encoding()))

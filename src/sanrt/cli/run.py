@@ -13,9 +13,10 @@ import typer
 from typer.core import TyperCommand
 
 from sanrt.cli.formats import FORMATS, written_format
-from sanrt.cli.models import bundled_weights, default_model, known_scale, require_scale
+from sanrt.cli.models import known_scale, require_scale
+from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
 from sanrt.model.spec import Precision
-from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, exported_path, other_models
+from sanrt.runtime.artifacts.models import MODELS, default_model, model_title
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.storage import check_buckets, located
 from sanrt.runtime.tiling.options import Tiling
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from sanrt.runtime.runs.results import Findings
     from sanrt.runtime.tiling.options import UpscaleOptions
 
+GRAPH_BACKENDS = ("onnxruntime", "openvino", "onnxruntime-cuda")
+"""Those that run ONNX graphs, which for weights are written when they are first run."""
 ADDRESS = re.compile(r"local|auto|ray://.*|[^/]+:\d+")
 """What `--ray` takes for an address, not for the next argument."""
 COLOURS = {"white": "#ffffff", "black": "#000000"}
@@ -37,7 +40,7 @@ class ModelChoice:
     """Which model runs, and on what."""
 
     named: Path | None
-    """None is the exported model of the scale in `models`."""
+    """None is the exported model of the scale in `models`, or the bundled weights."""
     models: Path
     scale: int | None
     """None is the named model's, or DEFAULT_SCALE."""
@@ -45,23 +48,13 @@ class ModelChoice:
     options: RunOptions
 
     @property
-    def expected(self) -> int:
-        """The scale that is looked for where no model is named."""
-        return self.scale or DEFAULT_SCALE
-
-    @property
     def path(self) -> Path:
-        """The model's file, whether it is there or not."""
-        return self.named or exported_path(self.models, self.scale)
+        """The model's file."""
+        return self.named or default_model(self.models, self.scale)
 
     def absolute(self) -> ModelChoice:
         """The same, wherever the working folder is."""
         return replace(self, named=self.named and self.named.absolute(), models=self.models.absolute())
-
-    @property
-    def missing(self) -> bool:
-        """Whether the bundled weights must be exported first."""
-        return not self.named and not self.path.exists()
 
     def preferred(self) -> ModelChoice:
         """What runs: for `auto` on an exported model, the variant that was measured fastest here, where there is one."""
@@ -179,8 +172,8 @@ def run(
     if ray:
         named, choice = [path.absolute() for path in named], choice.absolute()
     check_buckets(named)
-    missing, choice = choice.missing, choice.preferred()
-    spec = model_spec(bundled_weights(choice.expected) if missing else choice.path)
+    choice = choice.preferred()
+    spec = model_spec(choice.path)
     require_scale(choice.path, spec.architecture.scale, scale)
     beside = [] if named[1:] else [output_beside(named[0], spec.architecture.scale, naming)]
     *inputs, output = named + beside
@@ -194,13 +187,6 @@ def run(
         if not found.to_do:
             reporter.follow(skipped)
             raise typer.Exit(reporter.status)
-        if missing and dry_run:
-            others = other_models(models)
-            reporter.say(f"{choice.path}: not there yet{others}; would export the bundled x{choice.expected} weights first")
-            reporter.follow(chain(skipped, pipeline.preview(found.to_do, None, PipelineOptions(recipe, encoding))))
-            raise typer.Exit(reporter.status)
-        if missing:
-            default_model(choice.models, choice.scale, reporter.say)
         if ray and not (dry_run or explain_tiles):
             task = Task(choice.path, choice.backend, choice.options, upscaling, recipe, encoding, record)
             run_on_ray(ray, workers, choice, task, found, reporter)
@@ -287,6 +273,8 @@ def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
 
 
 def tell_model(choice: ModelChoice, network: Backend | Ready, reporter: Reporter) -> None:
-    """What runs, and on what."""
-    spec = network.spec
-    reporter.say(f"{choice.path}: {spec.architecture.name}, {spec.computes}, {network.name} on {network.device}")
+    """What runs, on what, and whether PyTorch has been held against it."""
+    spec, path = network.spec, choice.path
+    reporter.say(f"{model_title(path)}: {spec.architecture.name}, {spec.computes}, {network.name} on {network.device}")
+    if path.suffix == WEIGHTS_SUFFIX and network.name in GRAPH_BACKENDS:
+        reporter.say("its graph was written here and not compared with PyTorch; `sanrt export` compares")

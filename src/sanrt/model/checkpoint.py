@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from sanrt.errors import CheckpointError, first_line
 from sanrt.files import write_whole
+from sanrt.model.bundled import bundled_checkpoint as bundled_checkpoint
 from sanrt.model.san import SAN
 from sanrt.model.spec import SCALES, Architecture
 
@@ -69,20 +69,6 @@ class Checkpoint:
         net = SAN(self.architecture)
         net.load_state_dict(dict(self.tensors))
         return net.eval().requires_grad_(False)
-
-
-def bundled_checkpoint(scale: int) -> Path:
-    """The weights that ship with sanrt for a scale (2, 3, 4 or 8)."""
-    path = Path(str(files("sanrt.model") / "weights" / f"san_x{scale}.safetensors"))
-    if not path.exists():
-        raise CheckpointError(f"no bundled weights for x{scale}: sanrt ships {shipped()}; pass --checkpoint PATH for others")
-    return path
-
-
-def shipped() -> str:
-    """The scales that have bundled weights, for messages."""
-    folder = Path(str(files("sanrt.model") / "weights"))
-    return ", ".join(f"x{s}" for s in SCALES if (folder / f"san_x{s}.safetensors").exists()) or "none"
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

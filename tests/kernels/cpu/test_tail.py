@@ -39,3 +39,9 @@ def test_without_their_own_weights_the_outermost_pixels_would_be_wrong(live_netw
     inner, corner = tail.composed()[0], tail.composed(Side.FIRST, Side.FIRST)[0]
     assert np.abs(inner - corner).max() > 0.01 * np.abs(inner).max()
     assert Edge(tail, Side.FIRST, Side.INNER).weight.shape == (25 * 16, 48)
+
+
+def test_the_order_in_which_a_file_holds_the_weights_does_not_matter(live_network):
+    weights = {name: tensor.numpy() for name, tensor in live_network(scale=8).state_dict().items()}
+    for one, other in zip(Tail(weights, 16).composed(), Tail(dict(reversed(weights.items())), 16).composed(), strict=True):
+        np.testing.assert_array_equal(one, other)
