@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sanrt.errors import CheckpointError
 from sanrt.model.checkpoint import load_checkpoint, save_checkpoint
@@ -61,6 +65,120 @@ def test_the_architecture_is_read_off_an_official_file(official, live_network, a
     assert checkpoint.architecture == live_network(**architecture).arch
     picture = torch.rand(1, 3, 6, 5) * 255
     assert torch.equal(checkpoint.network()(picture), live_network(**architecture)(picture))
+
+
+WRAPPED = {
+    "state_dict": lambda state: {"state_dict": state, "epoch": 5, "best": np.float64(31.2)},
+    "params": lambda state: {"params": state},
+    "module.": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    "model.": lambda state: {f"model.{name}": tensor for name, tensor in state.items()},
+    "model.module.": lambda state: {"model": {f"module.{name}": tensor for name, tensor in state.items()}},
+    "optimizer": lambda state: {
+        "net": state,
+        "optimizer": {
+            "state": {0: {"exp_avg": torch.ones(3), "step": 7}},
+            "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.99)}],
+        },
+        "args": argparse.Namespace(lr=1e-4, out=Path("runs")),
+        "started": datetime(2026, 11, 26),
+        "rng": torch.get_rng_state(),
+    },
+    "another network": lambda state: {
+        "state_dict": {f"g.{n}": t for n, t in state.items()} | {"vgg.head.0.weight": torch.ones(2)}
+    },
+    "parameters": lambda state: {name: torch.nn.Parameter(tensor) for name, tensor in state.items()},
+    "half": lambda state: {name: tensor.half() for name, tensor in state.items()},
+}
+"""State dicts as people keep them."""
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("names", ["official", "ours"])
+def test_weights_are_found_in_whatever_people_keep_them_in(live_network, tmp_path, wrapped, names):
+    net = live_network()
+    state = official_state(net) if names == "official" else dict(net.state_dict())
+    torch.save(WRAPPED[wrapped](state), tmp_path / "kept.ckpt")
+    checkpoint = load_checkpoint(tmp_path / "kept.ckpt")
+    assert checkpoint.architecture == net.arch
+    rtol = 1e-3 if wrapped == "half" else 0
+    assert all(torch.allclose(checkpoint.tensors[name], t, rtol, 1e-5) for name, t in net.state_dict().items())
+    assert not any(t.requires_grad for t in checkpoint.tensors.values())
+
+
+def test_official_names_in_safetensors_are_taken(live_network, tmp_path):
+    save_file(official_state(live_network()), tmp_path / "SAN.safetensors")
+    checkpoint = load_checkpoint(tmp_path / "SAN.safetensors")
+    assert torch.equal(checkpoint.tensors["head.weight"], live_network().head.weight)
+    assert "official SAN format" in checkpoint.origin
+
+
+@pytest.mark.parametrize(("average", "other"), [("params_ema", "params"), ("average", "raw"), ("ema_model", "model")])
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_of_a_network_and_its_moving_average_the_average_is_taken_and_told(live_network, tmp_path, average, other, kind):
+    state = official_state(live_network())
+    changed = {name: tensor + 1 for name, tensor in state.items()}
+    path = tmp_path / "kept.pt"
+    if kind == "torch":
+        torch.save({other: changed, average: state}, path)
+    else:
+        save_file({f"{other}.{n}": t for n, t in changed.items()} | {f"{average}.{n}": t for n, t in state.items()}, path)
+    checkpoint = load_checkpoint(path)
+    assert torch.equal(checkpoint.tensors["head.weight"], state["head.0.weight"])
+    assert checkpoint.origin.endswith(f", its {average}")
+
+
+def test_of_several_networks_none_is_guessed(live_network, tmp_path):
+    state = official_state(live_network())
+    torch.save({"first": state, "second": dict(state)}, tmp_path / "two.pt")
+    with pytest.raises(CheckpointError, match=r"holds several networks \(first, second\)"):
+        load_checkpoint(tmp_path / "two.pt")
+
+
+def test_a_dictionary_that_holds_itself_is_no_endless_loop(live_network, tmp_path):
+    content = {"state_dict": official_state(live_network())}
+    content["itself"] = content
+    torch.save(content, tmp_path / "round.pt")
+    assert load_checkpoint(tmp_path / "round.pt").architecture.scale == 2
+
+
+def test_what_would_be_code_to_run_is_named(tmp_path):
+    torch.save({"state_dict": {}, "loss": torch.nn.L1Loss()}, tmp_path / "whole.pt")
+    with pytest.raises(
+        CheckpointError, match=r"holds torch\.nn\.modules\.loss\.L1Loss, which would be code to run; .*state_dict"
+    ):
+        load_checkpoint(tmp_path / "whole.pt")
+
+
+def broken(name, change):
+    return lambda state: state.update({name: change(state[name])})
+
+
+HEAD, SQUEEZE = "head.0.weight", "RG.0.soca.conv_du.0.weight"
+BROKEN = {
+    "is torch.sparse_coo": broken(HEAD, lambda t: t.to_sparse()),
+    "is without data": broken(HEAD, lambda t: t.to("meta")),
+    "is quantised": broken(HEAD, lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)),
+    "is torch.int64": broken(HEAD, lambda t: t.long()),
+    "is torch.complex64": broken(HEAD, lambda t: t.to(torch.complex64)),
+    "is str": broken(HEAD, lambda t: "a name"),
+    "tensor head.weight is [], expected": broken(HEAD, lambda t: t.sum()),
+    "tensor upsampler.0.weight is [], expected": broken("tail.0.0.weight", lambda t: t.sum()),
+    "tensor groups.0.soca.down.weight is [], expected": broken(SQUEEZE, lambda t: t.sum()),
+    "16 channels, in SOCA reduced by 0": broken(SQUEEZE, lambda t: torch.ones(17, *t.shape[1:])),
+    "16 channels, in SOCA reduced by 0; expected": broken(SQUEEZE, lambda t: t[:0]),
+    "0 channels": broken(HEAD, lambda t: t[:0]),
+    "tensor gamma is [], expected [1]": broken("gamma", lambda t: t.sum()),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own of its quantised tensors
+@pytest.mark.parametrize("told", BROKEN)
+def test_a_tensor_of_another_kind_is_one_clear_line(official, told):
+    path = official(BROKEN[told])
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def drop(name):
@@ -153,11 +271,13 @@ def test_other_files_are_one_clear_line(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "settings", ["[]", "{", '{"value_range": "wide"}', '{"sqrt_iterations": "many"}', '{"sqrt_iterations": 0}']
+    "settings",
+    [
+        *("[]", "{", '{"value_range": "wide"}', '{"sqrt_iterations": "many"}', '{"sqrt_iterations": 0}'),
+        *('{"sqrt_iterations": 1000000000}', "[" * 100_000),
+    ],
 )
 def test_settings_that_make_no_sense_are_one_clear_line(live_network, tmp_path, settings):
-    from safetensors.torch import save_file
-
     path = tmp_path / "own.safetensors"
     save_file(live_network().state_dict(), path, {"sanrt": settings})
     with pytest.raises(CheckpointError, match=r"own\.safetensors"):

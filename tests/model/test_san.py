@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from sanrt.errors import UsageError
 from sanrt.model.attention import RegionAttention
 from sanrt.model.checkpoint import load_checkpoint
 from sanrt.model.soca import SOCA, covariance, exact_sqrt, newton_schulz_sqrt
+from sanrt.model.spec import Architecture
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +128,20 @@ def test_exact_and_newton_schulz_networks_differ_by_little_but_differ(live_netwo
     few, many, exact = (live_network(sqrt_iterations=n)(picture) for n in (2, 20, None))
     assert (many - exact).abs().max() < 1e-3
     assert (few - exact).abs().max() > (many - exact).abs().max()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"scale": scale} for scale in (1, 5, 16, 2.0, "2", None)),
+        *({"groups": groups} for groups in (0, -1, 10**9)),
+        {"blocks": 0},
+        *({"channels": channels} for channels in (0, 12, -8, 16.0)),
+        *({"reduction": reduction} for reduction in (0, 17, -1)),
+        *({"sqrt_iterations": steps} for steps in (0, -3, 10**9, 2.5)),
+        *({"value_range": value} for value in (0, -1.0, float("nan"), float("inf"), "255")),
+    ],
+)
+def test_numbers_that_no_network_has_are_refused(wrong):
+    with pytest.raises(UsageError, match="expected"):
+        Architecture(**{"scale": 2, "groups": 1, "blocks": 1, "channels": 16, "reduction": 4, **wrong})

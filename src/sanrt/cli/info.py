@@ -117,6 +117,7 @@ DESCRIBERS: dict[str, Callable[[Path], Iterator[RenderableType]]] = {
     ".stages": describe_engine,
     ".pt": describe_checkpoint,
     ".pth": describe_checkpoint,
+    ".ckpt": describe_checkpoint,
     ".safetensors": describe_checkpoint,
 }
 """The function that prints a file, by the file's suffix."""

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from sanrt.errors import ModelError
+from sanrt.errors import ModelError, UsageError
 
 SCALES = (2, 3, 4, 8)
 MIN_SIDE = 4
@@ -108,6 +108,23 @@ class Architecture:
     """Pixels run from 0 to this, in and out."""
     sqrt_iterations: int | None = 5
     """Newton-Schulz steps of SOCA's square root as trained; None is the exact root (eigendecomposition)."""
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for numbers that no network has."""
+        counts = (self.scale, self.groups, self.blocks, self.channels, self.reduction)
+        if any(type(count) is not int for count in counts) or self.scale not in SCALES:
+            raise UsageError(f"scale {self.scale}; expected {', '.join(map(str, SCALES))}, and whole numbers for the rest")
+        if min(self.groups, self.blocks) < 1 or self.groups * self.blocks > MOST:
+            raise UsageError(f"{self.groups} groups of {self.blocks} blocks; expected 1 to {MOST} blocks in all")
+        if self.channels < 1 or self.channels % 8 or not 1 <= self.reduction <= self.channels:
+            raise UsageError(
+                f"{self.channels} channels, in SOCA reduced by {self.reduction}; expected a multiple of 8, and 1 or more"
+            )
+        steps = self.sqrt_iterations
+        if steps is not None and (type(steps) is not int or not 0 < steps <= MOST):
+            raise UsageError(f"{steps!r} square-root steps; expected 1 to {MOST}, or None for the exact root")
+        if type(self.value_range) not in (int, float) or not 0 < self.value_range < math.inf:
+            raise UsageError(f"pixels of 0..{self.value_range!r}; expected a number above 0")
 
     @property
     def attention_channels(self) -> int:
@@ -222,7 +239,7 @@ class ModelSpec:
             spec = cls(**known)
             require_sensible(spec)
             return spec
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError, UsageError) as error:
             raise ModelError(
                 f"{subject}: its sanrt.* metadata cannot be read ({error}); export it again with `sanrt export`"
             ) from error
@@ -230,19 +247,13 @@ class ModelSpec:
 
 def require_sensible(spec: ModelSpec) -> None:
     """Raise ValueError for a description that no network fits: types, ranges and multiples that `export` never writes."""
-    arch, quantised = spec.architecture, spec.quantisation
-    steps = 1 if arch.sqrt_iterations is None else arch.sqrt_iterations
-    counts = [arch.groups, arch.blocks, arch.channels, arch.reduction, spec.regions, spec.min_side, spec.multiple]
-    if arch.scale not in SCALES or any(type(count) is not int or count < 1 for count in counts):
-        raise ValueError("scale, groups, blocks, channels, reduction, regions or sides that no network has")
-    if max(arch.groups * arch.blocks, spec.regions) > MOST:
-        raise ValueError(f"{arch.groups} groups of {arch.blocks} blocks, {spec.regions} x {spec.regions} regions")
-    if arch.channels % 8 or arch.reduction > arch.channels:
-        raise ValueError(f"{arch.channels} channels, reduced by {arch.reduction}")
-    if not all(type(count) is int and 0 <= count <= MOST for count in (spec.iterations, steps)):
-        raise ValueError(f"{spec.iterations} square-root steps in the graph, {steps} as trained")
-    if type(arch.value_range) not in (int, float) or not 0 < arch.value_range < math.inf:
-        raise ValueError(f"pixels of 0..{arch.value_range}")
+    quantised = spec.quantisation
+    if any(type(count) is not int or count < 1 for count in (spec.regions, spec.min_side, spec.multiple)):
+        raise ValueError("regions or sides that no network has")
+    if spec.regions > MOST:
+        raise ValueError(f"{spec.regions} x {spec.regions} regions")
+    if type(spec.iterations) is not int or not 0 <= spec.iterations <= MOST:
+        raise ValueError(f"{spec.iterations} square-root steps in the graph")
     words = (spec.weights_digest, spec.weights_origin, spec.version)
     if not all(isinstance(text, str) for text in words) or not isinstance(spec.report, Mapping):
         raise ValueError("texts or a report of another kind")
