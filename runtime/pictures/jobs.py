@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sanrt.errors import PictureError, UsageError
 from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.kinds import counted
 from sanrt.runtime.pictures.storage import RemotePath
 
 ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}$")
@@ -79,9 +80,17 @@ def find_pictures(
         jobs = _without_results(_once(jobs)) if naming.suffix else _once(jobs)
     if not jobs:
         endings = " ".join(suffix for form in Format for suffix in form.facts.suffixes)
-        raise PictureError(f"{', '.join(map(str, inputs))}: no pictures found; expected files ending in {endings}")
+        others = passed_over(inputs, output, recursive)
+        found = f"only {others}" if others else "no pictures found"
+        raise PictureError(f"{', '.join(map(str, inputs))}: {found}; expected files ending in {endings}")
     _check_conflicts(jobs)
     return jobs
+
+
+def passed_over(inputs: Sequence[Path], output: Path, recursive: bool = True) -> str:
+    """How many files of which kinds of picture in the input folders sanrt does not read; empty if there are none."""
+    folders = [given for given in inputs if given.is_dir()]
+    return counted(file for given in folders for file in _files_in(given, recursive, output.resolve()))
 
 
 def output_beside(given: Path, scale: int, naming: Naming) -> Path:
@@ -138,22 +147,27 @@ def _jobs_of(given: Path, output: Path, naming: Naming, recursive: bool) -> Iter
 
 
 def _pictures_in(folder: Path, recursive: bool, skipped: Path) -> Iterator[Path]:
-    """Files with a supported ending, in order; not hidden ones, nor any below `skipped` unless that is `folder` itself."""
+    """Those of `_files_in` with a supported ending."""
+    return (file for file in _files_in(folder, recursive, skipped) if Format.of_suffix(file))
+
+
+def _files_in(folder: Path, recursive: bool, skipped: Path) -> Iterator[Path]:
+    """Files, in order; not hidden ones, nor any below `skipped` unless that is `folder` itself."""
     if isinstance(folder, RemotePath):
-        yield from (file for file in folder.files(recursive) if _is_picture_below(file, folder, skipped))
+        yield from (file for file in folder.files(recursive) if _is_seen(file, folder, skipped))
         return
     for root, folders, files in os.walk(folder, onerror=_raise_unreadable):
         folders[:] = sorted(
             name for name in folders if recursive and not name.startswith(".") and (Path(root) / name).resolve() != skipped
         )
         for name in sorted(files):
-            if not name.startswith(".") and Format.of_suffix(Path(name)):
+            if not name.startswith("."):
                 yield Path(root) / name
 
 
-def _is_picture_below(file: Path, folder: Path, skipped: Path) -> bool:
+def _is_seen(file: Path, folder: Path, skipped: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return not hidden and Format.of_suffix(file) is not None and (skipped == folder or skipped not in file.parents)
+    return not hidden and (skipped == folder or skipped not in file.parents)
 
 
 def _raise_unreadable(error: OSError) -> None:

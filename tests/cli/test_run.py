@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from sanrt.cli import app, main
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.pictures.transparency import fill_hidden
 from tests.mutate import mutated
 
 
@@ -96,6 +97,7 @@ def kinds() -> dict[str, tuple[bytes, pyvips.Image]]:
     grey = image(9, 14, 1).copy(interpretation="b-w")
     rgba = image(9, 14, 4)
     palette = rgba.pngsave_buffer(palette=True)
+    stored = pyvips.Image.new_from_buffer(palette, "").numpy()
     cmyk = image(16, 24, 4).copy(interpretation="cmyk").jpegsave_buffer(Q=95)
     photo = image(16, 24, 3).icc_transform("srgb", input_profile="srgb").copy()
     photo.set_type(pyvips.GValue.gint_type, "orientation", 6)
@@ -104,7 +106,7 @@ def kinds() -> dict[str, tuple[bytes, pyvips.Image]]:
     return {
         "deep.png": (deep.pngsave_buffer(), deep),
         "grey.png": (grey.pngsave_buffer(), grey.bandjoin([grey, grey])),
-        "palette.png": (palette, pyvips.Image.new_from_buffer(palette, "")[:3]),
+        "palette.png": (palette, pyvips.Image.new_from_array(fill_hidden(stored[..., :3], stored[..., 3]))),
         "cmyk.jpg": (cmyk, pyvips.Image.new_from_buffer(cmyk, "").icc_transform("srgb", input_profile="cmyk")),
         "rotated.jpg": (rotated, pyvips.Image.new_from_buffer(rotated, "").autorot()),
         **{f"{name}.png": (pixels.cast("uchar").pngsave_buffer(), pixels) for name, pixels in plain.items()},
@@ -502,3 +504,11 @@ def test_damaged_pictures_never_stop_a_run(sanrt, tmp_path):
     assert "unexpected" not in err
     assert all(line.startswith("sanrt: in/") for line in err.splitlines())
     assert len(err.splitlines()) + len(files(tmp_path / "out")) == 120
+
+
+def test_pictures_that_sanrt_does_not_read_are_told_after_the_summary(sanrt, tmp_path):
+    noise(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.psd").touch()
+    for _ in range(2):
+        status, out, _ = sanrt("in", "out")
+        assert (status, out.splitlines()[-1]) == (0, "passed over, as sanrt does not read them: 1 Photoshop file")

@@ -26,9 +26,10 @@ Item = TypeVar("Item")
 class Reporter(logging.Handler):
     """Follows a run. Problems and warnings go to stderr, all else to stdout; the bar is drawn only on a terminal."""
 
-    def __init__(self, total: int, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(self, total: int, quiet: bool = False, verbose: bool = False, passed_over: str = "") -> None:
+        """passed_over: pictures that sanrt does not read, counted by kind."""
         super().__init__(logging.DEBUG if verbose else logging.WARNING)
-        self.quiet, self.verbose = quiet, verbose
+        self.quiet, self.verbose, self.passed_over = quiet, verbose, passed_over
         self.progress = RunProgress(total)
 
     def __enter__(self) -> Self:
@@ -68,6 +69,8 @@ class Reporter(logging.Handler):
                 self.hear(Finished(outcome))
                 self.tell(outcome)
         self.say(self.progress.summary())
+        if self.passed_over:
+            self.say(f"passed over, as sanrt does not read them: {self.passed_over}")
 
     def tell(self, outcome: Outcome) -> None:
         """A failure, what a result lacks, and on demand everything."""

@@ -145,7 +145,7 @@ def run(
     from sanrt.runtime.backends.protocol import RunOptions
     from sanrt.runtime.backends.registry import model_spec
     from sanrt.runtime.pictures.codec import Encoding
-    from sanrt.runtime.pictures.jobs import Naming, find_pictures, output_beside
+    from sanrt.runtime.pictures.jobs import Naming, find_pictures, output_beside, passed_over
     from sanrt.runtime.runs import pipeline
     from sanrt.runtime.runs.pipeline import PipelineOptions, Skipped
     from sanrt.runtime.runs.ray_pool import Task
@@ -181,7 +181,7 @@ def run(
     recipe = Recipe.of(spec, precision, upscaling, encoding)
     found = sort_out(jobs, recipe, overwrite or explain_tiles)
     skipped = [Skipped(job) for job in found.done]
-    with Reporter(len(jobs), quiet, verbose) as reporter:
+    with Reporter(len(jobs), quiet, verbose, passed_over(inputs, output)) as reporter:
         for line in found.reasons:
             reporter.say(line)
         if not found.to_do:

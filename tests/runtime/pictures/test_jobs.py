@@ -8,7 +8,7 @@ import pytest
 
 from sanrt.errors import PictureError, UsageError
 from sanrt.runtime.pictures.formats import Format
-from sanrt.runtime.pictures.jobs import Naming, find_pictures, output_beside
+from sanrt.runtime.pictures.jobs import Naming, find_pictures, output_beside, passed_over
 
 GIF = b"GIF89a"
 
@@ -183,3 +183,16 @@ def test_a_folder_without_pictures_is_told(folder):
 def test_a_named_file_of_another_format_than_asked_for_is_an_error(tmp_path):
     with pytest.raises(UsageError, match="--format webp"):
         find_pictures([tmp_path / "a.png"], tmp_path / "b.png", Naming(format=Format.WEBP))
+
+
+def test_pictures_that_are_not_read_are_counted_by_kind(tmp_path):
+    for name in ("a.png", "b.PSD", "c.psd", "sub/d.cr2", "sub/e.DNG", "f.jxl", ".g.psd", "out/h.psd", "i.txt"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    folder = tmp_path / "in"
+    assert passed_over([folder], folder / "out") == "2 Photoshop file, 2 raw photograph, 1 JPEG XL"
+    assert passed_over([folder / "b.PSD"], folder / "out") == ""
+    (folder / "a.png").unlink()
+    with pytest.raises(PictureError, match="only 2 Photoshop file, 2 raw"):
+        find_pictures([folder], folder / "out")
