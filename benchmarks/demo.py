@@ -1,15 +1,16 @@
 """`make demo`: upscale real photographs with the bundled weights and draw them beside bicubic and the original.
 
 The photographs come with scikit-image (public domain or CC0: astronaut, NASA; cat, Stefan van der Walt; coffee,
-Rachel Michetti; rocket, SpaceX). Each is made four times smaller as the paper does it, then `sanrt run` enlarges it.
+Rachel Michetti; rocket, SpaceX), read out of its wheel. Each is made four times smaller as the
+paper does it, then `sanrt run` enlarges it.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -22,26 +23,19 @@ Picture = npt.NDArray[np.uint8]
 SCALE = 4
 PHOTOGRAPHS = {"astronaut": "astronaut.png", "cat": "chelsea.png", "coffee": "coffee.png", "rocket": "rocket.jpg"}
 OUT = Path("demo")
+WHEEL = "scikit-image>=0.25,<1"
 
 
 def main() -> None:
     """Make the small pictures, run sanrt on their folder, draw and score the comparisons."""
-    originals = {name: original(file) for name, file in PHOTOGRAPHS.items()}
+    (OUT / "originals").mkdir(parents=True, exist_ok=True)
+    with ZipFile(wheel(OUT)) as archive:
+        originals = {name: original(archive, file) for name, file in PHOTOGRAPHS.items()}
     (OUT / "input").mkdir(parents=True, exist_ok=True)
     for name, picture in originals.items():
         save(degrade(picture, SCALE), OUT / "input" / f"{name}.png")
-    run = [
-        sys.executable,
-        "-m",
-        "sanrt",
-        "run",
-        str(OUT / "input"),
-        str(OUT / "output"),
-        "--scale",
-        str(SCALE),
-        "--overwrite",
-    ]
-    subprocess.run(run, check=True)
+    words = [str(OUT / "input"), str(OUT / "output"), "--scale", str(SCALE), "--overwrite"]
+    subprocess.run([sys.executable, "-m", "sanrt", "run", *words], check=True)
     print(f"\n{'Y-PSNR, dB':<12}{'bicubic':>9}{'sanrt':>9}")
     for name, picture in originals.items():
         enlarged = {
@@ -55,9 +49,19 @@ def main() -> None:
     print(f"\nside by side: {', '.join(str(OUT / f'{name}.png') for name in originals)}")
 
 
-def original(file: str) -> Picture:
+def wheel(folder: Path) -> Path:
+    """scikit-image's wheel, downloaded into the folder unless it is there."""
+    if not list(folder.glob("scikit_image-*.whl")):
+        words = ["download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), WHEEL]
+        subprocess.run([sys.executable, "-m", "pip", *words], check=True)
+    return next(folder.glob("scikit_image-*.whl"))
+
+
+def original(archive: ZipFile, file: str) -> Picture:
     """A photograph of scikit-image's, cropped so that the scale divides its sides."""
-    picture = read(Path(str(files("skimage") / "data" / file)))
+    path = OUT / "originals" / file
+    path.write_bytes(archive.read(f"skimage/data/{file}"))
+    picture = read(path)
     height, width = (side // SCALE * SCALE for side in picture.shape[:2])
     return picture[:height, :width]
 
