@@ -126,9 +126,10 @@ def training_command(item: Item, data: Path, runs: Path, states: Path, seconds: 
         command.append("--photo")
     if (kept := states / item.name / "stable.safetensors").exists():
         command += ["--resume", str(kept)]
-    for option, name in (("--start", item.start), ("--teacher", item.teacher)):
-        if name:
-            command += [option, str(best_weights(name, states, runs))]
+    elif item.start and not newest(runs / item.name / "current"):
+        command += ["--start", str(best_weights(item.start, states, runs))]
+    if item.teacher:
+        command += ["--teacher", str(best_weights(item.teacher, states, runs))]
     return command
 
 

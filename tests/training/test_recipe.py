@@ -69,6 +69,11 @@ def test_a_network_starts_from_the_best_there_is(plan, tiles, tmp_path):
     photo = training_command(named("x4-photo"), tmp_path, runs, states, 10, [])
     assert "--photo" in photo
     assert photo[photo.index("--start") + 1] == str(states / "x4-clean" / "decayed.safetensors")
+    trained(plan, tiles, runs / "x4-photo")
+    assert "--start" not in training_command(named("x4-photo"), tmp_path, runs, states, 10, [])
+    fast = training_command(named("x4-fast"), tmp_path, runs, states, 10, [])
+    assert fast[fast.index("--teacher") + 1] == str(states / "x4-clean" / "decayed.safetensors")
+    assert fast[fast.index("--channels") + 1] == "32"
 
 
 @pytest.mark.slow
