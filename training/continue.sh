@@ -1,6 +1,7 @@
 #!/bin/sh
 # Train on in the background, from where the last session left the queue: training/continue.sh PHOTOS SECONDS [NAME ...]
 # PHOTOS holds train/ and dev/ (training/photos.md). The log is runs/continue.log; runs/pack is made when it is missing.
+# A network that is done is copied to training/state/NAME; before that, runs/NAME/*.safetensors are never older than a minute.
 set -eu
 photos=$1
 seconds=$2

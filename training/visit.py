@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import torch
 import typer
@@ -38,7 +38,7 @@ class Outcome:
     ending: str
     """`done`, or why not."""
     seconds: float
-    lines: tuple[dict[str, object], ...]
+    lines: tuple[dict[str, Any], ...]
     """Of its log."""
 
 
@@ -58,10 +58,8 @@ def visit(
     out.mkdir(parents=True, exist_ok=True)
     with (out / "visit.log").open("w") as log:
         if probe_seconds:
-            say(
-                log,
-                f"probe: {called('probe', probe_command(data, plan[0][0], batch, patch, probe_seconds), PROBE_LIMIT, log)}",
-            )
+            looking = probe_command(data, plan[0][0], batch, patch, probe_seconds)
+            say(log, f"probe: {called('probe', looking, PROBE_LIMIT, log)}")
         outcomes = []
         for item, seconds in plan:
             options = ["--batch", str(batch), "--patch", str(patch or item.gpu_patch), "--warmup", "10", *more.split()]
@@ -106,7 +104,7 @@ def called(name: str, command: list[str], limit: float, log: TextIO) -> str:
     return "done" if code == 0 else f"exit status {code}"
 
 
-def read_lines(path: Path) -> tuple[dict[str, object], ...]:
+def read_lines(path: Path) -> tuple[dict[str, Any], ...]:
     """The lines of a training log; none if there is no log."""
     return tuple(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else ()
 
@@ -120,19 +118,25 @@ def take_home(run_folder: Path, out: Path, name: str) -> None:
 def report(outcomes: list[Outcome]) -> str:
     """A table of what was reached."""
     table = Table(title=device_name())
-    for heading in ("network", "ending", "seconds", "steps", "steps/s", "L1", "held out, dB"):
+    for heading in ("network", "ending", "seconds", "steps in all", "steps/s", "L1", "held out, dB"):
         table.add_column(heading)
     for each in outcomes:
         last = each.lines[-1] if each.lines else {}
-        steps, spent = float(str(last.get("step", 0))), float(str(last.get("seconds", 0)))
-        rate = f"{steps / spent:.1f}" if spent else "-"
-        scored = [line["y_psnr"] for line in each.lines if "y_psnr" in line]
-        shown = (f"{each.seconds:.0f}", f"{steps:.0f}", rate, str(last.get("l1", "-")), str(scored[-1] if scored else "-"))
-        table.add_row(each.name, each.ending, *shown)
+        scored = [line["y_psnr"] for line in each.lines if "y_psnr" in line] or ["-"]
+        shown = (last.get("step", "-"), steps_per_second(each.lines), last.get("l1", "-"), scored[-1])
+        table.add_row(each.name, each.ending, f"{each.seconds:.0f}", *map(str, shown))
     console = Console(width=120)
     with console.capture() as text:
         console.print(table)
     return text.get()
+
+
+def steps_per_second(lines: tuple[dict[str, Any], ...]) -> str:
+    """From the first to the last line of a log, reading pictures left out."""
+    if len(lines) < 2:
+        return "-"
+    first, last = lines[0], lines[-1]
+    return f"{(last['step'] - first['step']) / (last['seconds'] - first['seconds']):.1f}"
 
 
 def device_name() -> str:

@@ -14,7 +14,7 @@ from sanrt.model.checkpoint import load_checkpoint
 from sanrt.model.spec import Architecture
 from training.recipe import QUEUE, best_weights, cpu_options, go_on, keep, named, next_item, seen, training_command
 from training.train import Worker, train_on
-from training.visit import parsed, visit
+from training.visit import Outcome, parsed, report, visit
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--groups 1 --blocks 1 --channels 16 --graph --save-every 1"
@@ -144,6 +144,22 @@ def test_a_visit_trains_one_network_from_the_other_and_brings_both_home(packed, 
     assert max(path.stat().st_size for path in out.iterdir()) < 16 * 2**20
     lines = [json.loads(line) for line in log.splitlines() if line.startswith('{"name"')]
     assert {line["name"] for line in lines} == {"x4-clean", "x4-photo"}
+
+
+def test_a_report_counts_the_steps_of_this_visit_alone():
+    lines = ({"step": 5200, "seconds": 4.0, "l1": 0.03}, {"step": 5400, "seconds": 8.0, "l1": 0.02, "y_psnr": [27.5]})
+    shown = report([Outcome("x4-clean", "done", 30.2, lines), Outcome("x2-clean", "stopped after 245 s", 245, ())])
+    (row,) = [line for line in shown.splitlines() if "x4-clean" in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+        "x4-clean",
+        "done",
+        "30",
+        "5400",
+        "50.0",
+        "0.02",
+        "[27.5]",
+    ]
+    assert "stopped after 245 s" in shown
 
 
 def test_a_visit_goes_on_when_a_network_cannot_be_trained(packed, tmp_path, capsys):
