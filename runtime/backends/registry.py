@@ -152,5 +152,5 @@ def backend_module(name: str) -> Any:
     """The module behind a backend's name, or behind an earlier one."""
     name = ALIASES.get(name, name)
     if name not in BACKENDS:
-        raise BackendError(f"unknown backend {name!r}; expected auto, {', '.join(BACKENDS)}")
+        raise UsageError(f"unknown backend {name!r}; expected auto, {', '.join(BACKENDS)}")
     return import_module(BACKENDS[name])

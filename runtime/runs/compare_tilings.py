@@ -16,6 +16,7 @@ from sanrt.arrays import psnr
 from sanrt.geometry import Box
 from sanrt.runtime.backends.protocol import Backend
 from sanrt.runtime.pictures.codec import Pixels, open_picture
+from sanrt.runtime.pictures.storage import fetched
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.upscaling import upscale
 
@@ -62,12 +63,12 @@ def explain(backend: Backend, path: Path, options: UpscaleOptions) -> Iterator[E
 def sampled(options: UpscaleOptions, tiling: Tiling, tile: int) -> UpscaleOptions:
     """The options of a run, with the tiling to be compared; the sample's tiles may be too small for its overlap."""
     overlap = None if options.overlap is None or tiling is not Tiling.OVERLAP else min(options.overlap, tile // 2)
-    return replace(options, tiling=tiling, tile=tile, overlap=overlap)
+    return replace(options, tiling=tiling, tile=None if tiling is Tiling.WHOLE else tile, overlap=overlap)
 
 
 def sample(path: Path) -> Pixels:
     """The middle of a picture, at most SAMPLE pixels a side."""
-    with open_picture(path) as source:
+    with fetched(path) as local, open_picture(local) as source:
         box = Box(0, 0, source.info.height, source.info.width).middle(SAMPLE)
         return source.rgb(box.top, box.height)[:, box.left : box.right]
 

@@ -1,27 +1,28 @@
-"""What a run would do and take: each picture's size, tiling, regions, memory and time on every backend."""
+"""What a run would do and take: each picture's size, tiling, regions, memory and time."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from sanrt.errors import BackendError, SanrtError
+from sanrt.errors import SanrtError
 from sanrt.model.spec import Architecture, Precision
 from sanrt.runtime import host as machine
-from sanrt.runtime.artifacts.engines import SUFFIX
 from sanrt.runtime.artifacts.variants import cached_for
 from sanrt.runtime.backends.protocol import Backend, RunOptions
-from sanrt.runtime.backends.registry import BACKENDS, load_unguarded, status
-from sanrt.runtime.pictures.codec import PictureInfo, open_picture, plan_output
+from sanrt.runtime.backends.registry import load_unguarded, status
+from sanrt.runtime.pictures.codec import Encoding, PictureInfo, open_picture, plan_output
 from sanrt.runtime.pictures.jobs import Job
+from sanrt.runtime.pictures.storage import fetched
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
-from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, by_stages, network_bytes, plan_tiling, result_bytes
+from sanrt.runtime.tiling.orientations import ORIENTATIONS
+from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, by_stages, network_bytes, result_bytes
+from sanrt.runtime.tiling.upscaling import NetworkRunner
 
 SIDES = (64, 192)
 """Sides of the two pictures that a backend's speed is measured on: attention's share is small in one, large in the other."""
@@ -52,30 +53,21 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """One picture on one backend."""
-
-    backend: str
-    plan: TilingPlan
-    memory: int
-    """Bytes beside the process itself, a GPU's included."""
-    scratch: int
-    """Bytes of scratch files, the result before it is encoded included."""
-    seconds: float
-
-
-@dataclass(frozen=True)
 class PicturePlan:
-    """One picture: what would become of it."""
+    """One picture: how it would go through the network, or why it would not."""
 
     path: Path
+    refusal: str = ""
+    """Why nothing would come of it; the other fields are then empty."""
     width: int = 0
     height: int = 0
-    skipped: str = ""
-    """Why it would be left out; empty if it would not."""
-    estimates: tuple[Estimate, ...] = ()
-    refusals: tuple[str, ...] = ()
-    """Why a backend cannot do it, one line each."""
+    backend: str = ""
+    plan: TilingPlan | None = None
+    memory: int = 0
+    """Bytes beside the process itself, a GPU's included."""
+    scratch: int = 0
+    """Bytes of scratch files, the result before it is encoded included."""
+    seconds: float = 0.0
 
 
 def pairs(height: int, width: int, regions: int) -> float:
@@ -83,61 +75,48 @@ def pairs(height: int, width: int, regions: int) -> float:
     return 2 * height * width * (height * width / regions**2 / 4)
 
 
-def usable_backends(model: Path, options: RunOptions) -> Iterator[Backend]:
-    """Every backend that can run the model here, loaded one after another."""
-    for name in ("tensorrt",) if model.suffix == SUFFIX else BACKENDS:
-        if status(name).usable:
-            with suppress(SanrtError):
-                yield load_unguarded(name, model, options)
-
-
-def plan(jobs: Iterable[Job], model: Path, loading: RunOptions, upscaling: UpscaleOptions) -> Iterator[PicturePlan]:
-    """A plan for every picture; its header alone is read. Raises SanrtError when no backend can load the model."""
-    loaded = list(usable_backends(model, loading)) or [load_unguarded("auto", model, loading)]  # which says why none can
-    speeds = {backend.name: speed_of(backend, model, loading) for backend in loaded}
-    fp32 = replace(loading, precision=Precision.FP32)
-    for backend in loaded:
-        if backend.spec.precision is Precision.INT16:  # whole pictures only: its stages are fp32
-            with load_unguarded(backend.name, model, fp32) as exact:
-                speeds[backend.name + BY_STAGES] = speed_of(exact, model, fp32)
+def plan(
+    jobs: Sequence[Job], backend: Backend, model: Path, loading: RunOptions, upscaling: UpscaleOptions, encoding: Encoding
+) -> Iterator[PicturePlan]:
+    """A plan for every picture on a backend with a model loaded so; a picture's header alone is read."""
+    speeds = {backend.name: speed_of(backend, model, loading)}
+    if backend.spec.precision is Precision.INT16:  # whole pictures only: its stages are fp32
+        fp32 = replace(loading, precision=Precision.FP32)
+        with load_unguarded(backend.name, model, fp32) as exact:
+            speeds[backend.name + BY_STAGES] = speed_of(exact, model, fp32)
     for job in jobs:
-        yield picture_plan(job, loaded, speeds, upscaling)
+        yield picture_plan(job, backend, speeds, upscaling, encoding)
 
 
-def picture_plan(job: Job, loaded: list[Backend], speeds: Mapping[str, Speed], options: UpscaleOptions) -> PicturePlan:
-    """One picture on each of the loaded backends."""
+def picture_plan(
+    job: Job, backend: Backend, speeds: Mapping[str, Speed], options: UpscaleOptions, encoding: Encoding
+) -> PicturePlan:
+    """What becomes of one picture."""
     try:
-        with open_picture(job.source) as source:
-            info = source.info
-            for scale in {backend.spec.architecture.scale for backend in loaded}:
-                plan_output(info, job.destination, scale)
+        with fetched(job.source) as path, open_picture(path) as source:
+            plan_output(source.info, job.destination, backend.spec.architecture.scale, encoding)
+            return replace(estimate(backend, speeds, source.info, options), path=job.source)
     except SanrtError as error:
-        return PicturePlan(job.source, skipped=str(error))
-    estimates, refusals = [], []
-    for backend in loaded:
-        try:
-            estimates.append(estimate(backend, speeds, info, options))
-        except BackendError as error:
-            refusals.append(str(error))
-    return PicturePlan(job.source, info.width, info.height, "", tuple(estimates), tuple(refusals))
+        return PicturePlan(job.source, str(error) if str(job.source) in str(error) else f"{job.source}: {error}")
 
 
-def estimate(backend: Backend, speeds: Mapping[str, Speed], info: PictureInfo, options: UpscaleOptions) -> Estimate:
-    """What one picture takes on one backend."""
+def estimate(backend: Backend, speeds: Mapping[str, Speed], info: PictureInfo, options: UpscaleOptions) -> PicturePlan:
+    """What a picture takes, by its header; raises as `NetworkRunner.decide` does."""
     arch, height, width = backend.spec.architecture, info.height, info.width
-    plan = plan_tiling(backend, height, width, options)
+    plan = NetworkRunner(backend, options).decide(info)
     speed = speeds[backend.name]
     if by_stages(plan, backend):
         speed = speeds.get(backend.name + BY_STAGES, speed)
+    passes = len(ORIENTATIONS) if options.self_ensemble else 1
+    told = PicturePlan(info.path, "", width, height, backend.name, plan)
+    told = replace(told, seconds=passes * speed.seconds(height, width, plan, arch))
     tile = min(height, plan.tile) * min(width, plan.tile) * network_bytes(arch)
-    seconds = speed.seconds(height, width, plan, arch)
     if plan.tiling is not Tiling.EXACT:
-        return Estimate(backend.name, plan, tile + height * width * result_bytes(arch), 0, seconds)
+        return replace(told, memory=tile + height * width * result_bytes(arch))
     colours = 3 * info.dtype.itemsize
     maps = height * width * (3 * 4 * arch.channels + colours)
     beyond = max(0, maps - sum(MemoryBudget.of(backend, options).maps(arch, plan.tile)))
-    result = height * width * arch.scale**2 * colours
-    return Estimate(backend.name, plan, tile + maps - beyond, beyond + result, seconds)
+    return replace(told, memory=tile + maps - beyond, scratch=beyond + height * width * arch.scale**2 * colours)
 
 
 def speed_of(backend: Backend, model: Path, options: RunOptions) -> Speed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +30,8 @@ from sanrt.runtime.runs.results import Recipe
 from sanrt.runtime.tiling.options import PROCESS_MEMORY, Tiling, UpscaleOptions
 from sanrt.runtime.tiling.upscaling import NetworkRunner
 from sanrt.version import __version__
+
+log = logging.getLogger(__name__)
 
 RESTORE = "put the file of the run back"
 STRIP = 256
@@ -163,7 +166,10 @@ class Recorder:
 def open_record(path: Path) -> IO[str]:
     """The record, to be added to; raises UsageError when it cannot be written."""
     try:
-        return path.open("a", encoding="utf-8")
+        record = path.open("a", encoding="utf-8")
+        if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):  # a killed run left half a line
+            record.write("\n")
+        return record
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another --record file") from None
 
@@ -179,10 +185,19 @@ def write_entry(record: IO[str], entry: Entry) -> None:
 
 
 def read_record(path: Path) -> list[Entry]:
-    """All entries; raises UsageError when the file cannot be read or is no record."""
+    """All entries, without lines that killed runs left unfinished, which is logged.
+
+    Raises UsageError when the file cannot be read, is empty or is no record.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [read_entry(line) for line in lines if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        whole = [line for line in lines if line.rstrip().endswith("}")]
+        entries = [read_entry(line) for line in whole]
+        if whole != lines:
+            log.warning("%s: %d lines were cut short by killed runs and are left out", path, len(lines) - len(whole))
+        if not entries:
+            raise UsageError(f"{path}: has no entries; expected what `sanrt run --record` wrote")
+        return entries
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); expected what `sanrt run --record` wrote") from None
     except (ValueError, TypeError) as error:

@@ -54,6 +54,8 @@ class UpscaleOptions:
     def __post_init__(self) -> None:
         if self.tile is not None and self.tile < 16:
             raise UsageError(f"tiles of {self.tile} pixels; expected at least 16")
+        if self.tile is not None and self.tiling is Tiling.WHOLE:
+            raise UsageError(f"tiles of {self.tile} pixels with {self.tiling} tiling, which has none; leave one out")
         if self.overlap is not None and self.tiling in (Tiling.WHOLE, Tiling.EXACT):
             raise UsageError(f"overlap {self.overlap} with {self.tiling} tiling, which overlaps nothing; leave one out")
         if self.overlap is not None and not 0 <= self.overlap <= (self.tile or 2 * self.overlap) // 2:

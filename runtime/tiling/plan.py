@@ -239,15 +239,3 @@ def network_bytes(arch: Architecture) -> int:
     reorder memory, beside some ten maps of C channels that the skip connections and blocks keep.
     """
     return 4 * arch.channels * (3 * arch.scale**2 + 10)
-
-
-def parse_memory(text: str) -> int:
-    """Bytes from `4G`, `512M` or a plain number; raises UsageError for anything else."""
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
-    try:
-        size = int(float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise UsageError(f"memory {text!r}: expected a number of bytes such as 4G or 512M") from None
-    if size < 2**29:
-        raise UsageError(f"memory {text!r}: expected at least 512M")
-    return size

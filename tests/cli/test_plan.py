@@ -1,4 +1,5 @@
 import json
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,8 @@ import pyvips
 from typer.testing import CliRunner
 
 from sanrt.cli import app
+from sanrt.cli.plan import plan
+from sanrt.cli.run import run
 from sanrt.errors import ModelError, UsageError
 from sanrt.files import keep
 from sanrt.runtime.pictures.codec import PictureInfo
@@ -25,44 +28,79 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_plan_tells_sizes_ways_and_what_is_skipped_and_keeps_its_measurement(folder, tiny_model):
+def test_plan_tells_a_line_for_each_picture_and_keeps_its_measurement(folder, tiny_model):
     model = tiny_model(2)
-    arguments = ["plan", str(folder), "--model", str(model), "--memory", "512M", "--threads", "1"]
+    named = ["--model", str(model), "--threads", "1", "--backend", "onnxruntime"]
+    arguments = ["plan", str(folder), *named, "--memory", "512MB"]
+    (folder / "broken.png").unlink()
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert f"{folder / 'small.png'}: 80 x 60" in done.output
-    assert f"{folder / 'large.png'}: 3000 x 2000" in done.output
-    assert "onnxruntime: whole, 2 x 2 regions" in done.output
-    assert "onnxruntime: exact in tiles of" in done.output
-    assert "20 x 20 regions" in done.output
-    assert f"skipped: {folder / 'broken.png'}" in done.output
+    large, small, total = done.output.splitlines()
+    assert large.startswith(f"{folder / 'large.png'}: 3000 x 2000 on onnxruntime: exact in tiles of ")
+    assert "20 x 20 regions" in large
+    assert small.startswith(
+        f"{folder / 'small.png'}: 80 x 60 on onnxruntime: whole, 2 x 2 regions, 0.01 GiB of memory, about "
+    )
+    assert total.startswith("2 to write, about ")
     (kept,) = (model.parent / ".derived").glob("*-speed-onnxruntime.json")
     keep([kept.parent], kept.name, json.dumps({"pixel": 1.0, "pair": 0.0}).encode())
-    assert "onnxruntime: whole, 2 x 2 regions, 0.01 GiB, about 80 min" in CliRunner().invoke(app, arguments).output
-    assert not (folder / "results.sanrt-plan").exists()
+    assert "whole, 2 x 2 regions, 0.01 GiB of memory, about 80 min" in CliRunner().invoke(app, arguments).output
+    kept.unlink()
 
 
-def test_plan_leaves_out_what_a_run_would_skip_and_counts_only_the_rest(folder, tiny_model):
+def test_plan_tells_what_a_streamed_picture_needs_on_the_disk(folder, tiny_model):
+    options = ["--model", str(tiny_model(2)), "--threads", "1", "--tiling", "exact", "--backend", "onnxruntime"]
+    output = CliRunner().invoke(app, ["plan", str(folder / "large.png"), "--memory", "512M", *options]).output
+    maps, colours, result = 3 * 4 * 16 * 6e6, 3 * 6e6, 4 * 3 * 6e6
+    told = float(output.partition(" GiB of scratch files")[0].rpartition(" ")[2]) * 2**30
+    assert result < told <= maps + colours + result + 0.01 * 2**30
+
+
+@pytest.mark.parametrize("name", ["broken.png", "missing.png"])
+def test_what_cannot_be_planned_is_an_error_and_the_others_are_planned(folder, tiny_model, name):
+    named = ["--model", str(tiny_model(2)), "--threads", "1", "--backend", "onnxruntime"]
+    done = CliRunner().invoke(app, ["plan", str(folder / name), str(folder / "small.png"), str(folder / "out/"), *named])
+    assert done.exit_code == 1
+    assert f"{folder / 'small.png'}: 80 x 60" in done.stdout
+    assert f"sanrt: {folder / name}: " in done.stderr
+    assert done.stdout.splitlines()[-1].endswith(", 1 failed")
+
+
+def test_plan_takes_what_run_takes(folder, tiny_model):
+    parameters = {command: signature(function).parameters for command, function in (("plan", plan), ("run", run))}
+    more = {"dry_run", "quiet", "verbose", "explain_tiles", "record", "ray", "workers"}
+    assert set(parameters["plan"]) == set(parameters["run"]) - more
+
+
+def test_plan_honours_the_preferred_variant_as_run_does(folder, tiny_model, tmp_path_factory):
+    from sanrt.runtime.backends.default_variant import prefer
+
+    exported = tmp_path_factory.mktemp("preferring") / "san_x2.onnx"
+    variant = exported.with_name("san_x2.variant.onnx")
+    for path in exported, variant:
+        path.write_bytes(tiny_model(2).read_bytes())
+    prefer(exported, variant, "torch", None)
+    named = ["--models", str(exported.parent), "--scale", "2", "--threads", "1"]
+    assert " on torch: " in CliRunner().invoke(app, ["plan", str(folder / "small.png"), *named]).output
+
+
+def test_plan_leaves_out_what_a_run_would_skip(folder, tiny_model):
     (folder / "broken.png").unlink()
-    named = ["--model", str(tiny_model(2)), "--threads", "1"]
-    output = folder / "out"
-    run = CliRunner().invoke(app, ["run", str(folder / "small.png"), str(output), "--suffix", "_x2", *named])
+    named = ["--model", str(tiny_model(2)), "--threads", "1", "--backend", "onnxruntime", "--suffix", "_x2"]
+    output = str(folder / "out/")
+    run = CliRunner().invoke(app, ["run", str(folder / "small.png"), output, *named])
     assert run.exit_code == 0, run.output
-    arguments = ["plan", str(folder), "--output", str(output), "--tiling", "exact", "--tile", "256", *named]
-    lines = CliRunner().invoke(app, [*arguments, "--suffix", "_x2"]).output.splitlines()
-    assert lines[0] == f"{output}: 1 of 2 results are there already and would be skipped; 1 remain"
+    lines = CliRunner().invoke(app, ["plan", str(folder), output, *named]).output.splitlines()
+    assert lines[0] == "1 of 2 results are there already and would be skipped"
     assert "small.png" not in "\n".join(lines[1:])
-    (total,) = (line for line in lines if line.startswith("all that remain on onnxruntime: "))
-    (alone,) = (line for line in lines if line.startswith("  onnxruntime: "))
-    assert total.rpartition("about ")[2] == alone.rpartition("about ")[2]
-    assert CliRunner().invoke(app, arguments).output.startswith(f"{output}: 0 of 2 results")
+    assert lines[-1].startswith("1 to write, about ")
     (folder / "large.png").unlink()
-    done = CliRunner().invoke(app, [*arguments, "--suffix", "_x2"])
+    done = CliRunner().invoke(app, ["plan", str(folder), output, *named])
     assert done.exit_code == 0
-    assert done.output == f"{output}: 1 of 1 results are there already and would be skipped; 0 remain\n"
-    (output / "small_x2.png").write_bytes(b"")
+    assert done.output == "1 of 1 results are there already and would be skipped\n"
+    (folder / "out" / "small_x2.png").write_bytes(b"")
     with pytest.raises(UsageError, match=r"small_x2\.png: already there and not made by sanrt"):
-        CliRunner().invoke(app, [*arguments, "--suffix", "_x2"], catch_exceptions=False)
+        CliRunner().invoke(app, ["plan", str(folder), output, *named], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("named", [["--model", "missing.onnx"]])
@@ -82,22 +120,20 @@ def test_an_estimate_grows_with_pixels_halos_and_pairs(tiny_model):
     assert Speed(0.0, 1e-9).seconds(400, 400, whole, arch) == pytest.approx(2 * 400**4 / 16 * 1e-9)
 
 
-def test_a_backend_that_cannot_do_a_picture_says_why_beside_the_others(folder, tiny_model):
-    from sanrt.cli.plan import lines
+def test_a_picture_that_the_backend_cannot_do_is_refused_in_its_words(folder, tiny_model):
     from sanrt.runtime.artifacts.sizes import Limits, Profile, Size
     from sanrt.runtime.backends.protocol import RunOptions
     from sanrt.runtime.backends.registry import load_backend
+    from sanrt.runtime.pictures.codec import Encoding
     from sanrt.runtime.pictures.jobs import Job
     from sanrt.runtime.runs.estimate import picture_plan
     from sanrt.runtime.tiling.options import UpscaleOptions
 
-    job, speeds = Job(folder / "small.png", folder / "out.png"), {"torch": Speed(1.0, 0), "onnxruntime": Speed(1.0, 0)}
-    loaded = [load_backend(name, tiny_model(2), RunOptions(threads=1)) for name in speeds]
-    loaded[0].limits = Limits((Profile(Size(1, 4, 4), Size(1, 8, 8), Size(1, 16, 16)),))
-    told = lines(picture_plan(job, loaded, speeds, UpscaleOptions(tiling=Tiling.WHOLE)))
-    assert told[0] == f"{job.source}: 80 x 60"
-    assert told[1].startswith("  torch: 80 x 60 pixels as a whole, its engine takes 4 x 4 to 16 x 16")
-    assert told[2].startswith("  onnxruntime: whole")
+    job = Job(folder / "small.png", folder / "out.png")
+    with load_backend("torch", tiny_model(2), RunOptions(threads=1)) as backend:
+        backend.limits = Limits((Profile(Size(1, 4, 4), Size(1, 8, 8), Size(1, 16, 16)),))
+        found = picture_plan(job, backend, {"torch": Speed(1.0, 0)}, UpscaleOptions(tiling=Tiling.WHOLE), Encoding())
+    assert found.refusal.startswith(f"{job.source}: torch: 80 x 60 pixels as a whole, its engine takes 4 x 4 to 16 x 16")
 
 
 @pytest.mark.parametrize(("tiling", "measured"), [(Tiling.WHOLE, "torch"), (Tiling.EXACT, "torch by stages")])
@@ -110,7 +146,7 @@ def test_streamed_pictures_are_planned_at_the_speed_of_the_stages(tiny_model, ti
     speeds = {"torch": Speed(1e-2, 0), "torch" + BY_STAGES: Speed(3e-2, 0)}
     with load_backend("torch", tiny_model(2), RunOptions(threads=1)) as backend:
         info = PictureInfo(Path("a.png"), Format.PNG, 10, 10)
-        found = estimate(backend, speeds, info, UpscaleOptions(tiling=tiling, tile=16))
+        found = estimate(backend, speeds, info, UpscaleOptions(tiling=tiling, tile=None if tiling is Tiling.WHOLE else 16))
         assert found.seconds == speeds[measured].seconds(10, 10, found.plan, backend.spec.architecture)
 
 

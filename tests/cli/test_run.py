@@ -156,11 +156,11 @@ def test_a_picture_that_sanrt_did_not_make_is_refused_before_any_work(sanrt, tmp
     noise(tmp_path / "a.png")
     before = digests(tmp_path)
     status, out, err = sanrt("a.png", "b.png")
-    assert (status, out) == (1, "")
+    assert (status, out) == (2, "")
     assert err.startswith("sanrt: b.png: already there and not made by sanrt; nothing was done; ")
     assert "--overwrite" in err
     assert digests(tmp_path) == before
-    assert sanrt("a.png", "b.png", "--dry-run")[0] == 1
+    assert sanrt("a.png", "b.png", "--dry-run")[0] == 2
     assert sanrt("a.png", "b.png", "--overwrite")[0] == 0
     assert picture(tmp_path / "b.png").shape == (40, 60, 3)
 
@@ -168,7 +168,7 @@ def test_a_picture_that_sanrt_did_not_make_is_refused_before_any_work(sanrt, tmp
 def test_a_refusal_needs_no_model(sanrt, tmp_path):
     noise(tmp_path / "a.png"), noise(tmp_path / "b.png", seed=1)
     status, _, err = sanrt("a.png", "b.png", "--models", "none", scale=4)
-    assert status == 1
+    assert status == 2
     assert "not made by sanrt" in err
     assert not (tmp_path / "none").exists()
 
@@ -177,7 +177,7 @@ def test_a_list_of_pictures_without_an_output_is_refused(sanrt, tmp_path):
     names = [noise(tmp_path / f"{name}.png", seed=seed).name for seed, name in enumerate("abc")]
     before = digests(tmp_path)
     status, _, err = sanrt(*names)
-    assert status == 1
+    assert status == 2
     assert "c.png: is a file; several pictures need a folder as OUTPUT (the last argument)" in err
     assert digests(tmp_path) == before
 
@@ -190,7 +190,7 @@ def test_a_folder_of_other_pictures_is_refused_whole_with_some_names_and_the_cou
     (tmp_path / "originals" / "4.png").write_bytes(b"")
     before = digests(tmp_path)
     status, _, err = sanrt("edited", "originals")
-    assert status == 1
+    assert status == 2
     assert "originals/0.png, originals/1.png, originals/2.png and 2 more: already there" in err
     assert err.count("\n") == 1
     assert digests(tmp_path) == before
@@ -265,7 +265,7 @@ def test_a_result_that_was_edited_since_is_the_users(sanrt, tmp_path, name, edit
         result.write_bytes(data + b"more" if edit == "appended" else data[:200] + b"tag" + data[203:])
     before = digests(tmp_path)
     status, _, err = sanrt("in", "out", "--self-ensemble")
-    assert status == 1
+    assert status == 2
     assert f"out/{name}: already there and " in err
     assert digests(tmp_path) == before
 
@@ -290,7 +290,7 @@ def test_whatever_else_is_in_a_results_place_is_left_there(sanrt, tmp_path, plac
         "a pipe": lambda: os.mkfifo(result),
     }[place]()
     status, _, err = sanrt("in", "out")
-    assert status == 1
+    assert status == 2
     assert "out/a.png: already there and not made by sanrt" in err
     assert os.path.lexists(result)
 
@@ -298,7 +298,7 @@ def test_whatever_else_is_in_a_results_place_is_left_there(sanrt, tmp_path, plac
 def test_an_empty_output_is_refused(sanrt, tmp_path):
     noise(tmp_path / "in" / "a.png")
     status, _, err = sanrt("in", "")
-    assert status == 1
+    assert status == 2
     assert "an empty name" in err
     assert files(tmp_path) == ["in/a.png"]
 
@@ -369,20 +369,35 @@ def test_wrong_usage_is_exit_status_2(tmp_path, wrong):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "told", "expected"),
     [
-        (["in", "out", "--backend", "abacus"], "unknown backend 'abacus'"),
-        (["in", "out", "--overlap", "40", "--tile", "64"], "overlap 40"),
-        (["in", "out", "--model", "missing.onnx"], "missing.onnx"),
-        (["in", "out", "--model", "in/a.png"], "in/a.png"),
-        (["nothing", "out"], "nothing"),
-        (["in", "in"], "--suffix"),
+        (["in", "out", "--backend", "abacus"], "unknown backend 'abacus'", 2),
+        (["in", "out", "--overlap", "40", "--tile", "64"], "overlap 40", 2),
+        (["in", "out", "--tiling", "whole", "--tile", "64"], "tiles of 64 pixels with whole tiling", 2),
+        (["in", "out", "--tile", "3"], "--tile: expected 16 or more; see `sanrt run --help`", 2),
+        (["in", "out", "--quality", "200"], "--quality: expected 100 or less; see", 2),
+        (["in", "out", "--quality", "good"], "--quality: expected a whole number; see", 2),
+        (["in", "out", "--precision", "fp7"], "--precision: fp7: expected one of", 2),
+        (["in", "out", "--regions", "\N{SUPERSCRIPT TWO}"], "expected auto or a number from 1 to 1000", 2),
+        (["in", "out", "--regions", "0"], "expected auto or a number from 1 to 1000", 2),
+        (["in", "out", "--memory", "4X"], "--memory: 4X: expected a number of bytes such as 4G", 2),
+        (["in", "out", "--nothing"], "there is no option --nothing", 2),
+        (["in", "out", "--workers", "2"], "--workers 2: changes nothing without --ray", 2),
+        (["in", "out", "--quiet", "--verbose"], "--quiet: hides", 2),
+        (["in", "out", "--explain-tiles", "--record", "r.jsonl"], "--explain-tiles: writes no results", 2),
+        (["in", "out", "--lossless"], "--lossless: changes nothing in png files", 2),
+        (["in", "out", "--quality", "50", "--format", "tif"], "--quality: changes nothing in tiff files", 2),
+        ([], "INPUTS is missing", 2),
+        (["in", "out", "--model", "missing.onnx"], "missing.onnx", 1),
+        (["in", "out", "--model", "in/a.png"], "in/a.png", 1),
+        (["nothing", "out"], "nothing", 1),
+        (["in", "in"], "--suffix", 2),
     ],
 )
-def test_errors_are_one_line_and_exit_status_1(sanrt, tmp_path, arguments, told):
+def test_errors_are_one_line_with_status_1_or_2_for_wrong_usage(sanrt, tmp_path, arguments, told, expected):
     noise(tmp_path / "in" / "a.png")
     status, _, err = sanrt(*arguments)
-    assert status == 1
+    assert status == expected
     assert told in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -391,7 +406,7 @@ def test_errors_are_one_line_and_exit_status_1(sanrt, tmp_path, arguments, told)
 def test_a_model_of_another_scale_than_asked_for_is_refused(sanrt, tmp_path, tiny_model):
     noise(tmp_path / "a.png")
     status, _, err = sanrt("a.png", "b.png", "--model", tiny_model(3), scale=2)
-    assert status == 1
+    assert status == 2
     assert "is for x3, but --scale 2 was asked for" in err
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import sys
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +17,11 @@ from sanrt.cli.info import info
 from sanrt.cli.panels import PanelCommand
 from sanrt.cli.plan import plan
 from sanrt.cli.run import RunCommand, run
+from sanrt.cli.streams import tell
 from sanrt.cli.validate import validate
 from sanrt.cli.verify import verify
-from sanrt.errors import SanrtError
+from sanrt.errors import SanrtError, UsageError
+from sanrt.version import __version__
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as of a shell."""
@@ -23,7 +29,7 @@ INTERRUPTED = 130
 app = typer.Typer(
     help="SAN super-resolution, from PyTorch to production: export, build, run.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -37,19 +43,89 @@ app.command()(verify)
 app.command()(doctor)
 
 
+def tell_version(wanted: bool) -> None:
+    """What `sanrt --version` prints."""
+    if wanted:
+        tell(f"sanrt {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def sanrt() -> None:
+def sanrt(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=tell_version, is_eager=True)
+    ] = False,
+) -> None:
     """SAN super-resolution, from PyTorch to production."""
 
 
 def main() -> None:
     """Run the command line: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupted."""
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
     except SanrtError as error:
-        print(f"sanrt: {error}", file=sys.stderr)
-        sys.exit(1)
-    except SystemExit as end:  # typer makes one of a KeyboardInterrupt, and says nothing
-        if end.code == INTERRUPTED:
-            print("sanrt: interrupted", file=sys.stderr)
-        raise
+        tell(f"sanrt: {error}", error=True)
+        status = 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        status = output_failed(error)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own, of a click that typer may have inside itself
+            raise
+        tell(f"sanrt{usage_context(error)}: {usage_words(error)}", error=True)
+        status = 2
+    if status == INTERRUPTED:
+        tell("sanrt: interrupted", error=True)
+    sys.exit(status or 0)
+
+
+def output_failed(error: OSError) -> int:
+    """The exit status where standard output cannot be written, told unless its reader just left; raises any other error."""
+    if error.filename is not None or error.errno not in WRITE_ERRORS:
+        raise error
+    sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - what is left in it would be tried again on exit
+    if error.errno != errno.EPIPE:
+        tell(f"sanrt: standard output: cannot be written ({error.strerror}); free some space", error=True)
+    return 1
+
+
+def usage_context(error: Any) -> str:
+    """` run` for an error in the arguments of `sanrt run`."""
+    context = getattr(error, "ctx", None)
+    return f" {context.info_name}" if context is not None and context.parent is not None else ""
+
+
+def usage_words(error: Any) -> str:
+    """What is wrong with the arguments, what was expected and where to read on, in one line."""
+    text = " ".join(error.format_message().split())
+    for pattern, words in USAGE_WORDS:
+        text = re.sub(pattern, words, text)
+    return f"{text.rstrip(' .;')}; see `sanrt{usage_context(error)} --help`"
+
+
+USAGE_WORDS = (
+    (r"^Invalid value for '(?:-\w / |-\w, )?(--[\w-]+)[^']*': ", r"\1: "),
+    (r"^Invalid value for '\W*(\w+)[^']*': ", r"\1: "),
+    (r"^Invalid value: ", ""),
+    (r"^Missing (?:argument|parameter) '?\W*(\w+)[^']*'?", r"\1 is missing"),
+    (r"^No such option:? '?(--?[\w-]+)'?\W*", r"there is no option \1; "),
+    (r"^No such command '([^']*)'\W*", r"there is no command \1; "),
+    (r"Did you mean", "did you mean"),
+    (r"Value error, ", ""),
+    (r"Input should be (?:greater than or equal to (\S+)|less than or equal to (\S+))", r"expected \1\2 or @\1"),
+    (r"or @$", "or less"),
+    (r"or @\S+$", "or more"),
+    (r"Input should be a valid integer.*", "expected a whole number"),
+    (r"Input should be a valid number.*", "expected a number"),
+    (r"'(.*)' is not one of (.*)", r"\1: expected one of \2"),
+    (r"\(?Possible options: (.*)\)", r"did you mean \1"),
+    (r"^Option '(--?[\w-]+)' requires an argument", r"\1: expected a value after it"),
+    (r"^Got unexpected extra arguments?\S* \((.*)\)", r"\1: one argument too many"),
+)
+"""What typer's parser says, and how sanrt says it."""
+
+WRITE_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Of writing to a stream; all other files' are told where they are written."""

@@ -12,6 +12,7 @@ from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from sanrt.cli.streams import tell
 from sanrt.runtime.runs.pipeline import Advanced, Event, Failed, Finished, Opened, Outcome, Planned, Skipped, Written
 
 if TYPE_CHECKING:
@@ -26,10 +27,15 @@ Item = TypeVar("Item")
 class Reporter(logging.Handler):
     """Follows a run. Problems and warnings go to stderr, all else to stdout; the bar is drawn only on a terminal."""
 
-    def __init__(self, total: int, quiet: bool = False, verbose: bool = False, passed_over: str = "") -> None:
-        """passed_over: pictures that sanrt does not read, counted by kind."""
+    def __init__(
+        self, total: int, quiet: bool = False, verbose: bool = False, passed_over: str = "", hidden: str = ""
+    ) -> None:
+        """passed_over: pictures that sanrt does not read, counted by kind.
+
+        hidden: what paths of temporary files begin with, which is not told.
+        """
         super().__init__(logging.DEBUG if verbose else logging.WARNING)
-        self.quiet, self.verbose, self.passed_over = quiet, verbose, passed_over
+        self.quiet, self.verbose, self.passed_over, self.hidden = quiet, verbose, passed_over, hidden
         self.progress = RunProgress(total)
 
     def __enter__(self) -> Self:
@@ -41,7 +47,7 @@ class Reporter(logging.Handler):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.logger.removeHandler(self)
         if kind is KeyboardInterrupt and self.progress.counts:
-            print(f"sanrt: {self.progress.summary()} so far; the same command goes on from here", file=sys.stderr)
+            tell(f"sanrt: {self.progress.summary()} so far; the same command goes on from here", error=True)
 
     @property
     def status(self) -> int:
@@ -51,11 +57,16 @@ class Reporter(logging.Handler):
     def say(self, text: str) -> None:
         """A line for people, unless they want none."""
         if not self.quiet:
-            print(text, flush=True)
+            tell(text)
+
+    def warn(self, text: str) -> None:
+        """A line on stderr, wanted or not."""
+        tell(f"sanrt: {text}", error=True)
 
     def emit(self, record: logging.LogRecord) -> None:
         """A log record of sanrt's as a line on stderr."""
-        print(f"sanrt: {self.format(record)}", file=sys.stderr, flush=True)
+        for line in self.format(record).splitlines():
+            tell(f"sanrt: {line}", error=True)
 
     def hear(self, event: Event) -> None:
         """A `pipeline.Listener`, for any thread."""
@@ -76,7 +87,7 @@ class Reporter(logging.Handler):
         """A failure, what a result lacks, and on demand everything."""
         match outcome:
             case Failed():
-                print(f"sanrt: {outcome.reason}", file=sys.stderr, flush=True)
+                tell(f"sanrt: {outcome.reason.replace(self.hidden, '')}", error=True)
             case Planned():
                 self.say(f"{outcome.job.source} -> {outcome.job.destination} ({outcome.width} x {outcome.height})")
             case _ if self.verbose:

@@ -2,85 +2,110 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from sanrt.cli.formats import FORMATS, written_format
-from sanrt.cli.models import known_scale
-from sanrt.cli.panels import panel
-from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, default_model
-from sanrt.runtime.pictures.formats import Format
+from sanrt.cli.request import (
+    BackendOption,
+    DeviceOption,
+    EnsembleOption,
+    FlattenOption,
+    FormatOption,
+    KeepHiddenOption,
+    LosslessOption,
+    MemoryOption,
+    ModelChoice,
+    ModelOption,
+    ModelsOption,
+    OverlapOption,
+    OverwriteOption,
+    Paths,
+    PrecisionOption,
+    QualityOption,
+    RegionsOption,
+    Request,
+    ScaleOption,
+    ScratchOption,
+    SuffixOption,
+    ThreadsOption,
+    TileOption,
+    TilingOption,
+    colour,
+    region_count,
+)
+from sanrt.cli.streams import STREAM, tell
+from sanrt.errors import UsageError
+from sanrt.runtime.artifacts.models import MODELS
 from sanrt.runtime.tiling.options import Tiling
 
 if TYPE_CHECKING:
     from sanrt.runtime.runs.estimate import PicturePlan
 
 
-run_option = panel("Options of the run")
-
-
 def plan(
-    inputs: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option(help="Where `sanrt run` would write; what is there already is counted, not planned.")
-    ] = None,
-    model: Annotated[Path | None, typer.Option(help="The model, instead of the one that `sanrt export` wrote.")] = None,
-    models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
-    scale: Annotated[
-        int, typer.Option(help="2, 3, 4 or 8, where no --model is given.", callback=known_scale)
-    ] = DEFAULT_SCALE,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the network; all if left out.")] = None,
-    tiling: Annotated[Tiling, run_option(help="As for `sanrt run`.")] = Tiling.AUTO,
-    tile: Annotated[int | None, run_option(min=16, help="As for `sanrt run`.")] = None,
-    memory: Annotated[str | None, run_option(help="As for `sanrt run`, such as 4G.")] = None,
-    format: Annotated[Format | None, run_option(parser=written_format, metavar=FORMATS, help="As for `sanrt run`.")] = None,
-    suffix: Annotated[str, run_option(help="As for `sanrt run`.")] = "",
+    paths: Paths,
+    scale: ScaleOption = None,
+    model: ModelOption = None,
+    format: FormatOption = None,
+    suffix: SuffixOption = "",
+    quality: QualityOption = None,
+    lossless: LosslessOption = False,
+    flatten: FlattenOption = None,
+    keep_hidden_colours: KeepHiddenOption = False,
+    self_ensemble: EnsembleOption = False,
+    overwrite: OverwriteOption = False,
+    models: ModelsOption = MODELS,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = None,
+    device: DeviceOption = None,
+    tiling: TilingOption = Tiling.AUTO,
+    tile: TileOption = None,
+    overlap: OverlapOption = None,
+    memory: MemoryOption = None,
+    scratch: ScratchOption = None,
+    regions: RegionsOption = "auto",
 ) -> None:
-    """Say how pictures would be upscaled, and what memory and time that takes on each backend; none is upscaled."""
+    """Say how `sanrt run` with the same words would upscale the pictures, and what memory and time that takes."""
     from sanrt.runtime.backends.protocol import RunOptions
-    from sanrt.runtime.backends.registry import model_spec
+    from sanrt.runtime.backends.registry import load_unguarded
     from sanrt.runtime.pictures.codec import Encoding
-    from sanrt.runtime.pictures.jobs import Naming, find_pictures
-    from sanrt.runtime.runs import estimate as plans
-    from sanrt.runtime.runs.results import Recipe, sort_out
+    from sanrt.runtime.pictures.jobs import Naming
+    from sanrt.runtime.runs.estimate import plan as pictures_planned
     from sanrt.runtime.tiling.options import UpscaleOptions
-    from sanrt.runtime.tiling.plan import parse_memory
 
-    jobs = find_pictures(inputs, output or Path("results.sanrt-plan"), Naming(suffix, format))
-    options = UpscaleOptions(tile, tiling=tiling, memory=parse_memory(memory) if memory else None)
-    path = model or default_model(models, scale)
-    remaining = jobs
-    if output:
-        found = sort_out(jobs, Recipe.of(model_spec(path), None, options, Encoding()))
-        remaining = list(found.to_do)
-        print(
-            f"{output}: {len(found.done)} of {len(jobs)} results are there already and would be skipped; "
-            f"{len(remaining)} remain",
-            *found.reasons,
-            sep="\n",
-        )
-    if not remaining:
+    if STREAM in paths:
+        raise UsageError("-: a plan is made of files; name them")
+    choice = ModelChoice(model, models, scale, backend, RunOptions(threads, precision, device=device or 0))
+    k = region_count(regions)
+    upscaling = UpscaleOptions(tile, overlap, self_ensemble, tiling, k, memory, scratch, keep_hidden_colours)
+    encoding = Encoding(quality, lossless, colour(flatten) if flatten else None)
+    work = Request(paths, choice, upscaling, encoding, Naming(suffix, format)).resolve(overwrite)
+    found, seconds, failed = work.found, 0.0, 0
+    for reason in found.reasons:
+        tell(reason)
+    if found.done:
+        tell(f"{len(found.done)} of {len(work.jobs)} results are there already and would be skipped")
+    if not found.to_do:
         return
-    totals: dict[str, float] = {}
-    for each in plans.plan(remaining, path, RunOptions(threads=threads), options):
-        print("\n".join(lines(each)), flush=True)
-        for estimate in each.estimates:
-            totals[estimate.backend] = totals.get(estimate.backend, 0) + estimate.seconds
-    for backend, seconds in totals.items():
-        print(f"all {'that remain ' if output else ''}on {backend}: about {duration(seconds)}")
+    chosen = work.choice
+    with load_unguarded(chosen.backend, chosen.path, chosen.options) as network:
+        for each in pictures_planned(found.to_do, network, chosen.path, chosen.options, upscaling, encoding):
+            tell(f"sanrt: {each.refusal}" if each.refusal else line(each), error=bool(each.refusal))
+            seconds += each.seconds
+            failed += bool(each.refusal)
+        tell(f"{len(found.to_do) - failed} to write, about {duration(seconds)}" + f", {failed} failed" * bool(failed))
+    raise typer.Exit(1 if failed else 0)
 
 
-def lines(plan: PicturePlan) -> list[str]:
+def line(plan: PicturePlan) -> str:
     """One picture, for people."""
-    if plan.skipped:
-        return [f"skipped: {plan.skipped}"]
-    rows = [f"{plan.path}: {plan.width} x {plan.height}", *(f"  {refusal}" for refusal in plan.refusals)]
-    for each in plan.estimates:
-        scratch = f" and {each.scratch / 2**30:.1f} GiB of scratch files" if each.scratch else ""
-        rows.append(f"  {each.backend}: {each.plan}, {each.memory / 2**30:.2f} GiB{scratch}, about {duration(each.seconds)}")
-    return rows
+    scratch = f", {plan.scratch / 2**30:.2f} GiB of scratch files" if plan.scratch else ""
+    return (
+        f"{plan.path}: {plan.width} x {plan.height} on {plan.backend}: {plan.plan}, {plan.memory / 2**30:.2f} GiB of memory"
+        f"{scratch}, about {duration(plan.seconds)}"
+    )
 
 
 def duration(seconds: float) -> str:

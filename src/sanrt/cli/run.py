@@ -10,64 +10,83 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from sanrt.cli.formats import FORMATS, written_format
-from sanrt.cli.models import known_scale, require_scale
+from sanrt.cli.panels import PanelCommand, panel
+from sanrt.cli.request import (
+    ELSEWHERE,
+    LARGE,
+    BackendOption,
+    DeviceOption,
+    EnsembleOption,
+    FlattenOption,
+    FormatOption,
+    KeepHiddenOption,
+    LosslessOption,
+    MemoryOption,
+    ModelChoice,
+    ModelOption,
+    ModelsOption,
+    OverlapOption,
+    OverwriteOption,
+    Paths,
+    PrecisionOption,
+    QualityOption,
+    RegionsOption,
+    Request,
+    ScaleOption,
+    ScratchOption,
+    SuffixOption,
+    ThreadsOption,
+    TileOption,
+    TilingOption,
+    Work,
+    colour,
+    region_count,
+)
+from sanrt.cli.streams import STREAM, standard_streams
+from sanrt.errors import UsageError
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
 from sanrt.model.spec import Precision
-from sanrt.runtime.artifacts.models import MODELS, default_model, model_title
-from sanrt.runtime.pictures.formats import Format
-from sanrt.runtime.pictures.storage import check_buckets, located
+from sanrt.runtime.artifacts.models import MODELS, model_title
 from sanrt.runtime.tiling.options import Tiling
 
 if TYPE_CHECKING:
     from sanrt.cli.console import Reporter
-    from sanrt.runtime.backends.protocol import Backend, RunOptions
-    from sanrt.runtime.runs.ray_pool import Ready, Task
-    from sanrt.runtime.runs.results import Findings
+    from sanrt.runtime.backends.protocol import Backend
+    from sanrt.runtime.runs.ray_pool import Ready
     from sanrt.runtime.tiling.options import UpscaleOptions
 
 GRAPH_BACKENDS = ("onnxruntime", "openvino", "onnxruntime-cuda")
 """Those that run ONNX graphs, which for weights are written when they are first run."""
 ADDRESS = re.compile(r"local|auto|ray://.*|[^/]+:\d+")
 """What `--ray` takes for an address, not for the next argument."""
-COLOURS = {"white": "#ffffff", "black": "#000000"}
 
 
 @dataclass(frozen=True)
-class ModelChoice:
-    """Which model runs, and on what."""
+class Manner:
+    """What a run does with its pictures, and what it tells."""
 
-    named: Path | None
-    """None is the exported model of the scale in `models`, or the bundled weights."""
-    models: Path
-    scale: int | None
-    """None is the named model's, or DEFAULT_SCALE."""
-    backend: str
-    options: RunOptions
+    overwrite: bool
+    dry_run: bool
+    explain_tiles: bool
+    record: Path | None
+    ray: str | None
+    """Address of a cluster; None is this process."""
+    workers: int | None
+    quiet: bool
+    verbose: bool
 
-    @property
-    def path(self) -> Path:
-        """The model's file."""
-        return self.named or default_model(self.models, self.scale)
-
-    def absolute(self) -> ModelChoice:
-        """The same, wherever the working folder is."""
-        return replace(self, named=self.named and self.named.absolute(), models=self.models.absolute())
-
-    def preferred(self) -> ModelChoice:
-        """What runs: for `auto` on an exported model, the variant that was measured fastest here, where there is one."""
-        from sanrt.runtime.backends.default_variant import preferred
-
-        found = preferred(self.path) if self.backend == "auto" and not self.named else None
-        if found is None:
-            return self
-        options = replace(self.options, precision=self.options.precision or found.precision)
-        return replace(self, named=self.path.parent / found.model, backend=found.backend, options=options)
+    def __post_init__(self) -> None:
+        """Raise UsageError for options that would change nothing."""
+        if self.workers and not self.ray:
+            raise UsageError(f"--workers {self.workers}: changes nothing without --ray; add it, or leave --workers out")
+        if self.quiet and (self.verbose or self.explain_tiles):
+            raise UsageError("--quiet: hides what --verbose and --explain-tiles print; leave one out")
+        if self.explain_tiles and (self.ray or self.record or self.dry_run):
+            raise UsageError("--explain-tiles: writes no results; leave --ray, --record and --dry-run out")
 
 
-class RunCommand(TyperCommand):
+class RunCommand(PanelCommand):
     """`sanrt run`, whose `--ray` may stand without an address."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -79,134 +98,105 @@ class RunCommand(TyperCommand):
 
 
 def run(
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUTS... [OUTPUT]",
-            show_default=False,
-            help="Pictures and folders of pictures, also s3://...; then the folder of the results, or the file of one. "
-            "One path alone: the result lies beside it, as a_x4.png or photos_x4/.",
-        ),
-    ],
-    model: Annotated[Path | None, typer.Option(help="The model, instead of the one that `sanrt export` wrote.")] = None,
-    models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
-    scale: Annotated[
-        int | None, typer.Option(help="2, 3, 4 or 8; 4 unless --model says otherwise.", callback=known_scale)
-    ] = None,
-    backend: Annotated[str, typer.Option(help="What runs the network; auto takes the first that is usable.")] = "auto",
-    precision: Annotated[
-        Precision | None, typer.Option(help="Of convolutions and attention; the backend's own choice if left out.")
-    ] = None,
-    tiling: Annotated[
-        Tiling, typer.Option(help="Of large pictures; auto is whole if memory suffices, else exact.")
-    ] = Tiling.AUTO,
-    tile: Annotated[int | None, typer.Option(min=16, help="Cut larger pictures into tiles of this many pixels.")] = None,
-    overlap: Annotated[int | None, typer.Option(min=0, help="Pixels that overlapped tiles share.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Of the host, to stay below, such as 4G; a share of what is free if left out.")
-    ] = None,
-    regions: Annotated[str, typer.Option(help="k of the k x k attention regions; auto is by the picture's size.")] = "auto",
-    self_ensemble: Annotated[bool, typer.Option("--self-ensemble", help="Average over 8 flips and rotations.")] = False,
-    format: Annotated[
-        Format | None,
-        typer.Option(parser=written_format, metavar=FORMATS, help="Of every result; each picture's own if left out."),
-    ] = None,
-    suffix: Annotated[str, typer.Option(help="Added to every name, such as _x4.")] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace whatever is in the results' places.")] = False,
-    quality: Annotated[int | None, typer.Option(min=1, max=100, help="Of JPEG, WebP and AVIF.")] = None,
-    lossless: Annotated[bool, typer.Option("--lossless", help="WebP and AVIF without loss.")] = False,
-    flatten: Annotated[str | None, typer.Option(help="Lay transparency onto white, black or #rrggbb.")] = None,
-    keep_hidden_colours: Annotated[
-        bool,
-        typer.Option(
-            "--keep-hidden-colours",
-            help="Under full transparency (textures of games); else they are the nearest visible ones.",
-        ),
-    ] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the network; all if left out.")] = None,
-    device: Annotated[int, typer.Option(min=0, help="Number of the GPU.")] = 0,
-    record: Annotated[Path | None, typer.Option(help="Append a line per result to this file, for `sanrt verify`.")] = None,
-    explain_tiles: Annotated[
-        bool, typer.Option("--explain-tiles", help="Compare the tilings on the first picture.")
-    ] = False,
-    ray: Annotated[
-        str | None, typer.Option(metavar="[ADDRESS]", help="Run on the Ray cluster there; on a local Ray if left out.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="With --ray, instead of one per GPU (or node).")] = None,
+    paths: Paths,
+    scale: ScaleOption = None,
+    model: ModelOption = None,
+    format: FormatOption = None,
+    suffix: SuffixOption = "",
+    quality: QualityOption = None,
+    lossless: LosslessOption = False,
+    flatten: FlattenOption = None,
+    keep_hidden_colours: KeepHiddenOption = False,
+    self_ensemble: EnsembleOption = False,
+    overwrite: OverwriteOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every picture.")] = False,
+    models: ModelsOption = MODELS,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = None,
+    device: DeviceOption = None,
+    tiling: TilingOption = Tiling.AUTO,
+    tile: TileOption = None,
+    overlap: OverlapOption = None,
+    memory: MemoryOption = None,
+    scratch: ScratchOption = None,
+    regions: RegionsOption = "auto",
+    explain_tiles: Annotated[
+        bool, panel(LARGE)("--explain-tiles", help="Compare the tilings on the first picture; write nothing.")
+    ] = False,
+    record: Annotated[
+        Path | None, panel(ELSEWHERE)(help="Append a line per result to this file, for `sanrt verify`.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        panel(ELSEWHERE)(metavar="[ADDRESS]", help="Run on the Ray cluster there; on a local Ray if left out."),
+    ] = None,
+    workers: Annotated[int | None, panel(ELSEWHERE)(min=1, help="With --ray, instead of one per GPU (or node).")] = None,
 ) -> None:
     """Upscale pictures: files, and folders with their tree kept; what is done already is skipped.
 
     Other files in the results' places are never replaced without --overwrite.
     """
-    from sanrt.cli.console import Reporter
     from sanrt.runtime.backends.protocol import RunOptions
-    from sanrt.runtime.backends.registry import model_spec
     from sanrt.runtime.pictures.codec import Encoding
-    from sanrt.runtime.pictures.jobs import Naming, find_pictures, output_beside, passed_over
+    from sanrt.runtime.pictures.jobs import Naming
+    from sanrt.runtime.tiling.options import UpscaleOptions
+
+    loading = RunOptions(threads=threads, precision=precision, device=device or 0)
+    manner = Manner(overwrite, dry_run, explain_tiles, record, ray, workers, quiet, verbose)
+    request = Request(
+        paths,
+        ModelChoice(model, models, scale, backend, loading),
+        UpscaleOptions(tile, overlap, self_ensemble, tiling, region_count(regions), memory, scratch, keep_hidden_colours),
+        Encoding(quality, lossless, colour(flatten) if flatten else None),
+        Naming(suffix, format),
+    )
+    raise typer.Exit(execute(request, manner, device))
+
+
+def execute(request: Request, manner: Manner, device: int | None) -> int:
+    """Do what was asked for; the exit status."""
+    from sanrt.cli.console import Reporter
+
+    with standard_streams(request.paths, request.naming) as (paths, hidden):
+        if hidden:
+            if manner.ray or manner.record:
+                raise UsageError("-: is a temporary file here; leave --ray and --record out, or name files")
+            manner = replace(manner, quiet=manner.quiet or request.paths[-1] == STREAM)
+        work = replace(request, paths=paths).resolve(manner.overwrite or manner.explain_tiles, bool(manner.ray))
+        with Reporter(len(work.jobs), manner.quiet, manner.verbose, work.passed_over, hidden) as reporter:
+            for line in work.found.reasons:
+                reporter.say(line)
+            upscale_all(work, request, manner, device, reporter)
+            return reporter.status
+
+
+def upscale_all(work: Work, request: Request, manner: Manner, device: int | None, reporter: Reporter) -> None:
+    """Every picture that is not done yet, here or by workers; or only what would be done, or how the tilings differ."""
     from sanrt.runtime.runs import pipeline
     from sanrt.runtime.runs.pipeline import PipelineOptions, Skipped
-    from sanrt.runtime.runs.ray_pool import Task
     from sanrt.runtime.runs.record import Recorder
-    from sanrt.runtime.runs.results import Recipe, sort_out
-    from sanrt.runtime.tiling.options import UpscaleOptions
-    from sanrt.runtime.tiling.plan import parse_memory
     from sanrt.runtime.tiling.upscaling import NetworkRunner
 
-    k = region_count(regions)
-    upscaling = UpscaleOptions(
-        tile,
-        overlap,
-        self_ensemble,
-        tiling,
-        k,
-        parse_memory(memory) if memory else None,
-        keep_hidden=keep_hidden_colours,
-    )
-    choice = ModelChoice(model, models, scale, backend, RunOptions(threads=threads, precision=precision, device=device))
-    encoding = Encoding(quality, lossless, colour(flatten) if flatten else None)
-    naming = Naming(suffix, format)
-    named = [located(path) for path in paths]
-    if ray:
-        named, choice = [path.absolute() for path in named], choice.absolute()
-    check_buckets(named)
-    choice = choice.preferred()
-    spec = model_spec(choice.path)
-    require_scale(choice.path, spec.architecture.scale, scale)
-    beside = [] if named[1:] else [output_beside(named[0], spec.architecture.scale, naming)]
-    *inputs, output = named + beside
-    jobs = find_pictures(inputs, output, naming, into_folder=paths[-1].endswith("/"))
-    recipe = Recipe.of(spec, precision, upscaling, encoding)
-    found = sort_out(jobs, recipe, overwrite or explain_tiles)
-    skipped = [Skipped(job) for job in found.done]
-    with Reporter(len(jobs), quiet, verbose, passed_over(inputs, output)) as reporter:
-        for line in found.reasons:
-            reporter.say(line)
-        if not found.to_do:
-            reporter.follow(skipped)
-            raise typer.Exit(reporter.status)
-        if ray and not (dry_run or explain_tiles):
-            task = Task(choice.path, choice.backend, choice.options, upscaling, recipe, encoding, record)
-            run_on_ray(ray, workers, choice, task, found, reporter)
-            raise typer.Exit(reporter.status)
-        with loaded(choice, reporter) as network:
-            if explain_tiles:
-                explain(network, choice, jobs[0].source, upscaling, reporter)
-                raise typer.Exit
-            options, runner = PipelineOptions(recipe, encoding), NetworkRunner(network, upscaling)
-            recorder = None
-            if record and not dry_run:
-                recorder = Recorder(record, network, choice.path, choice.options, upscaling, encoding, recipe)
-            work = (
-                pipeline.preview(found.to_do, runner, options)
-                if dry_run
-                else pipeline.run(found.to_do, runner, options, reporter.hear)
-            )
-            with closing(work) as outcomes, recorder or nullcontext():
-                reporter.follow(chain(skipped, recorder.follow(outcomes) if recorder else outcomes))
-    raise typer.Exit(reporter.status)
+    choice, jobs, recorder = work.choice, work.found.to_do, None
+    skipped, options = map(Skipped, work.found.done), PipelineOptions(work.recipe, request.encoding)
+    if not jobs:
+        return reporter.follow(skipped)
+    if manner.ray and not manner.dry_run:
+        return run_on_ray(work, request, manner, reporter)
+    with loaded(choice, device, reporter) as network:
+        if manner.explain_tiles:
+            return explain(network, choice, work.jobs[0].source, request.upscaling, reporter)
+        runner = NetworkRunner(network, request.upscaling)
+        if manner.dry_run:
+            return reporter.follow(chain(skipped, pipeline.preview(jobs, runner, options)))
+        if manner.record:
+            loading, upscaling = choice.options, request.upscaling
+            recorder = Recorder(manner.record, network, choice.path, loading, upscaling, request.encoding, work.recipe)
+        with closing(pipeline.run(jobs, runner, options, reporter.hear)) as outcomes, recorder or nullcontext():
+            return reporter.follow(chain(skipped, recorder.follow(outcomes) if recorder else outcomes))
 
 
 def explain(network: Backend, choice: ModelChoice, picture: Path, options: UpscaleOptions, reporter: Reporter) -> None:
@@ -226,49 +216,34 @@ def explain(network: Backend, choice: ModelChoice, picture: Path, options: Upsca
         reporter.say(f"{each.tiling:8} {difference} {each.seconds:7.2f} s {each.peak >> 20:4} MiB")
 
 
-def run_on_ray(
-    address: str, workers: int | None, choice: ModelChoice, task: Task, found: Findings, reporter: Reporter
-) -> None:
+def run_on_ray(work: Work, request: Request, manner: Manner, reporter: Reporter) -> None:
     """The same as on one machine, by workers of a Ray cluster."""
     from sanrt.runtime.runs.pipeline import Skipped
-    from sanrt.runtime.runs.ray_pool import LOCAL, Pool, connected, shared_folder_probe
+    from sanrt.runtime.runs.ray_pool import LOCAL, Pool, Task, connected, shared_folder_probe
 
-    shared = nullcontext() if address == LOCAL else shared_folder_probe(found.to_do[0].destination.parent)
+    assert manner.ray
+    choice, jobs = work.choice, work.found.to_do
+    task = Task(choice.path, choice.backend, choice.options, request.upscaling, work.recipe, request.encoding, manner.record)
+    shared = nullcontext() if manner.ray == LOCAL else shared_folder_probe(jobs[0].destination.parent)
     with (
         shared as seen,
-        connected(address, workers, task.running.threads) as share,
+        connected(manner.ray, manner.workers, choice.options.threads) as share,
         Pool(task, share, seen, reporter.hear) as pool,
     ):
         tell_model(choice, pool.loaded[0], reporter)
-        reporter.say(f"Ray {address}: {share}")
-        with closing(pool.run(found.to_do)) as outcomes:
-            reporter.follow(chain(map(Skipped, found.done), outcomes))
+        reporter.say(f"Ray {manner.ray}: {share}")
+        with closing(pool.run(jobs)) as outcomes:
+            reporter.follow(chain(map(Skipped, work.found.done), outcomes))
 
 
-def region_count(text: str) -> int | None:
-    """k of `--regions`; None for auto."""
-    if text == "auto":
-        return None
-    if not text.isdigit() or not 1 <= int(text) <= 1000:
-        raise typer.BadParameter(f"--regions {text}: expected auto or a number from 1 to 1000")
-    return int(text)
-
-
-def colour(text: str) -> tuple[int, int, int]:
-    """8-bit RGB of `white`, `black` or `#rrggbb`."""
-    digits = COLOURS.get(text, text)
-    if not re.fullmatch(r"#[0-9a-fA-F]{6}", digits):
-        raise typer.BadParameter(f"--flatten {text}: expected white, black or #rrggbb")
-    red, green, blue = bytes.fromhex(digits[1:])
-    return red, green, blue
-
-
-def loaded(choice: ModelChoice, reporter: Reporter) -> Backend:
+def loaded(choice: ModelChoice, device: int | None, reporter: Reporter) -> Backend:
     """The chosen model on the chosen backend."""
     from sanrt.runtime.backends.registry import load_backend
 
     network = load_backend(choice.backend, choice.path, choice.options)
     tell_model(choice, network, reporter)
+    if device is not None and network.device == "CPU":
+        reporter.warn(f"--device {device}: changes nothing, {network.name} runs on the CPU")
     return network
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sanrt import files
-from sanrt.errors import BackendError, OutOfMemoryError
+from sanrt.errors import BackendError, OutOfMemoryError, UsageError
 from sanrt.export.onnx import ExportOptions, export_onnx
 from sanrt.export.scene import natural_scene
 from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
@@ -274,7 +274,7 @@ def test_too_little_memory_is_an_error_and_not_the_result_of_the_run_before(name
 
 
 def test_an_unknown_backend_is_told_the_names_there_are(tiny_model):
-    with pytest.raises(BackendError, match=r"unknown backend 'cuda'; expected auto, torch, .*openvino"):
+    with pytest.raises(UsageError, match=r"unknown backend 'cuda'; expected auto, torch, .*openvino"):
         load_unguarded("cuda", tiny_model(), ONE_THREAD)
 
 

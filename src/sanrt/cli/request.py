@@ -1,0 +1,237 @@
+"""What a person asks of `sanrt run` and `sanrt plan`: the same words, gathered once into frozen options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sanrt.cli.formats import FORMATS, written_format
+from sanrt.cli.models import known_scale, require_scale
+from sanrt.cli.panels import panel
+from sanrt.errors import UsageError
+from sanrt.model.spec import Precision
+from sanrt.runtime.artifacts.models import default_model
+from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.storage import check_buckets, located
+from sanrt.runtime.tiling.options import Tiling
+
+if TYPE_CHECKING:
+    from sanrt.runtime.backends.protocol import RunOptions
+    from sanrt.runtime.pictures.codec import Encoding
+    from sanrt.runtime.pictures.jobs import Job, Naming
+    from sanrt.runtime.runs.results import Findings, Recipe
+    from sanrt.runtime.tiling.options import UpscaleOptions
+
+COLOURS = {
+    "aqua": "#00ffff",
+    "black": "#000000",
+    "blue": "#0000ff",
+    "fuchsia": "#ff00ff",
+    "gray": "#808080",
+    "green": "#008000",
+    "grey": "#808080",
+    "lime": "#00ff00",
+    "maroon": "#800000",
+    "navy": "#000080",
+    "olive": "#808000",
+    "orange": "#ffa500",
+    "purple": "#800080",
+    "red": "#ff0000",
+    "silver": "#c0c0c0",
+    "teal": "#008080",
+    "white": "#ffffff",
+    "yellow": "#ffff00",
+}
+"""The colours that CSS 2.1 has names for."""
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+LEAST_MEMORY = 2**29
+
+
+def region_count(text: str) -> int | None:
+    """A typer parser: k of `--regions`; None for auto."""
+    if text == "auto":
+        return None
+    if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= 1000:
+        raise typer.BadParameter(f"{text}: expected auto or a number from 1 to 1000")
+    return int(text)
+
+
+def colour(text: str) -> tuple[int, int, int]:
+    """8-bit RGB of a colour's name, `#rgb` or `#rrggbb`; raises typer.BadParameter for anything else."""
+    digits = COLOURS.get(text.lower(), text)
+    if re.fullmatch(r"#[0-9a-fA-F]{3}", digits):
+        digits = "#" + "".join(2 * digit for digit in digits[1:])
+    if not re.fullmatch(r"#[0-9a-fA-F]{6}", digits):
+        raise typer.BadParameter(f"{text}: expected white, black, red, ... or #rrggbb")
+    red, green, blue = bytes.fromhex(digits[1:])
+    return red, green, blue
+
+
+def memory_size(text: str) -> int:
+    """A typer parser: bytes from `4G`, `4GB`, `4 GiB`, `512M` or a plain number."""
+    found = re.fullmatch(r"([0-9]+\.?[0-9]*) ?([KMGT]?)(I?B)?", text.strip().upper())
+    if not found:
+        raise typer.BadParameter(f"{text}: expected a number of bytes such as 4G or 512M")
+    size = int(float(found[1]) * UNITS[found[2]])
+    if size < LEAST_MEMORY:
+        raise typer.BadParameter(f"{text}: expected at least 512M")
+    return size
+
+
+LARGE, NETWORK, ELSEWHERE = "Large pictures", "Network", "Records and clusters"
+"""Panels of the help, after the everyday options."""
+
+Paths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUTS... [OUTPUT]",
+        show_default=False,
+        help="Pictures and folders of pictures, also s3://...; then the folder of the results, or the file of one. "
+        "One path alone: the result lies beside it, as a_x4.png or photos_x4/. - is standard input or output.",
+    ),
+]
+ScaleOption = Annotated[
+    int | None, typer.Option(help="2, 3, 4 or 8; 4 unless --model says otherwise.", callback=known_scale)
+]
+ModelOption = Annotated[Path | None, typer.Option(help="The model, instead of the one that `sanrt export` wrote.")]
+FormatOption = Annotated[
+    Format | None,
+    typer.Option(parser=written_format, metavar=FORMATS, help="Of every result; each picture's own if left out."),
+]
+SuffixOption = Annotated[str, typer.Option(help="Added to every name, such as _x4.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace whatever is in the results' places.")]
+QualityOption = Annotated[int | None, typer.Option(min=1, max=100, help="Of JPEG, WebP and AVIF.")]
+LosslessOption = Annotated[bool, typer.Option("--lossless", help="WebP and AVIF without loss.")]
+FlattenOption = Annotated[
+    str | None, typer.Option(metavar="COLOUR", help="Lay transparency onto white, black, red, ... or #rrggbb.")
+]
+KeepHiddenOption = Annotated[
+    bool,
+    typer.Option(
+        "--keep-hidden-colours",
+        help="Under full transparency (textures of games); else they are the nearest visible ones.",
+    ),
+]
+EnsembleOption = Annotated[bool, typer.Option("--self-ensemble", help="Average over 8 flips and rotations.")]
+ModelsOption = Annotated[Path, panel(NETWORK)(help="The folder that `sanrt export` wrote to.")]
+BackendOption = Annotated[str, panel(NETWORK)(help="What runs the network; auto takes the first that is usable.")]
+PrecisionOption = Annotated[
+    Precision | None, panel(NETWORK)(help="Of convolutions and attention; the backend's own choice if left out.")
+]
+ThreadsOption = Annotated[int | None, panel(NETWORK)(min=1, help="CPU threads of the network; all if left out.")]
+DeviceOption = Annotated[int | None, panel(NETWORK)(min=0, help="Number of the GPU; 0 if left out.")]
+TilingOption = Annotated[Tiling, panel(LARGE)(help="auto is whole if memory suffices, else exact.")]
+TileOption = Annotated[int | None, panel(LARGE)(min=16, help="Cut larger pictures into tiles of this many pixels.")]
+OverlapOption = Annotated[int | None, panel(LARGE)(min=0, help="Pixels that overlapped tiles share.")]
+MemoryOption = Annotated[
+    int | None,
+    panel(LARGE)(
+        parser=memory_size,
+        metavar="SIZE",
+        help="Of the host, to stay below, such as 4G; a share of what is free if left out.",
+    ),
+]
+ScratchOption = Annotated[
+    Path | None, panel(LARGE)(help="Folder of the files for what exceeds the memory; that of the results if left out.")
+]
+RegionsOption = Annotated[
+    str, panel(LARGE)(metavar="K", help="k of the k x k attention regions; auto is by the picture's size.")
+]
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model runs, and on what."""
+
+    named: Path | None
+    """None is the exported model of the scale in `models`, or the bundled weights."""
+    models: Path
+    scale: int | None
+    """None is the named model's, or DEFAULT_SCALE."""
+    backend: str
+    options: RunOptions
+
+    @property
+    def path(self) -> Path:
+        """The model's file."""
+        return self.named or default_model(self.models, self.scale)
+
+    def absolute(self) -> ModelChoice:
+        """The same, wherever the working folder is."""
+        return replace(self, named=self.named and self.named.absolute(), models=self.models.absolute())
+
+    def preferred(self) -> ModelChoice:
+        """What runs: for `auto` on an exported model, the variant that was measured fastest here, where there is one."""
+        from sanrt.runtime.backends.default_variant import preferred
+
+        found = preferred(self.path) if self.backend == "auto" and not self.named else None
+        if found is None:
+            return self
+        options = replace(self.options, precision=self.options.precision or found.precision)
+        return replace(self, named=self.path.parent / found.model, backend=found.backend, options=options)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Pictures, a model, and how results are made and written."""
+
+    paths: Sequence[str]
+    choice: ModelChoice
+    upscaling: UpscaleOptions
+    encoding: Encoding
+    naming: Naming
+
+    def resolve(self, overwrite: bool = False, absolute: bool = False) -> Work:
+        """What there is to do, before anything is done.
+
+        `overwrite` replaces whatever is in the results' places; `absolute` makes paths that other processes understand.
+        Raises UsageError for what cannot be, PictureError and ModelError for what is not there.
+        """
+        from sanrt.runtime.backends.registry import model_spec
+        from sanrt.runtime.pictures.jobs import find_pictures, output_beside, passed_over
+        from sanrt.runtime.runs.results import Recipe, sort_out
+
+        choice, named = self.choice, [located(path) for path in self.paths]
+        if absolute:
+            named, choice = [path.absolute() for path in named], choice.absolute()
+        check_buckets(named)
+        chosen = choice.preferred()
+        spec = model_spec(chosen.path)
+        scale = spec.architecture.scale
+        require_scale(chosen.path, scale, choice.scale)
+        beside = [] if named[1:] else [output_beside(named[0], scale, self.naming)]
+        *inputs, output = named + beside
+        jobs = find_pictures(inputs, output, self.naming, into_folder=self.paths[-1].endswith("/"))
+        require_effect(self.encoding, {Format.of_suffix(job.destination) or Format.PNG for job in jobs})
+        recipe = Recipe.of(spec, choice.options.precision, self.upscaling, self.encoding)
+        return Work(chosen, jobs, recipe, sort_out(jobs, recipe, overwrite), passed_over(inputs, output))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a request comes to."""
+
+    choice: ModelChoice
+    """With the preferred variant in place of the exported model, where there is one."""
+    jobs: Sequence[Job]
+    """All pictures."""
+    recipe: Recipe
+    found: Findings
+    """Those that are done, and those that remain."""
+    passed_over: str
+    """Pictures that sanrt does not read, counted by kind; empty without any."""
+
+
+def require_effect(encoding: Encoding, formats: set[Format]) -> None:
+    """Raise UsageError for an option of files that changes nothing in any of the results' formats."""
+    names = ", ".join(sorted(formats))
+    if encoding.lossless and not any(form in (Format.WEBP, Format.AVIF) for form in formats):
+        raise UsageError(f"--lossless: changes nothing in {names} files; leave it out, or choose --format webp or avif")
+    if encoding.quality is not None and all(form.facts.quality is None for form in formats):
+        raise UsageError(f"--quality: changes nothing in {names} files; leave it out, or choose --format jpeg, webp or avif")

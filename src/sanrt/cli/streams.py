@@ -1,0 +1,69 @@
+"""Standard input and output: names that no terminal can show, and pictures that come and go through pipes."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sanrt.errors import SanrtError, UsageError
+from sanrt.runtime.pictures.storage import located
+
+if TYPE_CHECKING:
+    from sanrt.runtime.pictures.jobs import Naming
+
+STREAM = "-"
+"""What stands for standard input as INPUT and for standard output as OUTPUT."""
+
+
+def printable(text: str) -> str:
+    r"""The text with what a terminal would not print, in file names above all, as escapes: `\x1b`, `caf\xe9.png`."""
+    return "".join(letter if letter.isprintable() else escaped(letter) for letter in text)
+
+
+def escaped(letter: str) -> str:
+    r"""`\n`, `\x1b`; `\xe9` for a byte of a file name that is not UTF-8, which Python keeps as a lone surrogate."""
+    byte = ord(letter) - 0xDC00
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else letter.encode("unicode_escape").decode()
+
+
+def tell(line: str, error: bool = False) -> None:
+    """Print one line, at once: to stdout, or to stderr."""
+    print(printable(line), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+@contextmanager
+def standard_streams(paths: Sequence[str], naming: Naming) -> Iterator[tuple[Sequence[str], str]]:
+    """INPUTS and OUTPUT with temporary files in the place of `-`, and what of their paths nobody needs to read.
+
+    The result then goes to standard output.
+
+    `-` alone is both. Raises UsageError for `-` among several inputs, or where a terminal would get the picture.
+    """
+    if STREAM not in paths:
+        yield paths, ""
+        return
+    *inputs, output = paths if len(paths) > 1 else [STREAM, STREAM]
+    if len(inputs) > 1:
+        raise UsageError("-: stands for one picture; expected - as the only input, or one input and - as OUTPUT")
+    if output == STREAM and sys.stdout.isatty():
+        raise UsageError("-: standard output is a terminal; send it to a file or a program, or name OUTPUT")
+    (source,) = inputs
+    with tempfile.TemporaryDirectory(prefix="sanrt-") as folder:
+        if source == STREAM:
+            source = str(Path(folder, "standard input"))
+            with Path(source).open("wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+        result = Path(folder, "standard output", naming.of(located(source)))
+        try:
+            yield [source, str(result) if output == STREAM else output], f"{folder}/"
+        except SanrtError as problem:
+            raise type(problem)(str(problem).replace(f"{folder}/", "")) from None
+        if output == STREAM and result.exists():
+            with result.open("rb") as file:
+                shutil.copyfileobj(file, sys.stdout.buffer)
+            sys.stdout.flush()
