@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sanrt.errors import CheckpointError, first_line
+from sanrt.errors import CheckpointError, UsageError, first_line
 from sanrt.extras import extra
 from sanrt.model.spec import SCALES, Architecture, ModelSpec
 from sanrt.version import __version__
@@ -57,32 +58,21 @@ def read_weights(path: Path) -> Weights:
     import numpy as np  # here, as `sanrt --help` does not wait for it
 
     content, tensors, settings = read_safetensors(path)
-    try:
-        facts = json.loads(settings["sanrt"])
-        root, value_range, origin = facts["sqrt_iterations"], float(facts["value_range"]), str(facts["origin"])
-        arch = architecture_of(tensors, value_range, root)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(
-            f"{path}: not the weights of a sanrt network ({first_line(error)}); "
-            f"make a model of it with `sanrt export --checkpoint {path}`"
-        ) from error
-    expected, found = dict(arch.parameters()), {name: tensor.shape for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            wanted, there = (list(shapes[name]) if name in shapes else "none" for shapes in (expected, found))
-            raise CheckpointError(f"{path}: tensor {name} is {there}, expected {wanted} for {arch.name}")
-        if tensors[name].dtype.name not in FLOATS or not np.isfinite(tensors[name]).all():
+    arch = architecture_of(path, tensors, settings)
+    check_shapes(path, tensors, arch)
+    for name, tensor in tensors.items():
+        if tensor.dtype.name not in FLOATS or not np.isfinite(tensor).all():
             raise CheckpointError(f"{path}: tensor {name} holds NaN, infinity or no floats; expected numbers")
-    if not isinstance(root, int) or root < 1:
-        raise CheckpointError(
-            f"{path}: trained with the exact root, whose steps are measured; run `sanrt export --checkpoint {path}`"
-        )
-    spec = ModelSpec(arch, hashlib.sha256(content).hexdigest(), origin, root, version=__version__)
-    return Weights(spec, {name: tensors[name].astype(np.float32) for name in expected})
+    if not settings or arch.sqrt_iterations is None:
+        reason = "trained with the exact root, whose steps are measured" if settings else "says nothing of its training"
+        raise CheckpointError(f"{path}: {reason}; make a model of it with `sanrt export --checkpoint {path}`")
+    digest, origin = hashlib.sha256(content).hexdigest(), str(settings.get("origin", "a sanrt checkpoint"))
+    spec = ModelSpec(arch, digest, origin, arch.sqrt_iterations, version=__version__)
+    return Weights(spec, {name: tensors[name].astype(np.float32) for name, _ in arch.parameters()})
 
 
-def read_safetensors(path: Path) -> tuple[bytes, dict[str, np.ndarray[Any, Any]], dict[str, str]]:
-    """A file's bytes, its tensors, and the settings beside them; raises CheckpointError when it cannot be read."""
+def read_safetensors(path: Path) -> tuple[bytes, dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+    """A file's bytes, its tensors, and sanrt's settings, if any; raises CheckpointError when it cannot be read."""
     with extra("cpu", f"{path}: reading weights"):
         from safetensors import SafetensorError
         from safetensors.numpy import load
@@ -93,27 +83,52 @@ def read_safetensors(path: Path) -> tuple[bytes, dict[str, np.ndarray[Any, Any]]
     try:
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return content, tensors, dict(header.get("__metadata__", {}))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        return content, tensors, dict(json.loads(header.get("__metadata__", {}).get("sanrt", "{}")))
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: damaged safetensors file, or of types that NumPy has not ({first_line(error)}); copy it again"
         ) from error
 
 
-def architecture_of(tensors: Mapping[str, Any], value_range: float, sqrt_iterations: int | None) -> Architecture:
-    """Scale, G, m, C and r from the tensors' names and shapes; raises KeyError, IndexError or ValueError for no SAN's."""
-    channels = tensors["head.weight"].shape[0]
-    hidden = tensors["groups.0.soca.down.weight"].shape[0]
-    stages = sum(name.startswith("upsampler.") and name.endswith(".weight") for name in tensors)
-    scale = 3 if tensors["upsampler.0.weight"].shape[0] == 9 * channels else 2**stages
-    if scale not in SCALES or channels % 8 or not 0 < hidden <= channels:
-        raise ValueError(f"scale {scale}, {channels} channels, {hidden} hidden")
-    return Architecture(
-        scale=scale,
-        groups=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("groups.")),
-        blocks=1 + max(int(name.split(".")[3]) for name in tensors if name.startswith("groups.0.blocks.")),
-        channels=channels,
-        reduction=channels // hidden,
-        value_range=value_range,
-        sqrt_iterations=sqrt_iterations,
-    )
+def architecture_of(path: Path, tensors: Mapping[str, Any], settings: Mapping[str, Any]) -> Architecture:
+    """Scale, G, m, C and r from the names and shapes of tensors, of any library's; the rest from the file's settings."""
+    sizes = {}
+    for name in ("head.weight", "groups.0.soca.down.weight", "upsampler.0.weight"):
+        if name not in tensors:
+            raise CheckpointError(f"{path}: no tensor {name}; expected a SAN checkpoint")
+        if len(tensors[name].shape) != 4:
+            raise CheckpointError(f"{path}: tensor {name} is {list(tensors[name].shape)}, expected a convolution's weights")
+        sizes[name] = len(tensors[name])
+    channels, hidden, first = sizes.values()
+    stages = sum(bool(re.fullmatch(r"upsampler\.\d+\.weight", name)) for name in tensors)
+    try:
+        return Architecture(
+            scale=3 if first == 9 * channels else 2**stages,
+            groups=count(path, tensors, "groups."),
+            blocks=count(path, tensors, "groups.0.blocks."),
+            channels=channels,
+            reduction=channels // hidden if hidden else 0,
+            value_range=settings.get("value_range", 255.0),
+            sqrt_iterations=settings.get("sqrt_iterations", 5),
+        )
+    except UsageError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def count(path: Path, tensors: Mapping[str, Any], prefix: str) -> int:
+    """The count of numbers that follow `prefix` in the names; raises CheckpointError unless they are 0, 1, 2, ..."""
+    numbers = {int(m[1]) for name in tensors if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))}
+    if gaps := set(range(len(numbers))) - numbers:
+        raise CheckpointError(
+            f"{path}: no tensor {prefix}{min(gaps)}.*, though there is {prefix}{max(numbers)}; expected no gap"
+        )
+    return len(numbers)
+
+
+def check_shapes(path: Path, tensors: Mapping[str, Any], arch: Architecture) -> None:
+    """Raise CheckpointError naming a tensor that is missing, unknown or of the wrong shape."""
+    expected = {name: list(shape) for name, shape in arch.parameters()}
+    for name in dict.fromkeys([*expected, *tensors]):
+        found = list(tensors[name].shape) if name in tensors else "none"
+        if found != expected.get(name, "none"):
+            raise CheckpointError(f"{path}: tensor {name} is {found}, expected {expected.get(name, 'none')} for {arch.name}")

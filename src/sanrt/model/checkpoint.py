@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sanrt.errors import CheckpointError, UsageError, first_line
+from sanrt.errors import CheckpointError, first_line
 from sanrt.files import write_whole
+from sanrt.model.bundled import architecture_of, check_shapes
 from sanrt.model.bundled import bundled_checkpoint as bundled_checkpoint
 from sanrt.model.san import SAN
 from sanrt.model.spec import Architecture
@@ -237,48 +238,3 @@ def require_plain(path: Path, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         if found:
             raise CheckpointError(f"{path}: tensor {name} is {found}, expected floating-point numbers, all of them stored")
     return dict(tensors)
-
-
-def architecture_of(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Architecture:
-    """Scale, G, m, C and r from the tensors' names and shapes; the rest from the file's settings."""
-    sizes = {}
-    for name in ("head.weight", "groups.0.soca.down.weight", "upsampler.0.weight"):
-        if name not in tensors:
-            raise CheckpointError(f"{path}: no tensor {name}; expected a SAN checkpoint")
-        if tensors[name].ndim != 4:
-            raise CheckpointError(f"{path}: tensor {name} is {list(tensors[name].shape)}, expected a convolution's weights")
-        sizes[name] = len(tensors[name])
-    channels, hidden, first = sizes.values()
-    stages = sum(bool(re.fullmatch(r"upsampler\.\d+\.weight", name)) for name in tensors)
-    try:
-        return Architecture(
-            scale=3 if first == 9 * channels else 2**stages,
-            groups=count(path, tensors, "groups."),
-            blocks=count(path, tensors, "groups.0.blocks."),
-            channels=channels,
-            reduction=channels // hidden if hidden else 0,
-            value_range=settings.get("value_range", 255.0),
-            sqrt_iterations=settings.get("sqrt_iterations", 5),
-        )
-    except UsageError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def count(path: Path, tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """The count of numbers that follow `prefix` in the names; raises CheckpointError unless they are 0, 1, 2, ..."""
-    numbers = {int(m[1]) for name in tensors if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))}
-    if gaps := set(range(len(numbers))) - numbers:
-        raise CheckpointError(
-            f"{path}: no tensor {prefix}{min(gaps)}.*, though there is {prefix}{max(numbers)}; expected no gap"
-        )
-    return len(numbers)
-
-
-def check_shapes(path: Path, tensors: Mapping[str, Tensor], arch: Architecture) -> None:
-    """Raise CheckpointError naming a tensor that is missing, unknown or of the wrong shape."""
-    with torch.device("meta"):
-        expected = {name: list(t.shape) for name, t in SAN(arch).state_dict().items()}
-    for name in dict.fromkeys([*expected, *tensors]):
-        found = list(tensors[name].shape) if name in tensors else "none"
-        if found != expected.get(name, "none"):
-            raise CheckpointError(f"{path}: tensor {name} is {found}, expected {expected.get(name, 'none')} for {arch.name}")
