@@ -1,11 +1,18 @@
 """`Upscaler`: types, channels and sizes of arrays."""
 
+from pathlib import Path
+from typing import get_args
+
 import numpy as np
 import pytest
 
 import sanrt
 from sanrt import Upscaler
 from sanrt.errors import UsageError
+from sanrt.model.spec import Precision
+from sanrt.runtime.backends.registry import BACKENDS
+from sanrt.runtime.tiling.options import Tiling
+from sanrt.upscaler import BackendName, PrecisionName, TilingName
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +107,114 @@ def test_pictures_below_the_smallest_size_keep_their_shape(upscaler, photo, size
         (np.zeros((1, 4, 4, 3), np.uint8), r"\(1, 4, 4, 3\)"),
         (np.full((4, 4, 3), 200, np.float32), "200"),
         (np.full((4, 4, 3), np.nan, np.float32), "nan"),
-        (["x.png"], "str"),
+        (np.full((4, 4, 3), 1.001, np.float32), r"to 1\.00100005; expected floats in 0\.\.1"),
+        (np.zeros((3, 5, 6), np.uint8), r"\(3, 5, 6\).*channels come last"),
+        (["x.png"], "a path"),
+        (Path("x.png"), r"a path \(x\.png\); read it first"),
+        (None, "NoneType"),
+        (3, "int"),
     ],
 )
 def test_arrays_of_other_kinds_are_refused_by_name(upscaler, picture, told):
     with pytest.raises(UsageError, match=told):
         upscaler(picture)
+
+
+class Wrapped:
+    """Anything with `__array__`."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+def test_pictures_are_taken_as_their_libraries_have_them(upscaler, photo):
+    import torch
+    from PIL import Image
+
+    picture = in_type(photo, np.uint8)
+    expected = upscaler(picture)
+    for given in (Image.fromarray(picture), torch.from_numpy(picture), Wrapped(picture), memoryview_of(picture)):
+        assert np.array_equal(upscaler(given), expected)
+    assert all(np.array_equal(each, expected) for each in upscaler((Image.fromarray(picture), picture)))
+
+
+def memoryview_of(picture):
+    """An object with `__array_interface__` alone."""
+    return type("View", (), {"__array_interface__": picture.__array_interface__, "kept": picture})()
+
+
+def test_pillow_modes_are_taken_as_what_they_show(upscaler, photo):
+    from PIL import Image
+
+    palette = Image.fromarray(in_type(photo, np.uint8)).quantize(7)
+    assert np.array_equal(upscaler(palette), upscaler(np.asarray(palette.convert("RGB"))))
+    bits = Image.fromarray(in_type(photo[..., 0], np.uint8)).convert("1")
+    assert np.array_equal(upscaler(bits), upscaler(np.asarray(bits.convert("L"))))
+    deep = Image.fromarray(in_type(photo[..., 0], np.uint16))
+    assert np.array_equal(upscaler(deep), upscaler(in_type(photo[..., 0], np.uint16)))
+    with pytest.raises(UsageError, match=r"mode CMYK; expected RGB.*convert\('RGB'\)"):
+        upscaler(palette.convert("CMYK"))
+
+
+def test_a_tensor_that_no_array_can_be_had_of_is_refused_in_one_line(upscaler):
+    import torch
+
+    with pytest.raises(UsageError, match="picture is Tensor, no array can be had of it"):
+        upscaler(torch.zeros(4, 4, 3, requires_grad=True))
+
+
+def test_floats_that_leave_the_range_by_rounding_are_clipped(upscaler):
+    above = np.full((8, 8, 3), np.float32(1.0000001))
+    assert np.array_equal(upscaler(above), upscaler(np.ones((8, 8, 3), np.float32)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_the_byte_order_of_samples_does_not_matter(upscaler, photo, dtype):
+    picture = in_type(photo, dtype)
+    result = upscaler(picture.astype(np.dtype(dtype).newbyteorder(">")))
+    assert result.dtype == dtype
+    assert np.array_equal(result, upscaler(picture))
+
+
+def test_one_channel_comes_back_as_one_channel(upscaler, photo):
+    grey = in_type(photo[..., 0], np.uint8)
+    assert np.array_equal(upscaler(grey[..., None]), upscaler(grey)[..., None])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"regions": -1}, "-1 x -1 regions"),
+        ({"threads": -5}, "-5 threads; expected 1 or more"),
+        ({"device": -1}, "GPU -1; expected 0 or more"),
+        ({"precision": "fp7"}, "precision 'fp7': expected fp32, fp16, bf16, int16"),
+        ({"backend": "abacus"}, "unknown backend 'abacus'"),
+    ],
+)
+def test_options_that_make_no_sense_are_usage_errors(tiny_model, options, told):
+    with pytest.raises(UsageError, match=told):
+        Upscaler.load(tiny_model(2), **options)
+
+
+def test_a_scale_that_san_does_not_have_is_told_without_advice_to_export_it():
+    with pytest.raises(UsageError, match="scale 5: expected 2, 3, 4, 8, or a model's path"):
+        Upscaler.load(5)
+
+
+def test_options_are_what_the_command_line_takes(tiny_model, tmp_path):
+    options = {"precision": "fp32", "regions": "auto", "memory": 2**30, "scratch": str(tmp_path), "backend": "onnxruntime"}
+    with Upscaler.load(tiny_model(2), threads=1, **options) as upscaler:
+        assert (upscaler.options.memory, upscaler.options.scratch, upscaler.options.regions) == (2**30, tmp_path, None)
+        assert repr(upscaler) == f"<Upscaler {upscaler.spec.architecture.name}, fp32, onnxruntime on CPU>"
+
+
+def test_the_types_of_choices_name_all_choices():
+    assert set(get_args(BackendName)) == {"auto", *BACKENDS}
+    assert get_args(TilingName) == tuple(Tiling)
+    assert get_args(PrecisionName) == tuple(Precision)
 
 
 def test_a_scale_finds_what_export_wrote_else_the_bundled_weights(tiny_model, tmp_path):
@@ -120,8 +229,8 @@ def test_a_scale_finds_what_export_wrote_else_the_bundled_weights(tiny_model, tm
 def test_tiling_reaches_the_network_and_unknown_ones_are_refused(tiny_model, photo):
     picture = np.kron(in_type(photo, np.uint8), np.ones((4, 4, 1), np.uint8))
     results = {}
-    for tiling in ("whole", "exact", "overlap"):
-        with Upscaler.load(tiny_model(2), backend="onnxruntime", threads=1, tiling=tiling, tile=16) as upscaler:
+    for tiling, tile in (("whole", None), ("exact", 16), ("overlap", 16)):
+        with Upscaler.load(tiny_model(2), backend="onnxruntime", threads=1, tiling=tiling, tile=tile) as upscaler:
             results[tiling] = upscaler(picture).astype(int)
     assert np.abs(results["exact"] - results["whole"]).max() <= 1
     assert np.abs(results["overlap"] - results["whole"]).max() > 1

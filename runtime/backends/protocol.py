@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol, Self
 
 from sanrt.arrays import Array
-from sanrt.errors import BackendError
+from sanrt.errors import BackendError, UsageError
 from sanrt.geometry import Box
 from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.artifacts.sizes import Limits
@@ -111,6 +111,12 @@ class RunOptions:
     """k of the k x k attention regions."""
     device: int = 0
     """Index of the GPU, where there are several."""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"{self.threads} threads; expected 1 or more")
+        if self.device < 0:
+            raise UsageError(f"GPU {self.device}; expected 0 or more")
 
 
 def library_version(*distributions: str) -> str | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from sanrt.errors import UsageError
+from sanrt.model.spec import SCALES, Precision
+from sanrt.picture_arrays import picture_array
 from sanrt.runtime.artifacts.models import MODELS, default_model
 from sanrt.runtime.backends.default_variant import load_default
 from sanrt.runtime.backends.fp32_fallback import FP32Fallback
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
     from sanrt.runtime.backends.protocol import Backend
 
 Picture = npt.NDArray[Any]
-DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
+Choice = TypeVar("Choice", bound=StrEnum)
+BackendName = Literal["auto", "native", "onnxruntime", "openvino", "torch", "torch-cuda", "onnxruntime-cuda", "tensorrt"]
+TilingName = Literal["auto", "whole", "exact", "overlap"]
+PrecisionName = Literal["fp32", "fp16", "bf16", "int16"]
 
 
 class Upscaler:
@@ -45,33 +50,47 @@ class Upscaler:
         model: int | str | Path,
         *,
         models: str | Path = MODELS,
-        backend: str = "auto",
+        backend: BackendName = "auto",
+        precision: PrecisionName | None = None,
         threads: int | None = None,
         device: int = 0,
         tile: int | None = None,
         overlap: int | None = None,
         self_ensemble: bool = False,
-        tiling: str = Tiling.AUTO,
-        regions: int | None = None,
+        tiling: TilingName = "auto",
+        regions: int | Literal["auto"] = "auto",
+        memory: int | None = None,
+        scratch: str | Path | None = None,
         keep_hidden: bool = False,
     ) -> Self:
         """A scale (2, 3, 4 or 8), meaning what `sanrt export` wrote into `models`, else the bundled weights; or a path.
 
         Pictures larger than `tile` (by default those that do not fit the memory) are cut as `tiling` says: `auto`, `whole`,
         `exact` or `overlap`; `overlap` is in pixels. `regions` is the k of the k x k attention regions, by default chosen by
-        a picture's size; `self_ensemble` averages over the 8 flips and rotations (SAN+, section 4 of the paper).
-        Colours under full transparency are those of the nearest visible pixels, unless `keep_hidden` (for textures).
+        a picture's size; `precision` is that of convolutions and attention, by default the backend's own choice. `memory` is
+        how many bytes of the host's memory to stay below, by default a share of what is free; `scratch` is the folder for
+        what exceeds them, by default the system's. `self_ensemble` averages over the 8 flips and rotations (SAN+, section 4
+        of the paper). Colours under full transparency are those of the nearest visible pixels, unless `keep_hidden` (for
+        textures).
+
         Raises ModelError when the model is missing or damaged, BackendError when the backend cannot run here, UsageError
         for options that make no sense.
         """
-        if tiling not in list(Tiling):
-            raise UsageError(f"tiling {tiling!r}: expected {', '.join(Tiling)}")
-        options = UpscaleOptions(tile, overlap, self_ensemble, Tiling(tiling), regions, keep_hidden=keep_hidden)
-        run_options = RunOptions(threads=threads, device=device, regions=regions or PAPER_REGIONS)
+        if isinstance(model, int) and model not in SCALES:
+            raise UsageError(f"scale {model}: expected {', '.join(map(str, SCALES))}, or a model's path")
+        k = None if regions == "auto" else regions
+        way, folder = choice(Tiling, tiling), Path(scratch) if scratch else None
+        options = UpscaleOptions(tile, overlap, self_ensemble, way, k, memory, folder, keep_hidden)
+        computed = precision and choice(Precision, precision)
+        run_options = RunOptions(threads, computed, k or PAPER_REGIONS, device)
         path = default_model(Path(models), model) if isinstance(model, int) else Path(model)
         automatic = isinstance(model, int) and backend == "auto"
         network = load_default(path, run_options) if automatic else load_backend(backend, path, run_options)
         return cls(network, options)
+
+    def __repr__(self) -> str:
+        spec, network = self.spec, self.backend
+        return f"<Upscaler {spec.architecture.name}, {spec.computes}, {network.name} on {network.device}>"
 
     @property
     def spec(self) -> ModelSpec:
@@ -84,22 +103,22 @@ class Upscaler:
         return self.spec.architecture.scale
 
     @overload
-    def __call__(self, pictures: Picture) -> Picture: ...
+    def __call__(self, pictures: list[Any] | tuple[Any, ...]) -> list[Picture]: ...
 
     @overload
-    def __call__(self, pictures: Sequence[Picture]) -> list[Picture]: ...
+    def __call__(self, pictures: Any) -> Picture: ...
 
-    def __call__(self, pictures: Picture | Sequence[Picture]) -> Picture | list[Picture]:
-        """One picture or several, each (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, of any size from 1 x 1.
+    def __call__(self, pictures: Any) -> Picture | list[Picture]:
+        """One picture or a list of them, each (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA, of any size from 1 x 1.
 
-        uint8, uint16 (0..65535) or float32 (0..1); the results have the same type, range and channels, `scale` times the
-        height and width. Grey goes through the network as three equal channels and comes back as their mean; opacity is
-        upscaled by bicubic interpolation. Raises UsageError for any other array, OutOfMemoryError when not even small
-        tiles fit the memory.
+        Arrays, Pillow pictures, PyTorch tensors on the CPU, or anything with `__array__`: uint8, uint16 (0..65535) or
+        float32 (0..1). The results are arrays of the same type, range and channels, `scale` times the height and width.
+        Grey goes through the network as three equal channels and comes back as their mean; opacity is upscaled by bicubic
+        interpolation. Raises UsageError for anything else, OutOfMemoryError when not even small tiles fit the memory.
         """
-        if isinstance(pictures, np.ndarray):
-            return self.one(pictures)
-        return [self.one(picture) for picture in pictures]
+        if isinstance(pictures, list | tuple):
+            return [self.one(picture) for picture in pictures]
+        return self.one(pictures)
 
     def on_device(self, pictures: Any) -> Any:
         """GPU arrays in and out, never copied to the host; with `backend="tensorrt"` only.
@@ -114,9 +133,11 @@ class Upscaler:
             raise UsageError(f"backend {self.backend.name} takes no GPU arrays; load the model with backend='tensorrt'")
         return infer(pictures)
 
-    def one(self, picture: Picture) -> Picture:
-        """One array of any supported kind."""
-        check(picture)
+    def one(self, picture: Any) -> Picture:
+        """One picture of any supported kind."""
+        if getattr(picture, "ndim", 0) == 3 and picture.shape[2] == 1:
+            return self.one(picture[..., 0])[..., None]
+        picture = picture_array(picture)
         if picture.ndim == 2:
             colours = self.rgb(np.repeat(picture[..., None], 3, axis=2))
             return rounded(colours.mean(axis=2, dtype=np.float64), picture.dtype)
@@ -149,16 +170,12 @@ class Upscaler:
         self.close()
 
 
-def check(picture: Any) -> None:
-    """Raise UsageError unless it is an array that `Upscaler` takes."""
-    if not isinstance(picture, np.ndarray):
-        raise UsageError(f"picture is {type(picture).__name__}; expected a numpy array (H, W), (H, W, 3) or (H, W, 4)")
-    if picture.dtype not in DTYPES:
-        raise UsageError(f"picture is {picture.dtype}; expected uint8, uint16, or float32 in 0..1")
-    if picture.size == 0 or not (picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))):
-        raise UsageError(f"picture has shape {picture.shape}; expected (H, W), (H, W, 3) or (H, W, 4)")
-    if picture.dtype == np.float32 and not (picture.min() >= 0 and picture.max() <= 1):
-        raise UsageError(f"picture runs from {picture.min():g} to {picture.max():g}; expected floats in 0..1")
+def choice(kind: type[Choice], name: str) -> Choice:
+    """The member of that name; UsageError names those that there are."""
+    try:
+        return kind(name)
+    except ValueError:
+        raise UsageError(f"{kind.__name__.lower()} {name!r}: expected {', '.join(kind)}") from None
 
 
 def rounded(values: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> Picture:
