@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sanrt.errors import PictureError
-from sanrt.runtime.pictures import jpeg, metadata, tiff
+from sanrt.runtime.pictures import jpeg, metadata, pillow, tiff
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.kinds import kind_of_content
 from sanrt.runtime.pictures.provenance import Provenance, seal
@@ -39,7 +40,7 @@ MAX_SIDE = 1_000_000
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
 _PIECE_ROWS = 64
-_LOSSLESS = (Format.PNG, Format.TIFF, Format.GIF)
+_LOSSLESS = (Format.PNG, Format.TIFF, Format.GIF, Format.BMP, Format.TGA)
 _COLOURS = {"b-w": 1, "grey16": 1, "srgb": 3, "rgb": 3, "rgb16": 3, "cmyk": 4}
 """Channels of the colour spaces that are read."""
 _READING = Lock()
@@ -191,13 +192,13 @@ def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> SourcePicture:
     PictureError if it cannot be opened, is no supported picture, or claims more than `max_pixels`.
     """
     head = _head(path)
-    form = Format.of_content(head)
+    form = Format.of_file(head, path)
     if form is None:
         raise PictureError(f"{path}: {_unknown(head)}; expected {', '.join(form.upper() for form in Format)}")
     if form is Format.TIFF:
         tiff.check(path)
     with _reading(path, f"damaged {form.upper()} file"):
-        image = _loaded(path, form)
+        image = _loaded(path, form, max_pixels)
         _check_header(path, image, max_pixels)
         return SourcePicture(_info(path, form, image))
 
@@ -263,12 +264,14 @@ def _vips_told_as(subject: str) -> Iterator[None]:
         raise PictureError(f"{subject} (its text is not UTF-8)") from None
 
 
-def _loaded(path: Path, form: Format) -> pyvips.Image:
+def _loaded(path: Path, form: Format, max_pixels: int = sys.maxsize) -> pyvips.Image:
     """The file as stored, by the loader of its format and no other, so that no untrusted loader is ever tried.
 
     Decoded once from top to bottom if its orientation allows, else as a whole (libvips uses a nameless file above 100 MB).
     Warnings of libjpeg mean pixels made up, once the file is repaired; those of other formats are about metadata.
     """
+    if form.facts.packages:
+        return pillow.load(path, form, max_pixels)
     load = getattr(_vips().Image, f"{form.facts.libvips}load_source")
     fail_on = "warning" if form is Format.JPEG else "error"
     repaired = jpeg.repaired(path) if form is Format.JPEG else None
@@ -320,7 +323,7 @@ def _info(path: Path, form: Format, image: pyvips.Image) -> PictureInfo:
         form,
         width=image.height if turned else image.width,
         height=image.width if turned else image.height,
-        bits=8 if image.format == "uchar" else image.get("bits-per-sample") if form is Format.AVIF else 16,
+        bits=8 if image.format == "uchar" else image.get("bits-per-sample") if form in (Format.AVIF, Format.HEIC) else 16,
         grey=image.bands - image.hasalpha() == 1,
         alpha=bool(image.hasalpha()),
         lossless=form is Format.WEBP and _is_lossless_webp(path),
@@ -368,8 +371,8 @@ def plan_output(
     PictureError if that format cannot hold the size or the transparency. Depth it cannot hold is reduced, with a note.
     """
     form = Format.of_suffix(path)
-    if form is None or form is Format.GIF:
-        names = ", ".join(suffix for form in Format if form is not Format.GIF for suffix in form.facts.suffixes)
+    if form is None or form.written_as is not form:
+        names = ", ".join(suffix for form in Format if form.written_as is form for suffix in form.facts.suffixes)
         raise PictureError(f"{path}: cannot be written as '{path.suffix}'; expected a name ending in one of {names}")
     width, height = source.width * scale, source.height * scale
     if max(width, height) > form.facts.max_side:

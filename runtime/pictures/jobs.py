@@ -79,7 +79,7 @@ def find_pictures(
         jobs = [job for given in inputs for job in _jobs_of(given, output, naming, recursive)]
         jobs = _without_results(_once(jobs)) if naming.suffix else _once(jobs)
     if not jobs:
-        endings = " ".join(suffix for form in Format for suffix in form.facts.suffixes)
+        endings = " ".join(suffix for form in Format if form.is_readable for suffix in form.facts.suffixes)
         others = passed_over(inputs, output, recursive)
         found = f"only {others}" if others else "no pictures found"
         raise PictureError(f"{', '.join(map(str, inputs))}: {found}; expected files ending in {endings}")
@@ -88,9 +88,10 @@ def find_pictures(
 
 
 def passed_over(inputs: Sequence[Path], output: Path, recursive: bool = True) -> str:
-    """How many files of which kinds of picture in the input folders sanrt does not read; empty if there are none."""
+    """How many files of which kinds of picture in the input folders are not read here; empty if there are none."""
     folders = [given for given in inputs if given.is_dir()]
-    return counted(file for given in folders for file in _files_in(given, recursive, output.resolve()))
+    files = (file for given in folders for file in _files_in(given, recursive, output.resolve()) if not _is_read(file))
+    return counted(files)
 
 
 def output_beside(given: Path, scale: int, naming: Naming) -> Path:
@@ -148,7 +149,12 @@ def _jobs_of(given: Path, output: Path, naming: Naming, recursive: bool) -> Iter
 
 def _pictures_in(folder: Path, recursive: bool, skipped: Path) -> Iterator[Path]:
     """Those of `_files_in` with a supported ending."""
-    return (file for file in _files_in(folder, recursive, skipped) if Format.of_suffix(file))
+    return (file for file in _files_in(folder, recursive, skipped) if _is_read(file))
+
+
+def _is_read(file: Path) -> bool:
+    form = Format.of_suffix(file)
+    return form is not None and form.is_readable
 
 
 def _files_in(folder: Path, recursive: bool, skipped: Path) -> Iterator[Path]:

@@ -91,7 +91,7 @@ def read(path: Path, form: Format, image: Any) -> Found:
                 read_png(file, found)
             case Format.JPEG:
                 read_jpeg(file, found)
-            case Format.AVIF:
+            case Format.AVIF | Format.HEIC:
                 read_avif(file.read(HEAD_BYTES), found)
             case Format.TIFF:
                 tags = tiff.first_tags(path)

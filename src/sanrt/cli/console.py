@@ -81,7 +81,7 @@ class Reporter(logging.Handler):
                 self.tell(outcome)
         self.say(self.progress.summary())
         if self.passed_over:
-            self.say(f"passed over, as sanrt does not read them: {self.passed_over}")
+            self.say(f"passed over, as sanrt does not read them here: {self.passed_over}; see docs/pictures.md")
 
     def tell(self, outcome: Outcome) -> None:
         """A failure, what a result lacks, and on demand everything."""
