@@ -5,6 +5,7 @@ from __future__ import annotations
 import mimetypes
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -78,6 +79,7 @@ def find_pictures(
     else:
         jobs = [job for given in inputs for job in _jobs_of(given, output, naming, recursive)]
         jobs = _without_results(_once(jobs)) if naming.suffix else _once(jobs)
+        jobs = jobs if naming.format else _told_apart(jobs)
     if not jobs:
         endings = " ".join(suffix for form in Format if form.is_readable for suffix in form.facts.suffixes)
         others = passed_over(inputs, output, recursive)
@@ -184,6 +186,19 @@ def _without_results(jobs: list[Job]) -> list[Job]:
     """The jobs whose source is not another's result (of an earlier run into the folder of the sources)."""
     results = {_place(job.destination) for job in jobs if _place(job.destination) != _place(job.source)}
     return [job for job in jobs if _place(job.source) not in results]
+
+
+def _told_apart(jobs: list[Job]) -> list[Job]:
+    """Where results would share a file since their sources' formats are not written: `a.bmp.png` beside `a.tga.png`."""
+    shared = Counter(_place(job.destination) for job in jobs)
+
+    def named(job: Job) -> Job:
+        at, ending = job.destination, job.source.suffix
+        if shared[_place(at)] == 1 or ending == at.suffix or not Format.of_suffix(job.source):
+            return job
+        return replace(job, destination=at.with_name(at.stem + ending + at.suffix))
+
+    return [named(job) for job in jobs]
 
 
 def _check_conflicts(jobs: list[Job]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +41,12 @@ def load(path: Path, form: Format, max_pixels: int) -> pyvips.Image:
             check_size(path, opened.size, max_pixels)
             if form is Format.JP2:
                 check_depth(path, opened.mode)
-            picture = opened
+            picture: Any = opened
             if opened.mode == "P" and "transparency" not in opened.info:
                 picture = opened.convert("RGB")
             elif opened.mode in MODES:
                 picture = opened.convert(MODES[opened.mode])
-            return as_vips(np.asarray(picture), opened.info)
+            return as_vips(np.asarray(picture), {**opened.info})
     except PictureError:
         raise
     except Exception as error:  # decoders raise whatever they like
@@ -68,7 +69,7 @@ def heic_image(opened: Any, path: Path, max_pixels: int) -> pyvips.Image:
     return image
 
 
-def as_vips(pixels: Any, info: dict[str, Any]) -> pyvips.Image:
+def as_vips(pixels: Any, info: Mapping[Any, Any]) -> pyvips.Image:
     """(H, W) or (H, W, bands) samples with the profile, EXIF and XMP that Pillow found."""
     import pyvips
 

@@ -196,3 +196,15 @@ def test_pictures_that_are_not_read_are_counted_by_kind(tmp_path):
     (folder / "a.png").unlink()
     with pytest.raises(PictureError, match="only 2 Photoshop file, 2 raw"):
         find_pictures([folder], folder / "out")
+
+
+def test_pictures_of_one_stem_whose_formats_are_not_written_keep_their_endings(tmp_path):
+    for name in ("a.gif", "a.png", "b.gif", "b.jpg", "c.bmp", "c.tga"):
+        (tmp_path / name).touch()
+    jobs = find_pictures([tmp_path], tmp_path / "out")
+    names = {job.source.name: job.destination.name for job in jobs}
+    assert names["a.gif"] == "a.gif.png"
+    assert names["a.png"] == "a.png"
+    assert (names["b.gif"], names["b.jpg"]) == ("b.png", "b.jpg")
+    if "c.bmp" in names:
+        assert (names["c.bmp"], names["c.tga"]) == ("c.bmp.png", "c.tga.png")
