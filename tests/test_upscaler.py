@@ -1,5 +1,6 @@
 """`Upscaler`: types, channels and sizes of arrays."""
 
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -187,9 +188,6 @@ def test_one_channel_comes_back_as_one_channel(upscaler, photo):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"regions": -1}, "-1 x -1 regions"),
-        ({"threads": -5}, "-5 threads; expected 1 or more"),
-        ({"device": -1}, "GPU -1; expected 0 or more"),
         ({"precision": "fp7"}, "precision 'fp7': expected fp32, fp16, bf16, int16"),
         ({"backend": "abacus"}, "unknown backend 'abacus'"),
     ],
@@ -224,6 +222,28 @@ def test_a_scale_finds_what_export_wrote_else_the_bundled_weights(tiny_model, tm
         assert upscaler.spec.weights_origin == "seeded random weights"
     with Upscaler.load(3, models=tmp_path, threads=1) as upscaler:
         assert upscaler.spec.architecture.channels == 32
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"regions": -1}, "regions -1; expected a whole number, 1 or more, up to 1000"),
+        ({"regions": 0}, "regions 0"),
+        ({"regions": 2.0}, "regions 2.0"),
+        ({"threads": -5}, "threads -5; expected a whole number, 1 or more"),
+        ({"threads": 0}, "threads 0"),
+        ({"threads": "2"}, "threads '2'"),
+        ({"device": -1}, "device -1"),
+        ({"tile": 15}, "tile 15; expected a whole number, 16 or more"),
+        ({"tile": 64.5}, "tile 64.5"),
+        ({"overlap": -1}, "overlap -1"),
+        ({"model": 5}, "scale 5: expected 2, 3, 4, 8"),
+        ({"model": True}, "scale True"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_told_with_what_does(wrong, told):
+    with pytest.raises(UsageError, match=re.escape(told)):
+        Upscaler.load(**{"model": 2, "backend": "torch", **wrong})
 
 
 def test_tiling_reaches_the_network_and_unknown_ones_are_refused(tiny_model, photo):

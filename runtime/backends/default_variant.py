@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.variants import model_digest
 from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import RunOptions
-from sanrt.runtime.backends.registry import ALIASES, load_backend, status
+from sanrt.runtime.backends.registry import ALIASES, BACKENDS, load_backend, status
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,31 @@ def prefer(model: Path, variant: Path, backend: str, precision: Precision | None
 
 def preferred(model: Path) -> Preference | None:
     """The choice that was measured for this very model on this machine, where its file and its backend are still there."""
-    try:
-        choice = Preference(**json.loads(preference_path(model).read_text()))
-        backend, precision = ALIASES.get(choice.backend, choice.backend), choice.precision and Precision(choice.precision)
-        choice = replace(choice, backend=backend, precision=precision)
-    except (OSError, ValueError, TypeError):
+    choice = read_preference(preference_path(model))
+    if choice is None:
         return None
     fits = choice.machine == machine.cpu_name() and (model.parent / choice.model).is_file() and status(choice.backend).usable
     return choice if fits and choice.exported == model_digest(model) else None
+
+
+def read_preference(path: Path) -> Preference | None:
+    """The choice in a file; None where there is none, or one that this sanrt does not understand, which is told."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    try:
+        facts = json.loads(content)
+        precision = None if facts["precision"] is None else Precision(facts["precision"])
+        choice = Preference(**{**facts, "precision": precision})
+        backend = ALIASES.get(choice.backend, choice.backend)
+        texts = (choice.model, choice.backend, choice.exported, choice.machine)
+        if not all(isinstance(text, str) for text in texts) or backend not in BACKENDS or "/" in choice.model:
+            raise ValueError(f"{choice.model!r} on {choice.backend!r}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        log.warning("%s: names no model and backend of this sanrt (%s), so it is passed over; remove it", path, error)
+        return None
+    return replace(choice, backend=backend)
 
 
 def load_default(model: Path, options: RunOptions) -> FP32Fallback:

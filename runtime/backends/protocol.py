@@ -9,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol, Self
 
 from sanrt.arrays import Array
-from sanrt.errors import BackendError, UsageError
+from sanrt.errors import BackendError, require_number
 from sanrt.geometry import Box
-from sanrt.model.spec import ModelSpec, Precision
+from sanrt.model.spec import MAX_REGIONS, ModelSpec, Precision
 from sanrt.runtime.artifacts.sizes import Limits
 
 
@@ -113,10 +113,9 @@ class RunOptions:
     """Index of the GPU, where there are several."""
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"{self.threads} threads; expected 1 or more")
-        if self.device < 0:
-            raise UsageError(f"GPU {self.device}; expected 0 or more")
+        require_number("threads", self.threads, 1)
+        require_number("regions", self.regions, 1, MAX_REGIONS)
+        require_number("device", self.device, 0)
 
 
 def library_version(*distributions: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib import import_module
@@ -15,7 +16,7 @@ from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
 from sanrt.model.bundled import read_weights
 from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, engines_of, read_engine
-from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.artifacts.models import model_title, read_spec
 from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import Backend, BackendStatus, RunOptions
 
@@ -84,6 +85,7 @@ def load_unguarded(name: str, model: Path, options: RunOptions) -> Backend:
         remedy = f"; to fix it: {chosen.remedy}" if chosen.remedy else ""
         usable = ", ".join(s.name for s in map(status, BACKENDS) if s.usable) or "none"
         raise BackendError(f"backend {name} is not usable here: {chosen.reason}{remedy} (usable: {usable})")
+    require_kind(chosen.name, model)
     load: Callable[[Path, RunOptions], Backend] = backend_module(chosen.name).load
     return load(model, options)
 
@@ -95,6 +97,23 @@ def is_described(model: Path) -> bool:
             return bool(read_weights(model))
         return False
     return model.suffix == ".onnx"
+
+
+def require_kind(backend: str, model: Path) -> None:
+    """Raise UsageError for a file of a kind that a backend does not run; one that is missing is told when it is loaded."""
+    if not model.exists():
+        return
+    if model.suffix == SUFFIX and backend != "tensorrt":
+        raise UsageError(f"{model}: an engine, which only tensorrt runs; leave --backend {backend} out, or name its ONNX")
+    if model.suffix == WEIGHTS_SUFFIX and backend == "tensorrt":
+        raise UsageError(
+            f"{model_title(model)}: tensorrt runs engines alone; `sanrt export` the weights, then `sanrt build`"
+        )
+    if model.suffix != SUFFIX and not is_described(model) and backend not in CHECKPOINT_BACKENDS:
+        command = f"sanrt export --checkpoint {shlex.quote(str(model))}"
+        raise UsageError(
+            f"{model}: no exported model, which {backend} needs; if it is a checkpoint, make one with `{command}`"
+        )
 
 
 def require_whole(model: Path) -> None:

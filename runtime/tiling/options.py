@@ -7,7 +7,8 @@ from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 
-from sanrt.errors import UsageError
+from sanrt.errors import UsageError, require_number
+from sanrt.model.spec import MAX_REGIONS
 from sanrt.runtime.host import free_host_memory
 
 DEFAULT_OVERLAP = 32
@@ -52,16 +53,16 @@ class UpscaleOptions:
     """Keep the colours under full transparency, instead of those of the nearest visible pixels."""
 
     def __post_init__(self) -> None:
-        if self.tile is not None and self.tile < 16:
-            raise UsageError(f"tiles of {self.tile} pixels; expected at least 16")
+        require_number("tile", self.tile, 16)
+        require_number("overlap", self.overlap, 0)
+        require_number("regions", self.regions, 1, MAX_REGIONS)
+        require_number("memory", self.memory, 1)
         if self.tile is not None and self.tiling is Tiling.WHOLE:
             raise UsageError(f"tiles of {self.tile} pixels with {self.tiling} tiling, which has none; leave one out")
         if self.overlap is not None and self.tiling in (Tiling.WHOLE, Tiling.EXACT):
             raise UsageError(f"overlap {self.overlap} with {self.tiling} tiling, which overlaps nothing; leave one out")
         if self.overlap is not None and not 0 <= self.overlap <= (self.tile or 2 * self.overlap) // 2:
             raise UsageError(f"overlap {self.overlap} with tiles of {self.tile}; expected 0 to half a tile")
-        if self.regions is not None and self.regions < 1:
-            raise UsageError(f"{self.regions} x {self.regions} regions; expected 1 or more")
 
     @cached_property
     def budget(self) -> int:

@@ -49,6 +49,13 @@ class UsageError(SanrtError):
     """Arguments that contradict each other or do not fit the model."""
 
 
+def require_number(what: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise UsageError unless `value` is a whole number in a range, or None, which leaves the choice to sanrt."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (whole and least <= value and (most is None or value <= most)):  # type: ignore[operator]
+        raise UsageError(f"{what} {value!r}; expected a whole number, {least} or more{f', up to {most}' if most else ''}")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type's name where it has none."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -50,7 +50,7 @@ def test_a_checkpoint_becomes_a_model_of_its_own_name(sanrt, weights, tmp_path):
     assert (status, err) == (0, "")
     assert read_spec(tmp_path / "models" / "own.onnx").iterations == 3
     assert "seeded [not] markup" in out
-    assert "3 Newton-Schulz steps (trained with 5), residual up to " in out
+    assert "3 Newton-Schulz steps, where the weights were trained with 5 steps; residual up to " in out
     assert "dB PSNR" in out
     assert "Matrix square roots" not in out
     assert out.splitlines()[-1] == (
@@ -131,7 +131,7 @@ def test_a_genuine_file_is_recognised(sanrt, weights, monkeypatch, shared):
 
 def test_weights_of_another_scale_are_refused_in_one_line(sanrt, weights, tmp_path):
     status, _, err = sanrt("export", "--scale", 4, "--checkpoint", weights)
-    assert status == 1
+    assert status == 2
     assert err == f"sanrt: {weights}: is for x2, but --scale 4 was asked for; leave --scale out, or pass 2\n"
     assert not (tmp_path / "models").exists()
 

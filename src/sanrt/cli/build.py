@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sanrt.cli.models import default_model, known_scale, one_of, require_scale
+from sanrt.cli.models import build_words, exported_default, known_scale, one_of, require_scale, run_words
 from sanrt.cli.panels import panel
-from sanrt.errors import UsageError
+from sanrt.errors import ModelError, UsageError
 from sanrt.extras import extra
 from sanrt.model.spec import Precision, QuantisedType
 from sanrt.runtime.artifacts.models import MODELS, read_spec
@@ -87,7 +87,8 @@ def build(
     eight_bit = only_one(int8=int8, fp8=fp8, auto=auto)
     if model and scale:
         require_scale(model, read_spec(model).architecture.scale, scale)
-    model = model or default_model(models, scale, print)
+    model = model or exported_default(models, scale, print)
+    check_output(output, model, stages)
     if eight_bit:
         with extra("export", "quantising"):
             from sanrt.export.quantise.calibration import RangeMethod
@@ -101,7 +102,7 @@ def build(
             return choose_automatically(model, quantise_options)
         model = make_quantised_model(model, quantise_options)
         if flavor == "auto" and not any(map(installed_version, Flavor)):
-            return print(f"no engine: TensorRT is not installed. next: `sanrt run INPUT OUTPUT --model {model}`")
+            return print("no engine: TensorRT is not installed")
     build_options = BuildOptions(
         flavor=choose_flavor() if flavor == "auto" else Flavor(flavor),
         precision=Precision(precision or Precision.FP16),
@@ -152,5 +153,43 @@ def report(info: EngineInfo, built: bool) -> None:
     console = plain_console()
     console.print("built" if built else "unchanged: the engine that is there is what would be built")
     console.print(facts_table(info.table()))
-    exact = " --tiling exact" if info.identity.options.stages else ""
-    console.print(f"next: `sanrt run INPUT OUTPUT --backend tensorrt{exact}` on a machine with {info.identity.gpu}")
+    console.print(f"next: {next_words(info)}, on a machine with {info.identity.gpu}")
+
+
+def check_output(output: Path | None, model: Path, stages: bool) -> None:
+    """Raise UsageError for a place where an engine would not be found, or would replace something else."""
+    from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, read_engine
+
+    if output is None:
+        return
+    suffix = STAGES_SUFFIX if stages else SUFFIX
+    if output.suffix != suffix:
+        raise UsageError(f"-o {output}: expected a name that ends in {suffix}, by which `sanrt run` knows it")
+    if stages and output.parent.resolve() != model.parent.resolve():
+        raise UsageError(f"-o {output}: stage engines are looked for beside their model; expected a file in {model.parent}")
+    if not output.exists():
+        return
+    try:
+        same = read_engine(output).model_path.resolve() == model.resolve()
+    except ModelError:
+        same = False
+    if not same:
+        raise UsageError(f"-o {output}: is there already, and no engine of {model}; choose another place, or remove it")
+
+
+def next_words(info: EngineInfo) -> str:
+    """The command that runs an engine; for stage engines, on the newest whole one that they go with."""
+    from sanrt.runtime.artifacts.engines import engines_of
+
+    options, onnx = info.identity.options, info.identity.onnx
+    if not options.stages:
+        return f"`{run_words(info.path)}`"
+    wholes = (
+        whole
+        for whole in engines_of(info.model_path)
+        if (whole.identity.onnx, whole.identity.options.flavor, whole.identity.options.precision)
+        == (onnx, options.flavor, options.precision)
+    )
+    if whole := next(wholes, None):
+        return f"`{run_words(whole.path)} --tiling exact`"
+    return f"an engine of the whole network beside it, `{build_words(info.model_path)} --{options.precision}`"

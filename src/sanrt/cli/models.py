@@ -11,26 +11,18 @@ import typer
 from sanrt.errors import UsageError
 from sanrt.extras import extra
 from sanrt.model.spec import SCALES
-from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, exported_path, other_models
+from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, default_model, exported_path, other_models
 
 
-def bundled_weights(scale: int) -> Path:
-    """The checkpoint that a missing default model is exported from."""
-    with extra("export", "making a model"):
-        from sanrt.model.checkpoint import bundled_checkpoint
-    return bundled_checkpoint(scale)
-
-
-def default_model(models: Path, scale: int | None, say: Callable[[str], None]) -> Path:
-    """The model where none is named, exported from the bundled weights first if it is not there, which `say` prints."""
-    path = exported_path(models, scale)
-    if not path.exists():
-        scale = scale or DEFAULT_SCALE
-        say(f"{path}: not there yet{other_models(models)}; exporting the bundled x{scale} weights first")
+def exported_default(models: Path, scale: int | None, say: Callable[[str], None]) -> Path:
+    """The default model as an ONNX: where that is the bundled weights they are exported first, which `say` prints."""
+    path, default = exported_path(models, scale), default_model(models, scale)
+    if default != path:
+        say(f"{path}: not there yet{other_models(models)}; exporting the bundled weights of x{scale or DEFAULT_SCALE} first")
         with extra("export", "making a model"):
             from sanrt.export.onnx import export_onnx
             from sanrt.model.checkpoint import load_checkpoint
-        export_onnx(load_checkpoint(bundled_weights(scale)), path)
+        export_onnx(load_checkpoint(default), path)
     return path
 
 
@@ -69,8 +61,14 @@ def build_words(model: Path) -> str:
 
 
 def default_words(model: Path, named: str) -> str:
-    """The words by which a command takes a model: none or its scale where it is the default one, else `named`."""
-    scale = next((scale for scale in SCALES if model == exported_path(MODELS, scale)), None)
+    """The words by which a command takes a model: its folder and scale where it has a default model's name, else `named`."""
+    scale = default_scale(model)
     if scale is None:
         return named
-    return "" if scale == DEFAULT_SCALE else f" --scale {scale}"
+    folder = "" if model.parent == MODELS else f" --models {shlex.quote(str(model.parent))}"
+    return folder + ("" if scale == DEFAULT_SCALE else f" --scale {scale}")
+
+
+def default_scale(model: Path) -> int | None:
+    """The scale of which a model is the default in its folder; None for any other model."""
+    return next((scale for scale in SCALES if model == exported_path(model.parent, scale)), None)

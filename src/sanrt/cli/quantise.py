@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sanrt.cli.models import default_scale, run_words
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -63,14 +65,25 @@ def compare_and_prefer(
     trials = comparison.trials
     if not any(t.computes == Precision.FP32 for t in trials):
         console.print("not timed: no backend runs the fp32 model here; pip install 'sanrt[openvino]' or 'sanrt[cpu]'")
+        for result in results:
+            console.print(f"next: `{run_words(result.path)}`")
         return comparison.untried
     print_trials(console, trials, fp32_y_psnr(trials))
     best = fastest(trials, options.max_psnr_drop)
     prefer(model, best.model, best.backend, best.precision)
     if kind:
         console.print(verdict(trials, kind))
-    console.print(f"`sanrt run` takes the fastest within {options.max_psnr_drop:g} dB: {best.computes} on {best.backend}")
+    console.print(f"the fastest within {options.max_psnr_drop:g} dB is {best.computes} on {best.backend}")
+    console.print(f"next: {next_words(model, best)}")
     return comparison.untried
+
+
+def next_words(model: Path, best: BackendTrial) -> str:
+    """The command that runs the best variant of a model: a default model's is taken by itself, another's is named."""
+    if default_scale(model):
+        return f"`{run_words(model)}` takes it by itself"
+    precision = f" --precision {best.precision}" if best.precision else ""
+    return f"`{run_words(best.model)} --backend {best.backend}{precision}`"
 
 
 def verdict(trials: Sequence[BackendTrial], kind: str) -> str:

@@ -19,13 +19,19 @@ def parity_line(parity: Mapping[str, Any] | None) -> str:
 def square_root_line(report: Mapping[str, Any]) -> str:
     """The convergence of the square root's steps, and what it costs, as a line."""
     steps, trained = report["iterations"], report["trained"]
-    how = {None: "trained with the exact root", steps: "as trained"}.get(trained, f"trained with {trained}")
-    residual = max(row["residual"] for row in report["groups"])
     psnr, largest = report["difference"]["psnr"], report["difference"]["max_abs"]
     apart = "nothing" if psnr is None else f"{largest:.2g} of 255 at most ({psnr:.1f} dB PSNR)"
+    exact = f"by {apart} on {report['picture']}"
+    if steps == trained:
+        return (
+            f"{steps} Newton-Schulz steps, as the weights were trained with and need it;"
+            f" the exact root, which is not theirs, would change the picture {exact}"
+        )
+    residual = max(row["residual"] for row in report["groups"])
+    how = "the exact root" if trained is None else f"{trained} steps"
     return (
-        f"{steps} Newton-Schulz steps ({how}), residual up to {residual:.2g} (0 is converged);"
-        f" the picture differs from the exact root's by {apart} on {report['picture']}"
+        f"{steps} Newton-Schulz steps, where the weights were trained with {how}; residual up to {residual:.2g}"
+        f" (0 is converged); the picture differs from the exact root's {exact}"
     )
 
 

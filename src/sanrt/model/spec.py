@@ -19,6 +19,8 @@ MIN_SIDE = 4
 MAX_SQRT_ITERATIONS = 22
 """More Newton-Schulz steps than this raise float32's rounding of a rank-deficient covariance, such as a 4 x 4 picture's."""
 
+MAX_REGIONS = 1000
+"""Most k of the k x k attention regions that a person may ask for."""
 MOST = 10_000
 """Blocks, regions a side or square-root steps beyond which a description is taken for damaged."""
 

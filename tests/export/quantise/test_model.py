@@ -282,6 +282,37 @@ def test_run_takes_the_preferred_variant_of_this_very_model_on_this_machine_only
         assert preferred(model) is None, key
 
 
+UNKNOWN = {
+    "another backend": {"backend": "gone"},
+    "no text for a backend": {"backend": ["onnxruntime"]},
+    "a number for a model": {"model": 7},
+    "a model elsewhere": {"model": "../model.onnx"},
+    "another precision": {"precision": "fp4"},
+    "a number for a precision": {"precision": 0},
+    "a list for a precision": {"precision": []},
+    "a number for the machine": {"machine": 3},
+    "more than that": {"more": 1},
+}
+
+
+@pytest.mark.parametrize("changed", UNKNOWN)
+def test_a_preference_that_is_not_understood_is_passed_over_and_told(model, changed, caplog):
+    prefer(model, model, "onnxruntime", None)
+    facts = json.loads(preference_path(model).read_text())
+    preference_path(model).write_text(json.dumps({**facts, **UNKNOWN[changed]}))
+    assert preferred(model) is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{preference_path(model)}: names no model and backend of this sanrt")
+    assert record.getMessage().endswith("passed over; remove it")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_preference_is_passed_over_and_told(model, content, caplog):
+    preference_path(model).write_bytes(content)
+    assert preferred(model) is None
+    assert len(caplog.records) == 1
+
+
 def test_every_way_is_tried_the_fastest_first(model, pictures, small_crops):
     found = compare_backends([model], calibration_set(pictures, 2).held_out).trials
     assert {"onnxruntime", "torch"} <= {t.backend for t in found}

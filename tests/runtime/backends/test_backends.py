@@ -208,6 +208,23 @@ def test_a_model_runs_where_nothing_can_be_written(name, tiny_model, tmp_path, m
         backend.stages().run("head", picture(1, 3, 8, 8), np.array([0, 0, 8, 8]))
 
 
+def test_an_engine_given_to_another_backend_is_called_what_it_is(tmp_path):
+    (tmp_path / "a.engine").write_bytes(b"an engine")
+    with pytest.raises(UsageError, match=r"a\.engine: an engine, which only tensorrt runs; leave --backend torch out"):
+        load_unguarded("torch", tmp_path / "a.engine", ONE_THREAD)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "native"])
+def test_a_checkpoint_given_to_a_backend_of_models_is_told_with_the_export_that_makes_one(name, live_network, tmp_path):
+    import torch
+
+    if not status(name).usable:
+        pytest.skip(f"{name} is not usable here")
+    torch.save(live_network().state_dict(), tmp_path / "a b.pt")
+    with pytest.raises(UsageError, match=rf"no exported model, which {name} needs; .*--checkpoint '.*a b\.pt'"):
+        load_unguarded(name, tmp_path / "a b.pt", ONE_THREAD)
+
+
 def test_another_graph_writer_makes_variants_anew(tiny_model, tmp_path, monkeypatch):
     model = tmp_path / "san_x2.onnx"
     model.write_bytes(tiny_model().read_bytes())
