@@ -20,6 +20,7 @@ from sanrt.runtime.artifacts.models import read_spec
 from sanrt.runtime.artifacts.sizes import Limits
 from sanrt.runtime.artifacts.variants import derived_weights
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version, require_precision
+from sanrt.version import __version__
 
 if TYPE_CHECKING:
     from sanrt.kernels.cpu.network import Network
@@ -33,9 +34,9 @@ def status() -> BackendStatus:
     if installed and library_version("threadpoolctl"):
         vectors = [name for name in ("AVX-512", "AVX2") if name in machine.cpu_features()]
         reason = f"runs on the CPU ({vectors[0] if vectors else 'no AVX2: slow on x86, not measured elsewhere'})"
-        return BackendStatus(NAME, installed, True, reason, automatic=bool(vectors))
+        return BackendStatus(NAME, __version__, True, reason, automatic=bool(vectors))
     missing = "threadpoolctl" if installed else "llvmlite"
-    return BackendStatus(NAME, installed, False, f"{missing} is not installed", "pip install 'sanrt[cpu]'")
+    return BackendStatus(NAME, __version__, False, f"{missing} is not installed", "pip install 'sanrt[cpu]'")
 
 
 def load(model: Path, options: RunOptions) -> NativeBackend:

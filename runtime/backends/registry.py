@@ -6,6 +6,7 @@ import logging
 import shlex
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sanrt.extras import extra
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
 from sanrt.model.bundled import read_weights
 from sanrt.model.spec import ModelSpec, Precision
+from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, engines_of, read_engine
 from sanrt.runtime.artifacts.models import model_title, read_spec
 from sanrt.runtime.backends.fp32_fallback import FP32Fallback
@@ -40,6 +42,9 @@ ALIASES = {"winograd": "native"}
 CHECKPOINT_BACKENDS = ("torch-cuda", "torch")
 """Those that load checkpoints too; the others load exported models only."""
 
+GPU_BACKENDS = ("tensorrt", "torch-cuda", "onnxruntime-cuda")
+"""Those that need an NVIDIA GPU."""
+
 EIGHT_BIT_BACKENDS = ("tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime")
 """Those that run models with convolutions in 8 bits."""
 
@@ -52,7 +57,11 @@ OPEN_STAGES = 4
 
 def status(name: str) -> BackendStatus:
     """Whether a backend can run here; raises BackendError for a name that is none."""
-    return backend_module(name).status()  # type: ignore[no-any-return]
+    found: BackendStatus = backend_module(name).status()
+    if name in GPU_BACKENDS and found.remedy and not machine.gpus().devices:  # no package brings a GPU
+        problem = machine.gpus().problem
+        return replace(found, reason=found.reason if problem in found.reason else f"{found.reason}; {problem}", remedy="")
+    return found
 
 
 def load_backend(name: str, model: Path, options: RunOptions) -> FP32Fallback:
@@ -96,7 +105,7 @@ def is_described(model: Path) -> bool:
         with suppress(CheckpointError):
             return bool(read_weights(model))
         return False
-    return model.suffix == ".onnx"
+    return model.suffix.lower() == ".onnx"
 
 
 def require_kind(backend: str, model: Path) -> None:

@@ -81,7 +81,7 @@ class TorchBackend:
 
 def network(model: Path, regions: int) -> tuple[SAN, ModelSpec]:
     """The network of an exported fp32 ONNX or of a checkpoint, for k x k regions, in evaluation mode on the CPU."""
-    net, spec = exported_network(model) if model.suffix == ".onnx" else checkpoint_network(model)
+    net, spec = exported_network(model) if model.suffix.lower() == ".onnx" else checkpoint_network(model)
     net.attention.regions = regions
     return net, replace(spec, regions=regions, min_side=regions * MIN_SIDE // 2)
 

@@ -370,25 +370,31 @@ def source_bytes(job: Job) -> int:
 
 
 def model_files(model: Path) -> Files:
-    """What loading the model takes: the ONNX, which may be named by an engine of it, and the engines built from it."""
+    """What loading the model takes: the ONNX, which may be named by an engine of it, and the engines built from it.
+
+    By paths relative to the model's folder, which an engine may not share with its ONNX.
+    """
     onnx = read_engine(model).model_path if model.suffix == SUFFIX else model
     engines = [info.path for suffix in (SUFFIX, STAGES_SUFFIX) for info in engines_of(onnx, suffix)]
+    engines += [model] if model.suffix == SUFFIX else []
     paths = [onnx, *engines, *map(json_path, engines)]
-    weights = {name: (onnx.parent / name).read_bytes() for name in external_files(onnx)}
-    return weights | {path.name: path.read_bytes() for path in dict.fromkeys(paths) if path.exists()}
+    paths += [onnx.parent / name for name in external_files(onnx)]
+    return {os.path.relpath(path, model.parent): path.read_bytes() for path in paths if path.exists()}
 
 
 def place_model(model: Path, files: Files) -> tuple[tempfile.TemporaryDirectory[str] | None, Path]:
     """The model on this node: where the driver has it if it is the same there, else a copy, gone with the folder."""
     with contextlib.suppress(OSError):
-        if all((model.parent / name).read_bytes() == content for name, content in files.items()):
+        if files and all((model.parent / name).read_bytes() == content for name, content in files.items()):
             return None, model
     folder = tempfile.TemporaryDirectory(prefix="sanrt-model-")
+    upwards = max((Path(name).parts.count("..") for name in files), default=0)
+    home = Path(folder.name, *["model"] * upwards)
     for name, content in files.items():
-        path = Path(folder.name, name)
+        path = Path(os.path.normpath(home / name))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    return folder, Path(folder.name, model.name)
+    return folder, home / model.name
 
 
 @contextmanager

@@ -205,3 +205,20 @@ def test_a_picture_whose_result_would_not_fit_is_refused_before_it_is_decoded(tm
     done = CliRunner().invoke(app, ["run", str(tmp_path / "a.png"), str(tmp_path / "b.png"), *words])
     assert done.exit_code == 1
     assert "18000 x 18000 result takes" in done.output
+
+
+def test_half_a_line_of_a_killed_run_is_left_out_and_later_entries_are_whole(recorded, tmp_path, caplog):
+    record, _ = recorded
+    first, second = record.read_text().splitlines()
+    record.write_text(f"{first}\n{second[:200]}")
+    assert [entry.output for entry in records.read_record(record)] == [json.loads(first)["output"]]
+    assert "1 lines were cut short by killed runs and are left out" in caplog.text
+    with records.open_record(record) as file:
+        file.write(f"{second}\n")
+    assert len(records.read_record(record)) == 2
+
+
+def test_an_empty_record_is_an_error(tmp_path):
+    (tmp_path / "record.jsonl").touch()
+    with pytest.raises(UsageError, match="has no entries; expected what `sanrt run --record` wrote"):
+        records.read_record(tmp_path / "record.jsonl")

@@ -122,6 +122,7 @@ USAGE_WORDS = (
     (r"Input should be a valid number.*", "expected a number"),
     (r"'(.*)' is not one of (.*)", r"\1: expected one of \2"),
     (r"\(?Possible options: (.*)\)", r"did you mean \1"),
+    (r"^(--precision: (int8|fp8)): .*", r"\1: made by `sanrt build --\2`, which --model then names"),
     (r"^Option '(--?[\w-]+)' requires an argument", r"\1: expected a value after it"),
     (r"^Got unexpected extra arguments?\S* \((.*)\)", r"\1: one argument too many"),
 )

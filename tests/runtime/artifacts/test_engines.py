@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -46,10 +47,14 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def saved(model: Path, options: BuildOptions = RTX, gpu: str = "sm89", version: str = "9.9") -> EngineInfo:
+def saved(
+    model: Path, options: BuildOptions = RTX, gpu: str = "sm89", version: str = "9.9", path: Path | None = None
+) -> EngineInfo:
     identity = Identity(hashlib.sha256(model.read_bytes()).hexdigest(), options, version, gpu, "0.1")
-    path = default_path(model, identity)
-    info = EngineInfo(path, SPEC, model.name, identity, len(PLAN), hashlib.sha256(PLAN).hexdigest(), PROOF)
+    path = path or default_path(model, identity)
+    info = EngineInfo(
+        path, SPEC, os.path.relpath(model, path.parent), identity, len(PLAN), hashlib.sha256(PLAN).hexdigest(), PROOF
+    )
     save_engine(info, PLAN)
     return info
 

@@ -519,7 +519,7 @@ def versions(monkeypatch, **installed):
 
 
 def test_cuda_status_tells_what_is_missing(monkeypatch):
-    monkeypatch.setattr(machine, "gpus", lambda: Gpus(problem="no NVIDIA driver"))
+    monkeypatch.setattr(machine, "gpus", lambda: H100)
     versions(monkeypatch)
     assert status("onnxruntime-cuda").remedy == "pip install 'sanrt[gpu]'"
     versions(monkeypatch, onnxruntime="1")
@@ -527,6 +527,7 @@ def test_cuda_status_tells_what_is_missing(monkeypatch):
     versions(monkeypatch, onnxruntime="1", onnxruntime_gpu="1")
     assert "overwrite each other" in status("onnxruntime-cuda").reason
     versions(monkeypatch, onnxruntime_gpu="1")
+    monkeypatch.setattr(machine, "gpus", lambda: Gpus(problem="no NVIDIA driver"))
     assert status("onnxruntime-cuda").reason == "no NVIDIA driver"
     monkeypatch.setattr(machine, "gpus", lambda: H100)
     assert status("onnxruntime-cuda") == BackendStatus("onnxruntime-cuda", "1", True, "runs on NVIDIA H100")
@@ -611,3 +612,22 @@ def test_cuda_agrees_with_torch(precision, least, tiny_model):
         loaded("torch", tiny_model()) as reference,
     ):
         assert psnr(backend.infer(pixels), reference.infer(pixels)) > least
+
+
+def test_the_native_backend_has_sanrt_s_version():
+    import sanrt
+
+    assert status("native").version == sanrt.__version__
+
+
+def test_no_package_is_the_remedy_for_a_machine_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(machine, "gpus", lambda: machine.Gpus(problem="none"))
+    assert {name: status(name).remedy for name in backends.GPU_BACKENDS} == dict.fromkeys(backends.GPU_BACKENDS, "")
+
+
+def test_the_ending_of_a_model_may_be_in_capitals(tiny_model, tmp_path):
+    model = tmp_path / "MODEL.ONNX"
+    model.write_bytes(tiny_model().read_bytes())
+    for name in ("auto", "torch"):
+        with load_unguarded(name, model, RunOptions(threads=1)) as backend:
+            backend.infer(picture(1, 3, 8, 8))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ import pytest
 import pyvips
 
 from sanrt.errors import BackendError, UsageError
-from sanrt.runtime.artifacts.engines import json_path
+from sanrt.runtime.artifacts.engines import json_path, read_engine
 from sanrt.runtime.backends.default_variant import prefer
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import model_spec
@@ -317,6 +318,29 @@ def test_an_engine_travels_with_its_onnx_and_all_that_was_built_from_it(tmp_path
     assert cluster.model_files(engine) == cluster.model_files(onnx) == expected
     onnx.unlink()
     assert set(cluster.model_files(engine)) == set(expected) - {"a.onnx"}
+
+
+def test_an_engine_that_was_built_elsewhere_travels_too_and_finds_its_onnx(tmp_path):
+    onnx = tmp_path / "models" / "a.onnx"
+    onnx.parent.mkdir()
+    onnx.write_bytes(b"a model")
+    (tmp_path / "engines").mkdir()
+    engine = saved(onnx, path=tmp_path / "engines" / "b.engine").path
+    files = cluster.model_files(engine)
+    assert files == {"../models/a.onnx": b"a model", **{p.name: p.read_bytes() for p in (engine, json_path(engine))}}
+    assert cluster.place_model(engine, files) == (None, engine)
+    content = engine.read_bytes()
+    shutil.rmtree(engine.parent)
+    folder, copy = cluster.place_model(engine, files)
+    with folder:
+        assert copy.read_bytes() == content
+        assert read_engine(copy).model_path.read_bytes() == b"a model"
+
+
+def test_no_files_are_not_taken_for_a_model_that_is_there(tmp_path):
+    folder, path = cluster.place_model(tmp_path / "a.onnx", {})
+    with folder:
+        assert path != tmp_path / "a.onnx"
 
 
 def test_a_cluster_without_room_is_waited_for_and_that_is_told(ray, monkeypatch, tiny_model):
