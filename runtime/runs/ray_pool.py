@@ -60,6 +60,8 @@ SHUTDOWN_SECONDS = 5
 """Seconds that idle workers are given to remove their copies of the model."""
 CONNECT_SECONDS = 5
 """Seconds after which an address that does not answer is taken for one without a cluster."""
+ALIVE = 0
+"""State of a node in Ray's GcsNodeInfo, until some time after its death."""
 RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 Files = Mapping[str, bytes]
@@ -451,11 +453,29 @@ def no_cluster(address: str, why: str) -> str:
 
 
 def check_reachable(address: str) -> None:
-    """OSError where nothing listens: Ray itself would try for minutes. ValueError if it is no address."""
-    from ray._private.services import canonicalize_bootstrap_address
+    """OSError where nothing listens, or no node of this machine: Ray itself would try for minutes, or for ever.
 
-    host, _, port = (canonicalize_bootstrap_address(address) or address).rpartition(":")
+    ValueError if it is no address.
+    """
+    from ray._private.services import GcsClient, canonicalize_bootstrap_address
+    from ray.util import get_node_ip_address
+
+    place = canonicalize_bootstrap_address(address) or address
+    host, _, port = place.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    known = GcsClient(address=place).get_all_node_info(timeout=CONNECT_SECONDS).values()
+    alive = [node for node in known if node.state == ALIVE]
+    here = [node for node in alive if node.node_manager_address in (get_node_ip_address(), "127.0.0.1")]
+    if here and not any(answers(node.node_manager_address, node.node_manager_port) for node in here):
+        raise OSError("its node on this machine does not answer")
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether somebody listens there."""
+    with contextlib.suppress(OSError):
+        socket.create_connection((host, port), CONNECT_SECONDS).close()
+        return True
+    return False
 
 
 def shared_out(nodes: Sequence[Mapping[str, float]], workers: int | None, threads: int | None) -> Share:

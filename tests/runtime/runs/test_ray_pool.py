@@ -441,6 +441,21 @@ def test_an_address_without_a_cluster_is_told_in_one_line(sanrt, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_cluster_whose_node_here_died_is_told_instead_of_waited_for(disconnected, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+    started = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+    try:
+        for process in psutil.process_iter():
+            if cmdline(process).split(" ")[0].endswith("raylet/raylet") and started.address in cmdline(process):
+                process.kill()
+        with pytest.raises(BackendError, match="its node on this machine does not answer"), connected(started.address):
+            pass
+    finally:
+        started.shutdown()
+
+
 def test_a_ray_that_does_not_start_is_told_in_one_line(monkeypatch):
     ray = pytest.importorskip("ray", reason="needs the extra [ray]")
 
