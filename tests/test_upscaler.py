@@ -1,6 +1,8 @@
 """`Upscaler`: types, channels and sizes of arrays."""
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
@@ -11,7 +13,7 @@ import sanrt
 from sanrt import Upscaler
 from sanrt.errors import UsageError
 from sanrt.model.spec import Precision
-from sanrt.runtime.backends.registry import BACKENDS
+from sanrt.runtime.backends.registry import BACKENDS, status
 from sanrt.runtime.tiling.options import Tiling
 from sanrt.upscaler import BackendName, PrecisionName, TilingName
 
@@ -292,3 +294,23 @@ def test_an_overlap_that_would_be_ignored_is_refused(tiny_model, tiling):
 def test_the_package_has_no_other_lazy_names():
     with pytest.raises(AttributeError, match="Nothing"):
         _ = sanrt.Nothing
+
+
+@pytest.mark.parametrize("backend", ["native", "onnxruntime", "openvino", "torch"])
+def test_threads_may_share_an_upscaler(tiny_model, backend):
+    if not status(backend).usable:
+        pytest.skip(f"{backend}: {status(backend).reason}")
+    pictures = [np.random.default_rng(i).integers(0, 256, (20 + i % 3, 24, 3), np.uint8) for i in range(24)]
+    with Upscaler.load(tiny_model(2), backend=backend, threads=1) as upscaler, ThreadPoolExecutor(6) as pool:
+        for got, expected in zip(pool.map(upscaler, pictures), map(upscaler, pictures), strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_dropped_upscalers_leave_no_threads_behind(tiny_model):
+    before = set(threading.enumerate())
+    for _ in range(8):
+        Upscaler.load(tiny_model(2), backend="native", threads=3)(np.zeros((16, 16, 3), np.uint8))
+    left = set(threading.enumerate()) - before
+    for thread in left:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in left)

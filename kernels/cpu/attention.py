@@ -41,10 +41,11 @@ def attention(workers: Workers, query: Array, key: Array, value: Array) -> Array
     # exp(s) is 2^(s / log 2), and a power of 2 is the cheaper one: scaled here, it costs nothing per score.
     padded[:n] = query * np.float32(1 / np.log(2))
     lanes = this_processor().lanes
+    # Transposed: a vector holds one channel of many keys, so that no score is a sum across lanes.
     keys = np.zeros((channels, -(-len(key) // lanes) * lanes), np.float32)
     values, mask = np.zeros_like(keys), np.zeros(keys.shape[1], np.float32)
     keys[:, : len(key)], values[:, : len(key)] = key.T, value.T
-    mask[len(key) :] = -np.inf
+    mask[len(key) :] = -np.inf  # padding to whole vectors: zeros would be keys like any other
     out = np.empty_like(padded)
     kernel, arrays = kernels(channels)["attend"], (padded, keys, values, mask, out, np.zeros(1, np.int64))
 
@@ -135,6 +136,8 @@ def keep_scores(
 ) -> list[ir.Value]:
     """Store a group's scores with a block of keys; returns each query's largest score so far, lane by lane."""
     code, channels = scratch.code, scratch.channels
+    # Broadcast before the loop, to stay in registers where there are enough; a vector of keys is loaded once for all
+    # queries.
     queries = [
         [code.broadcast(code.load(code.at(query, code.index(r * channels + c)))) for c in range(channels)]
         for r in range(GROUP_QUERIES)
@@ -173,6 +176,7 @@ def add_values(
 ) -> None:
     """Rescale the running sums from the shifts before to the present ones, and add a block's weighted values."""
     code, channels, each = scratch.code, scratch.channels, scratch.sums
+    # Before the first block the shift is LOWEST_SCORE, so the factor is tiny, and the sums that it scales are zero.
     scaled = []
     for r in range(GROUP_QUERIES):
         factor = power_of_two(code, code.fsub(before[r], shifts[r]))
@@ -206,6 +210,7 @@ def merge_lanes(scratch: Scratch, group: ir.Value, out: ir.Value) -> None:
 
 def power_of_two(code: Code, x: ir.Value) -> ir.Value:
     """2^x for x <= 0: a polynomial of x - floor(x), times 2^floor(x)."""
+    # x is the first operand, so NaN passes the clamp: a picture's NaN shows in its result.
     x = code.maximum(x, code.constant(MIN_EXPONENT))
     rest, (*others, last) = code.fraction(x), map(code.constant, EXP2_COEFFICIENTS)
     for factor in reversed(others):

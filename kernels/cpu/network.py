@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -36,9 +37,8 @@ TAIL_BAND_ROWS = 256
 """Rows of features that go through the tail at a time: its result has 3 s s channels, as much memory as the picture."""
 MOMENTS_ROWS = 32
 """Rows of a tile whose moments are taken by one thread, then merged: float32 sums over many more would lose digits."""
-COMPUTE_LOCK = Lock()
-"""Held while a picture is computed, so one at a time in a process, whatever the number of networks: each uses all threads,
-and the limit on the threads of NumPy's BLAS holds for the whole process."""
+COMPUTE_LOCKS: dict[int, Lock] = {}
+"""By process, see `compute_lock`."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Trunk:
 class Network:
     """Weights, threads and the maps used last, which are used again for a picture or tile of the same size.
 
-    May be called from several threads: COMPUTE_LOCK lets one in at a time.
+    May be called from several threads, and in a process forked from the one that made it; see `compute_lock`.
     """
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Array], threads: int, arithmetic: Arithmetic) -> None:
@@ -115,7 +115,7 @@ class Network:
 
     def close(self) -> None:
         """End the threads and free the maps."""
-        with COMPUTE_LOCK:
+        with compute_lock():
             self.workers.close()
             self.clear()
 
@@ -142,7 +142,7 @@ class Network:
     def upscale(self, picture: Array, regions: int) -> Array:
         """(1, 3, H, W) float32 -> (1, 3, sH, sW), not clipped, with attention over regions x regions."""
         height, width = picture.shape[2:]
-        with COMPUTE_LOCK, self.single_threaded_blas():
+        with compute_lock(), self.single_threaded_blas():
             trunk = self.trunk = (
                 self.trunk if self.trunk and self.trunk.fits(height, width) else self.new_trunk(height, width)
             )
@@ -289,7 +289,7 @@ class Network:
     def run_stage(self, stage: str, *inputs: npt.NDArray[Any]) -> list[Array]:
         """Run one stage of `sanrt.model.graph.stage_model`, whose maps are (1, C, h, w)."""
         kind, _, number = stage.partition(".")
-        with COMPUTE_LOCK, self.single_threaded_blas():
+        with compute_lock(), self.single_threaded_blas():
             self.trunk = None  # a whole picture's maps; streaming has to do with the memory that is left
             return [np.array(made, order="C") for made in self.stage(kind, int(number or 0), *inputs)]
 
@@ -345,6 +345,15 @@ class Network:
         """Part of a map as (1, C, h, w)."""
         top, left, bottom, right = box.tolist()
         return channels_first(x.pixels[top:bottom, left:right, : self.arch.channels])
+
+
+def compute_lock() -> Lock:
+    """Held while a picture is computed: one at a time in a process, whatever the number of networks.
+
+    Each uses all threads, and the limit on the threads of NumPy's BLAS holds for the whole process. A forked process has a
+    lock of its own: if a thread held this one at the fork, nobody is there to release it.
+    """
+    return COMPUTE_LOCKS.setdefault(os.getpid(), Lock())  # atomic under the GIL
 
 
 def channels_last(x: Array) -> Array:

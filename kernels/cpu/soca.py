@@ -155,6 +155,8 @@ def write_gate(module: Module, covariance: ir.Function, multiply: ir.Function, s
             code.write(code.constant(0), code.at(z, i))
         with code.loop(channels) as (i, _):
             code.store(ir.Constant(FLOAT, 1), code.at(z, code.mul(i, code.add(channels, code.index(1)))))
+        # Three of the four matrices change places each round, so that nothing is copied and no product overwrites its
+        # factors.
         with code.loop(iterations, carried=[y, z, spare]) as (_, matrices):
             y, z, free = matrices
             code.call(step, [z, y, half, channels])

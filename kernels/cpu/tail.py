@@ -85,6 +85,7 @@ class Tail:
         Goes from the picture backwards: `window` is how each of the 3 s s values depends on the map before a layer.
         """
         scale, (colours, channels) = self.scale, self.last.weight.shape[:2]
+        # The last layer: each of the s x s pixels depends on its 3 x 3 neighbours, within a window of s + 2.
         pixels = np.zeros((colours, scale, scale, channels, scale + 2, scale + 2))
         for i, j in product(range(scale), repeat=2):
             pixels[:, i, j, :, i : i + 3, j : j + 3] = self.last.weight

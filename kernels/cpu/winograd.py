@@ -117,6 +117,7 @@ class WinogradTransform:
 
     def output_transform(self, code: Code, m: list[ir.Value], factors: Sequence[float]) -> list[ir.Value]:
         """A^T (factors * m) of one line: the columns of A^T are the powers of the points; +-p have one factor."""
+        # Even powers of p and -p are the same, odd ones opposite: each pair of points needs one sum and one difference.
         pairs = [(code.fadd(a, b), code.fsub(a, b)) for a, b in zip(m[1:-1:2], m[2:-1:2], strict=True)]
         done = []
         for power in range(self.tile):
@@ -231,6 +232,7 @@ class Convolution:
         outputs, inputs, taps = weight.shape[:3]
         self.arithmetic, self.transform = arithmetic, winograd_transform(arithmetic, taps)
         self.inputs, self.outputs = whole_vectors(inputs), whole_vectors(outputs)
+        # Transformed in float64 and rounded once: G's fractions would cost fp32 weights digits.
         padded = np.zeros((self.inputs, self.outputs, taps, taps))
         padded[:inputs, :outputs] = weight.transpose(1, 0, 2, 3)
         self.bias = np.zeros(self.outputs, np.float32)
@@ -395,6 +397,7 @@ def write_gemm(module: Module, arithmetic: Arithmetic, vectors: int, prefetch: i
             zero, add = ir.Constant(code.integers, [0] * code.lanes), code.multiply_add_pairs
         with code.loop(code.index(points)) as (point, _):
             panels = code.at(weight, code.mul(point, code.mul(inputs, outputs)))
+            # Outputs outside, tiles inside: a panel of weights is read from L2 once and stays in L1 while the tiles pass.
             with code.loop(outputs, block) as (output, _), code.loop(tiles, rows) as (tile, _):
                 code.call(prefetch, [*maps, row, outputs, source_row, inputs, *where, point, tile, output])
                 panel, numbers = (
@@ -435,6 +438,7 @@ def write_prefetch(module: Module, vectors: int, tile_side: int) -> ir.Function:
     with module.function("prefetch", 3, 10) as (function, code):
         output, added, source, row, pixel, source_row, source_pixel = function.args[:7]
         columns, first, next_first, point, tile, channel = function.args[7:]
+        # The number of the point counts the pixels of a tile, row by row; beyond a map's last row it asks for nothing.
         i, j = code.sdiv(point, code.index(tile_side)), code.srem(point, code.index(tile_side))
 
         def ask(array: ir.Value, first: ir.Value, row: ir.Value, pixel: ir.Value, lines: int, *, write: bool) -> None:
@@ -476,6 +480,8 @@ def write_output_transform(
                 shift, factor = code.read(code.at(bias, channel)), code.constant(1)
                 if arithmetic is Arithmetic.INT16:
                     factor = code.fmul(code.broadcast(code.load(code.at(peaks, tile))), code.read(code.at(scale, channel)))
+                # Columns, then rows, as in the input transform. Sums are still integers here; bias and scale wait for
+                # `finish`, where there are m x m values left of (m + r - 1)^2.
                 with code.loop(code.index(side)) as (j, _):
                     places = [scratch_at(code, points, i * side, j) for i in range(side)]
                     if arithmetic is Arithmetic.INT16:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from itertools import repeat
@@ -18,43 +20,44 @@ Outcomes = list[BaseException | None]
 """What became of a thread's share: its error, or None."""
 Order = tuple[Callable[[int], object], Outcomes]
 """Work for a thread, and the list to which it adds its outcome."""
+Orders = SimpleQueue[Order | None]
+"""What a thread waits for; None ends it."""
 
 
 class Workers:
     """A fixed number of threads, the caller's among them, each with scratch memory of its own.
 
     A network is dozens of short pieces of work one after the other: bare queues start one in a fraction of the time that
-    concurrent.futures takes. One caller at a time.
+    concurrent.futures takes. One caller at a time. The threads end with `close`, or when nobody refers to the object any
+    more; a forked process starts its own.
     """
 
     def __init__(self, threads: int) -> None:
         self.scratch = threading.local()
-        self.orders: list[SimpleQueue[Order | None]] = []
-        """A queue for each thread but the caller's; None ends it."""
+        self.orders: list[Orders] = []
+        """One for each thread but the caller's."""
+        self.start(threads - 1)
+        weakref.finalize(self, end, self.orders)
+
+    def start(self, others: int) -> None:
+        """Start the threads beside the caller's, in place of any before."""
+        self.process = os.getpid()
         self.finished: SimpleQueue[None] = SimpleQueue()
-        """Receives an item for every order that is done."""
+        """Receives an item for every order that is carried out."""
+        self.orders.clear()
         try:
-            while len(self.orders) < threads - 1:
-                queue: SimpleQueue[Order | None] = SimpleQueue()
-                threading.Thread(target=self.serve, args=(len(self.orders) + 1, queue), daemon=True).start()
-                self.orders.append(queue)
+            for number in range(1, others + 1):
+                orders: Orders = SimpleQueue()
+                threading.Thread(target=serve, args=(number, orders, self.finished), daemon=True).start()
+                self.orders.append(orders)
         except RuntimeError as error:
             self.close()
-            raise BackendError(f"{threads} threads cannot be started ({error}); use fewer --threads") from error
+            raise BackendError(f"{others + 1} threads cannot be started ({error}); use fewer --threads") from error
 
     @property
     def count(self) -> int:
         """Number of threads, the caller's among them."""
         return len(self.orders) + 1
-
-    def serve(self, number: int, queue: SimpleQueue[Order | None]) -> None:
-        """The life of a thread: carry out orders until None comes."""
-        while order := queue.get():
-            work, outcomes = order
-            outcomes.append(outcome(work, number))
-            self.finished.put(None)
-            # While the thread waits for the next order these names would keep the arrays of the last one in memory.
-            del order, work, outcomes
 
     def run(self, work: Callable[[int], object], release: Callable[[], object] = lambda: None) -> None:
         """Call work(number) on every thread at once, number 0 on the caller's. Raises the first error once all are done.
@@ -62,6 +65,9 @@ class Workers:
         release: called when the caller is interrupted (KeyboardInterrupt), before the others are waited for; it has to end
         their waiting for the caller's share, if they do.
         """
+        if os.getpid() != self.process:
+            # Of a process' threads only the one that forks is there in the child; the others' queues would never be read.
+            self.start(len(self.orders))
         outcomes: Outcomes = []
         errors: Outcomes = []
         try:
@@ -90,8 +96,26 @@ class Workers:
 
     def close(self) -> None:
         """End the threads; what is run afterwards runs on the caller's alone."""
-        while self.orders:
-            self.orders.pop().put(None)
+        end(self.orders)
+
+
+def serve(number: int, orders: Orders, finished: SimpleQueue[None]) -> None:
+    """The life of a thread: carry out orders until None comes.
+
+    It holds nothing of `Workers`, which could never be collected otherwise, nor its threads ended.
+    """
+    while order := orders.get():
+        work, outcomes = order
+        outcomes.append(outcome(work, number))
+        # While the thread waits for the next order, these names would keep the arrays of this one in memory.
+        del order, work, outcomes
+        finished.put(None)
+
+
+def end(threads: list[Orders]) -> None:
+    """Tell threads to end."""
+    while threads:
+        threads.pop().put(None)
 
 
 def outcome(work: Callable[[int], object], number: int) -> BaseException | None:

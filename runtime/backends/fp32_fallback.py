@@ -1,20 +1,30 @@
-"""NaN and infinity never reach a picture: what overflowed half precision is computed again in fp32, or is an error."""
+"""A loaded backend that is safe to use.
+
+NaN and infinity never reach a picture: what overflowed half precision is computed again in fp32, or is an error. In a
+process forked from the one that loaded it, it works or is an error too.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, NoReturn, Self, cast
+from weakref import WeakSet
 
 import numpy as np
 
 from sanrt.arrays import Array
 from sanrt.errors import BackendError
 from sanrt.model.spec import Precision
-from sanrt.runtime.backends.protocol import Backend, DeviceMaps, Stages
+from sanrt.runtime.backends.protocol import Backend, DeviceMaps, Stages, fork_error
 
 log = logging.getLogger(__name__)
+
+SURVIVES_FORK = ("native",)
+"""Backends that notice a fork and start their threads again."""
 
 
 class FP32Fallback:
@@ -26,6 +36,20 @@ class FP32Fallback:
         self.loaded: dict[int, Backend] = {}
         self.name, self.device, self.spec, self.streams = backend.name, backend.device, backend.spec, backend.streams
         self.memory, self.limits, self.engine_digest = backend.memory, backend.limits, backend.engine_digest
+        LOADED.add(self)
+
+    def after_fork(self) -> None:
+        """Called in a process that was just forked: the threads of libraries exist in its parent alone.
+
+        To run a model would wait for them for ever, and so would freeing it, at the latest when the process ends. So it is
+        neither run nor freed.
+        """
+        for backend in self.loaded.values():
+            never_free(backend)
+        self.loaded.clear()
+        if self.name not in SURVIVES_FORK:
+            never_free(self.backend)
+            self.backend = cast(Backend, LostBackend(self.name))
 
     def fp32(self, regions: int) -> Backend:
         """The fp32 backend for k x k regions; raises BackendError where this one is in fp32 already."""
@@ -75,6 +99,37 @@ class FP32Fallback:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class LostBackend:
+    """In the place of a backend that a process has from before it was forked: every use raises BackendError."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, _: str) -> NoReturn:
+        raise fork_error(self.name)
+
+    def close(self) -> None:
+        """Does nothing: what there was is not freed."""
+
+
+LOADED: WeakSet[FP32Fallback] = WeakSet()
+"""Every one there is, for a fork to reach."""
+
+
+def after_fork() -> None:
+    """Called in a process that was just forked."""
+    for loaded in LOADED:
+        loaded.after_fork()
+
+
+os.register_at_fork(after_in_child=after_fork)
+
+
+def never_free(kept: object) -> None:
+    """Keep an object, with all that it refers to, beyond the end of the interpreter."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
 def require_finite(fp32: Backend, output: Array) -> Array:

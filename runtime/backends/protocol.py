@@ -168,3 +168,11 @@ class DeviceMaps(Protocol):
     def finite(self, part: Any) -> bool:
         """Whether a map that a stage gave is finite everywhere."""
         ...
+
+
+def fork_error(name: str) -> BackendError:
+    """For a backend whose library was used before this process was forked."""
+    return BackendError(
+        f"backend {name} was in use before this process was forked, and its threads do not survive that; "
+        "load models only after the fork, start processes with spawn, or take backend native"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,12 +16,21 @@ from sanrt.errors import BackendError, OutOfMemoryError, first_line
 from sanrt.model.spec import MIN_SIDE, ModelSpec, Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.sizes import Limits
-from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version, require_precision
+from sanrt.runtime.backends.protocol import (
+    BackendStatus,
+    RunOptions,
+    Stages,
+    fork_error,
+    library_version,
+    require_precision,
+)
 
 if TYPE_CHECKING:
     from sanrt.model.san import SAN
 
 NAME = "torch"
+USED_IN: set[int] = set()
+"""Processes, among this one and those it was forked from, that loaded a model: in a child of such a one OpenMP hangs."""
 
 
 def status() -> BackendStatus:
@@ -81,6 +91,9 @@ class TorchBackend:
 
 def network(model: Path, regions: int) -> tuple[SAN, ModelSpec]:
     """The network of an exported fp32 ONNX or of a checkpoint, for k x k regions, in evaluation mode on the CPU."""
+    if USED_IN - {os.getpid()}:
+        raise fork_error(NAME)
+    USED_IN.add(os.getpid())
     net, spec = exported_network(model) if model.suffix.lower() == ".onnx" else checkpoint_network(model)
     net.attention.regions = regions
     return net, replace(spec, regions=regions, min_side=regions * MIN_SIDE // 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
@@ -35,14 +37,26 @@ PrecisionName = Literal["fp32", "fp16", "bf16", "int16"]
 
 
 class Upscaler:
-    """A loaded SAN (Dai et al., CVPR 2019), ready to upscale; a context manager, for one thread at a time.
+    """A loaded SAN (Dai et al., CVPR 2019), ready to upscale; a context manager.
 
     >>> with Upscaler.load(4) as upscaler:
     ...     large = upscaler(picture)
+
+    Threads may share one: it takes their pictures one at a time, each on all its threads. So do several with the native
+    backend, in one process; those of other backends compute side by side.
+
+    In a process that is forked after `load` (as multiprocessing does by default on Linux up to Python 3.13) it goes on with
+    the native backend, and raises BackendError with any other: load the model in the child, or start processes with spawn.
     """
 
     def __init__(self, backend: Backend, options: UpscaleOptions) -> None:
         self.backend, self.options = backend, options
+        self.locks: dict[int, Lock] = {}
+
+    @property
+    def lock(self) -> Lock:
+        """Held while a picture is computed; a forked process has another, since nobody there would release this one."""
+        return self.locks.setdefault(os.getpid(), Lock())
 
     @classmethod
     def load(
@@ -131,7 +145,8 @@ class Upscaler:
         infer = getattr(network, "infer_on_device", None)
         if infer is None:
             raise UsageError(f"backend {self.backend.name} takes no GPU arrays; load the model with backend='tensorrt'")
-        return infer(pictures)
+        with self.lock:
+            return infer(pictures)
 
     def one(self, picture: Any) -> Picture:
         """One picture of any supported kind."""
@@ -150,7 +165,8 @@ class Upscaler:
 
     def rgb(self, picture: Picture) -> Picture:
         """(H, W, 3) through the network."""
-        result: Picture = upscale(self.backend, picture, self.options)
+        with self.lock:
+            result: Picture = upscale(self.backend, picture, self.options)
         return result
 
     def opacity(self, alpha: Picture) -> Picture:
@@ -160,8 +176,9 @@ class Upscaler:
         return upscale_alpha(alpha, self.scale).clip(0, 1 if alpha.dtype == np.float32 else None)
 
     def close(self) -> None:
-        """Free the model; the upscaler is of no use afterwards."""
-        self.backend.close()
+        """Free the model, once no thread computes any more; the upscaler is of no use afterwards."""
+        with self.lock:
+            self.backend.close()
 
     def __enter__(self) -> Self:
         return self

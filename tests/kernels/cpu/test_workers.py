@@ -57,3 +57,15 @@ def test_more_threads_than_can_be_started_are_told(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", full)
     with pytest.raises(BackendError, match="4 threads cannot be started"):
         Workers(4)
+
+
+def test_the_threads_of_workers_that_nobody_has_any_more_end():
+    before = set(threading.enumerate())
+    workers = Workers(4)
+    workers.run(lambda _: None)
+    started = set(threading.enumerate()) - before
+    assert len(started) == 3
+    del workers
+    for thread in started:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in started)

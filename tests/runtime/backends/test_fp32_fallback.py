@@ -66,7 +66,7 @@ def picture():
 
 @pytest.mark.parametrize("tiling", [Tiling.WHOLE, Tiling.OVERLAP, Tiling.EXACT])
 def test_an_overflowed_tile_is_computed_in_fp32_and_told(backend, caplog, tiling):
-    options = UpscaleOptions(tile=16, tiling=tiling, memory=2**30)
+    options = UpscaleOptions(tile=None if tiling is Tiling.WHOLE else 16, tiling=tiling, memory=2**30)
     with caplog.at_level(logging.WARNING):
         result = upscale(FP32Fallback(Overflowing(backend), lambda _: backend), picture(), options)
     np.testing.assert_array_equal(result, upscale(backend, picture(), options))
@@ -78,7 +78,7 @@ def test_what_is_not_finite_in_fp32_is_an_error(backend, tiling):
     def unsound(_=2):
         return Overflowing(backend, Precision.FP32)
 
-    options = UpscaleOptions(tile=16, tiling=tiling, memory=2**30)
+    options = UpscaleOptions(tile=None if tiling is Tiling.WHOLE else 16, tiling=tiling, memory=2**30)
     for watched in FP32Fallback(Overflowing(backend), unsound), FP32Fallback(unsound(), unsound), unsound():
         with pytest.raises(BackendError, match=r"NaN or infinity|not finite"):
             upscale(watched, picture(), options)
@@ -106,3 +106,19 @@ def test_other_regions_are_computed_in_fp32_with_the_same_regions(tiny_model, ca
         np.testing.assert_array_equal(result, upscale(loaded[0], picture(), options))
         assert abs(result.astype(int) - upscale(inner, picture(), options)).max() <= 1
     assert [backend.spec.regions for backend in loaded] == [3]
+
+
+def test_the_fp32_backend_is_loaded_again_in_a_forked_process(backend):
+    loaded = []
+
+    def fp32(_):
+        loaded.append(backend)
+        return backend
+
+    inner = Overflowing(backend)
+    inner.name = "native"  # which goes on after a fork
+    guarded = FP32Fallback(inner, fp32)
+    for _ in range(2):
+        upscale(guarded, picture())
+        guarded.after_fork()
+    assert len(loaded) == 2
