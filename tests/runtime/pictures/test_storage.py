@@ -76,7 +76,7 @@ def test_a_result_in_a_store_follows_its_source_and_is_replaced_only_as_sanrt_wr
     for content, why in ((edited, "changed since sanrt made it"), (png(2), "not made by sanrt")):
         s3.put("changed/out/a.png", content)
         status, _, err = sanrt(f"{url}/in", f"{url}/out")
-        assert status == 1
+        assert status == 2
         assert f"{url}/out/a.png: already there and {why}" in err
         assert s3.tree("changed/out/") == {"a.png": content}
 
