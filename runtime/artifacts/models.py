@@ -14,7 +14,7 @@ from sanrt.errors import ModelError
 from sanrt.model.bundled import FOLDER as BUNDLED_FOLDER
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
 from sanrt.model.bundled import bundled_checkpoint, read_weights
-from sanrt.model.spec import ModelSpec, QuantisedType
+from sanrt.model.spec import SCALES, ModelSpec, QuantisedType
 
 MODELS = Path("models")
 """The folder, in the working folder, that export, build and run share by default."""
@@ -43,9 +43,10 @@ def checkpoint_path(models: Path, checkpoint: Path, digest: str) -> Path:
 
 
 def other_models(models: Path) -> str:
-    """What else lies in a folder of models, for messages about a model that does not; quantised ones are left out."""
+    """The models in a folder that no command takes by itself, for messages about one that is not there."""
+    defaults = [exported_path(models, scale) for scale in SCALES]
     exported = (path for path in models.glob("*.onnx") if path.stem.rpartition(".")[2] not in tuple(QuantisedType))
-    names = ", ".join(map(str, sorted(exported)))
+    names = ", ".join(map(str, sorted(path for path in exported if path not in defaults)))
     return f" (there are others, which must be named: {names})" if names else ""
 
 

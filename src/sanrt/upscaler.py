@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sanrt.errors import UsageError
-from sanrt.model.spec import SCALES, Precision
+from sanrt.model.spec import SCALES, parse_precision
 from sanrt.picture_arrays import picture_array
 from sanrt.runtime.artifacts.models import MODELS, default_model
 from sanrt.runtime.backends.default_variant import load_default
@@ -95,7 +95,7 @@ class Upscaler:
         k = None if regions == "auto" else regions
         way, folder = choice(Tiling, tiling), Path(scratch) if scratch else None
         options = UpscaleOptions(tile, overlap, self_ensemble, way, k, memory, folder, keep_hidden)
-        computed = precision and choice(Precision, precision)
+        computed = None if precision is None else parse_precision(precision)
         run_options = RunOptions(threads, computed, k or PAPER_REGIONS, device)
         path = default_model(Path(models), model) if isinstance(model, int) else Path(model)
         automatic = isinstance(model, int) and backend == "auto"

@@ -101,6 +101,15 @@ def test_a_file_that_no_export_wrote_is_not_replaced(sanrt, weights, tmp_path, c
     assert "a file that `sanrt export` did not write" in err
 
 
+@pytest.mark.parametrize("name", ["a.pt", "a", "a.engine", "own.safetensors"])
+def test_a_name_by_which_no_command_knows_a_model_is_refused(sanrt, weights, name):
+    before = weights.read_bytes()
+    status, _, err = sanrt("export", "--checkpoint", weights, "--no-check", "-o", name, "--overwrite")
+    assert status == 2
+    assert f"-o {name}: expected a name that ends in .onnx" in err
+    assert weights.read_bytes() == before
+
+
 def test_the_same_weights_are_exported_anew_and_what_was_there_is_told(sanrt, weights, tmp_path):
     assert sanrt("export", "--checkpoint", weights, "--no-check", "--sqrt-iterations", 3)[0] == 0
     status, out, _ = sanrt("export", "--checkpoint", weights, "--no-check")

@@ -377,7 +377,7 @@ def test_wrong_usage_is_exit_status_2(tmp_path, wrong):
         (["in", "out", "--tile", "3"], "--tile: expected 16 or more; see `sanrt run --help`", 2),
         (["in", "out", "--quality", "200"], "--quality: expected 100 or less; see", 2),
         (["in", "out", "--quality", "good"], "--quality: expected a whole number; see", 2),
-        (["in", "out", "--precision", "fp7"], "--precision: fp7: expected one of", 2),
+        (["in", "out", "--precision", "fp7"], "--precision: precision 'fp7': expected fp32", 2),
         (["in", "out", "--regions", "\N{SUPERSCRIPT TWO}"], "expected auto or a number from 1 to 1000", 2),
         (["in", "out", "--regions", "0"], "expected auto or a number from 1 to 1000", 2),
         (["in", "out", "--memory", "4X"], "--memory: 4X: expected a number of bytes such as 4G", 2),
@@ -528,3 +528,27 @@ def test_pictures_that_sanrt_does_not_read_are_told_after_the_summary(sanrt, tmp
         status, out, _ = sanrt("in", "out")
         assert status == 0
         assert "sanrt does not read them here: 1 Photoshop file;" in out.splitlines()[-1]
+
+
+def test_the_bundled_weights_run_and_models_of_other_weights_are_named(models, tiny_model, tmp_path, monkeypatch, capfd):
+    (tmp_path / "models").mkdir()
+    for name in ("mine", "san_x2"):
+        (tmp_path / "models" / f"{name}.onnx").write_bytes(tiny_model(2).read_bytes())
+    noise(tmp_path / "a.png", 8, 8)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sanrt", "run", "a.png", "b.png", "--backend", "native"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert (
+        "bundled weights san_x4 (there are others, which must be named: models/mine.onnx): SAN x4" in capfd.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_type_that_is_a_models_own_is_told_with_the_command_that_makes_one(sanrt, tmp_path, kind):
+    noise(tmp_path / "a.png")
+    status, _, err = sanrt("a.png", "b.png", "--precision", kind)
+    assert status == 2
+    assert f"`sanrt build --{kind}` makes a model that computes in it; expected fp32, fp16, bf16, int16" in err
+    assert err.count("\n") == 1

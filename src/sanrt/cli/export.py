@@ -9,6 +9,7 @@ import typer
 
 from sanrt.cli.models import build_words, known_scale, require_scale, run_words
 from sanrt.cli.panels import panel
+from sanrt.errors import UsageError
 from sanrt.extras import extra
 from sanrt.model.spec import MAX_SQRT_ITERATIONS
 from sanrt.runtime.artifacts.models import MODELS, checkpoint_path, exported_path
@@ -52,6 +53,8 @@ def export(
     from sanrt.export.samples import read_scene
     from sanrt.export.scene import natural_scene
 
+    if output and output.suffix != ".onnx":
+        raise UsageError(f"-o {output}: expected a name that ends in .onnx, by which `sanrt run` and `build` know it")
     weights, default = chosen_weights(scale, checkpoint, models)
     options = ExportOptions(
         iterations=sqrt_iterations,

@@ -10,7 +10,7 @@ import typer
 
 from sanrt.errors import UsageError
 from sanrt.extras import extra
-from sanrt.model.spec import SCALES
+from sanrt.model.spec import SCALES, Precision, parse_precision
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, default_model, exported_path, other_models
 
 
@@ -31,6 +31,14 @@ def known_scale(scale: int | None) -> int | None:
     if scale not in (None, *SCALES):
         raise typer.BadParameter(f"{scale}: expected {', '.join(map(str, SCALES))}")
     return scale
+
+
+def precision_name(text: str) -> Precision:
+    """A typer parser: the precision of that name."""
+    try:
+        return parse_precision(text)
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def one_of(*known: str) -> Callable[[str], str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sanrt.cli.formats import FORMATS, written_format
-from sanrt.cli.models import known_scale, require_scale
+from sanrt.cli.models import known_scale, precision_name, require_scale
 from sanrt.cli.panels import panel
 from sanrt.errors import UsageError
 from sanrt.model.spec import Precision
@@ -122,7 +122,12 @@ EnsembleOption = Annotated[bool, typer.Option("--self-ensemble", help="Average o
 ModelsOption = Annotated[Path, panel(NETWORK)(help="The folder that `sanrt export` wrote to.")]
 BackendOption = Annotated[str, panel(NETWORK)(help="What runs the network; auto takes the first that is usable.")]
 PrecisionOption = Annotated[
-    Precision | None, panel(NETWORK)(help="Of convolutions and attention; the backend's own choice if left out.")
+    Precision | None,
+    panel(NETWORK)(
+        parser=precision_name,
+        metavar=f"[{'|'.join(Precision)}]",
+        help="Of convolutions and attention; the backend's own choice if left out.",
+    ),
 ]
 ThreadsOption = Annotated[int | None, panel(NETWORK)(min=1, help="CPU threads of the network; all if left out.")]
 DeviceOption = Annotated[int | None, panel(NETWORK)(min=0, help="Number of the GPU; 0 if left out.")]

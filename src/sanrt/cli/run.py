@@ -47,7 +47,7 @@ from sanrt.cli.streams import STREAM, standard_streams
 from sanrt.errors import UsageError
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
 from sanrt.model.spec import Precision
-from sanrt.runtime.artifacts.models import MODELS, model_title
+from sanrt.runtime.artifacts.models import MODELS, model_title, other_models
 from sanrt.runtime.tiling.options import Tiling
 
 if TYPE_CHECKING:
@@ -250,6 +250,8 @@ def loaded(choice: ModelChoice, device: int | None, reporter: Reporter) -> Backe
 def tell_model(choice: ModelChoice, network: Backend | Ready, reporter: Reporter) -> None:
     """What runs, on what, and whether PyTorch has been held against it."""
     spec, path = network.spec, choice.path
-    reporter.say(f"{model_title(path)}: {spec.architecture.name}, {spec.computes}, {network.name} on {network.device}")
+    others = other_models(choice.models) if path.suffix == WEIGHTS_SUFFIX and not choice.named else ""
+    what = f"{spec.architecture.name}, {spec.computes}, {network.name} on {network.device}"
+    reporter.say(f"{model_title(path)}{others}: {what}")
     if path.suffix == WEIGHTS_SUFFIX and network.name in GRAPH_BACKENDS:
         reporter.say("its graph was written here and not compared with PyTorch; `sanrt export` compares")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sanrt.cli.models import precision_name
 from sanrt.cli.panels import panel
 from sanrt.errors import ModelError
 from sanrt.extras import extra
@@ -33,7 +34,12 @@ def validate(
         Path | None, typer.Option(help="The weights that it was exported from, if not the bundled ones.")
     ] = None,
     backend: Annotated[str, typer.Option(help="What runs the artifact; auto takes the first that is usable.")] = "auto",
-    precision: Annotated[Precision | None, typer.Option(help="Of an ONNX, where the backend has a choice.")] = None,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(
+            parser=precision_name, metavar=f"[{'|'.join(Precision)}]", help="Of an ONNX, where the backend has a choice."
+        ),
+    ] = None,
     tolerance: Annotated[
         float | None, limit_option(min=0, help="Largest difference, of 255; by its precision if left out.")
     ] = None,

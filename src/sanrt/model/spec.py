@@ -55,6 +55,14 @@ class QuantisedType(StrEnum):
     """e4m3: four bits of exponent, three of mantissa, largest magnitude 448."""
 
 
+def parse_precision(name: str) -> Precision:
+    """The precision of that name; UsageError names those that there are, and what makes a model in 8 bits."""
+    if name in tuple(Precision):
+        return Precision(name)
+    made = f" `sanrt build --{name}` makes a model that computes in it;" if name in tuple(QuantisedType) else ""
+    raise UsageError(f"precision {name!r}:{made} expected {', '.join(Precision)}")
+
+
 @dataclass(frozen=True)
 class Quantisation:
     """Which convolutions compute in 8 bits, and their ranges: the largest magnitudes represented, larger ones saturate."""
