@@ -53,7 +53,7 @@ def export(
     from sanrt.export.samples import read_scene
     from sanrt.export.scene import natural_scene
 
-    if output and output.suffix != ".onnx":
+    if output and output.suffix.lower() != ".onnx":
         raise UsageError(f"-o {output}: expected a name that ends in .onnx, by which `sanrt run` and `build` know it")
     weights, default = chosen_weights(scale, checkpoint, models)
     options = ExportOptions(
