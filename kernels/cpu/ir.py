@@ -188,6 +188,7 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
     def fraction(self, value: ir.Value) -> ir.Value:
         """x - floor(x)."""
         if not self.processor.avx512dq:
+            # Two instructions; for NaN it is NaN, as the one of AVX-512 is.
             return self.fsub(value, self.call(self.intrinsic("floor", 1), [value]))
         mode, *masked = ir.Constant(WORD, ROUND_DOWN), *self.unmasked()
         name, operands = "llvm.x86.avx512.mask.reduce.ps.512", [self.vector, WORD, self.vector, SHORT, WORD]
@@ -199,6 +200,7 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
             name, operands = "llvm.x86.avx512.mask.scalef.ps.512", [self.vector, self.vector, self.vector, SHORT, WORD]
             return self.call(self.declared(name, self.vector, operands), [value, exponent, *self.unmasked()])
         whole = self.fptosi(self.call(self.intrinsic("floor", 1), [exponent]), self.integers)
+        # A float32 power of two is its exponent plus 127, in the bits from 23 on.
         biased = self.add(whole, ir.Constant(self.integers, [127] * self.lanes))
         power = self.shl(biased, ir.Constant(self.integers, [23] * self.lanes))
         return self.fmul(value, self.bitcast(power, self.vector))
@@ -284,6 +286,7 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
         self.position_at_end(body)
         values = list(phis)
         yield index, values
+        # The body may have made further blocks (inner loops, branches): the phis' values come from wherever it ended.
         index.add_incoming(self.add(index, self.index(step)), self.block)
         for phi, value in zip(phis, values, strict=True):
             phi.add_incoming(value, self.block)
