@@ -19,7 +19,7 @@ from sanrt.export.quantise.calibration import (
 )
 from sanrt.export.quantise.parts import matching_parts, quantisable_parts, restricted_to
 from sanrt.export.quantise.search import LossMeasurements, PartSelection, select_parts
-from sanrt.files import write_whole
+from sanrt.files import require_writable, write_whole
 from sanrt.model.exported import read_model
 from sanrt.model.graph import san_model
 from sanrt.model.spec import ModelSpec, Quantisation, QuantisedType
@@ -72,6 +72,7 @@ def quantise(model: Path, options: QuantiseOptions, track: Track = untracked) ->
     path = quantised_path(model, options.type)
     if path.exists() and not is_quantised(path):
         raise ModelError(f"{path}: is in the way and would be lost: no quantised model; move it, or name {model.name} anew")
+    require_writable(path, f"copy {model.name} to a folder of your own")
     parts = quantisable_parts(spec.architecture)
     kept = matching_parts(parts, options.keep)
     pictures = calibration_set(options.calibration, spec.architecture.scale, track)

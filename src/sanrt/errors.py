@@ -41,7 +41,7 @@ class OutOfMemoryError(BackendError):
     """A backend ran out of (device or host) memory; smaller tiles may fit."""
 
 
-class ScratchError(SanrtError):
+class ScratchError(FileError):
     """A scratch file that cannot be made or written: a full or missing disk."""
 
 

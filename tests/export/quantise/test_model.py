@@ -10,8 +10,9 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from sanrt.errors import BackendError, ParityError, PictureError, UsageError
+from sanrt.errors import BackendError, FileError, ParityError, PictureError, UsageError
 from sanrt.export.quantise import calibration, search
+from sanrt.export.quantise import model as quantising
 from sanrt.export.quantise.calibration import Magnitudes, RangeMethod, calibration_set
 from sanrt.export.quantise.model import QuantiseOptions, quantise
 from sanrt.export.quantise.parts import convolutions_of, quantisable_parts, restricted_to
@@ -280,6 +281,14 @@ def test_run_takes_the_preferred_variant_of_this_very_model_on_this_machine_only
     for key, value in {"machine": "another", "exported": "0" * 64, "model": "gone.onnx"}.items():
         preference_path(model).write_text(json.dumps({**json.loads(kept), key: value}))
         assert preferred(model) is None, key
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantising, "calibration_set", lambda *_: pytest.fail("measured first"))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(quantising, "quantised_path", lambda *_: tmp_path / "file" / "a.int8.onnx")
+    with pytest.raises(FileError, match=r"cannot be written \(.*\); copy san_x2\.onnx to a folder of your own"):
+        quantise(model, QuantiseOptions(QuantisedType.INT8))
 
 
 UNKNOWN = {
