@@ -73,7 +73,7 @@ def gpu(monkeypatch):
     def load_unguarded(name, path, options):
         if name != "tensorrt":
             return backends.load_unguarded(name, path, options)
-        backend = backends.load_unguarded("onnxruntime", path, options)
+        backend = backends.load_unguarded("onnxruntime", path.with_name(f"{path.stem.rpartition('-')[0]}.onnx"), options)
         backend.name = "tensorrt"
         backend.spec = replace(backend.spec, precision=Precision(path.stem.rpartition("-")[2]))
         return backend
