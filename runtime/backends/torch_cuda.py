@@ -73,7 +73,7 @@ class TorchCudaBackend:
     def infer_with_regions(self, pictures: Array, regions: int) -> Array:
         import torch
 
-        with told(self.device):
+        with cuda_errors_about(self.device):
             output: Array = self.net(torch.from_numpy(pictures), regions).cpu().numpy()
         return output
 
@@ -109,7 +109,7 @@ def without_tf32() -> Iterator[None]:
 
 
 @contextmanager
-def told(device: str) -> Iterator[None]:
+def cuda_errors_about(device: str) -> Iterator[None]:
     """torch's errors as ours."""
     import torch
 
@@ -141,7 +141,7 @@ class TorchStages:
         from sanrt.model.stages import run_stage
 
         kind = stage.partition(".")[0]
-        with told(str(self.device)), torch.inference_mode(), without_tf32():
+        with cuda_errors_about(str(self.device)), torch.inference_mode(), without_tf32():
             given = map(self.placed, STAGE_INPUTS[kind], inputs)
             outputs = run_stage(self.net, stage, *given)
             kept = outputs[:1] if kind in STAGE_MAPS else []
@@ -159,7 +159,7 @@ class TorchStages:
     def new(self, channels: int, height: int, width: int) -> FeatureMap:
         import torch
 
-        with told(str(self.device)):
+        with cuda_errors_about(str(self.device)):
             return TorchMap(torch.empty((1, channels, height, width), device=self.device))
 
     def fetch(self, part: Tensor) -> Array:

@@ -6,23 +6,22 @@ CMYK is converted (by its profile, else libvips' own), to sRGB.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import secrets
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sanrt.errors import PictureError
+from sanrt.files import replacing
 from sanrt.runtime.pictures import jpeg, metadata, pillow, tiff
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.kinds import kind_of_content
@@ -237,7 +236,7 @@ def _reading(path: Path, otherwise: str) -> Iterator[None]:
     PictureError, `otherwise` and what libvips said, for its errors; also for what libjpeg warned of in the last rows, which
     libvips looks at only before the next ones.
     """
-    with _READING, _vips_told_as(f"{path}: {otherwise}"):
+    with _READING, _vips_errors_about(f"{path}: {otherwise}"):
         yield
         if warnings := [line for line in _vips_said() if line.startswith("VipsJpeg")]:
             raise PictureError(f"{path}: {otherwise} ({warnings[-1]})")
@@ -251,7 +250,7 @@ def _vips_said() -> list[str]:
 
 
 @contextmanager
-def _vips_told_as(subject: str) -> Iterator[None]:
+def _vips_errors_about(subject: str) -> Iterator[None]:
     """Errors of libvips as one line about `subject`, with the last things that libvips said."""
     pyvips = _vips()
     pyvips.vips_lib.vips_error_clear()
@@ -417,27 +416,29 @@ def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | 
     """Encode (H, W, 3) pixels, uint8 or uint16, and (H, W) opacity to `output.path`, whole or not at all.
 
     Grey outputs get the mean of the three channels. `alpha` is needed if the output has alpha, or a background to lay it
-    onto. PictureError if the file cannot be written, OccupiedError if another one is there that may not be replaced.
+    onto. FileError if the file cannot be written, OccupiedError if another one is there that may not be replaced.
     """
-    with _vips_told_as(f"{output.path}: cannot be written"):
+    with _vips_errors_about(f"{output.path}: cannot be written"):
         image = _with_metadata(_encodable(output, rgb, alpha), output)
-        with _replacing(output.path, output.replaces) as descriptor:
-            target = _vips().Target.new_to_descriptor(descriptor)
+        with replacing(output.path) as file:
+            target = _vips().Target.new_to_descriptor(file.fileno())
             try:
                 getattr(image, f"{output.format.facts.libvips}save_target")(target, **_saver_options(output))
             except _vips().Error:
-                _raise_if_full(descriptor)
+                _raise_if_full(file)
                 raise
-            with open(descriptor, "r+b", closefd=False) as file:
-                metadata.put(file, output.format, output.metadata)
-                if output.provenance:
-                    seal(file, output.format, output.provenance)
+            metadata.put(file, output.format, output.metadata)
+            if output.provenance:
+                seal(file, output.format, output.provenance)
+            if not output.replaces and os.path.lexists(output.path):
+                raise OccupiedError(f"{output.path}: cannot be written (a file appeared there)")
 
 
-def _raise_if_full(descriptor: int) -> None:
+def _raise_if_full(file: IO[bytes]) -> None:
     """The system's own error if no more can be written, which libvips tells as an unknown one."""
-    with open(descriptor, "ab", closefd=False) as file:
-        file.write(bytes(1 << 16))
+    file.seek(0, os.SEEK_END)
+    file.write(bytes(1 << 16))
+    file.flush()
 
 
 def _encodable(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | pyvips.Image | None) -> pyvips.Image:
@@ -506,53 +507,6 @@ def _saver_options(output: Output) -> dict[str, Any]:
             depth = {"bitdepth": 8 if output.bits == 8 else max(10, output.bits)}
             quality = {"Q": output.quality, "lossless": output.lossless, "subsample_mode": "off"}
             return {"compression": "av1", "effort": 2, **quality, **depth}
-
-
-@contextmanager
-def _replacing(path: Path, may_replace: bool) -> Iterator[int]:
-    """Descriptor of a new file beside `path`, which takes its place if the body succeeds and is removed if not.
-
-    The file is locked while its writer lives: that tells `remove_leftovers` which ones are nobody's. OccupiedError if there
-    is a file at `path` that may not be replaced.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial, descriptor = _locked_partial(path)
-        try:
-            yield descriptor
-            if not may_replace and os.path.lexists(path):
-                raise OccupiedError(f"{path}: cannot be written (a file appeared there)")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-            os.close(descriptor)
-    except OSError as error:
-        raise PictureError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def _locked_partial(path: Path) -> tuple[Path, int]:
-    """A new file beside `path`, open and locked; made again if another run removed it before it was locked."""
-    while True:
-        partial = path.with_name(f".{path.name[:50]}.sanrt-{secrets.token_hex(4)}.partial")
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        with suppress(OSError):  # file systems without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_nlink:
-            return partial, descriptor
-        os.close(descriptor)
-
-
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what killed runs left half-written in `folder` (not below), sparing files whose writer lives; the removed."""
-    removed = []
-    for partial in folder.glob(f".*.sanrt-{'[0-9a-f]' * 8}.partial"):
-        if partial.is_symlink() or not partial.is_file():  # opening a pipe would wait for its writer
-            continue
-        with suppress(OSError), partial.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            partial.unlink()
-            removed.append(partial)
-    return removed
 
 
 def upscale_alpha(alpha: Pixels, scale: int) -> Pixels:

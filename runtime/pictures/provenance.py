@@ -17,7 +17,7 @@ from typing import IO, Any
 from uuid import UUID
 
 from sanrt.runtime.pictures.formats import Format
-from sanrt.runtime.pictures.storage import RemotePath, told_of
+from sanrt.runtime.pictures.storage import RemotePath, translate_errors
 
 BEGINNING = b"sanrt-result:"
 WINDOW = 4096
@@ -83,7 +83,7 @@ def identify(local: Path, origin: Path) -> SourceIdentity:
 
     PictureError if they cannot be read.
     """
-    with told_of(origin, "cannot be read"):
+    with translate_errors(origin, "cannot be read"):
         with local.open("rb") as file:
             sha256, md5, size = digests(file)
         etag = origin.etag if isinstance(origin, RemotePath) else None
@@ -137,7 +137,7 @@ def read_mark(path: Path) -> Mark | None:
 def is_intact(path: Path) -> bool:
     """Whether a file is, byte for byte, what sanrt wrote; PictureError if it cannot be read."""
     form = Format.of_suffix(path)
-    with told_of(path, "cannot be read"), path.open("rb") as file:
+    with translate_errors(path, "cannot be read"), path.open("rb") as file:
         if form is None or not (found := find_mark(file, path)):
             return False
         mark, text_at = found

@@ -78,7 +78,7 @@ class RemotePath(PosixPath):
         return self._is("Directory")
 
     def _is(self, kind: str) -> bool:
-        with told_of(self, "cannot be looked up"):
+        with translate_errors(self, "cannot be looked up"):
             return str(self.facts.type.name) == kind
 
     def open(self, mode: str = "rb", *_: Any, **__: Any) -> IO[Any]:  # type: ignore[override]
@@ -101,7 +101,7 @@ class RemotePath(PosixPath):
         from pyarrow.fs import FileSelector
 
         filesystem, path = self.place
-        with told_of(self, "folder cannot be read"):
+        with translate_errors(self, "folder cannot be read"):
             found = filesystem.get_file_info(FileSelector(path, recursive=recursive))
         for info in sorted(found, key=lambda info: str(info.path).split("/")):
             if info.type.name == "File":
@@ -111,7 +111,7 @@ class RemotePath(PosixPath):
 
     def download(self, local: Path) -> None:
         """Copy the file's content; PictureError if that fails."""
-        with told_of(self, "cannot be read"), self.open() as source, local.open("wb") as copy:
+        with translate_errors(self, "cannot be read"), self.open() as source, local.open("wb") as copy:
             while piece := source.read(1 << 22):
                 copy.write(piece)
 
@@ -120,7 +120,7 @@ class RemotePath(PosixPath):
         filesystem, path = self.place
         direct = self.scheme in OBJECT_STORES
         written = path if direct else f"{path}.sanrt-{secrets.token_hex(4)}.partial"
-        with told_of(self, "cannot be written"):
+        with translate_errors(self, "cannot be written"):
             if not direct:
                 filesystem.create_dir(path.rpartition("/")[0], recursive=True)
             with local.open("rb") as source, publishing(filesystem.open_output_stream(written)) as stream:
@@ -179,7 +179,7 @@ def file_system(root: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def told_of(path: Path, what: str) -> Iterator[None]:
+def translate_errors(path: Path, what: str) -> Iterator[None]:
     """An OSError as a PictureError of one line."""
     try:
         yield
@@ -231,6 +231,6 @@ def scratch_folder(result: Path) -> Path:
     """Where scratch files for a result go: beside it if that is local, else where the system has them."""
     if isinstance(result, RemotePath):
         return Path(tempfile.gettempdir())
-    with told_of(result.parent, "cannot be written"):
+    with translate_errors(result.parent, "cannot be written"):
         result.parent.mkdir(parents=True, exist_ok=True)
     return result.parent

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sanrt.errors import SanrtError
+from sanrt.files import remove_leftovers
 from sanrt.runtime import host as machine
 from sanrt.runtime.pictures.codec import (
     Encoding,
@@ -28,7 +29,6 @@ from sanrt.runtime.pictures.codec import (
     Pixels,
     open_picture,
     plan_output,
-    remove_leftovers,
     streamed_alpha,
     upscale_alpha,
     write_picture,

@@ -27,6 +27,7 @@ from typing import Any, Self
 
 from sanrt.errors import BackendError, PictureError, SanrtError, UsageError
 from sanrt.extras import extra
+from sanrt.files import remove_leftovers
 from sanrt.model.spec import ModelSpec
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, engines_of, json_path, read_engine
@@ -34,7 +35,7 @@ from sanrt.runtime.artifacts.models import external_files
 from sanrt.runtime.artifacts.variants import model_digest
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
-from sanrt.runtime.pictures.codec import Encoding, remove_leftovers
+from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.storage import RemotePath
 from sanrt.runtime.runs import pipeline

@@ -15,7 +15,7 @@ from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.jobs import Job, Replaceable
 from sanrt.runtime.pictures.provenance import Provenance, SourceIdentity, digest_of, is_intact, is_unchanged, read_mark
-from sanrt.runtime.pictures.storage import RemotePath, told_of
+from sanrt.runtime.pictures.storage import RemotePath, translate_errors
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 
 THREADS = 16
@@ -128,7 +128,7 @@ def appeared(job: Job, recipe: Recipe) -> bool:
 
 def look_at(path: Path) -> Present | None:
     """What is in a result's place; None if there is nothing."""
-    with told_of(path, "cannot be read"):
+    with translate_errors(path, "cannot be read"):
         if not isinstance(path, RemotePath) and not path.is_file():
             return Present(None) if path.is_symlink() or path.exists() else None
         try:

@@ -6,8 +6,8 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import secrets
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -19,8 +19,8 @@ from sanrt.errors import FileError, ModelError
 
 log = logging.getLogger(__name__)
 
-LEFTOVERS = ".*.sanrt-*.partial"
-"""Files that a killed process left half-written."""
+LEFTOVER = re.compile(r"\..*\.sanrt-([0-9a-f]{8}|[0-9a-f]{16})\.partial")
+"""Names of files that a killed process left half-written."""
 SOURCES = (".py", ".cu", ".cuh")
 SEAL = hashlib.sha256().digest_size
 """Bytes of the digest at the beginning of a kept file: damaged code, or a damaged model, would be wrong without a word."""
@@ -83,18 +83,14 @@ def remove_leftovers(folder: Path) -> list[Path]:
     Returns what was removed.
     """
     removed = []
-    for leftover in folder.glob(LEFTOVERS):
-        with suppress(OSError), open(leftover, "rb", opener=without_waiting) as file:
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                leftover.unlink()
-                removed.append(leftover)
+    for leftover in folder.iterdir() if folder.is_dir() else ():
+        if not LEFTOVER.fullmatch(leftover.name) or leftover.is_symlink() or not leftover.is_file():
+            continue  # opening a pipe would wait for its writer
+        with suppress(OSError), leftover.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
+            removed.append(leftover)
     return removed
-
-
-def without_waiting(path: str, flags: int) -> int:
-    """An `opener` that does not wait for the other end of a named pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def cache_folder() -> Path:

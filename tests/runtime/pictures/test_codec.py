@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import pyvips
 
-from sanrt.errors import PictureError
+from sanrt.errors import FileError, PictureError
+from sanrt.files import remove_leftovers
 from sanrt.runtime.pictures.codec import (
     Encoding,
     OccupiedError,
     Output,
     open_picture,
     plan_output,
-    remove_leftovers,
     upscale_alpha,
     write_picture,
 )
@@ -397,7 +397,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(PictureError, match=r"a\.png: cannot be written") as raised:
+        with pytest.raises(FileError, match=r"a\.png: cannot be written") as raised:
             write_picture(Output(tmp_path / "a.png", Format.PNG, 99, 99), noise(99, 99, 3))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -407,7 +407,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(PictureError, match="cannot be written"):
+    with pytest.raises(FileError, match="cannot be written"):
         write_picture(Output(tmp_path / "file" / "a.png", Format.PNG, 1, 1), np.zeros((1, 1, 3), np.uint8))
 
 
