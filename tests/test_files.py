@@ -17,7 +17,8 @@ from sanrt.files import cached_file, keep, kept, remove_leftovers, replacing, re
 def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path, small_disk):
     path = tmp_path / "a.onnx"
     path.write_bytes(b"before")
-    with pytest.raises(FileError, match=r"a\.onnx: cannot be written \(File too large\); free some space$"):
+    wanted = r"a\.onnx: cannot be written \(File too large\); free some space$"
+    with pytest.raises(FileError, match=wanted), small_disk():
         write_whole(path, bytes(5000), "free some space")
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {"a.onnx": b"before"}
 

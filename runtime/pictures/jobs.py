@@ -6,7 +6,8 @@ import mimetypes
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from sanrt.errors import PictureError, UsageError
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.kinds import counted
+from sanrt.runtime.pictures.provenance import read_mark
 from sanrt.runtime.pictures.storage import RemotePath
 
 ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}$")
@@ -78,7 +80,7 @@ def find_pictures(
         jobs = [Job(inputs[0], output)]
     else:
         jobs = [job for given in inputs for job in _jobs_of(given, output, naming, recursive)]
-        jobs = _without_results(_once(jobs)) if naming.suffix else _once(jobs)
+        jobs = _without_results(_once(jobs), set(inputs)) if naming.suffix else _once(jobs)
         jobs = jobs if naming.format else _told_apart(jobs)
     if not jobs:
         endings = " ".join(suffix for form in Format if form.is_readable for suffix in form.facts.suffixes)
@@ -182,10 +184,19 @@ def _raise_unreadable(error: OSError) -> None:
     raise PictureError(f"{error.filename}: folder cannot be read ({error.strerror})")
 
 
-def _without_results(jobs: list[Job]) -> list[Job]:
-    """The jobs whose source is not another's result (of an earlier run into the folder of the sources)."""
+def _without_results(jobs: list[Job], named: Collection[Path]) -> list[Job]:
+    """The jobs whose source is not another's result, as an earlier run into the folder of the sources left it.
+
+    What was named counts whatever it is, and so does a file that only has a result's name.
+    """
     results = {_place(job.destination) for job in jobs if _place(job.destination) != _place(job.source)}
-    return [job for job in jobs if _place(job.source) not in results]
+    return [job for job in jobs if job.source in named or _place(job.source) not in results or not _is_result(job.source)]
+
+
+def _is_result(path: Path) -> bool:
+    with suppress(OSError):
+        return read_mark(path) is not None
+    return False
 
 
 def _told_apart(jobs: list[Job]) -> list[Job]:
@@ -203,10 +214,16 @@ def _told_apart(jobs: list[Job]) -> list[Job]:
 
 def _check_conflicts(jobs: list[Job]) -> None:
     taken: dict[Path, Path] = {}
+    sources = {place: job.source for job in jobs for place in (_place(job.source), job.source.resolve())}
     for job in jobs:
         place = _place(job.destination)
-        if place == _place(job.source):
+        if place in (_place(job.source), job.source.resolve()):
             raise UsageError(f"{job.source}: the result would replace it; choose another output or --suffix")
+        if place in sources:
+            raise UsageError(
+                f"{sources[place]}: is to be upscaled, and the result of {job.source} would replace it; "
+                "choose another output or --suffix"
+            )
         other = taken.setdefault(place, job.source)
         if other is not job.source:
             raise UsageError(

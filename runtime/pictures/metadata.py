@@ -48,6 +48,8 @@ USUAL: Mapping[str, Callable[[bytes], bool]] = {
     CICP: lambda value: value[0] in (1, 2) and value[1] in (1, 2, 6, 13),
 }
 """Whether a value says what every reader takes for granted: its loss is none."""
+SIZES = {CICP: 4, "gAMA": 4, "cHRM": 32, "sRGB": 1, "mDCV": 24, "cLLI": 8}
+"""Bytes of PNG's colour chunks."""
 ICC_SPACES = {b"GRAY": "grey", b"RGB ": "RGB", b"CMYK": "CMYK", b"Lab ": "Lab"}
 """Colour spaces of profiles, by the signature at byte 16."""
 UNTRUE_XMP = {"an Ultra HDR gain map": (b"hdrgm:",), "a motion photo": (b"MotionPhoto", b"MicroVideo")}
@@ -111,7 +113,8 @@ def read_png(file: IO[bytes], found: Found) -> None:
         if name in ("tEXt", "zTXt", "iTXt", CICP, SBIT, *PNG_COLOURS, "acTL", "caBX") and length < MOST_TEXT:
             data = file.read(length)
             if name in (CICP, SBIT, *PNG_COLOURS):
-                found.kept.setdefault(name, data)
+                if len(data) == SIZES.get(name, len(data)):  # any other is damaged, and says nothing
+                    found.kept.setdefault(name, data)
             elif name == "acTL":
                 found.frames = max(found.frames, int.from_bytes(data[:4], "big"))
             elif name == "caBX":

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PLUGINS = {Format.BMP: ["BMP"], Format.TGA: ["TGA"], Format.JP2: ["JPEG2000"]}
 MODES = {"1": "L", "P": "RGBA", "PA": "RGBA", "RGBX": "RGB", "RGBa": "RGBA", "La": "LA", "YCbCr": "RGB"}
 """What Pillow's other modes are converted to."""
+TAKEN = ("L", "LA", "RGB", "RGBA", "I;16")
 BLOBS = {"icc_profile": "icc-profile-data", "exif": "exif-data", "xmp": "xmp-data"}
 JP2_SIZE = re.compile(rb"\xff\x51..(?:..)(?:.{32})(..)(.)", re.DOTALL)
 """A codestream's size marker, with the count of its components and the bits of the first."""
@@ -32,6 +33,7 @@ def load(path: Path, form: Format, max_pixels: int) -> pyvips.Image:
     with extra("formats", f"{path}: reading {form.upper()}"):
         from PIL import Image
 
+        Image.MAX_IMAGE_PIXELS = None  # `check_size` knows what the caller allows
         if form is Format.HEIC:
             import pillow_heif
     try:
@@ -46,6 +48,8 @@ def load(path: Path, form: Format, max_pixels: int) -> pyvips.Image:
                 picture = opened.convert("RGB")
             elif opened.mode in MODES:
                 picture = opened.convert(MODES[opened.mode])
+            if picture.mode not in TAKEN:
+                raise PictureError(f"{path}: {form.upper()} in mode {opened.mode}; expected grey or RGB, convert it first")
             return as_vips(np.asarray(picture), {**opened.info})
     except PictureError:
         raise

@@ -91,6 +91,10 @@ class Entry:
             tile, overlap, self.self_ensemble, tiling, self.regions, self.memory, keep_hidden=self.keep_hidden
         )
 
+    def output_encoding(self) -> Encoding:
+        """How the result was written."""
+        return Encoding(**{**self.encoding, "background": tuple(self.encoding["background"] or ()) or None})
+
     def loading(self) -> RunOptions:
         """How the model was loaded."""
         return RunOptions(threads=self.threads, precision=Precision(self.precision), device=self.gpu)
@@ -166,12 +170,26 @@ class Recorder:
 def open_record(path: Path) -> IO[str]:
     """The record, to be added to; raises UsageError when it cannot be written."""
     try:
+        require_record(path)
         record = path.open("a", encoding="utf-8")
         if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):  # a killed run left half a line
             record.write("\n")
         return record
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another --record file") from None
+
+
+def require_record(path: Path) -> None:
+    """Raise UsageError for a file that is there, not empty, and no record: lines would be written behind its content."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        first = file.readline(1 << 20)
+    try:
+        if first.strip():
+            read_entry(first.decode())
+    except (ValueError, TypeError, KeyError):
+        raise UsageError(f"{path}: is there and no record of sanrt's; choose another --record file") from None
 
 
 def write_entry(record: IO[str], entry: Entry) -> None:
@@ -200,15 +218,15 @@ def read_record(path: Path) -> list[Entry]:
         return entries
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); expected what `sanrt run --record` wrote") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{path}: not a record of this sanrt ({error}); expected what `sanrt run --record` wrote") from None
 
 
 def read_entry(line: str) -> Entry:
-    """An entry whose settings sanrt has; raises ValueError or TypeError for any other line."""
+    """An entry whose settings sanrt has; raises ValueError, TypeError or KeyError for any other line."""
     entry = Entry(**json.loads(line))
     entry = replace(entry, backend=ALIASES.get(entry.backend, entry.backend))
-    entry.loading(), entry.upscaling()
+    entry.loading(), entry.upscaling(), entry.output_encoding(), entry.recipe and Recipe(**entry.recipe)
     return entry
 
 
@@ -282,8 +300,7 @@ def check_engine(entry: Entry, backend: Backend) -> None:
 def again(entry: Entry, backend: Backend, folder: Path) -> Path:
     """The output, made again in `folder`."""
     output = folder / Path(entry.output).name
-    settings = {**entry.encoding, "background": tuple(entry.encoding["background"] or ()) or None}
-    encoding, upscaling = Encoding(**settings), entry.upscaling()
+    encoding, upscaling = entry.output_encoding(), entry.upscaling()
     recipe = Recipe(**entry.recipe) if entry.recipe else Recipe.of(backend.spec, None, upscaling, encoding)
     job = Job(located(entry.source), output)
     (outcome,) = run([job], NetworkRunner(backend, upscaling), PipelineOptions(recipe, encoding))

@@ -105,7 +105,7 @@ def sort_out(jobs: Sequence[Job], recipe: Recipe, overwrite: bool = False) -> Fi
         return Findings([replace(job, replaces=Replaceable.ANYTHING) for job in jobs])
     present = {job: found for job, found in together(lambda job: look_at(job.destination), jobs).items() if found}
     results = {job: found.made for job, found in present.items() if found.made}
-    refuse([job.destination for job in present if job not in results], "not made by sanrt")
+    refuse([job.destination for job in present if job not in results], "not made by sanrt, or changed since")
     differences = together(lambda job: difference(job, results[job], recipe), results)
     again = {job: why for job, why in differences.items() if why}
     intact = together(lambda job: is_intact(job.destination), again)

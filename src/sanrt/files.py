@@ -82,8 +82,10 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
     Returns what was removed.
     """
-    removed = []
-    for leftover in folder.iterdir() if folder.is_dir() else ():
+    removed, found = [], list[Path]()
+    with suppress(OSError):  # a folder that is not there, or may be written to and not be looked into
+        found += folder.iterdir()
+    for leftover in found:
         if not LEFTOVER.fullmatch(leftover.name) or leftover.is_symlink() or not leftover.is_file():
             continue  # opening a pipe would wait for its writer
         with suppress(OSError), leftover.open("rb") as file:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from sanrt.errors import UsageError
+from sanrt.errors import ModelError, UsageError
 from sanrt.model.spec import SCALES, parse_precision
 from sanrt.picture_arrays import picture_array
 from sanrt.runtime.artifacts.models import MODELS, default_model
@@ -90,8 +90,10 @@ class Upscaler:
         Raises ModelError when the model is missing or damaged, BackendError when the backend cannot run here, UsageError
         for options that make no sense.
         """
-        if isinstance(model, int) and model not in SCALES:
+        if not isinstance(model, str | Path) and model not in SCALES:
             raise UsageError(f"scale {model}: expected {', '.join(map(str, SCALES))}, or a model's path")
+        if not isinstance(model, int) and not Path(model).exists():
+            raise ModelError(f"{model}: no such model; expected its path, or a scale as a number for the bundled weights")
         k = None if regions == "auto" else regions
         way, folder = choice(Tiling, tiling), Path(scratch) if scratch else None
         options = UpscaleOptions(tile, overlap, self_ensemble, way, k, memory, folder, keep_hidden)

@@ -157,7 +157,7 @@ def test_a_picture_that_sanrt_did_not_make_is_refused_before_any_work(sanrt, tmp
     before = digests(tmp_path)
     status, out, err = sanrt("a.png", "b.png")
     assert (status, out) == (2, "")
-    assert err.startswith("sanrt: b.png: already there and not made by sanrt; nothing was done; ")
+    assert err.startswith("sanrt: b.png: already there and not made by sanrt, or changed since; nothing was done; ")
     assert "--overwrite" in err
     assert digests(tmp_path) == before
     assert sanrt("a.png", "b.png", "--dry-run")[0] == 2

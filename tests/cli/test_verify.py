@@ -222,3 +222,23 @@ def test_an_empty_record_is_an_error(tmp_path):
     (tmp_path / "record.jsonl").touch()
     with pytest.raises(UsageError, match="has no entries; expected what `sanrt run --record` wrote"):
         records.read_record(tmp_path / "record.jsonl")
+
+
+def test_a_file_that_is_no_record_is_not_written_to(tmp_path, tiny_model, recorded):
+    picture = tmp_path / "in" / "a.png"
+    before = picture.read_bytes()
+    words = ["--model", str(tiny_model(2)), "--backend", "onnxruntime", "--record", str(picture)]
+    with pytest.raises(UsageError, match="no record of sanrt's"):
+        CliRunner().invoke(
+            app, ["run", str(tmp_path / "in" / "b.png"), str(tmp_path / "c.png"), *words], catch_exceptions=False
+        )
+    assert picture.read_bytes() == before
+
+
+@pytest.mark.parametrize("facts", [{"encoding": {}}, {"recipe": {"unknown": 1}}])
+def test_a_record_with_settings_that_sanrt_has_not_is_refused_in_one_line(recorded, facts):
+    record, _ = recorded
+    entry = json.loads(record.read_text().splitlines()[0])
+    record.write_text(json.dumps({**entry, **facts}) + "\n")
+    with pytest.raises(UsageError, match="not a record of this sanrt"):
+        records.read_record(record)

@@ -66,7 +66,8 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         status = app(standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except SanrtError as error:
         tell(f"sanrt: {error}", error=True)
         status = 2 if isinstance(error, UsageError) else 1
@@ -75,7 +76,10 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own, of a click that typer may have inside itself
             raise
-        tell(f"sanrt{usage_context(error)}: {usage_words(error)}", error=True)
+        if type(error).__name__ == "NoArgsIsHelpError":  # whose words are the help
+            print(error.format_message(), file=sys.stderr)
+        else:
+            tell(f"sanrt{usage_context(error)}: {usage_words(error)}", error=True)
         status = 2
     if status == INTERRUPTED:
         tell("sanrt: interrupted", error=True)
@@ -83,8 +87,11 @@ def main() -> None:
 
 
 def output_failed(error: OSError) -> int:
-    """The exit status where standard output cannot be written, told unless its reader just left; raises any other error."""
-    if error.filename is not None or error.errno not in WRITE_ERRORS:
+    """The exit status where a file or standard output cannot be used, told unless its reader just left; raises others."""
+    if error.filename is not None:
+        tell(f"sanrt: {error.filename}: {error.strerror}", error=True)
+        return 1
+    if error.errno not in WRITE_ERRORS:
         raise error
     sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - what is left in it would be tried again on exit
     if error.errno != errno.EPIPE:

@@ -40,9 +40,8 @@ def tell(line: str, error: bool = False) -> None:
 def standard_streams(paths: Sequence[str], naming: Naming) -> Iterator[tuple[Sequence[str], str]]:
     """INPUTS and OUTPUT with temporary files in the place of `-`, and what of their paths nobody needs to read.
 
-    The result then goes to standard output.
-
-    `-` alone is both. Raises UsageError for `-` among several inputs, or where a terminal would get the picture.
+    A result whose OUTPUT is `-` goes to standard output, and `-` alone is both. Raises UsageError for `-` among several
+    inputs, for a stream that is closed, or where a terminal would get the picture.
     """
     if STREAM not in paths:
         yield paths, ""
@@ -53,6 +52,8 @@ def standard_streams(paths: Sequence[str], naming: Naming) -> Iterator[tuple[Seq
     if output == STREAM and sys.stdout.isatty():
         raise UsageError("-: standard output is a terminal; send it to a file or a program, or name OUTPUT")
     (source,) = inputs
+    if (source == STREAM and sys.stdin is None) or (output == STREAM and sys.stdout is None):
+        raise UsageError("-: that standard stream is closed; name files")
     with tempfile.TemporaryDirectory(prefix="sanrt-") as folder:
         if source == STREAM:
             source = str(Path(folder, "standard input"))

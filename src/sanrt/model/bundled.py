@@ -84,7 +84,7 @@ def read_safetensors(path: Path) -> tuple[bytes, dict[str, np.ndarray[Any, Any]]
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         return content, tensors, dict(json.loads(header.get("__metadata__", {}).get("sanrt", "{}")))
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: damaged safetensors file, or of types that NumPy has not ({first_line(error)}); copy it again"
         ) from error

@@ -243,8 +243,9 @@ def test_profiles_out_of_order_are_refused():
         Profile(Size(1, 64, 64), Size(1, 32, 64), Size(1, 64, 64))
 
 
-def test_a_full_disk_leaves_nothing(model: Path, small_disk: None):
-    with pytest.raises(FileError, match=r"cannot be written \(File too large\); it needs 0 MiB; choose .* -o"):
+def test_a_full_disk_leaves_nothing(model: Path, small_disk):
+    wanted = r"cannot be written \(File too large\); it needs 0 MiB; choose .* -o"
+    with pytest.raises(FileError, match=wanted), small_disk():
         saved_without_model(model, bytes(5000))
     assert [p.name for p in model.parent.iterdir()] == [model.name]
 

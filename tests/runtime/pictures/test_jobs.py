@@ -154,11 +154,13 @@ def test_results_inside_the_input_folder_are_not_read_again(folder):
     assert plan("in", output="in/big") == first
 
 
-def test_results_beside_their_sources_are_not_read_again(folder):
+def test_results_beside_their_sources_are_not_read_again(folder, monkeypatch):
     naming = Naming("_x4")
     first = plan("in", output="in", naming=naming)
     for result in first.values():
         touch(result)
+    results = {Path(result).name for result in first.values()}
+    monkeypatch.setattr("sanrt.runtime.pictures.jobs.read_mark", lambda path: "a mark" if path.name in results else None)
     assert plan("in", output="in", naming=naming) == first
 
 
@@ -208,3 +210,21 @@ def test_pictures_of_one_stem_whose_formats_are_not_written_keep_their_endings(t
     assert (names["b.gif"], names["b.jpg"]) == ("b.png", "b.jpg")
     if "c.bmp" in names:
         assert (names["c.bmp"], names["c.tga"]) == ("c.bmp.png", "c.tga.png")
+
+
+def test_a_source_that_is_a_link_to_the_results_place_is_refused(tmp_path):
+    for folder in ("links", "originals"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "originals" / "a.png").write_bytes(b"somebody's")
+    (tmp_path / "links" / "a.png").symlink_to("../originals/a.png")
+    with pytest.raises(UsageError, match="would replace it"):
+        find_pictures([tmp_path / "links"], tmp_path / "originals")
+
+
+def test_a_named_picture_with_a_results_name_is_neither_left_out_nor_replaced(tmp_path):
+    for name in ("a.png", "a_x2.png"):
+        (tmp_path / name).write_bytes(b"somebody's")
+    with pytest.raises(UsageError, match=r"a_x2\.png: is to be upscaled, and the result of .*a\.png would replace it"):
+        find_pictures([tmp_path / "a.png", tmp_path / "a_x2.png"], tmp_path, Naming("_x2"), into_folder=True)
+    with pytest.raises(UsageError, match="would replace it"):
+        find_pictures([tmp_path], tmp_path, Naming("_x2"))
