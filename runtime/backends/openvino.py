@@ -185,7 +185,7 @@ def cause(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class Trial:
+class PrecisionTrial:
     """bf16 against fp32 on one small picture, on this machine."""
 
     fp32_seconds: float
@@ -206,13 +206,13 @@ def chosen_precision(graph: bytes, model: Path, options: RunOptions) -> Precisio
     machinery = [machine.cpu_name(), *machine.cpu_features(), str(library_version("openvino")), str(options.threads)]
 
     def trial() -> bytes:
-        return json.dumps(asdict(measured(graph, model, options))).encode()
+        return json.dumps(asdict(measure_precisions(graph, model, options))).encode()
 
     identity = [hashlib.sha256(graph).hexdigest(), *machinery]
-    return Trial(**json.loads(cached_for(model, "openvino.json", identity, (__package__,), trial))).precision
+    return PrecisionTrial(**json.loads(cached_for(model, "openvino.json", identity, (__package__,), trial))).precision
 
 
-def measured(graph: bytes, model: Path, options: RunOptions) -> Trial:
+def measure_precisions(graph: bytes, model: Path, options: RunOptions) -> PrecisionTrial:
     """Both precisions in turns on a seeded picture of coloured squares and noise; the best time of each."""
     random, value_range = np.random.default_rng(0), read_spec(model).architecture.value_range
     squares = np.kron(random.random((1, 3, TRIAL_SIDE // 8, TRIAL_SIDE // 8)), np.ones((8, 8)))
@@ -221,7 +221,7 @@ def measured(graph: bytes, model: Path, options: RunOptions) -> Trial:
     fp32, bf16 = (infer(request, picture)[0] for request in requests.values())
     rounds = [[timed(request, picture) for request in requests.values()] for _ in range(TRIAL_ROUNDS)]
     fp32_seconds, bf16_seconds = map(min, zip(*rounds, strict=True))
-    return Trial(fp32_seconds, bf16_seconds, psnr(bf16, fp32, value_range))
+    return PrecisionTrial(fp32_seconds, bf16_seconds, psnr(bf16, fp32, value_range))
 
 
 def timed(request: Any, picture: Array) -> float:

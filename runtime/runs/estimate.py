@@ -53,7 +53,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class PicturePlan:
+class PictureEstimate:
     """One picture: how it would go through the network, or why it would not."""
 
     path: Path
@@ -75,9 +75,9 @@ def pairs(height: int, width: int, regions: int) -> float:
     return 2 * height * width * (height * width / regions**2 / 4)
 
 
-def plan(
+def estimates(
     jobs: Sequence[Job], backend: Backend, model: Path, loading: RunOptions, upscaling: UpscaleOptions, encoding: Encoding
-) -> Iterator[PicturePlan]:
+) -> Iterator[PictureEstimate]:
     """A plan for every picture on a backend with a model loaded so; a picture's header alone is read."""
     speeds = {backend.name: speed_of(backend, model, loading)}
     if backend.spec.precision is Precision.INT16:  # whole pictures only: its stages are fp32
@@ -85,22 +85,22 @@ def plan(
         with load_unguarded(backend.name, model, fp32) as exact:
             speeds[backend.name + BY_STAGES] = speed_of(exact, model, fp32)
     for job in jobs:
-        yield picture_plan(job, backend, speeds, upscaling, encoding)
+        yield picture_estimate(job, backend, speeds, upscaling, encoding)
 
 
-def picture_plan(
+def picture_estimate(
     job: Job, backend: Backend, speeds: Mapping[str, Speed], options: UpscaleOptions, encoding: Encoding
-) -> PicturePlan:
+) -> PictureEstimate:
     """What becomes of one picture."""
     try:
         with fetched(job.source) as path, open_picture(path) as source:
             plan_output(source.info, job.destination, backend.spec.architecture.scale, encoding)
             return replace(estimate(backend, speeds, source.info, options), path=job.source)
     except SanrtError as error:
-        return PicturePlan(job.source, str(error) if str(job.source) in str(error) else f"{job.source}: {error}")
+        return PictureEstimate(job.source, str(error) if str(job.source) in str(error) else f"{job.source}: {error}")
 
 
-def estimate(backend: Backend, speeds: Mapping[str, Speed], info: PictureInfo, options: UpscaleOptions) -> PicturePlan:
+def estimate(backend: Backend, speeds: Mapping[str, Speed], info: PictureInfo, options: UpscaleOptions) -> PictureEstimate:
     """What a picture takes, by its header; raises as `NetworkRunner.decide` does."""
     arch, height, width = backend.spec.architecture, info.height, info.width
     plan = NetworkRunner(backend, options).decide(info)
@@ -108,15 +108,15 @@ def estimate(backend: Backend, speeds: Mapping[str, Speed], info: PictureInfo, o
     if by_stages(plan, backend):
         speed = speeds.get(backend.name + BY_STAGES, speed)
     passes = len(ORIENTATIONS) if options.self_ensemble else 1
-    told = PicturePlan(info.path, "", width, height, backend.name, plan)
-    told = replace(told, seconds=passes * speed.seconds(height, width, plan, arch))
+    found = PictureEstimate(info.path, "", width, height, backend.name, plan)
+    found = replace(found, seconds=passes * speed.seconds(height, width, plan, arch))
     tile = min(height, plan.tile) * min(width, plan.tile) * network_bytes(arch)
     if plan.tiling is not Tiling.EXACT:
-        return replace(told, memory=tile + height * width * result_bytes(arch))
+        return replace(found, memory=tile + height * width * result_bytes(arch))
     colours = 3 * info.dtype.itemsize
     maps = height * width * (3 * 4 * arch.channels + colours)
     beyond = max(0, maps - sum(MemoryBudget.of(backend, options).maps(arch, plan.tile)))
-    return replace(told, memory=tile + maps - beyond, scratch=beyond + height * width * arch.scale**2 * colours)
+    return replace(found, memory=tile + maps - beyond, scratch=beyond + height * width * arch.scale**2 * colours)
 
 
 def speed_of(backend: Backend, model: Path, options: RunOptions) -> Speed:

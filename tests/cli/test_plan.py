@@ -126,13 +126,13 @@ def test_a_picture_that_the_backend_cannot_do_is_refused_in_its_words(folder, ti
     from sanrt.runtime.backends.registry import load_backend
     from sanrt.runtime.pictures.codec import Encoding
     from sanrt.runtime.pictures.jobs import Job
-    from sanrt.runtime.runs.estimate import picture_plan
+    from sanrt.runtime.runs.estimate import picture_estimate
     from sanrt.runtime.tiling.options import UpscaleOptions
 
     job = Job(folder / "small.png", folder / "out.png")
     with load_backend("torch", tiny_model(2), RunOptions(threads=1)) as backend:
         backend.limits = Limits((Profile(Size(1, 4, 4), Size(1, 8, 8), Size(1, 16, 16)),))
-        found = picture_plan(job, backend, {"torch": Speed(1.0, 0)}, UpscaleOptions(tiling=Tiling.WHOLE), Encoding())
+        found = picture_estimate(job, backend, {"torch": Speed(1.0, 0)}, UpscaleOptions(tiling=Tiling.WHOLE), Encoding())
     assert found.refusal.startswith(f"{job.source}: torch: 80 x 60 pixels as a whole, its engine takes 4 x 4 to 16 x 16")
 
 

@@ -40,7 +40,7 @@ from sanrt.runtime.artifacts.models import MODELS
 from sanrt.runtime.tiling.options import Tiling
 
 if TYPE_CHECKING:
-    from sanrt.runtime.runs.estimate import PicturePlan
+    from sanrt.runtime.runs.estimate import PictureEstimate
 
 
 def plan(
@@ -72,7 +72,7 @@ def plan(
     from sanrt.runtime.backends.registry import load_unguarded
     from sanrt.runtime.pictures.codec import Encoding
     from sanrt.runtime.pictures.jobs import Naming
-    from sanrt.runtime.runs.estimate import plan as pictures_planned
+    from sanrt.runtime.runs.estimate import estimates
     from sanrt.runtime.tiling.options import UpscaleOptions
 
     if STREAM in paths:
@@ -91,7 +91,7 @@ def plan(
         return
     chosen = work.choice
     with load_unguarded(chosen.backend, chosen.path, chosen.options) as network:
-        for each in pictures_planned(found.to_do, network, chosen.path, chosen.options, upscaling, encoding):
+        for each in estimates(found.to_do, network, chosen.path, chosen.options, upscaling, encoding):
             tell(f"sanrt: {each.refusal}" if each.refusal else line(each), error=bool(each.refusal))
             seconds += each.seconds
             failed += bool(each.refusal)
@@ -99,7 +99,7 @@ def plan(
     raise typer.Exit(1 if failed else 0)
 
 
-def line(plan: PicturePlan) -> str:
+def line(plan: PictureEstimate) -> str:
     """One picture, for people."""
     scratch = f", {plan.scratch / 2**30:.2f} GiB of scratch files" if plan.scratch else ""
     return (

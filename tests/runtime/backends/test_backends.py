@@ -423,10 +423,10 @@ def openvino_module():
 
 
 def test_bf16_is_chosen_only_where_it_is_near_and_faster(openvino_module):
-    Trial = openvino_module.Trial
-    assert Trial(fp32_seconds=1.0, bf16_seconds=0.2, psnr=55).precision is Precision.BF16
-    assert Trial(fp32_seconds=1.0, bf16_seconds=0.95, psnr=55).precision is Precision.FP32
-    assert Trial(fp32_seconds=1.0, bf16_seconds=0.2, psnr=30).precision is Precision.FP32
+    PrecisionTrial = openvino_module.PrecisionTrial
+    assert PrecisionTrial(fp32_seconds=1.0, bf16_seconds=0.2, psnr=55).precision is Precision.BF16
+    assert PrecisionTrial(fp32_seconds=1.0, bf16_seconds=0.95, psnr=55).precision is Precision.FP32
+    assert PrecisionTrial(fp32_seconds=1.0, bf16_seconds=0.2, psnr=30).precision is Precision.FP32
 
 
 def test_the_trial_is_made_once_and_bf16_runs_when_it_pays(openvino_module, tiny_model, tmp_path, monkeypatch):
@@ -435,11 +435,11 @@ def test_the_trial_is_made_once_and_bf16_runs_when_it_pays(openvino_module, tiny
     trials = []
 
     def measured(*_):
-        trials.append(openvino_module.Trial(1.0, 0.2, 60.0))
+        trials.append(openvino_module.PrecisionTrial(1.0, 0.2, 60.0))
         return trials[-1]
 
     monkeypatch.setattr(machine, "cpu_features", lambda: ("AMX-BF16",))
-    monkeypatch.setattr(openvino_module, "measured", measured)
+    monkeypatch.setattr(openvino_module, "measure_precisions", measured)
     monkeypatch.setattr(openvino_module, "compiled", lambda graph, model, precision, options: precision)
     monkeypatch.setattr(openvino_module, "warm_up", lambda request, shape: None)
     for _ in range(2):
@@ -456,7 +456,7 @@ def test_the_trial_is_made_once_and_bf16_runs_when_it_pays(openvino_module, tiny
 def test_the_trial_measures_both_precisions(openvino_module, tiny_model):
     graph = tiny_model()
     try:
-        trial = openvino_module.measured(graph.read_bytes(), graph, ONE_THREAD)
+        trial = openvino_module.measure_precisions(graph.read_bytes(), graph, ONE_THREAD)
     except BackendError as error:
         pytest.skip(str(error))
     assert trial.fp32_seconds > 0
