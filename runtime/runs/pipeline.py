@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,7 +35,7 @@ from sanrt.runtime.pictures.codec import (
     write_picture,
 )
 from sanrt.runtime.pictures.jobs import Job, Replaceable
-from sanrt.runtime.pictures.provenance import SourceIdentity, identify
+from sanrt.runtime.pictures.provenance import SourceIdentity, identify, read_mark
 from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.pictures.storage import RemotePath, delivered, fetched, scratch_folder
 from sanrt.runtime.pictures.transparency import fill_hidden
@@ -185,8 +186,14 @@ def read(job: Job, runner: NetworkRunner, options: PipelineOptions, listener: Li
         alpha = source.alpha() if source.info.alpha and not streams else None
         if rgb is not None and alpha is not None and not runner.options.keep_hidden:
             rgb = fill_hidden(rgb, alpha)
-        notes = source.info.notes + output.notes
+        notes = source.info.notes + result_note(path) + output.notes
         return Loaded(job, identity, output, rgb, alpha, notes, plan, {"read": since(started)})
+
+
+def result_note(path: Path) -> tuple[str, ...]:
+    """A note on a source that sanrt made: enlarging a result again is seldom meant."""
+    mark = read_mark(path)
+    return (f"its source is itself a result of sanrt, made at x{mark.provenance.scale}",) if mark else ()
 
 
 def tiling_note(plan: TilingPlan) -> tuple[str, ...]:
@@ -306,7 +313,8 @@ def planned(job: Job, runner: NetworkRunner | None, options: PipelineOptions) ->
     """The result that a picture's header promises; raises as `read` does."""
     with fetched(job.source) as path, open_picture(path) as source:
         output = plan_output(source.info, job.destination, options.scale, options.encoding)
-        notes = source.info.notes + output.notes + (tiling_note(runner.decide(source.info)) if runner else ())
+        notes = source.info.notes + result_note(path) + output.notes
+        notes += tiling_note(runner.decide(source.info)) if runner else ()
         return Planned(job, output.width, output.height, notes)
 
 

@@ -86,9 +86,9 @@ def plan_tiling(backend: Backend, height: int, width: int, options: UpscaleOptio
     spec, budget = backend.spec, MemoryBudget.of(backend, options)
     arch = spec.architecture
     regions = options.regions or (choose_regions(height, width) if backend.streams else spec.regions)
-    too_small_for_regions = min(height, width) < 2 * regions  # regions have 2 x 2 pixels or more; `infer` pads the picture
-    if too_small_for_regions:
+    if min(height, width) < 2 * regions:  # regions have 2 x 2 pixels or more
         regions = spec.regions
+    too_small = min(height, width) < 2 * regions  # nothing could need a tile here; `infer` pads the picture
     tiling = options.tiling
     if tiling is Tiling.AUTO:
         cut = max(height, width) > options.tile if options.tile else not fits_whole(arch, height, width, budget)
@@ -99,7 +99,7 @@ def plan_tiling(backend: Backend, height: int, width: int, options: UpscaleOptio
             f"{options.regions} x {options.regions} regions: this model has {spec.regions} x {spec.regions} in overlapped "
             f"tiles and on backends without stages, such as {backend.name}; leave --regions out, or change one of the two"
         )
-    match Tiling.WHOLE if too_small_for_regions else tiling:
+    match Tiling.WHOLE if too_small else tiling:
         case Tiling.WHOLE:
             plan = TilingPlan(Tiling.WHOLE, max(height, width), regions)
         case Tiling.OVERLAP:

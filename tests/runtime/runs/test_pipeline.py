@@ -333,3 +333,11 @@ def test_a_plan_writes_nothing_and_foresees_sizes_and_failures(jobs, tmp_path):
     assert not (tmp_path / "out").exists()
     flattened = PipelineOptions(RECIPE, encoding=Encoding(background=(255, 255, 255)))
     assert list(pipeline.preview([transparent], None, flattened)) == [Planned(transparent, 10, 12)]
+
+
+def test_a_result_that_is_enlarged_again_is_told(tmp_path):
+    source = save(tmp_path / "a.png")
+    (first,) = pipeline.run([Job(source, tmp_path / "b.png")], Runner(), OPTIONS)
+    (second,) = pipeline.run([Job(tmp_path / "b.png", tmp_path / "c.png")], Runner(), OPTIONS)
+    assert not any("result of sanrt" in note for note in first.notes)
+    assert "its source is itself a result of sanrt, made at x2" in second.notes

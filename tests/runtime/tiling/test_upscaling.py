@@ -274,3 +274,10 @@ def test_whole_pictures_with_other_regions_are_what_a_model_loaded_with_them_giv
         picture = noise(21, 30)
         expected = upscale(own, picture, UpscaleOptions(regions=regions))
         np.testing.assert_array_equal(upscale(any_regions, picture, UpscaleOptions(regions=regions)), expected)
+
+
+def test_regions_that_do_not_fit_a_side_leave_tiles_and_memory_as_asked_for():
+    backend = Nearest()
+    backend.streams = True
+    asked = UpscaleOptions(tile=64, tiling=Tiling.EXACT, regions=1000, memory=2**30)
+    assert plan_tiling(backend, 1500, 4000, asked) == TilingPlan(Tiling.EXACT, 64, 2)
