@@ -99,6 +99,18 @@ def test_the_clone_s_root_does_not_hide_the_installed_package(words, clone, inst
     assert done.returncode == 0, done.stderr
 
 
+def test_the_benchmark_of_quality_tells_its_options_with_the_base_install_alone(clone, installed):
+    code = (
+        "import runpy, sys\n"
+        "sys.modules |= dict.fromkeys(['torch', 'onnx', 'onnxruntime', 'openvino'])  # none of them can be imported\n"
+        "sys.argv = ['quality.py', '--help']\n"
+        "runpy.run_path('benchmarks/quality.py', run_name='__main__')"
+    )
+    done = run(sys.executable, "-c", code, cwd=clone, PYTHONPATH=str(installed))
+    assert done.returncode == 0, done.stderr
+    assert "--model" in done.stdout
+
+
 def test_the_sdist_holds_plain_files(clone):
     code = "from setuptools.build_meta import build_sdist; print(build_sdist('made'))"
     done = run(sys.executable, "-c", code, cwd=clone)

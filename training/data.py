@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Picture = npt.NDArray[np.uint8]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"}
@@ -29,4 +31,6 @@ def picture_files(*folders: Path) -> list[Path]:
 
 def to_tensor(pictures: Picture) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), channels last in memory."""
+    import torch  # here: benchmarks read pictures where there is no torch
+
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float()

@@ -80,7 +80,7 @@ def cache_name(model: Path, what: str, identity: Iterable[str], code: Sequence[s
 
 def forget(model: Path) -> None:
     """Remove what is kept beside a model that is about to be replaced."""
-    for path in (model.parent / FOLDER).glob(f"*-{file_digest(model)[:16]}-*"):
+    for path in (model.parent / FOLDER).glob(f"*-{model_digest(model)[:16]}-*"):
         path.unlink(missing_ok=True)
 
 

@@ -103,7 +103,8 @@ def is_described(model: Path) -> bool:
     """Whether a file says what it is, as exported models and weights in sanrt's format do; torch must read any other."""
     if model.suffix == WEIGHTS_SUFFIX:
         with suppress(CheckpointError):
-            return bool(read_weights(model))
+            read_weights(model)
+            return True
         return False
     return model.suffix.lower() == ".onnx"
 

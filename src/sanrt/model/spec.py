@@ -178,7 +178,7 @@ class Architecture:
             yield from conv(f"groups.{g}.soca.down", c, hidden, 1)
             yield from conv(f"groups.{g}.soca.up", hidden, c, 1)
             yield from conv(f"groups.{g}.conv", c, c, 3)
-        for layer, factor in enumerate([3] if self.scale == 3 else [2] * (self.scale.bit_length() - 1)):
+        for layer, factor in enumerate(self.upsampling):
             yield from conv(f"upsampler.{2 * layer}", c, c * factor**2, 3)
         yield from conv("tail", c, 3, 3)
         yield from conv("mean_out", 3, 3, 1)
