@@ -10,7 +10,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import BinaryIO
 
-from sanrt.errors import ModelError
+from sanrt.errors import ModelError, UsageError
 from sanrt.model.bundled import FOLDER as BUNDLED_FOLDER
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
 from sanrt.model.bundled import bundled_checkpoint, read_weights
@@ -59,6 +59,12 @@ def default_model(models: Path, scale: int | None = None) -> Path:
 def model_title(path: Path) -> str:
     """A model's path, or what it is for people where it ships with sanrt."""
     return f"bundled weights {path.stem}" if path.parent == BUNDLED_FOLDER else str(path)
+
+
+def require_scale(path: Path, found: int, asked: int | None) -> None:
+    """Raise UsageError when a model or checkpoint is of another scale than was asked for."""
+    if asked not in (None, found):
+        raise UsageError(f"{path}: is for x{found}, but --scale {asked} was asked for; leave --scale out, or pass {found}")
 
 
 def read_spec(path: Path) -> ModelSpec:

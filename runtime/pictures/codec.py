@@ -26,6 +26,7 @@ from sanrt.runtime.pictures import jpeg, metadata, pillow, tiff
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.kinds import kind_of_content
 from sanrt.runtime.pictures.provenance import Provenance, seal
+from sanrt.runtime.pictures.resize import ResultSize, reduced
 from sanrt.runtime.pictures.scratch import ScratchPicture
 
 if TYPE_CHECKING:
@@ -95,6 +96,19 @@ class Encoding:
     """WebP and AVIF without loss; a lossless WebP stays so anyway."""
     background: tuple[int, int, int] | None = None
     """8-bit RGB to lay transparent pictures onto; None keeps the transparency."""
+    outscale: float | None = None
+    """Times the source's width and height, by a reduction of what the network makes; None keeps that."""
+    size: tuple[int, int] | None = None
+    """Width and height that the result fits inside, likewise."""
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for sizes that no result has."""
+        self.result_size  # noqa: B018
+
+    @property
+    def result_size(self) -> ResultSize:
+        """How large results are."""
+        return ResultSize(self.outscale, self.size)
 
 
 @dataclass(frozen=True)
@@ -365,15 +379,16 @@ def _is_lossless_webp(path: Path) -> bool:
 def plan_output(
     source: PictureInfo, path: Path, scale: int, encoding: Encoding = Encoding(), bits: int | None = None
 ) -> Output:
-    """How the result for `source`, `scale` times as large, is written to `path`: the format is by the path's suffix.
+    """How the result for `source`, which the network enlarges by `scale`, is written to `path`, by whose suffix.
 
-    PictureError if that format cannot hold the size or the transparency. Depth it cannot hold is reduced, with a note.
+    PictureError if that format cannot hold the size or the transparency, or the network is too small for the size that is
+    asked for. Depth that the format cannot hold is reduced, with a note.
     """
     form = Format.of_suffix(path)
     if form is None or form.written_as is not form:
         names = ", ".join(suffix for form in Format if form.written_as is form for suffix in form.facts.suffixes)
         raise PictureError(f"{path}: cannot be written as '{path.suffix}'; expected a name ending in one of {names}")
-    width, height = source.width * scale, source.height * scale
+    width, height = encoding.result_size.checked(source.width, source.height, scale)
     if max(width, height) > form.facts.max_side:
         raise PictureError(
             f"{path}: {form.upper()} holds at most {form.facts.max_side} pixels a side, the result has {width} x {height}; "
@@ -415,8 +430,9 @@ def _losses(source: PictureInfo, form: Format, bits: int, lossless: bool) -> Ite
 def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | pyvips.Image | None = None) -> None:
     """Encode (H, W, 3) pixels, uint8 or uint16, and (H, W) opacity to `output.path`, whole or not at all.
 
-    Grey outputs get the mean of the three channels. `alpha` is needed if the output has alpha, or a background to lay it
-    onto. FileError if the file cannot be written, OccupiedError if another one is there that may not be replaced.
+    Pixels of a larger size than the output's are reduced to it. Grey outputs get the mean of the three channels. `alpha` is
+    needed if the output has alpha, or a background to lay it onto. FileError if the file cannot be written,
+    OccupiedError if another one is there that may not be replaced.
     """
     with _vips_errors_about(f"{output.path}: cannot be written"):
         image = _with_metadata(_encodable(output, rgb, alpha), output)
@@ -443,7 +459,7 @@ def _raise_if_full(file: IO[bytes]) -> None:
 
 def _encodable(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | pyvips.Image | None) -> pyvips.Image:
     image = _image(rgb)
-    if (image.width, image.height) != (output.width, output.height):
+    if image.width < output.width or image.height < output.height:
         raise ValueError(f"pixels are {image.width} x {image.height}, the output {output.width} x {output.height}")
     sixteen = output.bits > 8
     image = _in_depth(image, sixteen)
@@ -457,7 +473,7 @@ def _encodable(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | pyv
     image = image.copy(interpretation=grey if image.bands < 3 else colour)
     if output.background:
         image = image.flatten(background=[value * (257 if sixteen else 1) for value in output.background])
-    return image
+    return reduced(image, output.width, output.height)
 
 
 def _image(pixels: Pixels | ScratchPicture | pyvips.Image) -> pyvips.Image:

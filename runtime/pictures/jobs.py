@@ -98,14 +98,14 @@ def passed_over(inputs: Sequence[Path], output: Path, recursive: bool = True) ->
     return counted(files)
 
 
-def output_beside(given: Path, scale: int, naming: Naming) -> Path:
-    """Where results go if no output is named: `a_x4.png` beside `a.png`, the folder `photos_x4` beside `photos`."""
+def output_beside(given: Path, size: str, naming: Naming) -> Path:
+    """Where results of a size (`x4`) go if no output is named: `a_x4.png` beside `a.png`, `photos_x4` beside `photos`."""
     at = given if given.name.strip(".") or isinstance(given, RemotePath) else given.resolve()
     if not at.name or (isinstance(at, RemotePath) and at == at.root_folder):
         raise UsageError(f"{given}: has no folder beside it; name OUTPUT, the last argument")
     if given.is_dir():
-        return at.with_name(f"{at.name}_x{scale}")
-    return at.with_name(replace(naming, suffix=naming.suffix or f"_x{scale}").of(at))
+        return at.with_name(f"{at.name}_{size}")
+    return at.with_name(replace(naming, suffix=naming.suffix or f"_{size}").of(at))
 
 
 def _names_a_file(output: Path, one: bool) -> bool:

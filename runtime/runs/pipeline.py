@@ -84,6 +84,8 @@ class Loaded:
     """What is not taken over from the source, one line each."""
     plan: TilingPlan
     """How it goes through the network; once it is enlarged, how it really went."""
+    pixels: int = 0
+    """Of the source."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """What each step so far took."""
 
@@ -175,7 +177,7 @@ def read(job: Job, runner: NetworkRunner, options: PipelineOptions, listener: Li
     """
     started = time.perf_counter()
     with fetched(job.source) as path, open_picture(path) as source:
-        listener(Opened(job, source.info.width * source.info.height))
+        listener(Opened(job, pixels := source.info.width * source.info.height))
         output = plan_output(source.info, job.destination, options.scale, options.encoding)
         plan = runner.decide(source.info)
         identity = identify(path, job.source)
@@ -187,7 +189,7 @@ def read(job: Job, runner: NetworkRunner, options: PipelineOptions, listener: Li
         if rgb is not None and alpha is not None and not runner.options.keep_hidden:
             rgb = fill_hidden(rgb, alpha)
         notes = source.info.notes + result_note(path) + output.notes
-        return Loaded(job, identity, output, rgb, alpha, notes, plan, {"read": since(started)})
+        return Loaded(job, identity, output, rgb, alpha, notes, plan, pixels, {"read": since(started)})
 
 
 def result_note(path: Path) -> tuple[str, ...]:
@@ -242,8 +244,7 @@ def write(picture: Loaded, options: PipelineOptions) -> Written | Skipped:
             raise
     seconds = {**picture.seconds, "write": since(started)}
     notes = picture.notes + tiling_note(picture.plan)
-    pixels = output.width * output.height // options.scale**2
-    return Written(picture.job, pixels, notes, picture.plan, picture.source, seconds)
+    return Written(picture.job, picture.pixels, notes, picture.plan, picture.source, seconds)
 
 
 def since(started: float) -> float:

@@ -93,7 +93,10 @@ class Entry:
 
     def output_encoding(self) -> Encoding:
         """How the result was written."""
-        return Encoding(**{**self.encoding, "background": tuple(self.encoding["background"] or ()) or None})
+        facts: dict[str, Any] = {**self.encoding}
+        for name in ("background", "size"):
+            facts[name] = tuple(facts.get(name) or ()) or None
+        return Encoding(**facts)
 
     def loading(self) -> RunOptions:
         """How the model was loaded."""

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sanrt.cli.models import build_words, exported_default, known_scale, one_of, require_scale, run_words
+from sanrt.cli.models import build_words, exported_default, known_scale, one_of, run_words
 from sanrt.cli.panels import panel
 from sanrt.errors import ModelError, UsageError
 from sanrt.extras import extra
 from sanrt.model.spec import Precision, QuantisedType
-from sanrt.runtime.artifacts.models import MODELS, read_spec
+from sanrt.runtime.artifacts.models import MODELS, read_spec, require_scale
 
 if TYPE_CHECKING:
     from sanrt.runtime.artifacts.engines import EngineInfo

@@ -151,6 +151,8 @@ class RunProgress:
         with self.lock:
             match event:
                 case Opened(job, pixels):
+                    if not self.opened:  # a model was loaded before
+                        self.started = time.monotonic()
                     self.opened[job], self.shares[job] = pixels, 0.0
                 case Advanced(job, share) if job in self.shares:
                     self.shares[job] += share

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sanrt.cli.models import build_words, known_scale, require_scale, run_words
+from sanrt.cli.models import build_words, known_scale, run_words
 from sanrt.cli.panels import panel
 from sanrt.errors import UsageError
 from sanrt.extras import extra
 from sanrt.model.spec import MAX_SQRT_ITERATIONS
-from sanrt.runtime.artifacts.models import MODELS, checkpoint_path, exported_path
+from sanrt.runtime.artifacts.models import MODELS, checkpoint_path, exported_path, require_scale
 
 if TYPE_CHECKING:
     from sanrt.export.onnx import ExportReport

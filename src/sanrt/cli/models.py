@@ -52,12 +52,6 @@ def one_of(*known: str) -> Callable[[str], str]:
     return checked
 
 
-def require_scale(path: Path, found: int, asked: int | None) -> None:
-    """Raise UsageError when a model or checkpoint is of another scale than was asked for."""
-    if asked not in (None, found):
-        raise UsageError(f"{path}: is for x{found}, but --scale {asked} was asked for; leave --scale out, or pass {found}")
-
-
 def run_words(model: Path) -> str:
     """The `sanrt run` command that takes a model."""
     return f"sanrt run INPUT OUTPUT{default_words(model, f' --model {shlex.quote(str(model))}')}"

@@ -15,27 +15,29 @@ from sanrt.cli.request import (
     KeepHiddenOption,
     LosslessOption,
     MemoryOption,
-    ModelChoice,
     ModelOption,
     ModelsOption,
+    OutscaleOption,
     OverlapOption,
     OverwriteOption,
     Paths,
     PrecisionOption,
     QualityOption,
     RegionsOption,
-    Request,
     ScaleOption,
     ScratchOption,
+    SizeOption,
     SuffixOption,
     ThreadsOption,
     TileOption,
     TilingOption,
+    bounding_size,
     colour,
     region_count,
 )
 from sanrt.cli.streams import STREAM, tell
 from sanrt.errors import UsageError
+from sanrt.request import ModelChoice, Request
 from sanrt.runtime.artifacts.models import MODELS
 from sanrt.runtime.tiling.options import Tiling
 
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 def plan(
     paths: Paths,
     scale: ScaleOption = None,
+    outscale: OutscaleOption = None,
+    size: SizeOption = None,
     model: ModelOption = None,
     format: FormatOption = None,
     suffix: SuffixOption = "",
@@ -80,22 +84,28 @@ def plan(
     choice = ModelChoice(model, models, scale, backend, RunOptions(threads, precision, device=device or 0))
     k = region_count(regions)
     upscaling = UpscaleOptions(tile, overlap, self_ensemble, tiling, k, memory, scratch, keep_hidden_colours)
-    encoding = Encoding(quality, lossless, colour(flatten) if flatten else None)
+    background, within = colour(flatten) if flatten else None, bounding_size(size) if size else None
+    encoding = Encoding(quality, lossless, background, outscale, within)
     work = Request(paths, choice, upscaling, encoding, Naming(suffix, format)).resolve(overwrite)
-    found, seconds, failed = work.found, 0.0, 0
-    for reason in found.reasons:
-        tell(reason)
-    if found.done:
-        tell(f"{len(found.done)} of {len(work.jobs)} results are there already and would be skipped")
-    if not found.to_do:
-        return
-    chosen = work.choice
-    with load_unguarded(chosen.backend, chosen.path, chosen.options) as network:
-        for each in estimates(found.to_do, network, chosen.path, chosen.options, upscaling, encoding):
-            tell(f"sanrt: {each.refusal}" if each.refusal else line(each), error=bool(each.refusal))
-            seconds += each.seconds
-            failed += bool(each.refusal)
-        tell(f"{len(found.to_do) - failed} to write, about {duration(seconds)}" + f", {failed} failed" * bool(failed))
+    to_do, done, seconds, failed = 0, 0, 0.0, 0
+    for part in work.parts:
+        for reason in part.found.reasons:
+            tell(reason)
+        done += len(part.found.done)
+        to_do += len(part.found.to_do)
+    if done:
+        tell(f"{done} of {len(work.jobs)} results are there already and would be skipped")
+    for part in work.parts:
+        chosen, jobs = part.choice, part.found.to_do
+        if not jobs:
+            continue
+        with load_unguarded(chosen.backend, chosen.path, chosen.options) as network:
+            for each in estimates(jobs, network, chosen.path, chosen.options, upscaling, encoding):
+                tell(f"sanrt: {each.refusal}" if each.refusal else line(each), error=bool(each.refusal))
+                seconds += each.seconds
+                failed += bool(each.refusal)
+    if to_do:
+        tell(f"{to_do - failed} to write, about {duration(seconds)}" + f", {failed} failed" * bool(failed))
     raise typer.Exit(1 if failed else 0)
 
 

@@ -1,31 +1,19 @@
-"""What a person asks of `sanrt run` and `sanrt plan`: the same words, gathered once into frozen options."""
+"""The words of `sanrt run` and `sanrt plan`: their arguments and options, and how each is read."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from sanrt.cli.formats import FORMATS, written_format
-from sanrt.cli.models import known_scale, precision_name, require_scale
+from sanrt.cli.models import known_scale, precision_name
 from sanrt.cli.panels import panel
-from sanrt.errors import UsageError
 from sanrt.model.spec import Precision
-from sanrt.runtime.artifacts.models import default_model
 from sanrt.runtime.pictures.formats import Format
-from sanrt.runtime.pictures.storage import check_buckets, located
 from sanrt.runtime.tiling.options import Tiling
-
-if TYPE_CHECKING:
-    from sanrt.runtime.backends.protocol import RunOptions
-    from sanrt.runtime.pictures.codec import Encoding
-    from sanrt.runtime.pictures.jobs import Job, Naming
-    from sanrt.runtime.runs.results import Findings, Recipe
-    from sanrt.runtime.tiling.options import UpscaleOptions
 
 COLOURS = {
     "aqua": "#00ffff",
@@ -84,6 +72,14 @@ def memory_size(text: str) -> int:
     return size
 
 
+def bounding_size(text: str) -> tuple[int, int]:
+    """Width and height from `3840x2160`; raises typer.BadParameter for anything else."""
+    found = re.fullmatch(r"([0-9]{1,7})[xX]([0-9]{1,7})", text)
+    if not found or not int(found[1]) or not int(found[2]):
+        raise typer.BadParameter(f"--size {text}: expected a width and a height such as 3840x2160")
+    return int(found[1]), int(found[2])
+
+
 LARGE, NETWORK, ELSEWHERE = "Large pictures", "Network", "Records and clusters"
 """Panels of the help, after the everyday options."""
 
@@ -98,6 +94,14 @@ Paths = Annotated[
 ]
 ScaleOption = Annotated[
     int | None, typer.Option(help="2, 3, 4 or 8; 4 unless --model says otherwise.", callback=known_scale)
+]
+OutscaleOption = Annotated[
+    float | None,
+    typer.Option(metavar="FACTOR", help="Such as 3.5: enlarged by the next scale up, then reduced to this."),
+]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(metavar="WIDTHxHEIGHT", help="Such as 3840x2160: results fit inside, the aspect ratio is kept."),
 ]
 ModelOption = Annotated[Path | None, typer.Option(help="The model, instead of the one that `sanrt export` wrote.")]
 FormatOption = Annotated[
@@ -148,95 +152,3 @@ ScratchOption = Annotated[
 RegionsOption = Annotated[
     str, panel(LARGE)(metavar="K", help="k of the k x k attention regions; auto is by the picture's size.")
 ]
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """Which model runs, and on what."""
-
-    named: Path | None
-    """None is the exported model of the scale in `models`, or the bundled weights."""
-    models: Path
-    scale: int | None
-    """None is the named model's, or DEFAULT_SCALE."""
-    backend: str
-    options: RunOptions
-
-    @property
-    def path(self) -> Path:
-        """The model's file."""
-        return self.named or default_model(self.models, self.scale)
-
-    def absolute(self) -> ModelChoice:
-        """The same, wherever the working folder is."""
-        return replace(self, named=self.named and self.named.absolute(), models=self.models.absolute())
-
-    def preferred(self) -> ModelChoice:
-        """What runs: for `auto` on an exported model, the variant that was measured fastest here, where there is one."""
-        from sanrt.runtime.backends.default_variant import preferred
-
-        found = preferred(self.path) if self.backend == "auto" and not self.named else None
-        if found is None:
-            return self
-        options = replace(self.options, precision=self.options.precision or found.precision)
-        return replace(self, named=self.path.parent / found.model, backend=found.backend, options=options)
-
-
-@dataclass(frozen=True)
-class Request:
-    """Pictures, a model, and how results are made and written."""
-
-    paths: Sequence[str]
-    choice: ModelChoice
-    upscaling: UpscaleOptions
-    encoding: Encoding
-    naming: Naming
-
-    def resolve(self, overwrite: bool = False, absolute: bool = False) -> Work:
-        """What there is to do, before anything is done.
-
-        `overwrite` replaces whatever is in the results' places; `absolute` makes paths that other processes understand.
-        Raises UsageError for what cannot be, PictureError and ModelError for what is not there.
-        """
-        from sanrt.runtime.backends.registry import model_spec
-        from sanrt.runtime.pictures.jobs import find_pictures, output_beside, passed_over
-        from sanrt.runtime.runs.results import Recipe, sort_out
-
-        choice, named = self.choice, [located(path) for path in self.paths]
-        if absolute:
-            named, choice = [path.absolute() for path in named], choice.absolute()
-        check_buckets(named)
-        chosen = choice.preferred()
-        spec = model_spec(chosen.path)
-        scale = spec.architecture.scale
-        require_scale(chosen.path, scale, choice.scale)
-        beside = [] if named[1:] else [output_beside(named[0], scale, self.naming)]
-        *inputs, output = named + beside
-        jobs = find_pictures(inputs, output, self.naming, into_folder=self.paths[-1].endswith("/"))
-        require_effect(self.encoding, {Format.of_suffix(job.destination) or Format.PNG for job in jobs})
-        recipe = Recipe.of(spec, choice.options.precision, self.upscaling, self.encoding)
-        return Work(chosen, jobs, recipe, sort_out(jobs, recipe, overwrite), passed_over(inputs, output))
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a request comes to."""
-
-    choice: ModelChoice
-    """With the preferred variant in place of the exported model, where there is one."""
-    jobs: Sequence[Job]
-    """All pictures."""
-    recipe: Recipe
-    found: Findings
-    """Those that are done, and those that remain."""
-    passed_over: str
-    """Pictures that sanrt does not read, counted by kind; empty without any."""
-
-
-def require_effect(encoding: Encoding, formats: set[Format]) -> None:
-    """Raise UsageError for an option of files that changes nothing in any of the results' formats."""
-    names = ", ".join(sorted(formats))
-    if encoding.lossless and not any(form in (Format.WEBP, Format.AVIF) for form in formats):
-        raise UsageError(f"--lossless: changes nothing in {names} files; leave it out, or choose --format webp or avif")
-    if encoding.quality is not None and all(form.facts.quality is None for form in formats):
-        raise UsageError(f"--quality: changes nothing in {names} files; leave it out, or choose --format jpeg, webp or avif")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,23 +22,23 @@ from sanrt.cli.request import (
     KeepHiddenOption,
     LosslessOption,
     MemoryOption,
-    ModelChoice,
     ModelOption,
     ModelsOption,
+    OutscaleOption,
     OverlapOption,
     OverwriteOption,
     Paths,
     PrecisionOption,
     QualityOption,
     RegionsOption,
-    Request,
     ScaleOption,
     ScratchOption,
+    SizeOption,
     SuffixOption,
     ThreadsOption,
     TileOption,
     TilingOption,
-    Work,
+    bounding_size,
     colour,
     region_count,
 )
@@ -47,6 +46,7 @@ from sanrt.cli.streams import STREAM, standard_streams
 from sanrt.errors import UsageError
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
 from sanrt.model.spec import Precision
+from sanrt.request import Conduct, ModelChoice, Part, Request, Work, outcomes
 from sanrt.runtime.artifacts.models import MODELS, model_title, other_models
 from sanrt.runtime.tiling.options import Tiling
 
@@ -100,6 +100,8 @@ class RunCommand(PanelCommand):
 def run(
     paths: Paths,
     scale: ScaleOption = None,
+    outscale: OutscaleOption = None,
+    size: SizeOption = None,
     model: ModelOption = None,
     format: FormatOption = None,
     suffix: SuffixOption = "",
@@ -150,7 +152,7 @@ def run(
         paths,
         ModelChoice(model, models, scale, backend, loading),
         UpscaleOptions(tile, overlap, self_ensemble, tiling, region_count(regions), memory, scratch, keep_hidden_colours),
-        Encoding(quality, lossless, colour(flatten) if flatten else None),
+        Encoding(quality, lossless, colour(flatten) if flatten else None, outscale, bounding_size(size) if size else None),
         Naming(suffix, format),
     )
     raise typer.Exit(execute(request, manner, device))
@@ -167,84 +169,49 @@ def execute(request: Request, manner: Manner, device: int | None) -> int:
             manner = replace(manner, quiet=manner.quiet or request.paths[-1] == STREAM)
         work = replace(request, paths=paths).resolve(manner.overwrite or manner.explain_tiles, bool(manner.ray))
         with Reporter(len(work.jobs), manner.quiet, manner.verbose, work.passed_over, hidden) as reporter:
-            for line in work.found.reasons:
-                reporter.say(line)
-            upscale_all(work, request, manner, device, reporter)
+            for part in work.parts:
+                for line in part.found.reasons:
+                    reporter.say(line)
+            if manner.explain_tiles:
+                explain(work.parts[0], request.upscaling, reporter)
+            else:
+                upscale_all(work, request, manner, device, reporter)
             return reporter.status
 
 
 def upscale_all(work: Work, request: Request, manner: Manner, device: int | None, reporter: Reporter) -> None:
-    """Every picture that is not done yet, here or by workers; or only what would be done, or how the tilings differ."""
-    from sanrt.runtime.runs import pipeline
-    from sanrt.runtime.runs.pipeline import PipelineOptions, Skipped
-    from sanrt.runtime.runs.record import Recorder
-    from sanrt.runtime.tiling.upscaling import NetworkRunner
+    """Every picture that is not done yet, here or by workers; or only what would be done."""
 
-    choice, jobs, recorder = work.choice, work.found.to_do, None
-    skipped, options = map(Skipped, work.found.done), PipelineOptions(work.recipe, request.encoding)
-    if not jobs:
-        return reporter.follow(skipped)
-    if manner.ray and not manner.dry_run:
-        return run_on_ray(work, request, manner, reporter)
-    with loaded(choice, device, reporter) as network:
-        if manner.explain_tiles:
-            return explain(network, choice, work.jobs[0].source, request.upscaling, reporter)
-        runner = NetworkRunner(network, request.upscaling)
-        if manner.dry_run:
-            return reporter.follow(chain(skipped, pipeline.preview(jobs, runner, options)))
-        if manner.record:
-            loading, upscaling = choice.options, request.upscaling
-            recorder = Recorder(manner.record, network, choice.path, loading, upscaling, request.encoding, work.recipe)
-        with closing(pipeline.run(jobs, runner, options, reporter.hear)) as outcomes, recorder or nullcontext():
-            return reporter.follow(chain(skipped, recorder.follow(outcomes) if recorder else outcomes))
+    def loaded(choice: ModelChoice, network: Backend | Ready, where: str) -> None:
+        tell_model(choice, network, reporter)
+        if where:
+            reporter.say(where)
+        elif device is not None and network.device == "CPU":
+            reporter.warn(f"--device {device}: changes nothing, {network.name} runs on the CPU")
+
+    conduct = Conduct(manner.dry_run, manner.record, manner.ray, manner.workers)
+    with closing(outcomes(work, request, conduct, reporter.hear, loaded)) as found:
+        reporter.follow(found)
 
 
-def explain(network: Backend, choice: ModelChoice, picture: Path, options: UpscaleOptions, reporter: Reporter) -> None:
-    """Whole, exact and overlapped on a sample of a picture, one line each."""
+def explain(part: Part, options: UpscaleOptions, reporter: Reporter) -> None:
+    """Whole, exact and overlapped on a sample of the first picture, one line each."""
     from sanrt.runtime.backends.registry import load_backend
     from sanrt.runtime.runs import compare_tilings as samples
 
-    if network.device == "CPU" and network.spec.precision != Precision.FP32:
-        reporter.say("all in fp32, so that the tilings alone differ")
-        with load_backend(network.name, choice.path, replace(choice.options, precision=Precision.FP32)) as exact:
-            explain(exact, choice, picture, options, reporter)
-        return
-    reporter.say(f"{picture}: its centre, at most {samples.SAMPLE} pixels a side, against the whole")
-    reporter.say("tiling    largest difference       PSNR      time   memory")
-    for each in samples.explain(network, picture, options):
-        difference = f"{each.largest:11.5f} of 255 {each.psnr:10.2f} dB"
-        reporter.say(f"{each.tiling:8} {difference} {each.seconds:7.2f} s {each.peak >> 20:4} MiB")
-
-
-def run_on_ray(work: Work, request: Request, manner: Manner, reporter: Reporter) -> None:
-    """The same as on one machine, by workers of a Ray cluster."""
-    from sanrt.runtime.runs.pipeline import Skipped
-    from sanrt.runtime.runs.ray_pool import LOCAL, Pool, Task, connected, shared_folder_probe
-
-    assert manner.ray
-    choice, jobs = work.choice, work.found.to_do
-    task = Task(choice.path, choice.backend, choice.options, request.upscaling, work.recipe, request.encoding, manner.record)
-    shared = nullcontext() if manner.ray == LOCAL else shared_folder_probe(jobs[0].destination.parent)
-    with (
-        shared as seen,
-        connected(manner.ray, manner.workers, choice.options.threads) as share,
-        Pool(task, share, seen, reporter.hear) as pool,
-    ):
-        tell_model(choice, pool.loaded[0], reporter)
-        reporter.say(f"Ray {manner.ray}: {share}")
-        with closing(pool.run(jobs)) as outcomes:
-            reporter.follow(chain(map(Skipped, work.found.done), outcomes))
-
-
-def loaded(choice: ModelChoice, device: int | None, reporter: Reporter) -> Backend:
-    """The chosen model on the chosen backend."""
-    from sanrt.runtime.backends.registry import load_backend
-
-    network = load_backend(choice.backend, choice.path, choice.options)
-    tell_model(choice, network, reporter)
-    if device is not None and network.device == "CPU":
-        reporter.warn(f"--device {device}: changes nothing, {network.name} runs on the CPU")
-    return network
+    choice, picture = part.choice, part.jobs[0].source
+    with load_backend(choice.backend, choice.path, choice.options) as network:
+        tell_model(choice, network, reporter)
+        if network.device == "CPU" and network.spec.precision != Precision.FP32:
+            reporter.say("all in fp32, so that the tilings alone differ")
+            loading = replace(choice.options, precision=Precision.FP32)
+            return explain(replace(part, choice=replace(choice, backend=network.name, options=loading)), options, reporter)
+        reporter.say(f"{picture}: its centre, at most {samples.SAMPLE} pixels a side, against the whole")
+        reporter.say("tiling    largest difference       PSNR      time   memory")
+        for each in samples.explain(network, picture, options):
+            difference = f"{each.largest:11.5f} of 255 {each.psnr:10.2f} dB"
+            reporter.say(f"{each.tiling:8} {difference} {each.seconds:7.2f} s {each.peak >> 20:4} MiB")
+    return None
 
 
 def tell_model(choice: ModelChoice, network: Backend | Ready, reporter: Reporter) -> None:

@@ -127,12 +127,12 @@ def test_without_an_output_results_lie_beside_their_sources(folder, monkeypatch)
         ("in", "", "in_x4"),
         ("in/sub/", "_big", "in/sub_x4"),
     ):
-        assert output_beside(Path(given), 4, Naming(suffix)) == Path(expected)
+        assert output_beside(Path(given), "x4", Naming(suffix)) == Path(expected)
     monkeypatch.chdir("in/sub")
-    assert output_beside(Path(), 4, Naming()) == folder / "in" / "sub_x4"
-    assert output_beside(Path(".."), 2, Naming()) == folder / "in_x2"
+    assert output_beside(Path(), "x4", Naming()) == folder / "in" / "sub_x4"
+    assert output_beside(Path(".."), "x2", Naming()) == folder / "in_x2"
     with pytest.raises(UsageError, match="name OUTPUT"):
-        output_beside(Path("/"), 4, Naming())
+        output_beside(Path("/"), "x4", Naming())
 
 
 def test_a_suffix_that_names_a_folder_is_refused():

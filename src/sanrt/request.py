@@ -1,0 +1,254 @@
+"""What is asked of sanrt with picture files, on the command line or by a program: gathered once into frozen options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sanrt.errors import SanrtError, UsageError
+from sanrt.runtime.artifacts.models import DEFAULT_SCALE, default_model, require_scale
+from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.storage import RemotePath, check_buckets, located
+
+if TYPE_CHECKING:
+    from sanrt.model.spec import ModelSpec
+    from sanrt.runtime.backends.protocol import Backend, RunOptions
+    from sanrt.runtime.pictures.codec import Encoding
+    from sanrt.runtime.pictures.jobs import Job, Naming
+    from sanrt.runtime.pictures.resize import ResultSize
+    from sanrt.runtime.runs.pipeline import Listener, Outcome
+    from sanrt.runtime.runs.ray_pool import Ready
+    from sanrt.runtime.runs.results import Findings, Recipe
+    from sanrt.runtime.tiling.options import UpscaleOptions
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model runs, and on what."""
+
+    named: Path | None
+    """None is the exported model of the scale in `models`, or the bundled weights."""
+    models: Path
+    scale: int | None
+    """None is the named model's, that which the results' size needs, or DEFAULT_SCALE."""
+    backend: str
+    options: RunOptions
+
+    @property
+    def path(self) -> Path:
+        """The model's file."""
+        return self.named or default_model(self.models, self.scale)
+
+    def absolute(self) -> ModelChoice:
+        """The same, wherever the working folder is."""
+        return replace(self, named=self.named and self.named.absolute(), models=self.models.absolute())
+
+    def preferred(self) -> ModelChoice:
+        """What runs: for `auto` on an exported model, the variant that was measured fastest here, where there is one."""
+        from sanrt.runtime.backends.default_variant import preferred
+
+        found = preferred(self.path) if self.backend == "auto" and not self.named else None
+        if found is None:
+            return self
+        options = replace(self.options, precision=self.options.precision or found.precision)
+        return replace(self, named=self.path.parent / found.model, backend=found.backend, options=options)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Pictures, a model, and how results are made and written."""
+
+    paths: Sequence[str]
+    choice: ModelChoice
+    upscaling: UpscaleOptions
+    encoding: Encoding
+    naming: Naming
+
+    def resolve(self, overwrite: bool = False, absolute: bool = False) -> Work:
+        """What there is to do, before anything is done.
+
+        `overwrite` replaces whatever is in the results' places; `absolute` makes paths that other processes understand.
+        Raises UsageError for what cannot be, PictureError and ModelError for what is not there.
+        """
+        from sanrt.runtime.backends.registry import model_spec
+        from sanrt.runtime.pictures.jobs import find_pictures, output_beside, passed_over
+        from sanrt.runtime.runs.results import Recipe, sort_out
+
+        choice, named = self.choice, [located(path) for path in self.paths]
+        if absolute:
+            named, choice = [path.absolute() for path in named], choice.absolute()
+        check_buckets(named)
+
+        @cache
+        def network(scale: int | None) -> tuple[ModelChoice, ModelSpec]:
+            """The model that enlarges so many times, and its description."""
+            chosen = replace(choice, scale=scale).preferred()
+            spec = model_spec(chosen.path)
+            require_scale(chosen.path, spec.architecture.scale, scale)
+            return chosen, spec
+
+        size = self.encoding.result_size
+        label = str(size) or f"x{network(choice.scale)[1].architecture.scale}"
+        beside = [] if named[1:] else [output_beside(named[0], label, self.naming)]
+        *inputs, output = named + beside
+        jobs = find_pictures(inputs, output, self.naming, into_folder=self.paths[-1].endswith("/"))
+        require_effect(self.encoding, {Format.of_suffix(job.destination) or Format.PNG for job in jobs})
+        parts = []
+        for scale, its_jobs in by_scale(jobs, choice, size).items():
+            chosen, spec = network(scale)
+            require_large_enough(chosen.path, spec.architecture.scale, size)
+            recipe = Recipe.of(spec, choice.options.precision, self.upscaling, self.encoding)
+            parts.append(Part(chosen, its_jobs, recipe, sort_out(its_jobs, recipe, overwrite)))
+        return Work(parts, passed_over(inputs, output))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The pictures of a request that one network enlarges."""
+
+    choice: ModelChoice
+    """With the preferred variant in place of the exported model, where there is one."""
+    jobs: Sequence[Job]
+    """All of them."""
+    recipe: Recipe
+    found: Findings
+    """Those that are done, and those that remain."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a request comes to."""
+
+    parts: Sequence[Part]
+    """One for each network: several only where --size leaves the scale to the pictures."""
+    passed_over: str
+    """Pictures that sanrt does not read, counted by kind; empty without any."""
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All pictures."""
+        return [job for part in self.parts for job in part.jobs]
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """How a request is carried out."""
+
+    preview: bool = False
+    """Say what would be done, do nothing."""
+    record: Path | None = None
+    """Append an entry per result to this file."""
+    ray: str | None = None
+    """Address of a cluster whose workers do it; None is this process."""
+    workers: int | None = None
+    """Of the cluster, instead of one per GPU, or per node."""
+
+
+Loaded = Callable[[ModelChoice, "Backend | Ready", str], None]
+"""Told each model, what runs it, and where on a cluster."""
+
+
+def outcomes(
+    work: Work, request: Request, conduct: Conduct, listener: Listener | None = None, loaded: Loaded = lambda *_: None
+) -> Generator[Outcome, None, None]:
+    """Every picture's outcome as it comes, those that are done first.
+
+    `listener` is told what happens to the pictures meanwhile. Close the iterator to stop early.
+    """
+    from sanrt.runtime.backends.registry import load_backend
+    from sanrt.runtime.runs import pipeline
+    from sanrt.runtime.runs.record import Recorder
+    from sanrt.runtime.tiling.upscaling import NetworkRunner
+
+    listener = listener or pipeline.nobody
+    for part in work.parts:
+        choice, jobs, upscaling, encoding = part.choice, part.found.to_do, request.upscaling, request.encoding
+        yield from map(pipeline.Skipped, part.found.done)
+        if not jobs:
+            continue
+        if conduct.ray and not conduct.preview:
+            yield from ray_outcomes(part, request, conduct.ray, conduct, listener, loaded)
+            continue
+        with load_backend(choice.backend, choice.path, choice.options) as network:
+            loaded(choice, network, "")
+            runner, options = NetworkRunner(network, upscaling), pipeline.PipelineOptions(part.recipe, encoding)
+            if conduct.preview:
+                yield from pipeline.preview(jobs, runner, options)
+                continue
+            recorder = None
+            if conduct.record:
+                loading = choice.options
+                recorder = Recorder(conduct.record, network, choice.path, loading, upscaling, encoding, part.recipe)
+            with closing(pipeline.run(jobs, runner, options, listener)) as done, recorder or nullcontext():
+                yield from recorder.follow(done) if recorder else done
+
+
+def ray_outcomes(
+    part: Part, request: Request, address: str, conduct: Conduct, listener: Listener, loaded: Loaded
+) -> Generator[Outcome, None, None]:
+    """The same by workers of a Ray cluster."""
+    from sanrt.runtime.runs.ray_pool import LOCAL, Pool, Task, connected, shared_folder_probe
+
+    choice, jobs = part.choice, part.found.to_do
+    task = Task(
+        choice.path, choice.backend, choice.options, request.upscaling, part.recipe, request.encoding, conduct.record
+    )
+    shared = nullcontext() if address == LOCAL else shared_folder_probe(jobs[0].destination.parent)
+    with (
+        shared as seen,
+        connected(address, conduct.workers, choice.options.threads) as share,
+        Pool(task, share, seen, listener) as pool,
+    ):
+        loaded(choice, pool.loaded[0], f"Ray {address}: {share}")
+        with closing(pool.run(jobs)) as done:
+            yield from done
+
+
+def by_scale(jobs: Sequence[Job], choice: ModelChoice, size: ResultSize) -> dict[int | None, list[Job]]:
+    """The pictures that networks of each scale enlarge: the scale asked for, or the smallest that makes the results' size.
+
+    A picture's size is in its header. One that cannot be read, or that no network enlarges enough, fails in its turn.
+    Raises UsageError for pictures in an object store whose size is needed.
+    """
+    if choice.scale or choice.named:
+        return {choice.scale: list(jobs)}
+    if not size.size:
+        return {size.outscale_network: list(jobs)}
+    found: dict[int | None, list[Job]] = {}
+    for job in jobs:
+        if isinstance(job.source, RemotePath):
+            raise UsageError(f"{job.source}: its size is not known before it is fetched; say --scale beside --size {size}")
+        found.setdefault(scale_for(job.source, size), []).append(job)
+    return found
+
+
+def scale_for(picture: Path, size: ResultSize) -> int:
+    """The smallest scale by which a picture gets so large; the default one where that is not known."""
+    from sanrt.runtime.pictures.codec import open_picture
+
+    try:
+        info = open_picture(picture).info
+    except SanrtError:
+        return DEFAULT_SCALE
+    return size.least_scale(info.width, info.height) or DEFAULT_SCALE
+
+
+def require_large_enough(model: Path, scale: int, size: ResultSize) -> None:
+    """Raise UsageError where a model enlarges less than --outscale asks for."""
+    if size.outscale and size.outscale > scale:
+        raise UsageError(
+            f"{model}: enlarges x{scale}, less than --outscale {size.outscale:g}; take --scale {size.outscale_network}"
+        )
+
+
+def require_effect(encoding: Encoding, formats: set[Format]) -> None:
+    """Raise UsageError for an option of files that changes nothing in any of the results' formats."""
+    names = ", ".join(sorted(formats))
+    if encoding.lossless and not any(form in (Format.WEBP, Format.AVIF) for form in formats):
+        raise UsageError(f"--lossless: changes nothing in {names} files; leave it out, or choose --format webp or avif")
+    if encoding.quality is not None and all(form.facts.quality is None for form in formats):
+        raise UsageError(f"--quality: changes nothing in {names} files; leave it out, or choose --format jpeg, webp or avif")
