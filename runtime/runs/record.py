@@ -93,10 +93,8 @@ class Entry:
 
     def output_encoding(self) -> Encoding:
         """How the result was written."""
-        facts: dict[str, Any] = {**self.encoding}
-        for name in ("background", "size"):
-            facts[name] = tuple(facts.get(name) or ()) or None
-        return Encoding(**facts)
+        lists = {"background": self.encoding["background"], "size": self.encoding.get("size")}
+        return Encoding(**{**self.encoding, **{name: tuple(value or ()) or None for name, value in lists.items()}})
 
     def loading(self) -> RunOptions:
         """How the model was loaded."""
