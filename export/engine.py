@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from sanrt.model.exported import read_model
 from sanrt.model.graph import san_model, stage_model
 from sanrt.model.spec import GraphOptions, ModelSpec, Precision
 from sanrt.runtime.artifacts.engines import (
+    RTX_GPUS,
     BuildOptions,
     EngineInfo,
     Identity,
@@ -36,6 +38,7 @@ from sanrt.runtime.artifacts.engines import (
 )
 from sanrt.runtime.artifacts.flavors import TITLES, Flavor, installed_version
 from sanrt.runtime.artifacts.variants import model_digest
+from sanrt.runtime.backends.tensorrt.device import open_device
 from sanrt.runtime.backends.tensorrt.library import TensorRTLog, import_flavor
 from sanrt.version import __version__
 
@@ -73,9 +76,9 @@ class NoProgress:
     def finish(self, phase: str) -> None: ...
 
 
-def choose_flavor() -> Flavor:
-    """TensorRT where it and a GPU are, else TensorRT-RTX; raises BackendError when neither is installed."""
-    if installed_version(Flavor.TENSORRT) and gpu_present():
+def choose_flavor(device: int = 0) -> Flavor:
+    """TensorRT where it and that GPU are, else TensorRT-RTX; raises BackendError when neither is installed."""
+    if installed_version(Flavor.TENSORRT) and gpu_present(device):
         return Flavor.TENSORRT
     if installed_version(Flavor.RTX):
         return Flavor.RTX
@@ -84,22 +87,25 @@ def choose_flavor() -> Flavor:
     )
 
 
-def gpu_present() -> bool:
+def gpu_present(device: int) -> bool:
     """Whether a CUDA device can be opened."""
-    from sanrt.runtime.backends.tensorrt.device import open_device
-
     try:
-        open_device(0).close()
+        open_device(device).close()
     except BackendError:
         return False
     return True
 
 
 def build_engine(
-    model: Path, options: BuildOptions, output: Path | None = None, progress: BuildProgress | None = None
+    model: Path,
+    options: BuildOptions,
+    output: Path | None = None,
+    progress: BuildProgress | None = None,
+    device: int = 0,
 ) -> tuple[EngineInfo, bool]:
     """Build an exported fp32 ONNX into an engine beside it (or at `output`); False when an equal one was already there.
 
+    device: the GPU that TensorRT builds on, and for; TensorRT-RTX needs none.
     With `options.stages` it is a set of engines, one per stage, each proved as a whole one is.
 
     Raises BuildError, ModelError, BackendError or UsageError, and KeyboardInterrupt after a clean stop. Whatever is
@@ -111,14 +117,22 @@ def build_engine(
     spec, graphs = typed_graphs(model, options)
     code = source_digest("sanrt.model", "sanrt.export", *["sanrt.kernels"] * options.kernels)
     made_by = f"{__version__}, source {code[:16]}"
-    identity = Identity(model_digest(model), options, installed_version(options.flavor) or "", target(trt, options), made_by)
+    identity = Identity(
+        model_digest(model), options, installed_version(options.flavor) or "", target(trt, options, device), made_by
+    )
     path = output or default_path(model, identity)
     if (existing := reusable(path, identity)) is not None:
         return existing, False
     require_writable(path, "choose another place with -o")
     cancel, timings = Event(), timing_cache(options, identity)
     monitor = monitor_class(trt)(progress or NoProgress(), cancel)
-    built = [compile_proved(trt, graph, options, monitor, cancel, timings) for graph in graphs.values()]
+    with open_device(device) if options.flavor == Flavor.TENSORRT else nullcontext() as gpu:
+
+        def prepare() -> None:
+            if gpu:
+                gpu.activate()  # in the thread that builds
+
+        built = [compile_proved(trt, graph, options, monitor, cancel, timings, prepare) for graph in graphs.values()]
     engines = dict(zip(graphs, (engine for engine, _ in built), strict=True))
     findings = proofs.check_proof(
         proofs.merge_proofs([found for _, found in built]),
@@ -135,11 +149,22 @@ def build_engine(
 
 
 def compile_proved(
-    trt: Any, graph: onnx.ModelProto, options: BuildOptions, monitor: Any, cancel: Event, timings: TimingCache | None
+    trt: Any,
+    graph: onnx.ModelProto,
+    options: BuildOptions,
+    monitor: Any,
+    cancel: Event,
+    timings: TimingCache | None,
+    prepare: Callable[[], None],
 ) -> tuple[bytes, Proof]:
-    """Compile a graph: the engine's bytes, and the proof from its layer list."""
+    """Compile a graph in a thread where `prepare` is called first: the engine's bytes, and the proof from its layers."""
     trt_log = TensorRTLog(trt, keep=True)
-    engine_bytes = interruptible(lambda: compile_engine(trt, graph, options, trt_log, monitor, timings), cancel)
+
+    def work() -> bytes:
+        prepare()
+        return compile_engine(trt, graph, options, trt_log, monitor, timings)
+
+    engine_bytes = interruptible(work, cancel)
     layers, source = layer_list(trt, options.flavor, engine_bytes, trt_log)
     return engine_bytes, proofs.prove(graph, layers, source, activation_memory(trt_log))
 
@@ -177,21 +202,19 @@ def register_kernels(trt: Any, flavor: Flavor) -> None:
     register(trt)
 
 
-def target(trt: Any, options: BuildOptions) -> str:
+def target(trt: Any, options: BuildOptions, device: int) -> str:
     """The GPU part of an engine's identity; raises UsageError for targets that the flavour does not build for."""
     if options.flavor == Flavor.TENSORRT:
         if options.gpus:
             raise UsageError("--gpu: TensorRT builds for the GPU it runs on; only --flavor rtx takes targets")
-        from sanrt.runtime.backends.tensorrt.device import open_device
-
-        with open_device(0) as device:
-            return f"{device.name} {device.capability}"
+        with open_device(device) as gpu:
+            return f"{gpu.name} {gpu.capability}"
     if options.timing_cache:
         raise UsageError("--timing-cache: TensorRT-RTX has no timing cache; leave it out")
     known = sorted((n.lower() for n in dir(trt.ComputeCapability) if RTX_TARGETS.fullmatch(n)), key=lambda n: int(n[2:]))
     if unknown := [gpu for gpu in options.gpus if gpu not in known]:
         raise UsageError(f"--gpu {unknown[0]!r}: TensorRT-RTX builds for {', '.join(known)} (comma-separated)")
-    return ",".join(options.gpus) or "ampere+"
+    return ",".join(options.gpus or RTX_GPUS)
 
 
 def reusable(path: Path, identity: Identity) -> EngineInfo | None:
@@ -248,6 +271,8 @@ def configure(trt: Any, config: Any, options: BuildOptions) -> None:
     # TF32 is on by default, and would round the inputs of SOCA's fp32 products to 10 bits.
     config.clear_flag(trt.BuilderFlag.TF32)
     config.builder_optimization_level = options.level
+    # Activations for the size that runs, not for the largest of the profile: TensorRT-RTX's own choice, not TensorRT's.
+    config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
     if options.gpus:

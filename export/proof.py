@@ -114,19 +114,14 @@ def layer_from_json(facts: Mapping[str, Any]) -> Layer:
 
 
 def prove(model: onnx.ModelProto, layers: Sequence[Layer], source: str, memory: int | None = None) -> Proof:
-    """Hold an engine's layers against the typed graph; raises BuildError when the list does not cover the graph."""
+    """Hold an engine's layers against the typed graph."""
     by_node: dict[str, list[Layer]] = {}
     for layer in layers:
         for node in layer.nodes:
             by_node.setdefault(node, []).append(layer)
     convolutions = convolution_types(model)
     needed = [node.name for node in model.graph.node if node.op_type in ("Conv", "MatMul")]
-    if lost := [name for name in needed if name not in by_node]:
-        raise BuildError(
-            f"{source}: {len(lost)} of {len(needed)} convolutions and products are not in the list of {len(layers)} layers "
-            f"({shorten(lost)}); the engine cannot be checked"
-        )
-    wrong = [name for name, kind in convolutions.items() if not convolves(kind, by_node[name])]
+    wrong = [name for name, kind in convolutions.items() if name in by_node and not convolves(kind, by_node[name])]
     soca = {layer.name: layer for name, group in by_node.items() if SOCA_ROOT.match(name) for layer in group}
     regions = [
         n.name.removesuffix("scores") for n in model.graph.node if n.op_type == "MatMul" and n.name.endswith(".scores")
@@ -143,6 +138,7 @@ def prove(model: onnx.ModelProto, layers: Sequence[Layer], source: str, memory: 
         unfused_attention=[region.rstrip(".") for region, kernel in fused.items() if kernel is None],
         kernels=sorted({kernel for kernel in fused.values() if kernel}),
         memory=memory,
+        unlisted=[name for name in needed if name not in by_node],
     )
 
 
@@ -164,6 +160,7 @@ def merge_proofs(proofs: Sequence[Proof]) -> Proof:
         attention=sum(each.attention for each in proofs),
         unfused_attention=joined("unfused_attention"),
         kernels=sorted(set(joined("kernels"))),
+        unlisted=joined("unlisted"),
         memory=max((each.memory for each in proofs if each.memory is not None), default=None),
     )
 
@@ -205,11 +202,12 @@ def computes_fp32(layer: Layer) -> bool:
 def check_proof(proof: Proof, precision: Precision, allow_precision: bool, allow_unfused_attention: bool) -> Proof:
     """Raise BuildError naming the layers that are not as asked for; what is allowed, or cannot be, becomes a remark."""
     remarks = []
-    for layers, what, allowed in (
-        (proof.wrong_convolutions, f"convolutions not in {precision}", allow_precision),
-        (proof.wrong_soca, "layers of SOCA's square root not in fp32", allow_precision),
+    for layers, what in (
+        (proof.wrong_convolutions, f"convolutions not in {precision}"),
+        (proof.wrong_soca, "layers of SOCA's square root not in fp32"),
+        (proof.unlisted, f"convolutions and products that its list of {proof.layers} layers ({proof.source}) does not name"),
     ):
-        if layers and not allowed:
+        if layers and not allow_precision:
             raise BuildError(f"the engine has {len(layers)} {what}: {shorten(layers)}; accept them with --allow-precision")
         remarks += [f"{len(layers)} {what} (allowed)"] if layers else []
     if proof.unfused_attention:

@@ -32,6 +32,18 @@ def loaded_kernel(source: CudaSource, kernel: str, device: int) -> Any:
     return check_cuda(driver.cuModuleGetFunction(module, kernel.encode()))
 
 
+@cache
+def primary_context(device: int) -> Any:
+    """A GPU's primary context, which PyTorch works in too; it stays retained with the process."""
+    driver = import_driver()
+    return check_cuda(driver.cuDevicePrimaryCtxRetain(check_cuda(driver.cuDeviceGet(device))))
+
+
+def activate(device: int) -> None:
+    """Make a GPU's primary context current: PyTorch leaves a thread without one until its own first call in it."""
+    check_cuda(import_driver().cuCtxSetCurrent(primary_context(device)))
+
+
 def launch_kernel(
     source: CudaSource, kernel: str, grid: tuple[int, int, int], threads: int, *arguments: Tensor | int
 ) -> None:
@@ -42,6 +54,7 @@ def launch_kernel(
     kinds = tuple(ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_int for a in arguments)
     with torch.cuda.device(device):
         # PyTorch's allocator knows that stream: memory freed in Python is used again only by work after the kernel.
+        activate(device.index)
         stream = torch.cuda.current_stream().cuda_stream
         function = loaded_kernel(source, kernel, device.index)
         check_cuda(driver.cuLaunchKernel(function, *grid, threads, 1, 1, 0, stream, (values, kinds), 0))
@@ -51,6 +64,7 @@ def zeroed_counters(count: int, device: torch.device) -> Tensor:
     """`count` 32-bit zeros, set on the current stream by the driver: torch.zeros would launch a kernel."""
     counters = torch.empty(count, dtype=torch.int32, device=device)
     with torch.cuda.device(device):
+        activate(device.index)
         stream = torch.cuda.current_stream().cuda_stream
         check_cuda(import_driver().cuMemsetD32Async(counters.data_ptr(), 0, count, stream))
     return counters

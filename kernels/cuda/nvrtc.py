@@ -19,6 +19,12 @@ SOURCES = Path(__file__).parent
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities (times ten) that the kernels are compiled for and checked on."""
 
+PTX_VERSION = "8.3"
+"""The PTX that the kernels are stated to be, which drivers know from CUDA 12.3 on: they use nothing newer.
+
+NVRTC states its own, and a driver refuses PTX of a version that is newer than itself.
+"""
+
 HEADERS = ("primitives.cuh", "formats.cuh")
 INSTALL = "pip install 'sanrt[kernels]'"
 
@@ -61,8 +67,9 @@ class CudaSource:
         return self.cached(f"sm_{capability}", "cubin")
 
     def ptx(self, capability: int) -> bytes:
-        """PTX for a compute capability; runs there and on anything later."""
-        return self.cached(f"compute_{capability}", "ptx")
+        """PTX for a compute capability as text of version PTX_VERSION; runs there and on anything later."""
+        made = self.cached(f"compute_{capability}", "ptx").rstrip(b"\0")
+        return re.sub(rb"(?m)^\.version .*$", f".version {PTX_VERSION}".encode(), made, count=1)
 
     def cached(self, architecture: str, kind: str) -> bytes:
         """Code from the user's cache, or compiled; its name has a digest of source, options and NVRTC: it is never stale."""

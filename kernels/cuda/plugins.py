@@ -3,14 +3,16 @@
 TensorRT-RTX has no such plugins, full TensorRT has from 10.13 on.
 
 Two plugins, because a plugin launches one kernel: `sanrt::soca_statistics` and `sanrt::soca_gate`, the two launches of
-soca.py. PTX is compiled for the GPU at hand when the engine is loaded, so the driver there must know the PTX version of the
-NVRTC that wrote it. Region attention has no plugin: TensorRT fuses it itself (sanrt.model.graph writes it in that form).
+soca.py. Their PTX is compiled for the GPU at hand when the engine is loaded. Region attention has no plugin: TensorRT fuses
+it itself (sanrt.model.graph writes it in that form).
 Compiled, and registered with TensorRT's bindings; never run on a GPU.
 
 Annotations are evaluated here (no `from __future__ import annotations`): TensorRT reads them off the functions.
 """
 
 from typing import Any
+
+import numpy as np
 
 from sanrt.errors import BackendError
 from sanrt.kernels.cuda.nvrtc import ARCHITECTURES, CudaSource
@@ -30,11 +32,22 @@ def register(trt: Any) -> None:
             f"--kernels fused: {trt.__name__} {getattr(trt, '__version__', '')} has no ahead-of-time plugins; "
             "expected TensorRT 10.13 or later, not TensorRT-RTX; build with --kernels none"
         )
+    if trt_lacks_numpy(trt.__version__, np.__version__):
+        raise BackendError(
+            f"--kernels fused: TensorRT {trt.__version__} cannot give plugins their numbers with NumPy {np.__version__}; "
+            "pip install 'numpy<2.4', or TensorRT 11.2 or later, or build with --kernels none"
+        )
     import tensorrt.plugin as trtp
 
     if not hasattr(getattr(trtp.op, NAMESPACE, None), "soca_statistics"):
         register_statistics(trt, trtp)
         register_gate(trt, trtp)
+
+
+def trt_lacks_numpy(trt: str, numpy: str) -> bool:
+    """Whether TensorRT's bindings make a number of an array of one, as before 11.2, which NumPy refuses from 2.4 on."""
+    before, since = (tuple(int(part) for part in version.split(".")[:2]) for version in (trt, numpy))
+    return before < (11, 2) and since >= (2, 4)
 
 
 def soca_source(trt: Any, dtype: Any, channels: int) -> CudaSource:

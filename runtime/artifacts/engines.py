@@ -24,6 +24,13 @@ STAGES_SUFFIX = ".stages"
 """Ending of a set of stage engines, for exact streaming: an uncompressed ZIP archive, one engine per stage by its name."""
 
 
+RTX_GPUS = ("sm86", "sm89", "sm120", "sm121")
+"""GPUs that take TensorRT-RTX engines built without targets: those of its support matrix from Ampere on.
+
+Data centre GPUs (sm80, sm90, sm100, sm103) are not in it. sm80 can be named as a target; whether it runs there is not known.
+"""
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """How an engine, or a set of stage engines, is built; every field is part of its identity."""
@@ -32,7 +39,7 @@ class BuildOptions:
     precision: Precision = Precision.FP16
     profiles: tuple[Profile, ...] = (Profile(),)
     gpus: tuple[str, ...] = ()
-    """RTX: the targets, such as `sm89`; none means every GPU from Ampere on."""
+    """RTX: the targets, such as `sm89`; none means RTX_GPUS."""
     workspace: int | None = None
     """MiB that a layer's algorithm may use; None leaves it to TensorRT."""
     level: int = 3
@@ -115,6 +122,8 @@ class Proof:
     """The fused attention kernels."""
     memory: int | None = None
     """Bytes of activations at the largest profile, as TensorRT states them."""
+    unlisted: Sequence[str] = field(default_factory=list)
+    """Convolutions and products of the graph that no layer names."""
     remarks: Sequence[str] = field(default_factory=list)
 
     def table(self) -> dict[str, str]:
@@ -174,8 +183,8 @@ class EngineInfo:
 
 def default_path(model: Path, identity: Identity) -> Path:
     """Beside the model: a prefix for people, and enough of the identity's digest to tell engines apart."""
-    target = identity.gpu.split()[-1].replace(",", "-")
     options = identity.options
+    target = "-".join(options.gpus) or ("rtx-gpus" if options.flavor == Flavor.RTX else identity.gpu.split()[-1])
     suffix = STAGES_SUFFIX if options.stages else SUFFIX
     return model.with_name(f"{model.stem}-{options.precision}-{options.flavor}-{target}-{identity.digest[:8]}{suffix}")
 
@@ -277,9 +286,8 @@ def check_host(info: EngineInfo, gpu: str, capability: str) -> None:
         raise ModelError(
             f"{info.path}: built by {TITLES[flavor]} {identity.version}, but {found}; rebuild with `{info.command}`"
         )
-    targets = identity.options.gpus
     if flavor == Flavor.RTX:
-        fits = capability in targets if targets else capability_number(capability) >= 80
+        fits = capability in identity.gpu.split(",")
         options = replace(identity.options, gpus=(capability,))
     else:
         fits, options = identity.gpu == f"{gpu} {capability}", identity.options
@@ -288,11 +296,6 @@ def check_host(info: EngineInfo, gpu: str, capability: str) -> None:
         raise ModelError(
             f"{info.path}: built for {identity.gpu}, but this GPU is {gpu} {capability}; rebuild with `{command}`"
         )
-
-
-def capability_number(capability: str) -> int:
-    """`sm89` -> 89."""
-    return int(capability.removeprefix("sm"))
 
 
 def engines_of(model: Path, suffix: str = SUFFIX) -> list[EngineInfo]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 from io import BytesIO
+from math import ceil
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,22 +13,24 @@ import numpy as np
 
 from sanrt.arrays import Array
 from sanrt.errors import BackendError
-from sanrt.model.spec import GRAPH_PRECISIONS, Attention, GraphOptions, Precision
+from sanrt.model.spec import GRAPH_PRECISIONS, Architecture, Attention, GraphOptions, Precision
 from sanrt.runtime import host as machine
-from sanrt.runtime.artifacts.models import spec_in
+from sanrt.runtime.artifacts.models import read_spec, spec_in
 from sanrt.runtime.artifacts.sizes import Limits
 from sanrt.runtime.artifacts.variants import derived_model
+from sanrt.runtime.backends.gpu import cuda_of, gpu_status
 from sanrt.runtime.backends.onnxruntime import OnnxRuntimeStages, run_error, session_on
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version, require_precision
 
 NAME = "onnxruntime-cuda"
 PROVIDER = "CUDAExecutionProvider"
 INSTALL = "pip install 'sanrt[gpu]'"
+FUSED_MULTIPLE = 8
 
 
-def status() -> BackendStatus:
-    """Whether the GPU build of ONNX Runtime is installed, alone, and the driver shows a GPU."""
-    installed, found = library_version("onnxruntime-gpu"), machine.gpus()
+def status(device: int = 0) -> BackendStatus:
+    """Whether the GPU build of ONNX Runtime is installed, alone, and a GPU with a driver for its CUDA is here."""
+    installed = library_version("onnxruntime-gpu")
     cpu_build = library_version("onnxruntime") is not None
     if installed and cpu_build:
         reason = "onnxruntime and onnxruntime-gpu are both installed and overwrite each other"
@@ -36,9 +39,7 @@ def status() -> BackendStatus:
     if not installed:
         remedy = f"pip uninstall -y onnxruntime && {INSTALL}" if cpu_build else INSTALL
         return BackendStatus(NAME, None, False, "onnxruntime-gpu is not installed", remedy)
-    if found.problem:
-        return BackendStatus(NAME, installed, False, found.problem, "install NVIDIA's driver and reboot")
-    return BackendStatus(NAME, installed, True, f"runs on {found.devices[0].name}")
+    return gpu_status(NAME, installed, device, cuda_of("onnxruntime", "capi/build_and_package_info.py"))
 
 
 def load(model: Path, options: RunOptions) -> OnnxRuntimeCudaBackend:
@@ -57,8 +58,8 @@ class OnnxRuntimeCudaBackend:
     def __init__(self, model: Path, options: RunOptions) -> None:
         require_precision(NAME, options, *GRAPH_PRECISIONS)
         precision = options.precision or Precision.FP32
-        variant = GraphOptions(precision=precision, attention=Attention.MULTI_HEAD, regions=options.regions)
-        graph = derived_model(model, variant)
+        self.form = GraphOptions(attention=Attention.MULTI_HEAD, attention_width=fused_width(read_spec(model).architecture))
+        graph = derived_model(model, replace(self.form, precision=precision, regions=options.regions))
         self.model, self.options = model, options
         self.streams = precision is Precision.FP32
         self.device = device_name(options.device)
@@ -96,7 +97,7 @@ class OnnxRuntimeCudaBackend:
         """As every backend's; feature maps live on the host, so every stage copies its tile to the GPU and back."""
         if not self.streams:
             raise BackendError(f"{NAME} streams in fp32 only, {self.options.precision} was asked for; use --precision fp32")
-        return OnnxRuntimeStages(self.model, self.options, GraphOptions(attention=Attention.MULTI_HEAD), open_cuda_session)
+        return OnnxRuntimeStages(self.model, self.options, self.form, open_cuda_session)
 
     def close(self) -> None:
         self.binding.cache_clear()
@@ -107,6 +108,14 @@ class OnnxRuntimeCudaBackend:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def fused_width(arch: Architecture) -> int:
+    """Inner attention channels, padded to a multiple of 8 as ONNX Runtime's fused attention takes them.
+
+    Without that it forms the scores of all pairs in memory, which in fp16 may overflow besides.
+    """
+    return FUSED_MULTIPLE * ceil(arch.attention_channels / FUSED_MULTIPLE)
 
 
 def device_name(index: int) -> str:

@@ -61,6 +61,19 @@ def load(model: Path, options: RunOptions) -> OpenVinoBackend:
     return OpenVinoBackend(model, options)
 
 
+def refusal(model: Path, options: RunOptions) -> str | None:
+    """Why `auto` should not take it for a model: bf16 is all that makes it the fastest here, but for 8-bit models."""
+    if read_spec(model).quantisation:
+        return None
+    precision = options.precision or chosen_precision(graph_of(model, options), model, options)
+    return None if precision is Precision.BF16 else f"it would run {model} in {precision}, where sanrt's own code is faster"
+
+
+def graph_of(model: Path, options: RunOptions) -> bytes:
+    """The variant of a model that runs."""
+    return derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, regions=options.regions))
+
+
 class OpenVinoBackend:
     """One compiled model and its request."""
 
@@ -73,7 +86,7 @@ class OpenVinoBackend:
     device = "CPU"
 
     def __init__(self, model: Path, options: RunOptions) -> None:
-        graph = derived_model(model, GraphOptions(attention=Attention.MULTI_HEAD, regions=options.regions))
+        graph = graph_of(model, options)
         spec = spec_in(BytesIO(graph), str(model))
         precision = options.precision or chosen_precision(graph, model, options)
         self.model, self.options = model, replace(options, precision=precision)

@@ -34,7 +34,11 @@ BACKENDS = {
     "native": "sanrt.runtime.backends.native",
     "tensorrt": "sanrt.runtime.backends.tensorrt.backend",
 }
-"""Every backend's module; each has `status() -> BackendStatus` and `load(model: Path, options: RunOptions) -> Backend`."""
+"""Every backend's module; each has `status() -> BackendStatus` and `load(model: Path, options: RunOptions) -> Backend`.
+
+GPU_BACKENDS' `status` takes the index of a GPU. A module that knows more once it sees a model has also
+`refusal(model, options) -> str | None`: why `auto` should not take it for that.
+"""
 
 ALIASES = {"winograd": "native"}
 """Earlier names, as records, preferences and scripts may have them."""
@@ -55,9 +59,9 @@ OPEN_STAGES = 4
 """Stages to keep open: the widest pass over a picture takes turns between so many (head, keys and values, attention)."""
 
 
-def status(name: str) -> BackendStatus:
-    """Whether a backend can run here; raises BackendError for a name that is none."""
-    found: BackendStatus = backend_module(name).status()
+def status(name: str, device: int = 0) -> BackendStatus:
+    """Whether a backend can run here, on GPU `device` if it needs one; raises UsageError for a name that is none."""
+    found: BackendStatus = backend_module(name).status(*[device] * (name in GPU_BACKENDS))
     if name in GPU_BACKENDS and found.remedy and not machine.gpus().devices:  # no package brings a GPU
         problem = machine.gpus().problem
         return replace(found, reason=found.reason if problem in found.reason else f"{found.reason}; {problem}", remedy="")
@@ -86,9 +90,10 @@ def load_unguarded(name: str, model: Path, options: RunOptions) -> Backend:
         log.warning("backend %s is called %s now", name, ALIASES[name])
         name = ALIASES[name]
     names = candidates(model, options) if name == "auto" else (name,)
-    chosen = automatic_choice(names) if name == "auto" else status(name)
+    chosen = automatic_choice(names, model, options) if name == "auto" else status(name, options.device)
     if chosen is None:
-        reasons = "; ".join(f"{s.name}: {s.reason}, {s.remedy}".rstrip(", ") for s in map(status, names))
+        found = (status(each, options.device) for each in names)
+        reasons = "; ".join(f"{s.name}: {s.reason}, {s.remedy}".rstrip(", ") for s in found)
         raise BackendError(f"no backend can run {model} here ({reasons})")
     if not chosen.usable:
         remedy = f"; to fix it: {chosen.remedy}" if chosen.remedy else ""
@@ -145,13 +150,13 @@ def model_spec(model: Path) -> ModelSpec:
 
 
 def candidates(model: Path, options: RunOptions) -> tuple[str, ...]:
-    """What `auto` may choose for a model: only TensorRT runs engines, and it runs a model only by an engine that fits."""
+    """What `auto` may choose for a model, best first: only TensorRT runs engines, and models only where they have one."""
     if model.suffix == SUFFIX:
         return ("tensorrt",)
     if not is_described(model):
         return CHECKPOINT_BACKENDS
     names = EIGHT_BIT_BACKENDS if computes_in_8_bits(model) else AUTO_ORDER
-    return tuple(name for name in names if name != "tensorrt" or engine_fits(model, options))
+    return tuple(name for name in names if name != "tensorrt" or engines_of(model))
 
 
 def computes_in_8_bits(model: Path) -> bool:
@@ -162,19 +167,23 @@ def computes_in_8_bits(model: Path) -> bool:
         return False
 
 
-def engine_fits(model: Path, options: RunOptions) -> bool:
-    """Whether a model has engines, and one of them runs here (unknown without TensorRT and a GPU); why not is logged."""
-    if not engines_of(model):
-        return False
-    refusal = backend_module("tensorrt").refusal(model, options) if status("tensorrt").usable else None
-    if refusal:
-        log.warning("tensorrt passed over: %s", refusal)
-    return refusal is None
+def automatic_choice(
+    names: Iterable[str], model: Path | None = None, options: RunOptions | None = None
+) -> BackendStatus | None:
+    """The first of these backends that `auto` may take here, for a model if one is given; why others are not is logged."""
+    options = options or RunOptions()
+    for found in (status(name, options.device) for name in names):
+        if found.usable and found.automatic and not (model and passed_over(found.name, model, options)):
+            return found
+    return None
 
 
-def automatic_choice(names: Iterable[str]) -> BackendStatus | None:
-    """The first of these backends that `auto` may take here."""
-    return next((s for s in map(status, names) if s.usable and s.automatic), None)
+def passed_over(name: str, model: Path, options: RunOptions) -> bool:
+    """Whether a usable backend has a reason not to be taken for a model, which is then logged."""
+    refusal = getattr(backend_module(name), "refusal", None)
+    if reason := refusal and refusal(model, options):
+        log.warning("%s passed over: %s", name, reason)
+    return bool(reason)
 
 
 def backend_module(name: str) -> Any:

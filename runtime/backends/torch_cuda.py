@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Self
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError, first_line
 from sanrt.geometry import Box
+from sanrt.kernels.cuda.nvrtc import ARCHITECTURES
 from sanrt.model.contract import STAGE_INPUTS, STAGE_MAPS
 from sanrt.model.spec import GRAPH_PRECISIONS, Precision
-from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.sizes import Limits
+from sanrt.runtime.backends.gpu import cuda_of, gpu_status, version_numbers
 from sanrt.runtime.backends.protocol import BackendStatus, FeatureMap, RunOptions, Stages, library_version, require_precision
 from sanrt.runtime.backends.torch import network
 
@@ -26,19 +27,20 @@ if TYPE_CHECKING:
     from sanrt.model.san import SAN
 
 NAME = "torch-cuda"
+OUT_OF_MEMORY = "ALLOC_FAILED", "out of memory"
+"""What cuBLAS, cuDNN and the driver say when memory does not suffice."""
 MOST_GRAPHS = 4
 """Graphs kept at once: each holds the memory of its shape's intermediate results."""
 
 
-def status() -> BackendStatus:
-    """Whether a CUDA build of PyTorch, the kernels' compiler and a GPU are here; imports none of them."""
-    installed, found = library_version("torch"), machine.gpus()
-    if not installed or "+cpu" in installed or not library_version("nvidia-cuda-nvrtc"):
+def status(device: int = 0) -> BackendStatus:
+    """Whether a CUDA build of PyTorch, the kernels' compiler and a GPU for both are here; imports none of them."""
+    installed, nvrtc = library_version("torch"), library_version("nvidia-cuda-nvrtc")
+    if not installed or "+cpu" in installed or not nvrtc:
         reason = "a CUDA build of torch and nvidia-cuda-nvrtc are not both installed"
         return BackendStatus(NAME, installed, False, reason, "pip install 'sanrt[kernels]'")
-    if found.problem:
-        return BackendStatus(NAME, installed, False, found.problem, "install NVIDIA's driver and reboot")
-    return BackendStatus(NAME, installed, True, f"runs on {found.devices[0].name}")
+    needs = max((cuda_of("torch", "version.py"), nvrtc), key=version_numbers)
+    return gpu_status(NAME, installed, device, needs, ARCHITECTURES[0])
 
 
 def load(model: Path, options: RunOptions) -> TorchCudaBackend:
@@ -111,14 +113,19 @@ def without_tf32() -> Iterator[None]:
 @contextmanager
 def cuda_errors_about(device: str) -> Iterator[None]:
     """torch's errors as ours."""
-    import torch
-
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise OutOfMemoryError("torch ran out of GPU memory") from error
     except RuntimeError as error:
+        if lacks_memory(error):
+            raise OutOfMemoryError("torch ran out of GPU memory") from error
         raise BackendError(f"torch failed on {device} ({first_line(error)})") from error
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory did not suffice: torch has a kind for its own allocations; what libraries say is text."""
+    import torch
+
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 class TorchStages:
@@ -195,7 +202,7 @@ class CudaNetwork:
     Convolutions and attention run in `dtype`, SOCA's statistics and square root and the mean shifts in float32. The first
     picture of a shape is run, then captured; later ones replay its graph. Not for use by two threads at once.
     dtype: float16 if left out. exact_as: as in `use_kernels`.
-    Raises BackendError without a GPU; torch's own OutOfMemoryError passes through.
+    Raises BackendError without a GPU; torch's own errors pass through.
     """
 
     def __init__(
@@ -212,7 +219,7 @@ class CudaNetwork:
         self.device = torch.device("cuda", device)
         self.net = prepared(net, dtype or torch.float16, exact_as).to(self.device)
         self.regions = self.net.attention.regions
-        self.graphs = Graphs(self.captured, MOST_GRAPHS)
+        self.graphs = Graphs(self.captured, torch.cuda.empty_cache, MOST_GRAPHS)
 
     def __call__(self, x: Tensor, regions: int | None = None) -> Tensor:
         """regions: k of the k x k attention regions, the network's own if left out."""
@@ -236,7 +243,8 @@ class CudaNetwork:
                 self.net(given)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads may go on allocating and copying meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result: Tensor = self.net(given)
 
         def replay(x: Tensor) -> Tensor:
@@ -248,22 +256,38 @@ class CudaNetwork:
 
 
 class Graphs:
-    """One recording for each shape and k, made by `capture` when first seen; the least recently used ones are dropped."""
+    """One recording for each shape and k, made by `capture` when first seen; the least recently used ones are dropped.
 
-    def __init__(self, capture: Callable[[Tensor, int], Callable[[Tensor], Tensor]], most: int) -> None:
-        self.capture, self.most = capture, most
+    Each recording keeps the memory of its intermediate results. Where that is missed all are dropped, `release` gives their
+    memory back, and the one that is wanted is made once more.
+    """
+
+    def __init__(
+        self, capture: Callable[[Tensor, int], Callable[[Tensor], Tensor]], release: Callable[[], None], most: int
+    ) -> None:
+        self.capture, self.release, self.most = capture, release, most
         self.replays: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {}
 
     def __call__(self, x: Tensor, regions: int) -> Tensor:
+        try:
+            return self.replayed(x, regions)
+        except RuntimeError as error:
+            if not self.replays or not lacks_memory(error):
+                raise
+        self.replays.clear()
+        self.release()
+        return self.replayed(x, regions)
+
+    def replayed(self, x: Tensor, regions: int) -> Tensor:
         shape = *x.shape, regions
-        replay = self.replays.pop(shape, None)
-        if replay is None:
+        if shape in self.replays:
+            self.replays[shape] = self.replays.pop(shape)  # the most recently used is the last
+        else:
             # Dropped before the new one is made, so that its memory can be used.
             while len(self.replays) >= self.most:
                 del self.replays[next(iter(self.replays))]
-            replay = self.capture(x, regions)
-        self.replays[shape] = replay
-        return replay(x)
+            self.replays[shape] = self.capture(x, regions)
+        return self.replays[shape](x)
 
 
 def prepared(net: SAN, dtype: torch.dtype, exact_as: int | None = None) -> SAN:

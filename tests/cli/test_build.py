@@ -101,7 +101,7 @@ def built(monkeypatch, tmp_path, tiny_model):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine.onnx").write_bytes(tiny_model(2).read_bytes())
 
-    def build_engine(model, options, output, progress):
+    def build_engine(model, options, output, progress, device):
         name = f"{model.stem}-{options.precision}{STAGES_SUFFIX if options.stages else SUFFIX}"
         return engine_of(model, output or model.with_name(name), options), True
 

@@ -20,8 +20,8 @@ from sanrt.runtime.runs import doctor
 def statuses(monkeypatch):
     """Every backend not installed, but for those that the test adds."""
     found = {name: BackendStatus(name, None, False, f"{name} is not installed", f"pip install {name}") for name in BACKENDS}
-    monkeypatch.setattr("sanrt.runtime.backends.registry.status", lambda name: found[name])
-    monkeypatch.setattr(doctor, "status", lambda name: found[name])
+    monkeypatch.setattr("sanrt.runtime.backends.registry.status", lambda name, device=0: found[name])
+    monkeypatch.setattr(doctor, "status", lambda name, device=0: found[name])
     return found
 
 

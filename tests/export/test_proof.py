@@ -143,10 +143,16 @@ def test_unfused_attention_fails_unless_it_is_allowed_or_fp32():
 
 
 @pytest.mark.parametrize("lost", [CONV, STEP])
-def test_a_list_that_does_not_cover_the_graph_proves_nothing(lost: str):
+def test_a_list_that_does_not_cover_the_graph_proves_nothing_and_is_a_remark_only_where_allowed(lost: str):
     model = typed_model()
-    with pytest.raises(BuildError, match=f"1 of .*{lost}.*cannot be checked"):
-        prove(model, [layer for layer in faithful_layers(model) if layer.name != lost], "test")
+    layers = [layer for layer in faithful_layers(model) if layer.name != lost]
+    proof = prove(model, layers, "engine inspector")
+    with pytest.raises(
+        BuildError, match=rf"has 1 .*its list of {len(layers)} layers \(engine inspector\) does not name: {lost};"
+    ):
+        check_proof(proof, Precision.FP16, False, True)
+    (remark,) = check_proof(proof, Precision.FP16, True, False).remarks
+    assert "does not name (allowed)" in remark
 
 
 def test_one_bad_profile_is_enough():

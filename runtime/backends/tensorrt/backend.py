@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,8 +34,10 @@ from sanrt.runtime.artifacts.flavors import REMEDIES, TITLES, Flavor, installed_
 from sanrt.runtime.artifacts.sizes import Limits, Size
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, require_precision
 from sanrt.runtime.backends.tensorrt.device import FLOAT_BYTES, Buffer, Device, HostBuffer, open_device
-from sanrt.runtime.backends.tensorrt.library import TensorRTLog, engine_from_bytes, import_flavor
+from sanrt.runtime.backends.tensorrt.library import TensorRTLog, activation_bytes, engine_from_bytes, import_flavor
 from sanrt.runtime.backends.tensorrt.stages import TensorRTStages
+
+log = logging.getLogger(__name__)
 
 NAME = "tensorrt"
 CONTEXTS = 2
@@ -45,15 +48,15 @@ DEFAULT_STREAM = 1
 """CUDA's handle of the legacy default stream."""
 
 
-def status() -> BackendStatus:
-    """Whether a TensorRT is installed and a GPU is there; nothing is imported when none is installed."""
+def status(device: int = 0) -> BackendStatus:
+    """Whether a TensorRT is installed and that GPU is there; nothing is imported when none is installed."""
     versions = {flavor: found for flavor in Flavor if (found := installed_version(flavor))}
     if not versions:
         return BackendStatus(NAME, None, False, "neither TensorRT nor TensorRT-RTX is installed", REMEDIES[Flavor.RTX])
     version = ", ".join(f"{TITLES[flavor]} {found}" for flavor, found in versions.items())
     try:
-        with open_device(0) as device:
-            return BackendStatus(NAME, version, True, f"runs on {device.name}")
+        with open_device(device) as gpu:
+            return BackendStatus(NAME, version, True, f"runs on {gpu.name}")
     except BackendError as error:
         return BackendStatus(NAME, version, False, str(error))
 
@@ -61,11 +64,17 @@ def status() -> BackendStatus:
 def load(model: Path, options: RunOptions) -> TensorRTBackend:
     """Load an engine, or the newest one that was built from an exported ONNX and fits this GPU."""
     device = open_device(options.device)
-    return TensorRTBackend(fitting_engine(model, options, device), device)
+    try:
+        return TensorRTBackend(fitting_engine(model, options, device), device)
+    except BaseException:
+        device.close()
+        raise
 
 
 def refusal(model: Path, options: RunOptions) -> str | None:
-    """Why `load` would refuse every engine of a model here; None if it would not."""
+    """Why `load` would refuse all engines of a model here; None if it would not, or for an engine: nothing else runs it."""
+    if model.suffix == SUFFIX:
+        return None
     with open_device(options.device) as device:
         try:
             fitting_engine(model, options, device)
@@ -133,7 +142,9 @@ class Lane:
         self.graphs: OrderedDict[Size, Graph] = OrderedDict()
         """The least recently used first."""
         self.warm: Size | None = None
-        """The size of the run before: one that repeats is worth a graph."""
+        """The size of the run before, if the context is as it left it: one that repeats is worth a graph."""
+        self.uncaptured: set[Size] = set()
+        """Sizes of which no graph could be made."""
         self.scratch, self.input, self.output = (Buffer(gpu.allocate, gpu.free) for _ in range(3))
         """Device memory; the first is for TensorRT's activations, sized for the input that runs, not for the largest."""
         self.host_input, self.host_output = (Buffer(gpu.allocate_host, gpu.free_host) for _ in range(2))
@@ -268,7 +279,7 @@ class TensorRTBackend:
 
     def set_up(self, lane: Lane, size: Size) -> None:
         """Profile, shapes, memory, addresses, in the order that TensorRT wants them."""
-        lane.size = None
+        lane.size = lane.warm = None
         context = lane.context = lane.context or self.new_context(lane)
         index = min((i for i, p in enumerate(self.profiles) if p.takes(size)), key=lambda i: self.profiles[i].distance(size))
         self.check(context.set_optimization_profile_async(index, lane.stream), lane, "profile")
@@ -277,8 +288,10 @@ class TensorRTBackend:
         found, expected = tuple(context.get_tensor_shape("output")), self.output_shape(size)
         if found != expected:
             raise BackendError(f"{self.info.path}: its output is {found} for {size}, expected {expected}; rebuild it")
+        activations = activation_bytes(self.engine, context)
+        self.check(activations is not None, lane, f"the size of its activations for {size}")
         needs = (
-            (lane.scratch, max(1, context.update_device_memory_size_for_shapes())),
+            (lane.scratch, max(1, activations or 0)),
             (lane.input, prod(size.input_shape) * FLOAT_BYTES),
             (lane.output, prod(expected) * FLOAT_BYTES),
         )
@@ -288,6 +301,7 @@ class TensorRTBackend:
         for buffer, need in needs:
             buffer.grow(need)
         context.set_device_memory(lane.scratch.memory, lane.scratch.size)
+        self.check(not lane.trt_log.errors, lane, "the memory of its activations")  # the call itself says nothing
         self.check(context.set_tensor_address("input", lane.input.memory), lane, "input address")
         self.check(context.set_tensor_address("output", lane.output.memory), lane, "output address")
         lane.size = size
@@ -303,9 +317,7 @@ class TensorRTBackend:
         """Queue one run: the first of a size as it is, the second as a capture, the others as that CUDA graph."""
         if size in lane.graphs:
             lane.graphs.move_to_end(size)
-        elif lane.warm == size and self.gpu.graphs and not self.rtx:
-            self.capture(lane, size)
-        else:
+        elif lane.warm != size or size in lane.uncaptured or self.rtx or not self.gpu.graphs or not self.capture(lane, size):
             self.enqueue(lane)
             lane.warm = size
             return
@@ -314,12 +326,22 @@ class TensorRTBackend:
     def enqueue(self, lane: Lane) -> None:
         self.check(lane.context.execute_async_v3(lane.stream), lane, "inference")
 
-    def capture(self, lane: Lane, size: Size) -> None:
-        """Turn the lane's context, warm from a run of this size, into a graph; the next other size gets a new context."""
-        handle = self.gpu.capture(lane.stream, lambda: self.enqueue(lane))
+    def capture(self, lane: Lane, size: Size) -> bool:
+        """Turn the lane's context, warm from a run of this size, into a graph; the next other size gets a new context.
+
+        False where that fails, which is logged and not tried again: the size is queued as it is.
+        """
+        try:
+            handle = self.gpu.capture(lane.stream, lambda: self.enqueue(lane))
+        except BackendError as error:
+            log.warning("no CUDA graph for %s, each run is queued: %s", size, error)
+            lane.uncaptured.add(size)
+            lane.trt_log.errors.clear()
+            return False
         lane.graphs[size] = Graph(handle, lane.context)
         lane.context = lane.size = lane.warm = None
         lane.drop_graphs(keep=GRAPHS)
+        return True
 
     def check(self, done: bool, lane: Lane, what: str) -> None:
         """Raise what TensorRT told the lane's recorder, where a call did not succeed."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
-from threading import local
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -250,11 +251,15 @@ class CudaPython:
         self.call("cudaStreamBeginCapture", stream, self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         try:
             work()
+        except BaseException:
+            with suppress(BackendError):  # what ended the work ended the capture too, and is the reason
+                self.call("cudaGraphDestroy", self.call("cudaStreamEndCapture", stream))
+            raise
+        recorded = self.call("cudaStreamEndCapture", stream)
+        try:
+            return int(self.call("cudaGraphInstantiate", recorded, 0))
         finally:
-            recorded = self.call("cudaStreamEndCapture", stream)
-        graph = int(self.call("cudaGraphInstantiate", recorded, 0))
-        self.call("cudaGraphDestroy", recorded)
-        return graph
+            self.call("cudaGraphDestroy", recorded)
 
     def launch(self, graph: int, stream: int) -> None:
         self.call("cudaGraphLaunch", graph, stream)
@@ -273,7 +278,7 @@ class CudaPython:
 
 
 class PyCuda:
-    """pycuda's driver interface on the primary context; it binds no CUDA graphs."""
+    """pycuda's driver interface on the primary context; it binds neither CUDA graphs nor other libraries' streams."""
 
     graphs = False
 
@@ -283,36 +288,50 @@ class PyCuda:
         except ImportError as error:
             raise BackendError(f"pycuda cannot be imported ({error}); it needs an NVIDIA driver") from error
         self.cuda = pycuda.driver
-        self.call(self.cuda.init)
-        if index >= (count := self.call(self.cuda.Device.count)):
-            raise BackendError(f"GPU {index}: expected an index below {count}, the number of GPUs here")
-        gpu = self.call(self.cuda.Device, index)
-        self.context = self.call(gpu.retain_primary_context)
-        self.active = local()
+        with self.errors():
+            self.cuda.init()
+            if index >= (count := self.cuda.Device.count()):
+                raise BackendError(f"GPU {index}: expected an index below {count}, the number of GPUs here")
+            gpu = self.cuda.Device(index)
+            self.context = gpu.retain_primary_context()
+            self.name = gpu.name()
+            major, minor = gpu.compute_capability()
+        self.capability = f"sm{major}{minor}"
         self.owned: dict[int, Any] = {}
         """pycuda frees what is no longer referenced, so its objects are kept here by address or handle."""
-        self.name = gpu.name()
-        major, minor = gpu.compute_capability()
-        self.capability = f"sm{major}{minor}"
         self.activate()
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call pycuda; its errors as ours."""
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """pycuda's errors as ours."""
         try:
-            return function(*arguments)
+            yield
         except self.cuda.MemoryError as error:
             raise OutOfMemoryError(f"CUDA: {error}") from error
         except self.cuda.Error as error:
             raise BackendError(f"CUDA: {error}") from error
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call pycuda with the context on its own stack, which every call leaves empty.
+
+        pycuda aborts the process when a thread ends with a context on that stack, and it frees nothing for a context that
+        is not on it.
+        """
+        with self.errors():
+            self.context.push()
+            try:
+                return function(*arguments)
+            finally:
+                self.context.pop()
 
     def own(self, handle: int, thing: Any) -> int:
         self.owned[handle] = thing
         return handle
 
     def activate(self) -> None:
-        if not getattr(self.active, "pushed", False):
-            self.call(self.context.push)
-            self.active.pushed = True
+        # For TensorRT, by the driver itself: pycuda has only its stack for that.
+        if code := driver_library().cuCtxSetCurrent(ctypes.c_void_p(self.context.handle)):
+            raise BackendError(f"CUDA: cuCtxSetCurrent failed (error {code})")
 
     def allocate(self, size: int) -> int:
         memory = self.call(self.cuda.mem_alloc, size)
@@ -330,14 +349,15 @@ class PyCuda:
         return buffer
 
     def free_host(self, buffer: HostBuffer) -> None:
-        """pycuda unlocks it with the last reference."""
+        allocation: Any = buffer.base
+        self.call(allocation.free)
 
     def create_stream(self) -> int:
         stream = self.call(self.cuda.Stream)
         return self.own(int(stream.handle), stream)
 
     def destroy_stream(self, stream: int) -> None:
-        del self.owned[stream]
+        self.call(self.owned.pop, stream)
 
     def to_device(self, address: int, source: HostBuffer, stream: int) -> None:
         self.call(self.cuda.memcpy_htod_async, address, source, self.owned[stream])
@@ -362,9 +382,8 @@ class PyCuda:
         self.call(request, self.owned[stream])
 
     def follow(self, stream: int, other: int) -> None:
-        event = self.call(self.cuda.Event, self.cuda.event_flags.DISABLE_TIMING)
-        self.call(event.record, self.cuda.ExternalStream(other))
-        self.call(self.owned[stream].wait_for_event, event)
+        # pycuda has no object for a stream that is not its own: everything on the GPU is waited for.
+        self.call(self.cuda.Context.synchronize)
 
     def synchronize(self, stream: int) -> None:
         self.call(self.owned[stream].synchronize)
@@ -379,13 +398,16 @@ class PyCuda:
         raise BackendError("pycuda has no CUDA graphs; use cuda-python")
 
     def close(self) -> None:
-        self.owned.clear()
-        if getattr(self.active, "pushed", False):
-            self.call(self.context.pop)
-            self.active.pushed = False
+        self.call(self.owned.clear)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@cache
+def driver_library() -> Any:
+    """The CUDA driver's own library."""
+    return ctypes.CDLL("libcuda.so.1")

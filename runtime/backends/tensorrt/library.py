@@ -49,6 +49,15 @@ class TensorRTLog:
         return kind(f"{subject}: {what} failed ({self.first})")
 
 
+def activation_bytes(engine: Any, context: Any) -> int | None:
+    """Bytes of activations for the shapes that a context is set to; None where TensorRT cannot tell.
+
+    It gives 0 both for a failure and for an engine that needs none, as its own largest size shows.
+    """
+    size = int(context.update_device_memory_size_for_shapes())
+    return None if size == 0 and engine.device_memory_size_v2 > 0 else size
+
+
 def engine_from_bytes(trt: Any, trt_log: TensorRTLog, engine_bytes: bytes) -> Any:
     """The engine, ready to run; None where TensorRT refuses it, which `trt_log` is told."""
     runtime = trt.Runtime(trt_log.logger)

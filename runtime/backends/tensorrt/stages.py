@@ -20,7 +20,7 @@ from sanrt.runtime.artifacts.engines import EngineInfo, kernel_cache, read_engin
 from sanrt.runtime.artifacts.flavors import Flavor
 from sanrt.runtime.backends.protocol import FeatureMap
 from sanrt.runtime.backends.tensorrt.device import FLOAT_BYTES, Buffer, Device, Grid, HostBuffer
-from sanrt.runtime.backends.tensorrt.library import TensorRTLog, engine_from_bytes
+from sanrt.runtime.backends.tensorrt.library import TensorRTLog, activation_bytes, engine_from_bytes
 
 MOST_TENSORS = 4
 """Arrays that a stage takes or gives."""
@@ -189,8 +189,11 @@ class TensorRTStages:
         for buffer, (name, shape) in zip(self.outputs, shapes.items(), strict=False):
             buffer.grow(prod(shape) * FLOAT_BYTES)
             self.check(context.set_tensor_address(name, buffer.memory), f"address of {name}")
-        self.scratch.grow(max(1, context.update_device_memory_size_for_shapes()))
+        size = activation_bytes(stage.engine, context)
+        self.check(size is not None, "the size of its activations")
+        self.scratch.grow(max(1, size or 0))
         context.set_device_memory(self.scratch.memory, self.scratch.size)
+        self.check(not self.trt_log.errors, "the memory of its activations")  # the call itself says nothing
         return shapes
 
     def results(self, shapes: dict[str, tuple[int, ...]], gives_map: bool) -> list[Any]:

@@ -59,6 +59,7 @@ def build(
         str, tensorrt_option(help="auto, tensorrt or rtx.", callback=one_of("auto", "tensorrt", "rtx"))
     ] = "auto",
     gpu: Annotated[str, tensorrt_option(help="RTX: targets, such as sm89,sm120; Ampere and newer if left out.")] = "",
+    device: Annotated[int, tensorrt_option(min=0, help="TensorRT: the GPU to build on and for, numbered from 0.")] = 0,
     workspace: Annotated[int | None, tensorrt_option(min=1, help="MiB one layer may use; leave it out on RTX.")] = None,
     level: Annotated[int, tensorrt_option(min=0, max=5, help="How long TensorRT searches.")] = 3,
     timing_cache: Annotated[Path | None, tensorrt_option(help="TensorRT: where to keep timings.")] = None,
@@ -104,7 +105,7 @@ def build(
         if flavor == "auto" and not any(map(installed_version, Flavor)):
             return print("no engine: TensorRT is not installed")
     build_options = BuildOptions(
-        flavor=choose_flavor() if flavor == "auto" else Flavor(flavor),
+        flavor=choose_flavor(device) if flavor == "auto" else Flavor(flavor),
         precision=Precision(precision or Precision.FP16),
         profiles=profiles(smallest or [], best or [], largest or [], TILES if stages else Profile()),
         gpus=tuple(filter(None, gpu.split(","))),
@@ -117,7 +118,7 @@ def build(
         stages=stages,
     )
     with BuildProgressBar() as progress:
-        info, built = build_engine(model, build_options, output, progress)
+        info, built = build_engine(model, build_options, output, progress, device)
     return report(info, built)
 
 

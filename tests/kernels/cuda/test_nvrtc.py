@@ -1,3 +1,6 @@
+import shutil
+import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -111,3 +114,24 @@ def test_a_library_that_is_not_found_is_told_in_one_line(monkeypatch: pytest.Mon
     with pytest.raises(BackendError, match=r"not found\); pip install") as error:
         nvrtc.nvrtc_version()
     assert "\n" not in str(error.value)
+
+
+def test_ptx_is_text_of_a_version_that_older_drivers_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVRTC 13.5 writes `.version 9.5` and a NUL byte, which the drivers of CUDA 13.0 refuse."""
+    made = b"//\n.version 9.5\n.target sm_80\n.entry soca() { .version 9.5 }\n\0"
+    monkeypatch.setattr(CudaSource, "cached", lambda self, architecture, kind: made)
+    assert CudaSource("soca", ()).ptx(80) == b"//\n.version 8.3\n.target sm_80\n.entry soca() { .version 9.5 }\n"
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("scalar", SOCA)
+def test_the_assembler_takes_that_version_of_the_plugins_kernels_for_every_gpu(
+    scalar: str, capability: int, tmp_path: Path
+) -> None:
+    ptxas = shutil.which("ptxas") or next(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/ptxas"), None)
+    if ptxas is None:
+        pytest.skip("needs ptxas: pip install nvidia-cuda-nvcc")
+    (tmp_path / "kernel.ptx").write_bytes(SOCA[scalar].ptx(80))
+    command = [ptxas, f"-arch=sm_{capability}", "kernel.ptx", "-o", "kernel.cubin"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

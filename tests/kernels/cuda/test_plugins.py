@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -45,7 +46,7 @@ class Bindings:
         self.trt = ModuleType("tensorrt")
         self.trtp = ModuleType("tensorrt.plugin")
         vars(self.trt).update(DataType=DataType, TensorFormat=TensorFormat, float32=DataType.FLOAT, int32=DataType.INT32)
-        vars(self.trt).update(QuickPluginCreationRequest=1, IPluginV3QuickAOTBuild=1)
+        vars(self.trt).update(QuickPluginCreationRequest=1, IPluginV3QuickAOTBuild=1, __version__="11.4.0.106")
         vars(self.trtp).update(
             TensorDesc=TensorDesc,
             KernelLaunchParams=type("KernelLaunchParams", (SimpleNamespace,), {}),
@@ -129,6 +130,26 @@ def test_registering_twice_registers_once(bindings: Bindings) -> None:
     bindings.functions.clear()
     plugins.register(bindings.trt)
     assert not bindings.functions
+
+
+@pytest.mark.parametrize(
+    ("trt", "numpy", "refused"),
+    [
+        ("10.13.3.9", "2.4.0", True),
+        ("10.16.1.11", "2.5", True),
+        ("11.1.0.106", "2.4.6", True),
+        ("11.2.1.2", "2.4.6", False),
+        ("10.13.3.9", "2.3.5", False),
+    ],
+)
+def test_bindings_that_make_numbers_of_arrays_are_refused_with_a_numpy_that_does_not(
+    bindings: Bindings, trt: str, numpy: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen in the bindings' source: int(array of one), until 11.2 takes its first element; NumPy 2.4 made it a TypeError."""
+    bindings.trt.__version__ = trt
+    monkeypatch.setattr(plugins.np, "__version__", numpy)
+    with pytest.raises(BackendError, match=r"pip install 'numpy<2.4'") if refused else nullcontext():
+        plugins.register(bindings.trt)
 
 
 def test_formats_the_kernels_do_not_take_are_refused(bindings: Bindings) -> None:

@@ -15,6 +15,7 @@ from sanrt.errors import FileError, ModelError, UsageError
 from sanrt.model.spec import Architecture, ModelSpec, Precision
 from sanrt.runtime.artifacts import engines
 from sanrt.runtime.artifacts.engines import (
+    RTX_GPUS,
     BuildOptions,
     EngineInfo,
     Identity,
@@ -178,8 +179,8 @@ def test_stale_engines_are_refused_and_deployed_ones_need_no_onnx(model: Path):
     [
         (RTX, "sm89", "sm89", True),
         (RTX, "sm89", "sm120", False),
-        (replace(RTX, gpus=()), "ampere+", "sm120", True),
-        (replace(RTX, gpus=()), "ampere+", "sm75", False),
+        (replace(RTX, gpus=()), ",".join(RTX_GPUS), "sm120", True),
+        (replace(RTX, gpus=()), ",".join(RTX_GPUS), "sm90", False),
         (TENSORRT, "NVIDIA L4 sm89", "sm89", True),
         (TENSORRT, "NVIDIA L40 sm89", "sm89", False),
     ],

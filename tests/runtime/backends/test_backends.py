@@ -21,7 +21,7 @@ from sanrt.export.scene import natural_scene
 from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
 from sanrt.model.exported import read_model
 from sanrt.model.graph import san_model
-from sanrt.model.spec import GraphOptions, Precision, Quantisation, QuantisedType
+from sanrt.model.spec import Architecture, GraphOptions, Precision, Quantisation, QuantisedType
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts import variants
 from sanrt.runtime.artifacts.variants import derived_model, derived_weights
@@ -39,7 +39,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from sanrt.errors import BackendError
-from sanrt.model.spec import Precision
+from sanrt.model.spec import Architecture, Precision
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_unguarded
 
@@ -362,7 +362,7 @@ def test_openvino_refuses_fp16(tiny_model):
 def statuses(monkeypatch, usable):
     """Every backend's status, those named usable."""
     monkeypatch.setattr(
-        backends, "status", lambda name: BackendStatus(name, "1", name in usable, "", automatic=name != "openvino")
+        backends, "status", lambda name, device=0: BackendStatus(name, "1", name in usable, "", automatic=name != "openvino")
     )
 
 
@@ -375,13 +375,36 @@ def test_auto_takes_the_first_usable_backend_that_pays_here(monkeypatch):
     assert backends.automatic_choice(AUTO_ORDER) is None
 
 
+@pytest.mark.parametrize(
+    ("precision", "taken"), [(Precision.BF16, "openvino"), (Precision.FP32, "native"), (None, "openvino")]
+)
+def test_auto_takes_openvino_only_where_it_will_run_in_bf16(
+    precision, taken, tiny_model, openvino_module, monkeypatch, caplog
+):
+    """With AMX its bf16 is the fastest; where the trial refuses that, its fp32 would take several times native's time."""
+    statuses(monkeypatch, {"torch", "native"})
+    usable = backends.status
+    monkeypatch.setattr(
+        backends,
+        "status",
+        lambda name, device=0: replace(usable(name), usable=name in ("openvino", "native"), automatic=True),
+    )
+    monkeypatch.setattr(openvino_module, "chosen_precision", lambda *_: precision or Precision.FP32)
+    options = RunOptions(precision=Precision.BF16 if precision is None else None)
+    assert backends.automatic_choice(AUTO_ORDER, tiny_model(), options).name == taken
+    assert ("openvino passed over" in caplog.text) == (taken == "native")
+
+
 def test_auto_knows_every_backend():
     assert set(AUTO_ORDER) == set(BACKENDS)
 
 
 def test_auto_says_what_it_chose(tiny_model):
     with load_unguarded("auto", tiny_model(), ONE_THREAD) as backend:
-        assert backend.name == backends.automatic_choice(backends.candidates(tiny_model(), ONE_THREAD)).name
+        assert (
+            backend.name
+            == backends.automatic_choice(backends.candidates(tiny_model(), ONE_THREAD), tiny_model(), ONE_THREAD).name
+        )
 
 
 @pytest.mark.parametrize(
@@ -531,6 +554,72 @@ def test_cuda_status_tells_what_is_missing(monkeypatch):
     assert status("onnxruntime-cuda").reason == "no NVIDIA driver"
     monkeypatch.setattr(machine, "gpus", lambda: H100)
     assert status("onnxruntime-cuda") == BackendStatus("onnxruntime-cuda", "1", True, "runs on NVIDIA H100")
+
+
+T4 = Gpu("Tesla T4", (7, 5), 16 << 30)
+L4 = Gpu("NVIDIA L4", (8, 9), 24 << 30)
+
+
+@pytest.mark.parametrize(
+    ("devices", "cuda", "device", "reason"),
+    [
+        ((T4,), "13.0", 0, "Tesla T4 has compute capability 7.5; expected 8.0 or later"),
+        ((L4,), "12.4", 0, "its libraries are of CUDA 13.0, and the driver 550.54 runs CUDA up to 12.4"),
+        ((T4, L4), "13.0", 1, ""),
+        ((L4, T4), "13.0", 1, "Tesla T4 has compute capability 7.5"),
+        ((L4,), "13.2", 0, ""),
+        ((L4,), "14.0", 0, ""),
+        ((L4,), "13.0", 1, "GPU 1 is not there; the driver shows 1, numbered from 0"),
+    ],
+)
+def test_a_gpu_that_torch_or_its_kernels_cannot_use_is_never_usable(devices, cuda, device, reason, monkeypatch):
+    from sanrt.runtime.backends import torch_cuda
+
+    monkeypatch.setattr(machine, "gpus", lambda: Gpus(devices, "550.54", cuda))
+    monkeypatch.setattr(torch_cuda, "library_version", {"torch": "2.13.0", "nvidia-cuda-nvrtc": "13.0"}.get)
+    monkeypatch.setattr(torch_cuda, "cuda_of", lambda module, file: "12.8")
+    found = status("torch-cuda", device)
+    assert (found.usable, found.reason.startswith(reason)) == (not reason, True)
+
+
+def test_a_driver_older_than_onnxruntimes_cuda_is_told_before_a_session_is_tried(monkeypatch):
+    from sanrt.runtime.backends import onnxruntime_cuda
+
+    versions(monkeypatch, onnxruntime_gpu="1.31.1")
+    monkeypatch.setattr(onnxruntime_cuda, "cuda_of", lambda module, file: "13.0")
+    monkeypatch.setattr(machine, "gpus", lambda: Gpus((L4,), "550.54", "12.4"))
+    found = status("onnxruntime-cuda")
+    assert not found.usable
+    assert "its libraries are of CUDA 13.0, and the driver 550.54 runs CUDA up to 12.4" in found.reason
+    assert found.remedy == "install a newer NVIDIA driver and reboot"
+
+
+@pytest.mark.parametrize(
+    ("text", "cuda"),
+    [
+        ("cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n", "13.0"),
+        ("cuda: Optional[str] = None\n", ""),
+        ("package_name = 'onnxruntime-gpu'\n__version__ = '1.31.1'\ncuda_version = '13.0'\n", "13.0"),
+        ("package_name = 'onnxruntime'\n__version__ = '1.32.0'\n", ""),
+    ],
+)
+def test_the_cuda_that_a_library_was_built_for_is_read_without_importing_it(text, cuda, tmp_path, monkeypatch):
+    from sanrt.runtime.backends import gpu
+
+    package = tmp_path / "library_of_cuda"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    (package / "version.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert gpu.cuda_of("library_of_cuda", "version.py") == cuda
+    assert gpu.cuda_of("not_there_at_all", "version.py") == ""
+
+
+@pytest.mark.parametrize(("channels", "width"), [(16, 8), (32, 8), (64, 8), (96, 16), (128, 16)])
+def test_attention_is_as_wide_as_onnxruntimes_fused_kernel_on_gpus_takes(channels, width):
+    from sanrt.runtime.backends.onnxruntime_cuda import fused_width
+
+    assert fused_width(Architecture(2, 1, 1, channels, 8)) == width
 
 
 def test_free_gpu_memory_is_the_driver_s_answer_in_the_shared_context(monkeypatch):

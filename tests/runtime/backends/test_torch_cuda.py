@@ -3,12 +3,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sanrt.errors import BackendError
+from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.model.san import SAN
 from sanrt.model.spec import Architecture, ModelSpec, Precision
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
-from sanrt.runtime.backends.torch_cuda import CudaNetwork, Graphs, TorchStages, load, prepared, status
+from sanrt.runtime.backends.torch_cuda import CudaNetwork, Graphs, TorchStages, cuda_errors_about, load, prepared, status
 from sanrt.runtime.tiling.featuremaps import FeatureStore
 from sanrt.runtime.tiling.streaming import ArraySource, Streaming
 
@@ -74,12 +74,65 @@ def test_each_shape_and_k_is_captured_once_and_the_least_recent_is_dropped() -> 
         captured.append((len(x), regions))
         return lambda y: y + len(captured)
 
-    graphs = Graphs(capture, most=2)
+    graphs = Graphs(capture, release=lambda: None, most=2)
     a, b, c = (torch.zeros(n, 4) for n in (4, 5, 6))
     for x, regions in ((a, 2), (b, 2), (a, 2), (c, 2), (a, 2), (a, 3), (a, 2)):
         assert graphs(x, regions).shape == x.shape
     assert captured == [(4, 2), (5, 2), (6, 2), (4, 3)]
     assert len(graphs.replays) == 2
+
+
+@pytest.mark.parametrize("words", ["cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory"])
+@pytest.mark.parametrize("kind", [RuntimeError, torch.cuda.OutOfMemoryError])
+def test_where_memory_is_missed_other_recordings_are_dropped_and_it_is_tried_once_more(kind, words) -> None:
+    room, released = [True, False, True], []
+
+    def capture(x: Tensor, regions: int):
+        if not room.pop(0):
+            raise kind(words)
+        return lambda y: y
+
+    graphs = Graphs(capture, release=lambda: released.append(len(graphs.replays)), most=4)
+    graphs(torch.zeros(4), 2)
+    graphs(torch.zeros(5), 2)
+    assert (released, len(graphs.replays)) == ([0], 1)
+    room[:] = [False, False]
+    with pytest.raises(kind, match=words):
+        graphs(torch.zeros(6), 2)
+    assert room == []
+    room[:] = [False]
+    with pytest.raises(kind, match=words):  # nothing is held that could be dropped
+        graphs(torch.zeros(6), 2)
+
+
+def test_other_failures_are_not_tried_again() -> None:
+    tried = []
+
+    def capture(x: Tensor, regions: int):
+        tried.append(len(x))
+        if len(x) == 5:
+            raise RuntimeError("an illegal memory access was encountered")
+        return lambda y: y
+
+    graphs = Graphs(capture, release=lambda: None, most=4)
+    graphs(torch.zeros(4), 2)
+    with pytest.raises(RuntimeError, match="illegal"):
+        graphs(torch.zeros(5), 2)
+    assert tried == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), OutOfMemoryError),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), OutOfMemoryError),
+        (RuntimeError("CUDA error: invalid argument"), BackendError),
+    ],
+)
+def test_a_lack_of_memory_is_told_whichever_library_met_it(error: RuntimeError, kind: type[BackendError]) -> None:
+    with pytest.raises(BackendError) as caught, cuda_errors_about("a GPU"):
+        raise error
+    assert type(caught.value) is kind
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -26,7 +26,7 @@ from sanrt.runtime.artifacts.engines import BuildOptions, EngineInfo, Identity, 
 from sanrt.runtime.artifacts.flavors import Flavor
 from sanrt.runtime.artifacts.sizes import Profile, Size
 from sanrt.runtime.backends.protocol import RunOptions
-from sanrt.runtime.backends.registry import candidates, load_backend
+from sanrt.runtime.backends.registry import automatic_choice, candidates, load_backend
 from sanrt.runtime.backends.tensorrt import backend as tensorrt
 from sanrt.runtime.backends.tensorrt.device import Corner, Grid
 from sanrt.runtime.tiling.options import UpscaleOptions
@@ -109,7 +109,12 @@ class FakeDevice:
 
     def capture(self, stream: int, work: Callable[[], None]) -> int:
         self.recording = []
-        work()
+        try:
+            work()
+        except BackendError:
+            self.recording = None
+            self.calls.append("capture failed")
+            raise
         handle = next(self.handles)
         self.recorded[handle], self.recording = self.recording, None
         self.calls.append("capture")
@@ -148,6 +153,8 @@ class FakeContext:
         self.error_recorder = self.profile = self.shape = None
         self.scratch = (0, 0)
         self.fail: tuple[ErrorCode, str] | None = None
+        self.refuses_memory: tuple[ErrorCode, str] | None = None
+        self.refuses_capture = False
         self.while_running: Callable[[], None] = lambda: None
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
@@ -174,6 +181,9 @@ class FakeContext:
         return self.SCRATCH_PER_PIXEL * int(np.prod(self.shape))
 
     def set_device_memory(self, address: int, size: int) -> None:
+        """It returns nothing; only the recorder hears of a refusal."""
+        if self.refuses_memory:
+            self.error_recorder.report_error(*self.refuses_memory)
         self.scratch = (address, size)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -186,6 +196,9 @@ class FakeContext:
         assert self.scratch[1] >= self.update_device_memory_size_for_shapes()
         if self.fail:
             self.error_recorder.report_error(*self.fail)
+            return False
+        if self.refuses_capture and self.gpu.recording is not None:
+            self.error_recorder.report_error(ErrorCode.INTERNAL_ERROR, "not in a capture")
             return False
         shape, addresses = self.shape, dict(self.addresses)
         if self.gpu.recording is not None:
@@ -208,6 +221,8 @@ def floats(address: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class FakeEngine:
+    device_memory_size_v2 = 1 << 20
+
     def __init__(self, gpu: FakeDevice) -> None:
         self.gpu, self.contexts, self.settings = gpu, [], None
 
@@ -348,6 +363,51 @@ def test_graphs_of_memory_that_moved_are_never_launched(rig: Rig):
             assert np.array_equal(backend.infer(x), upscaled(x))
 
 
+def test_a_size_is_captured_only_from_a_context_that_ran_it(rig: Rig):
+    with rig.open() as backend:
+        a, b = picture(8, 8), picture(6, 6)
+        backend.infer(a)
+        context = rig.engine.contexts[0]
+        context.fail = (ErrorCode.INTERNAL_ERROR, "once")
+        with pytest.raises(BackendError, match="once"):
+            backend.infer(b)
+        context.fail = None
+        backend.infer(a)
+        assert "capture" not in rig.gpu.calls
+        backend.infer(a)
+        assert rig.gpu.calls.count("capture") == 1
+
+
+def test_a_size_that_cannot_be_captured_is_queued_and_told_once(rig: Rig, caplog: pytest.LogCaptureFixture):
+    with rig.open() as backend:
+        x = picture(8, 8)
+        backend.infer(x)
+        rig.engine.contexts[0].refuses_capture = True
+        for _ in range(3):
+            assert np.array_equal(backend.infer(x), upscaled(x))
+        assert rig.gpu.calls.count("capture failed") == 1
+        assert [record.getMessage() for record in caplog.records] == [
+            f"no CUDA graph for 1x8x8, each run is queued: {backend.info.path}: inference failed (not in a capture)"
+        ]
+
+
+def test_a_failed_question_for_memory_is_no_engine_without_activations(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(FakeContext, "update_device_memory_size_for_shapes", lambda self: 0)
+    with rig.open() as backend:
+        with pytest.raises(BackendError, match="the size of its activations for 1x8x8 failed"):
+            backend.infer(picture(8, 8))
+        rig.engine.device_memory_size_v2 = 0
+        assert np.array_equal(backend.infer(picture(8, 8)), upscaled(picture(8, 8)))
+
+
+def test_memory_that_tensorrt_does_not_take_is_an_error_though_the_call_returns_nothing(rig: Rig):
+    with rig.open() as backend:
+        backend.infer(picture(8, 8))
+        rig.engine.contexts[0].refuses_memory = (ErrorCode.INTERNAL_ERROR, "too small")
+        with pytest.raises(BackendError, match=r"the memory of its activations failed \(too small\)"):
+            backend.infer(picture(6, 6))
+
+
 def test_only_a_few_graphs_are_kept(rig: Rig):
     with rig.open() as backend:
         backend.infer(picture(40, 40))
@@ -486,12 +546,15 @@ def test_an_engine_that_tensorrt_cannot_read_is_one_line(rig: Rig):
     assert "\n" not in str(caught.value)
 
 
-def test_loading_refuses_other_regions_and_gpus(rig: Rig):
+def test_loading_refuses_other_regions_and_gpus_and_closes_the_device(rig: Rig):
     info = rig.info()
     rig.open(info).close()
+    closed: list[bool] = []
+    rig.monkeypatch.setattr(FakeDevice, "close", lambda self: closed.append(True))
     rig.monkeypatch.setattr(tensorrt, "open_device", lambda index: rig.gpu)
     with pytest.raises(BackendError, match="2 x 2 regions, not 4 x 4"):
         tensorrt.load(info.path, RunOptions(regions=4))
+    assert closed == [True]
     rig.gpu.name = "NVIDIA Other"
     with pytest.raises(ModelError, match="built for NVIDIA Fake sm89, but this GPU is NVIDIA Other sm89"):
         tensorrt.load(info.path, RunOptions())
@@ -512,13 +575,20 @@ def test_auto_passes_over_engines_that_do_not_run_here_and_says_why(rig: Rig, ca
     rig.monkeypatch.setattr(tensorrt, "installed_version", lambda flavor: "9.9")
     rig.monkeypatch.setattr(tensorrt, "open_device", lambda index: rig.gpu)
     model = info.model_path
-    assert candidates(model, RunOptions())[0] == "tensorrt"
-    assert "tensorrt" not in candidates(model, RunOptions(precision=Precision.FP32))
+
+    def taken(precision: Precision | None = None) -> str:
+        options = RunOptions(precision=precision)
+        chosen = automatic_choice(["tensorrt", "torch"], model, options)
+        assert chosen
+        return chosen.name
+
+    assert taken() == "tensorrt"
+    assert taken(Precision.FP32) == "torch"
     rig.gpu.name = "NVIDIA Other"
-    assert "tensorrt" not in candidates(model, RunOptions())
+    assert taken() == "torch"
     rig.gpu.name = FakeDevice.name
     model.write_bytes(b"exported again")
-    assert "tensorrt" not in candidates(model, RunOptions())
+    assert taken() == "torch"
     reasons = ("built in fp16, fp32 was asked for", "this GPU is NVIDIA Other", "x.onnx has changed since")
     assert all(reason in record.getMessage() for reason, record in zip(reasons, caplog.records, strict=True))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread, get_ident
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
@@ -148,7 +150,23 @@ def test_a_capture_ends_even_when_the_work_fails(cuda: FakeRuntime):
     cuda.calls.clear()
     with pytest.raises(BackendError, match="no"):
         gpu.capture(7, broken)
-    assert [call[0] for call in cuda.calls] == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
+    assert [call[0] for call in cuda.calls] == ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphDestroy"]
+
+
+def test_the_reason_of_a_failed_capture_is_the_works_own(cuda: FakeRuntime):
+    """A failure within a capture fails its end too, and a graph that cannot be instantiated is not left behind."""
+    gpu = CudaPython(0)
+
+    def broken() -> None:
+        cuda.codes["cudaStreamEndCapture"] = cuda.BROKEN
+        raise BackendError("the work failed")
+
+    with pytest.raises(BackendError, match="the work failed"):
+        gpu.capture(7, broken)
+    cuda.codes = {"cudaGraphInstantiate": cuda.BROKEN}
+    with pytest.raises(BackendError, match="cudaGraphInstantiate"):
+        gpu.capture(7, lambda: None)
+    assert ("cudaGraphDestroy", "recorded") in cuda.calls
 
 
 def cuda_names() -> set[str]:
@@ -169,8 +187,12 @@ def test_cuda_python_has_every_function_and_constant():
     assert not [name for name in names if not any(hasattr(owner, name) for owner in (runtime, *enums))]
 
 
+class Abort(BaseException):
+    """What pycuda does to the process."""
+
+
 class FakePyCuda:
-    """What pycuda.driver offers, as far as it is used."""
+    """What pycuda.driver has, as far as it is used: its objects work only while a context is on the thread's stack."""
 
     class Error(Exception):
         pass
@@ -178,29 +200,57 @@ class FakePyCuda:
     class MemoryError(Error):
         pass
 
-    event_flags = SimpleNamespace(DISABLE_TIMING=2)
-
     def __init__(self) -> None:
         self.log: list[object] = []
-        context = SimpleNamespace(push=lambda: self.log.append("push"), pop=lambda: self.log.append("pop"))
+        self.stacks: defaultdict[int, list[object]] = defaultdict(list)
+        context = SimpleNamespace(
+            push=lambda: self.stack.append("context"), pop=lambda: self.stack.pop(), handle=0xC0DE, synchronize=None
+        )
         gpu = SimpleNamespace(
             retain_primary_context=lambda: context, name=lambda: "NVIDIA Fake", compute_capability=lambda: (8, 9)
         )
         self.Device = type("Device", (), {"__new__": lambda cls, index: gpu, "count": staticmethod(lambda: 1)})
-        self.Stream = lambda: SimpleNamespace(handle=7, synchronize=lambda: None, wait_for_event=self.log.append)
+        self.Stream = self.in_context(lambda: SimpleNamespace(handle=7, synchronize=self.in_context(lambda: None)))
+        self.Context = SimpleNamespace(synchronize=self.in_context(lambda: self.log.append("all waited for")))
+        self.mem_get_info = self.in_context(lambda: (5 << 30, 8 << 30))
+        self.mem_alloc = self.in_context(self.allocation)
+
+    @property
+    def stack(self) -> list[object]:
+        return self.stacks[get_ident()]
+
+    def in_context(self, function: Callable[..., object]) -> Callable[..., object]:
+        def checked(*arguments: object) -> object:
+            if not self.stack:
+                raise Abort("no context on the stack")
+            return function(*arguments)
+
+        return checked
 
     def init(self) -> None: ...
-
-    def mem_get_info(self) -> tuple[int, int]:
-        return 5 << 30, 8 << 30
 
     def Memcpy3D(self) -> FakeCopy:
         return FakeCopy(self.log)
 
-    def mem_alloc(self, size: int) -> FakeAllocation:
+    def allocation(self, size: int) -> FakeAllocation:
         if size > 1 << 40:
             raise self.MemoryError("cuMemAlloc failed: out of memory")
-        return FakeAllocation(self.log)
+        return FakeAllocation(self)
+
+    def pagelocked_empty(self, size: int, dtype: object) -> np.ndarray:
+        owner = FakePageLocked(size)
+        owner.free = self.in_context(lambda: self.log.append("unlocked"))
+        return np.asarray(owner)
+
+
+class FakePageLocked:
+    """The base of a page-locked array."""
+
+    free: Callable[..., object]
+
+    def __init__(self, size: int) -> None:
+        self.content = np.zeros(size, np.uint8)
+        self.__array_interface__ = self.content.__array_interface__
 
 
 class FakeCopy:
@@ -215,14 +265,11 @@ class FakeCopy:
 
 
 class FakeAllocation:
-    def __init__(self, log: list[object]) -> None:
-        self.log = log
+    def __init__(self, cuda: FakePyCuda) -> None:
+        self.free = cuda.in_context(lambda: cuda.log.append("free"))
 
     def __int__(self) -> int:
         return 4096
-
-    def free(self) -> None:
-        self.log.append("free")
 
 
 @pytest.fixture
@@ -232,6 +279,8 @@ def pycuda(monkeypatch: pytest.MonkeyPatch) -> FakePyCuda:
     package.driver = fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pycuda", package)
     monkeypatch.setitem(sys.modules, "pycuda.driver", fake)
+    driver = SimpleNamespace(cuCtxSetCurrent=lambda handle: fake.log.append(("current", handle.value)))
+    monkeypatch.setattr(device, "driver_library", lambda: driver)
     return fake
 
 
@@ -246,13 +295,14 @@ def test_pycuda_is_a_provider_without_graphs(pycuda: FakePyCuda, monkeypatch: py
 
 def test_pycuda_keeps_what_it_allocated_until_it_is_freed(pycuda: FakePyCuda):
     gpu = PyCuda(0)
-    address = gpu.allocate(16)
-    gpu.free(address)
-    assert pycuda.log == ["push", "free"]
+    gpu.free(gpu.allocate(16))
+    assert pycuda.log[-1] == "free"
     with pytest.raises(OutOfMemoryError, match="out of memory"):
         gpu.allocate(1 << 50)
-    gpu.close()
-    assert pycuda.log[-1] == "pop"
+    host = gpu.allocate_host(16)
+    assert host.shape == (16,)
+    gpu.free_host(host)
+    assert pycuda.log[-1] == "unlocked"
 
 
 def test_pycuda_copies_a_box_at_once(pycuda: FakePyCuda):
@@ -267,11 +317,30 @@ def test_pycuda_copies_a_box_at_once(pycuda: FakePyCuda):
     assert gpu.free_memory() == 5 << 30
 
 
-def test_the_context_is_made_current_once_per_thread(pycuda: FakePyCuda):
+def test_no_call_leaves_a_context_on_pycudas_stack_in_any_thread(pycuda: FakePyCuda):
+    """pycuda aborts the process where a thread ends with one there; what TensorRT needs is set by the driver itself."""
     gpu = PyCuda(0)
-    gpu.activate()
-    gpu.activate()
-    assert pycuda.log == ["push"]
+
+    def work() -> None:
+        gpu.activate()
+        stream = gpu.create_stream()
+        gpu.synchronize(stream)
+        with pytest.raises(OutOfMemoryError):
+            gpu.allocate(1 << 50)
+
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
+    gpu.close()
+    assert len(pycuda.stacks) == 2
+    assert not any(pycuda.stacks.values())
+    assert pycuda.log == [("current", 0xC0DE)] * 2
+
+
+def test_pycuda_waits_for_everything_where_it_should_follow_a_stream_that_is_not_its_own(pycuda: FakePyCuda):
+    gpu = PyCuda(0)
+    gpu.follow(gpu.create_stream(), 77)
+    assert pycuda.log[-1] == "all waited for"
 
 
 @pytest.mark.parametrize(("asked", "message"), [("cupy", "expected cuda-python or pycuda"), ("pycuda", r"sanrt\[pycuda\]")])
