@@ -6,14 +6,16 @@ CMYK is converted (by its profile, else libvips' own), to sRGB.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from threading import Lock
+from threading import Lock, local
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
@@ -44,6 +46,8 @@ _LOSSLESS = (Format.PNG, Format.TIFF, Format.GIF, Format.BMP, Format.TGA)
 _COLOURS = {"b-w": 1, "grey16": 1, "srgb": 3, "rgb": 3, "rgb16": 3, "cmyk": 4}
 """Channels of the colour spaces that are read."""
 _READING = Lock()
+_OF_WRITING = re.compile(r"target:|wbuffer_write:|system error:|vips2|VipsJpeg: unable to write|heif: Cannot write|\w+save")
+"""How lines of libvips begin that are about writing."""
 _OPTIMISED_PIXELS = 20_000_000
 _UNKNOWN_RESOLUTION, _SCREEN_RESOLUTION = 1.0, 72 / 25.4
 
@@ -185,6 +189,8 @@ class SourcePicture:
             if self._region is None:
                 self._region = _vips().Region.new(_decoded(_loaded(info.path, info.format)))
             pieces = [self._region.fetch(0, at, info.width, min(step, bottom - at)) for at in range(top, bottom, step)]
+            if bottom == info.height:  # only now it is told of the last rows whether pixels are missing
+                self._region = None
         rows = [np.frombuffer(piece, info.dtype).reshape(-1, info.width, info.channels) for piece in pieces]
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
@@ -211,9 +217,7 @@ def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> SourcePicture:
     if form is Format.TIFF:
         tiff.check(path)
     with _reading(path, f"damaged {form.upper()} file"):
-        image = _loaded(path, form, max_pixels)
-        _check_header(path, image, max_pixels)
-        return SourcePicture(_info(path, form, image))
+        return SourcePicture(_header(path, form, max_pixels))
 
 
 def _head(path: Path) -> bytes:
@@ -232,11 +236,33 @@ def _unknown(head: bytes) -> str:
     return "unknown content, no picture that sanrt reads" if head else "empty file"
 
 
+class _WarningsOfLibjpeg(logging.Handler):
+    """Hears, in the thread that lets go of a JPEG, whether libjpeg warned of it since libvips last looked.
+
+    libvips looks before each few rows, so warnings of the last ones come out here. Its error buffer would tell them too, but
+    belongs to the process: a writer that fails empties it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.heard = local()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "read gave" in record.getMessage():
+            self.heard.any = True
+
+
+_WARNINGS = _WarningsOfLibjpeg()
+
+
 @cache
 def _vips() -> Any:
     """pyvips, its process-wide settings made once: no cache of operations (it would hold files and pixels), two threads."""
     import pyvips
 
+    logger = logging.getLogger("pyvips")
+    logger.addHandler(_WARNINGS)
+    logger.setLevel(min(logger.level or logging.WARNING, logging.WARNING))
     pyvips.cache_set_max(0)
     if "VIPS_CONCURRENCY" not in os.environ:
         pyvips.concurrency_set(2)
@@ -247,34 +273,34 @@ def _vips() -> Any:
 def _reading(path: Path, otherwise: str) -> Iterator[None]:
     """One thread at a time opens or decodes: libvips' error buffer belongs to the process, and says of which file nowhere.
 
-    PictureError, `otherwise` and what libvips said, for its errors; also for what libjpeg warned of in the last rows, which
-    libvips looks at only before the next ones.
+    PictureError, `otherwise` and what libvips said, for its errors, and for libjpeg's warnings of an image that the body let
+    go of.
     """
-    with _READING, _vips_errors_about(f"{path}: {otherwise}"):
+    with _READING, _vips_errors_about(f"{path}: {otherwise}", writing=False):
+        _vips().vips_lib.vips_error_clear()
+        _WARNINGS.heard.any = False
         yield
-        if warnings := [line for line in _vips_said() if line.startswith("VipsJpeg")]:
-            raise PictureError(f"{path}: {otherwise} ({warnings[-1]})")
-
-
-def _vips_said() -> list[str]:
-    """The lines in libvips' error buffer."""
-    pyvips = _vips()
-    text: str = pyvips.ffi.string(pyvips.vips_lib.vips_error_buffer()).decode(errors="replace")
-    return text.splitlines()
+        if _WARNINGS.heard.any:
+            said = _vips().ffi.string(_vips().vips_lib.vips_error_buffer()).decode(errors="replace").splitlines()
+            raise PictureError(f"{path}: {otherwise} ({next(_lines(said, writing=False), 'pixels are missing')})")
 
 
 @contextmanager
-def _vips_errors_about(subject: str) -> Iterator[None]:
-    """Errors of libvips as one line about `subject`, with the last things that libvips said."""
-    pyvips = _vips()
-    pyvips.vips_lib.vips_error_clear()
+def _vips_errors_about(subject: str, writing: bool) -> Iterator[None]:
+    """Errors of libvips as one line about `subject`, with the last things that it said of what was being done."""
     try:
         yield
-    except pyvips.Error as error:
-        lines = list(dict.fromkeys(line.strip() for line in error.detail.splitlines() if line.strip()))
-        raise PictureError(f"{subject} ({'; '.join(lines[-2:]) or error.message})") from None
+    except _vips().Error as error:
+        lines = [*_lines(error.detail.splitlines(), writing)]
+        raise PictureError(f"{subject} ({'; '.join(reversed(lines[:2])) or error.message})") from None
     except UnicodeDecodeError:
         raise PictureError(f"{subject} (its text is not UTF-8)") from None
+
+
+def _lines(said: Sequence[str], writing: bool) -> Iterator[str]:
+    """What libvips said of writing, or of reading, the last first, each once: readers and writers share its error buffer."""
+    lines = dict.fromkeys(line.strip() for line in reversed(said) if line.strip())
+    return (line for line in lines if bool(_OF_WRITING.match(line)) == writing)
 
 
 def _loaded(path: Path, form: Format, max_pixels: int = sys.maxsize) -> pyvips.Image:
@@ -303,6 +329,12 @@ def _loaded(path: Path, form: Format, max_pixels: int = sys.maxsize) -> pyvips.I
 
 def _orientation(image: pyvips.Image) -> int:
     return image.get("orientation") if image.get_typeof("orientation") else 1
+
+
+def _header(path: Path, form: Format, max_pixels: int) -> PictureInfo:
+    image = _loaded(path, form, max_pixels)
+    _check_header(path, image, max_pixels)
+    return _info(path, form, image)
 
 
 def _check_header(path: Path, image: pyvips.Image, max_pixels: int) -> None:
@@ -434,7 +466,7 @@ def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | 
     needed if the output has alpha, or a background to lay it onto. FileError if the file cannot be written,
     OccupiedError if another one is there that may not be replaced.
     """
-    with _vips_errors_about(f"{output.path}: cannot be written"):
+    with _vips_errors_about(f"{output.path}: cannot be written", writing=True):
         image = _with_metadata(_encodable(output, rgb, alpha), output)
         with replacing(output.path) as file:
             target = _vips().Target.new_to_descriptor(file.fileno())

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-BLOCK = 1 << 20
-MARKER = re.compile(rb"\xff+[^\x00\xff]")
-MARKER_BEHIND_DATA = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+FIRST_BLOCK, BLOCK = 1 << 12, 1 << 20
+"""Bytes that are searched at once: few at first, as the next marker mostly follows at once."""
+MOST_SEGMENTS = 100_000
+"""A file of more is not followed further; no camera writes a hundredth of them."""
+MARKER = re.compile(rb"\xff[^\x00\xff]")
+MARKER_BEHIND_DATA = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 """In entropy-coded data FF 00 is a byte of it, and D0 to D7 restart it."""
 SOI, EOI, SOS, APP0, APP14 = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
 STANDALONE = {0x01, *range(0xD0, 0xD9)}
@@ -46,6 +49,10 @@ class Segment:
     begin: int
     """Position of the content, behind the length."""
     content: bytes
+    after: int
+    """Position where the segment before it ends."""
+    before: int
+    """Bytes between the two; FF just before the marker, which may stand there, do not count."""
 
 
 def repairs(path: Path) -> list[Repair]:
@@ -67,15 +74,16 @@ def repaired(path: Path) -> bytes | None:
 
 def find_repairs(file: IO[bytes]) -> Iterator[Repair]:
     """The changes, as they are found; it ends silently where the file cannot be followed, which libjpeg will report."""
-    at, behind_scan, frame = 2, False, 0
+    behind_scan, frame = False, 0
     components: bytes = b""
     decoded: dict[int, set[int]] = {}
     adobe: Repair | None = None
-    while (start := position(file, MARKER_BEHIND_DATA if behind_scan else MARKER, at)) is not None:
-        if start > at and not behind_scan:
-            yield Repair(at, start - at, b"", "bytes before a marker")
-        segment, at = segment_at(file, start)
-        if segment is None or segment.marker == EOI:
+    for segment in segments(file):
+        if segment is None:
+            return
+        if segment.before and not behind_scan:
+            yield Repair(segment.after, segment.before, b"", "bytes before a marker")
+        if segment.marker == EOI:
             return
         behind_scan, content = segment.marker == SOS, segment.content
         if segment.marker in FRAMES and len(content) > 5:
@@ -101,30 +109,40 @@ def find_repairs(file: IO[bytes]) -> Iterator[Repair]:
         yield Repair(file.seek(0, os.SEEK_END), 0, bytes([0xFF, EOI]), "no end marker")
 
 
-def position(file: IO[bytes], pattern: re.Pattern[bytes], at: int) -> int | None:
-    """Where the pattern of a marker is found first, from `at` on."""
+def segments(file: IO[bytes]) -> Iterator[Segment | None]:
+    """The segments from the second marker on, MOST_SEGMENTS at most; None, as the last one, for one that leaves the file."""
+    at, pattern = 2, MARKER
+    for _ in range(MOST_SEGMENTS):
+        if not (found := search(file, pattern, at)):
+            return
+        start, junk_end = found
+        file.seek(start + 1)
+        marker, begin, length = file.read(1)[0], start + 2, 0
+        if marker not in STANDALONE and marker != EOI:
+            length = int.from_bytes(file.read(2), "big")
+            begin += 2
+        content = file.read(max(0, length - 2))
+        if begin > start + 2 and (length < 2 or len(content) < length - 2):
+            yield None
+            return
+        yield Segment(marker, begin, content, at, junk_end - at)
+        at, pattern = begin + len(content), MARKER_BEHIND_DATA if marker == SOS else MARKER
+    yield None
+
+
+def search(file: IO[bytes], pattern: re.Pattern[bytes], at: int) -> tuple[int, int] | None:
+    """Where the pattern of a marker is found first from `at` on, and where the bytes end that are neither it nor fill.
+
+    Each byte is looked at a few times at most, whatever the file holds.
+    """
+    size, junk_end = FIRST_BLOCK, at
     file.seek(at)
-    while len(block := file.read(BLOCK)) > 1:
-        if found := pattern.search(block):
-            return at + found.start()
-        at += len(block) - 1
+    while len(block := file.read(size)) > 1:
+        found = pattern.search(block)
+        passed = block[: found.start() if found else -1].rstrip(b"\xff")
+        junk_end = at + len(passed) if passed else junk_end
+        if found:
+            return at + found.start(), junk_end
+        at, size = at + len(block) - 1, min(2 * size, BLOCK)
         file.seek(at)
     return None
-
-
-def segment_at(file: IO[bytes], start: int) -> tuple[Segment | None, int]:
-    """The segment whose marker begins at `start`, None if it leaves the file, and where it ends."""
-    file.seek(start)
-    head = file.read(BLOCK)
-    fill = len(head) - len(head.lstrip(b"\xff"))
-    if fill == len(head):
-        return None, start
-    marker, begin = head[fill], start + fill + 1
-    if marker in STANDALONE or marker == EOI:
-        return Segment(marker, begin, b""), begin
-    file.seek(begin)
-    length = int.from_bytes(file.read(2), "big")
-    content = file.read(max(0, length - 2))
-    if length < 2 or len(content) < length - 2:
-        return None, start
-    return Segment(marker, begin + 2, content), begin + length

@@ -57,7 +57,7 @@ UNTRUE_XMP = {"an Ultra HDR gain map": (b"hdrgm:",), "a motion photo": (b"Motion
 PHOTOSHOP = b"Photoshop 3.0\0"
 """What IPTC is wrapped in within a JPEG, and only there; into a TIFF libvips writes a quarter of it."""
 C2PA_BOX = bytes.fromhex("d8fec3d61b0e483c92975828877ec481")
-MOST_TEXT, HEAD_BYTES = 1 << 24, 1 << 18
+MOST_TEXT, MOST_COMMENTS, HEAD_BYTES = 1 << 24, 256, 1 << 18
 
 
 @dataclass
@@ -106,7 +106,7 @@ def read(path: Path, form: Format, image: Any) -> Found:
 
 def read_png(file: IO[bytes], found: Found) -> None:
     """Text, colour and animation chunks."""
-    at, text = 8, b""
+    at, text = 8, bytearray()
     file.seek(at)
     while len(head := file.read(8)) == 8:
         length, name = int.from_bytes(head[:4], "big"), head[4:].decode("latin-1")
@@ -120,25 +120,25 @@ def read_png(file: IO[bytes], found: Found) -> None:
             elif name == "caBX":
                 found.left_out.append("C2PA claims")
             elif not data.startswith((b"XML:com.adobe.xmp\0", b"Raw profile type ")):  # libvips takes those
-                text += png_chunk(name, data) if len(text) < MOST_TEXT else b""
+                text.extend(png_chunk(name, data) if len(text) < MOST_TEXT else b"")
         elif name == "IEND":
             break
         at += 12 + length
         file.seek(at)
     if text:
-        found.kept[TEXT] = text
+        found.kept[TEXT] = bytes(text)
 
 
 def read_jpeg(file: IO[bytes], found: Found) -> None:
     """Comments, and segments on other pictures in the file, up to the scan."""
-    at, images, gain_map = 2, 1, any("gain map" in each for each in found.left_out)
-    while (start := jpeg.position(file, jpeg.MARKER, at)) is not None:
-        segment, at = jpeg.segment_at(file, start)
+    images, gain_map = 1, any("gain map" in each for each in found.left_out)
+    comments: list[bytes] = []
+    for segment in jpeg.segments(file):
         if segment is None or segment.marker in (jpeg.SOS, jpeg.EOI):
             break
         content = segment.content
         if segment.marker == 0xFE and content.strip(b"\0 "):
-            found.kept[COMMENT] = (found.kept.get(COMMENT, b"") + b"\n" + content).lstrip(b"\n")
+            comments += [content] if len(comments) < MOST_COMMENTS else []
         elif segment.marker == 0xE2 and content.startswith(b"MPF\0"):
             index = io.BytesIO(content[4:])
             order, _ = tiff.layout(index)
@@ -149,6 +149,8 @@ def read_jpeg(file: IO[bytes], found: Found) -> None:
             gain_map = True
         elif segment.marker == 0xEB and b"c2pa" in content[:256]:
             found.left_out.append("C2PA claims")
+    if comments:
+        found.kept[COMMENT] = b"\n".join(comments)
     if gain_map:
         found.left_out.append("an Ultra HDR gain map")
     else:

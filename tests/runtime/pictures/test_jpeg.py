@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import pyvips
 
 from sanrt.errors import PictureError
-from sanrt.runtime.pictures.codec import open_picture
-from sanrt.runtime.pictures.jpeg import repairs
+from sanrt.runtime.pictures.codec import Output, open_picture, write_picture
+from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.jpeg import MOST_SEGMENTS, find_repairs, repairs, segments
 
 ENCODINGS = {
     "plain": {"subsample_mode": "off"},
@@ -136,6 +138,66 @@ def test_threads_on_damaged_files_each_blame_their_own(tmp_path):
     paths = list(said) * 40
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(reason, paths)) == [said[path] for path in paths]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("bands", [1, 3, 4])
+def test_pixels_missing_in_the_last_rows_are_noticed_whoever_empties_libvips_error_buffer(
+    tmp_path, monkeypatch, orientation, bands
+):
+    image = pyvips.Image.new_from_array(np.random.default_rng(0).integers(0, 255, (64, 64, bands), np.uint8))
+    image = image.copy(interpretation={1: "b-w", 3: "srgb", 4: "cmyk"}[bands])
+    image.set_type(pyvips.GValue.gint_type, "orientation", orientation)
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(image.jpegsave_buffer(subsample_mode="off")[:-4] + b"\xff\xd9")
+    fetch = pyvips.Region.fetch
+
+    def fetch_while_a_writer_fails(*arguments):
+        pixels = fetch(*arguments)
+        pyvips.vips_lib.vips_error_clear()
+        return pixels
+
+    monkeypatch.setattr(pyvips.Region, "fetch", fetch_while_a_writer_fails)
+    assert reason(path).startswith(f"{path}: damaged JPEG file (")
+
+
+def test_a_writer_that_fails_is_not_told_what_libvips_said_of_a_picture_that_was_read(tmp_path, monkeypatch):
+    def fail(image, *arguments, **options):
+        raise pyvips.Error("unable to call pngsave_target", "VipsJpeg: premature end\ntarget: write error\n")
+
+    monkeypatch.setattr(pyvips.Image, "pngsave_target", fail, raising=False)
+    output = Output(tmp_path / "a.png", Format.PNG, 1, 1)
+    with pytest.raises(PictureError, match=r"a\.png: cannot be written \(target: write error\)$"):
+        write_picture(output, np.zeros((1, 1, 3), np.uint8))
+
+
+class CountedBytes(io.BytesIO):
+    """A file in memory that counts what is read of it."""
+
+    count = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.count += len(data)
+        return data
+
+
+HOSTILE = {
+    "small segments": b"\xff\xe5\0\2" * 50_000,
+    "more segments than are followed": b"\xff\xe5\0\2" * (MOST_SEGMENTS + 1),
+    "fill bytes": b"\xff" * (1 << 22) + b"\0",
+    "fill bytes between markers": (b"\xff" * 1000 + b"\xe5\0\2") * 1000,
+    "junk between markers": (b"\0" * 1000 + b"\xff\xe5\0\2") * 1000,
+    "scans": b"\xff\xda\0\2" * 50_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_jpeg_of_many_segments_is_followed_in_time_proportional_to_its_size(name):
+    file = CountedBytes(b"\xff\xd8" + HOSTILE[name])
+    assert len(list(segments(file))) <= MOST_SEGMENTS + 1
+    assert len(list(find_repairs(file))) <= 1000
+    assert file.count < 2 * (8 * len(HOSTILE[name]) + 5000 * MOST_SEGMENTS)
 
 
 def reason(path: Path) -> str:
