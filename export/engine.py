@@ -19,6 +19,7 @@ import onnx
 from sanrt.errors import BackendError, BuildError, ModelError, UsageError
 from sanrt.export import proof as proofs
 from sanrt.export.stages import stage_ranges
+from sanrt.extras import install_command
 from sanrt.files import cache_folder, keep, kept, require_writable, source_digest, write_whole
 from sanrt.model.exported import read_model
 from sanrt.model.graph import san_model, stage_model
@@ -83,7 +84,7 @@ def choose_flavor(device: int = 0) -> Flavor:
     if installed_version(Flavor.RTX):
         return Flavor.RTX
     raise BackendError(
-        "neither TensorRT (with a GPU) nor TensorRT-RTX is here; pip install 'sanrt[rtx]' (it needs no GPU to build)"
+        f"neither TensorRT (with a GPU) nor TensorRT-RTX is here; {install_command('rtx')} (it needs no GPU to build)"
     )
 
 

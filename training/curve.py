@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sanrt.errors import SanrtError, UsageError
+from sanrt.extras import install_command
 from training.command import run
 
 CURVES = Path(__file__).resolve().parent / "curves"
@@ -52,7 +53,7 @@ def draw(runs: dict[str, list[Row]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise SanrtError("matplotlib is not installed; pip install 'sanrt[training]'") from error
+        raise SanrtError(f"matplotlib is not installed; {install_command('training')}") from error
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for name, rows in runs.items():

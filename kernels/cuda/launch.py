@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from sanrt.errors import BackendError
-from sanrt.kernels.cuda.nvrtc import INSTALL, CudaSource, check_cuda
+from sanrt.extras import install_command
+from sanrt.kernels.cuda.nvrtc import CudaSource, check_cuda
 
 
 def import_driver() -> Any:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise BackendError(f"CUDA kernels: cuda-python is not installed ({error}); {INSTALL}") from error
+        raise BackendError(f"CUDA kernels: cuda-python is not installed ({error}); {install_command('kernels')}") from error
     return driver
 
 

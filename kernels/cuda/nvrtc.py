@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sanrt.errors import BackendError, first_line
+from sanrt.extras import install_command
 from sanrt.files import cache_folder, cached_file
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ NVRTC states its own, and a driver refuses PTX of a version that is newer than i
 """
 
 HEADERS = ("primitives.cuh", "formats.cuh")
-INSTALL = "pip install 'sanrt[kernels]'"
 
 
 def scalar_type(dtype: torch.dtype) -> str:
@@ -89,7 +89,7 @@ def import_nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
-        raise BackendError(f"CUDA kernels: NVRTC is not installed ({error}); {INSTALL}") from error
+        raise BackendError(f"CUDA kernels: NVRTC is not installed ({error}); {install_command('kernels')}") from error
     return nvrtc
 
 
@@ -99,7 +99,9 @@ def nvrtc_version() -> tuple[int, int]:
         _, major, minor = nvrtc.nvrtcVersion()
     except RuntimeError as error:
         # cuda-bindings finds the library when it is first called, and lists the places where it is not, a line each.
-        raise BackendError(f"CUDA kernels: the NVRTC library cannot be loaded ({first_line(error)}); {INSTALL}") from error
+        raise BackendError(
+            f"CUDA kernels: the NVRTC library cannot be loaded ({first_line(error)}); {install_command('kernels')}"
+        ) from error
     return major, minor
 
 

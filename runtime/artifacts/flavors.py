@@ -17,7 +17,7 @@ class Flavor(StrEnum):
 TITLES = {Flavor.TENSORRT: "TensorRT", Flavor.RTX: "TensorRT-RTX"}
 
 
-REMEDIES = {Flavor.TENSORRT: "pip install 'sanrt[trt]'", Flavor.RTX: "pip install 'sanrt[rtx]'"}
+EXTRAS = {Flavor.TENSORRT: "trt", Flavor.RTX: "rtx"}
 
 
 MODULES = {Flavor.TENSORRT: "tensorrt", Flavor.RTX: "tensorrt_rtx_bindings"}

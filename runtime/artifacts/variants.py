@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sanrt.errors import BackendError
+from sanrt.extras import install_command
 from sanrt.files import cache_folder, cached_file, file_digest, source_digest
 from sanrt.model.bundled import FOLDER as BUNDLED_FOLDER
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
@@ -89,7 +90,7 @@ def made_of(model: Path, content: Callable[[ModelSpec, Weights], bytes]) -> byte
     try:
         import onnx  # noqa: F401
     except ModuleNotFoundError as error:
-        raise BackendError(f"{model}: preparing it needs the onnx package; pip install 'sanrt[cpu]'") from error
+        raise BackendError(f"{model}: preparing it needs the onnx package; {install_command('cpu')}") from error
     if model.suffix == WEIGHTS_SUFFIX:
         weights = read_weights(model)
         return content(weights.spec, weights.tensors)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError
+from sanrt.extras import install_command
 from sanrt.model.spec import MIN_SIDE, Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.models import read_spec
@@ -36,7 +37,7 @@ def status() -> BackendStatus:
         reason = f"runs on the CPU ({vectors[0] if vectors else 'no AVX2: slow on x86, not measured elsewhere'})"
         return BackendStatus(NAME, __version__, True, reason, automatic=bool(vectors))
     missing = "threadpoolctl" if installed else "llvmlite"
-    return BackendStatus(NAME, __version__, False, f"{missing} is not installed", "pip install 'sanrt[cpu]'")
+    return BackendStatus(NAME, __version__, False, f"{missing} is not installed", install_command("cpu"))
 
 
 def load(model: Path, options: RunOptions) -> NativeBackend:

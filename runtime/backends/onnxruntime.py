@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError, first_line
+from sanrt.extras import install_command
 from sanrt.model.spec import Attention, GraphOptions, Precision, QuantisedType
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.models import read_spec, spec_in
@@ -30,7 +31,7 @@ def status() -> BackendStatus:
     """Whether ONNX Runtime is installed."""
     if installed := library_version("onnxruntime", "onnxruntime-gpu"):
         return BackendStatus(NAME, installed, True, "runs on the CPU")
-    return BackendStatus(NAME, None, False, "onnxruntime is not installed", "pip install 'sanrt[cpu]'")
+    return BackendStatus(NAME, None, False, "onnxruntime is not installed", install_command("cpu"))
 
 
 def load(model: Path, options: RunOptions) -> OnnxRuntimeBackend:

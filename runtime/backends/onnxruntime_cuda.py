@@ -13,6 +13,7 @@ import numpy as np
 
 from sanrt.arrays import Array
 from sanrt.errors import BackendError
+from sanrt.extras import install_command
 from sanrt.model.spec import GRAPH_PRECISIONS, Architecture, Attention, GraphOptions, Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.models import read_spec, spec_in
@@ -24,7 +25,6 @@ from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, l
 
 NAME = "onnxruntime-cuda"
 PROVIDER = "CUDAExecutionProvider"
-INSTALL = "pip install 'sanrt[gpu]'"
 FUSED_MULTIPLE = 8
 
 
@@ -34,10 +34,10 @@ def status(device: int = 0) -> BackendStatus:
     cpu_build = library_version("onnxruntime") is not None
     if installed and cpu_build:
         reason = "onnxruntime and onnxruntime-gpu are both installed and overwrite each other"
-        remedy = f"pip uninstall -y onnxruntime onnxruntime-gpu && {INSTALL}"
+        remedy = f"pip uninstall -y onnxruntime onnxruntime-gpu && {install_command('gpu')}"
         return BackendStatus(NAME, installed, False, reason, remedy)
     if not installed:
-        remedy = f"pip uninstall -y onnxruntime && {INSTALL}" if cpu_build else INSTALL
+        remedy = f"pip uninstall -y onnxruntime && {install_command('gpu')}" if cpu_build else install_command("gpu")
         return BackendStatus(NAME, None, False, "onnxruntime-gpu is not installed", remedy)
     return gpu_status(NAME, installed, device, cuda_of("onnxruntime", "capi/build_and_package_info.py"))
 
@@ -137,6 +137,7 @@ def open_cuda_session(graph: bytes, model: Path, options: RunOptions) -> Any:
     session = session_on(graph, model, settings, [provider])
     if session.get_providers()[0] != PROVIDER:
         raise BackendError(
-            f"{NAME}: the CUDA provider does not start, most often as CUDA or cuDNN libraries are missing; {INSTALL}"
+            f"{NAME}: the CUDA provider does not start, most often as CUDA or cuDNN libraries are missing; "
+            f"{install_command('gpu')}"
         )
     return session

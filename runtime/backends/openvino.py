@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from sanrt.arrays import Array, psnr
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError
+from sanrt.extras import install_command
 from sanrt.model.spec import Attention, GraphOptions, Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.models import read_spec, spec_in
@@ -53,7 +54,7 @@ def status() -> BackendStatus:
         features = {"AMX-BF16", "AVX512-BF16"} & set(machine.cpu_features())
         reason = f"runs on the CPU ({', '.join(sorted(features)) or 'no bf16'})"
         return BackendStatus(NAME, installed, True, reason, automatic="AMX-BF16" in features)
-    return BackendStatus(NAME, None, False, "openvino is not installed", "pip install 'sanrt[openvino]'")
+    return BackendStatus(NAME, None, False, "openvino is not installed", install_command("openvino"))
 
 
 def load(model: Path, options: RunOptions) -> OpenVinoBackend:

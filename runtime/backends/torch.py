@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError, first_line
+from sanrt.extras import install_command
 from sanrt.model.spec import MIN_SIDE, ModelSpec, Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.sizes import Limits
@@ -37,7 +38,7 @@ def status() -> BackendStatus:
     """Whether PyTorch is installed."""
     if installed := library_version("torch"):
         return BackendStatus(NAME, installed, True, "runs on the CPU")
-    return BackendStatus(NAME, None, False, "torch is not installed", "pip install 'sanrt[export]'")
+    return BackendStatus(NAME, None, False, "torch is not installed", install_command("export"))
 
 
 def load(model: Path, options: RunOptions) -> TorchBackend:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError, first_line
+from sanrt.extras import install_command
 from sanrt.geometry import Box
 from sanrt.kernels.cuda.nvrtc import ARCHITECTURES
 from sanrt.model.contract import STAGE_INPUTS, STAGE_MAPS
@@ -38,7 +39,7 @@ def status(device: int = 0) -> BackendStatus:
     installed, nvrtc = library_version("torch"), library_version("nvidia-cuda-nvrtc")
     if not installed or "+cpu" in installed or not nvrtc:
         reason = "a CUDA build of torch and nvidia-cuda-nvrtc are not both installed"
-        return BackendStatus(NAME, installed, False, reason, "pip install 'sanrt[kernels]'")
+        return BackendStatus(NAME, installed, False, reason, install_command("kernels"))
     needs = max((cuda_of("torch", "version.py"), nvrtc), key=version_numbers)
     return gpu_status(NAME, installed, device, needs, ARCHITECTURES[0])
 

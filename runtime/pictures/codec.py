@@ -6,16 +6,11 @@ CMYK is converted (by its profile, else libvips' own), to sRGB.
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from threading import Lock, local
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
@@ -24,9 +19,10 @@ from numpy.typing import NDArray
 
 from sanrt.errors import PictureError
 from sanrt.files import replacing
-from sanrt.runtime.pictures import jpeg, metadata, pillow, tiff
+from sanrt.runtime.pictures import jpeg, libvips, metadata, pillow, tiff
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.kinds import kind_of_content
+from sanrt.runtime.pictures.libvips import vips
 from sanrt.runtime.pictures.provenance import Provenance, seal
 from sanrt.runtime.pictures.resize import ResultSize, reduced
 from sanrt.runtime.pictures.scratch import ScratchPicture
@@ -45,9 +41,6 @@ _PIECE_ROWS = 64
 _LOSSLESS = (Format.PNG, Format.TIFF, Format.GIF, Format.BMP, Format.TGA)
 _COLOURS = {"b-w": 1, "grey16": 1, "srgb": 3, "rgb": 3, "rgb16": 3, "cmyk": 4}
 """Channels of the colour spaces that are read."""
-_READING = Lock()
-_OF_WRITING = re.compile(r"target:|wbuffer_write:|system error:|vips2|VipsJpeg: unable to write|heif: Cannot write|\w+save")
-"""How lines of libvips begin that are about writing."""
 _OPTIMISED_PIXELS = 20_000_000
 _UNKNOWN_RESOLUTION, _SCREEN_RESOLUTION = 1.0, 72 / 25.4
 
@@ -185,12 +178,16 @@ class SourcePicture:
     def _decode(self, top: int, bottom: int) -> NDArray[Any]:
         """In pieces, so that a damaged file with a large header fails soon: libvips tries again for every few rows asked."""
         info, step = self.info, _PIECE_ROWS
-        with _reading(info.path, f"damaged {info.format.upper()} file"):
-            if self._region is None:
-                self._region = _vips().Region.new(_decoded(_loaded(info.path, info.format)))
-            pieces = [self._region.fetch(0, at, info.width, min(step, bottom - at)) for at in range(top, bottom, step)]
-            if bottom == info.height:  # only now it is told of the last rows whether pixels are missing
-                self._region = None
+
+        def decode() -> list[Any]:
+            region, self._region = self._region, None
+            region = region or vips().Region.new(_decoded(_loaded(info.path, info.format)))
+            pieces = [region.fetch(0, at, info.width, min(step, bottom - at)) for at in range(top, bottom, step)]
+            if bottom < info.height:  # libvips lets go of a finished one, and tells whether its last pixels are missing
+                self._region = region
+            return pieces
+
+        pieces = libvips.read(_damaged(info.path, info.format), decode)
         rows = [np.frombuffer(piece, info.dtype).reshape(-1, info.width, info.channels) for piece in pieces]
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
@@ -216,8 +213,11 @@ def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> SourcePicture:
         raise PictureError(f"{path}: {_unknown(head)}; expected {', '.join(form.upper() for form in Format)}")
     if form is Format.TIFF:
         tiff.check(path)
-    with _reading(path, f"damaged {form.upper()} file"):
-        return SourcePicture(_header(path, form, max_pixels))
+    return SourcePicture(libvips.read(_damaged(path, form), lambda: _header(path, form, max_pixels)))
+
+
+def _damaged(path: Path, form: Format) -> str:
+    return f"{path}: damaged {form.upper()} file"
 
 
 def _head(path: Path) -> bytes:
@@ -236,73 +236,6 @@ def _unknown(head: bytes) -> str:
     return "unknown content, no picture that sanrt reads" if head else "empty file"
 
 
-class _WarningsOfLibjpeg(logging.Handler):
-    """Hears, in the thread that lets go of a JPEG, whether libjpeg warned of it since libvips last looked.
-
-    libvips looks before each few rows, so warnings of the last ones come out here. Its error buffer would tell them too, but
-    belongs to the process: a writer that fails empties it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.heard = local()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "read gave" in record.getMessage():
-            self.heard.any = True
-
-
-_WARNINGS = _WarningsOfLibjpeg()
-
-
-@cache
-def _vips() -> Any:
-    """pyvips, its process-wide settings made once: no cache of operations (it would hold files and pixels), two threads."""
-    import pyvips
-
-    logger = logging.getLogger("pyvips")
-    logger.addHandler(_WARNINGS)
-    logger.setLevel(min(logger.level or logging.WARNING, logging.WARNING))
-    pyvips.cache_set_max(0)
-    if "VIPS_CONCURRENCY" not in os.environ:
-        pyvips.concurrency_set(2)
-    return pyvips
-
-
-@contextmanager
-def _reading(path: Path, otherwise: str) -> Iterator[None]:
-    """One thread at a time opens or decodes: libvips' error buffer belongs to the process, and says of which file nowhere.
-
-    PictureError, `otherwise` and what libvips said, for its errors, and for libjpeg's warnings of an image that the body let
-    go of.
-    """
-    with _READING, _vips_errors_about(f"{path}: {otherwise}", writing=False):
-        _vips().vips_lib.vips_error_clear()
-        _WARNINGS.heard.any = False
-        yield
-        if _WARNINGS.heard.any:
-            said = _vips().ffi.string(_vips().vips_lib.vips_error_buffer()).decode(errors="replace").splitlines()
-            raise PictureError(f"{path}: {otherwise} ({next(_lines(said, writing=False), 'pixels are missing')})")
-
-
-@contextmanager
-def _vips_errors_about(subject: str, writing: bool) -> Iterator[None]:
-    """Errors of libvips as one line about `subject`, with the last things that it said of what was being done."""
-    try:
-        yield
-    except _vips().Error as error:
-        lines = [*_lines(error.detail.splitlines(), writing)]
-        raise PictureError(f"{subject} ({'; '.join(reversed(lines[:2])) or error.message})") from None
-    except UnicodeDecodeError:
-        raise PictureError(f"{subject} (its text is not UTF-8)") from None
-
-
-def _lines(said: Sequence[str], writing: bool) -> Iterator[str]:
-    """What libvips said of writing, or of reading, the last first, each once: readers and writers share its error buffer."""
-    lines = dict.fromkeys(line.strip() for line in reversed(said) if line.strip())
-    return (line for line in lines if bool(_OF_WRITING.match(line)) == writing)
-
-
 def _loaded(path: Path, form: Format, max_pixels: int = sys.maxsize) -> pyvips.Image:
     """The file as stored, by the loader of its format and no other, so that no untrusted loader is ever tried.
 
@@ -311,14 +244,14 @@ def _loaded(path: Path, form: Format, max_pixels: int = sys.maxsize) -> pyvips.I
     """
     if form.facts.packages:
         return pillow.load(path, form, max_pixels)
-    load = getattr(_vips().Image, f"{form.facts.libvips}load_source")
+    load = getattr(vips().Image, f"{form.facts.libvips}load_source")
     fail_on = "warning" if form is Format.JPEG else "error"
     repaired = jpeg.repaired(path) if form is Format.JPEG else None
 
     def opened(access: str) -> pyvips.Image:
         if repaired:
-            return _vips().Image.jpegload_buffer(repaired, access=access, fail_on=fail_on)
-        return load(_vips().Source.new_from_file(os.fsencode(path)), access=access, fail_on=fail_on)
+            return vips().Image.jpegload_buffer(repaired, access=access, fail_on=fail_on)
+        return load(vips().Source.new_from_file(os.fsencode(path)), access=access, fail_on=fail_on)
 
     image = opened("sequential")
     image = image if _orientation(image) in (1, 2) else opened("random")
@@ -466,13 +399,13 @@ def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | 
     needed if the output has alpha, or a background to lay it onto. FileError if the file cannot be written,
     OccupiedError if another one is there that may not be replaced.
     """
-    with _vips_errors_about(f"{output.path}: cannot be written", writing=True):
+    with libvips.writing(f"{output.path}: cannot be written"):
         image = _with_metadata(_encodable(output, rgb, alpha), output)
         with replacing(output.path) as file:
-            target = _vips().Target.new_to_descriptor(file.fileno())
+            target = vips().Target.new_to_descriptor(file.fileno())
             try:
                 getattr(image, f"{output.format.facts.libvips}save_target")(target, **_saver_options(output))
-            except _vips().Error:
+            except vips().Error:
                 _raise_if_full(file)
                 raise
             metadata.put(file, output.format, output.metadata)
@@ -511,7 +444,7 @@ def _encodable(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | pyv
 def _image(pixels: Pixels | ScratchPicture | pyvips.Image) -> pyvips.Image:
     if isinstance(pixels, ScratchPicture):
         return pixels.image()
-    return _vips().Image.new_from_array(np.ascontiguousarray(pixels)) if isinstance(pixels, np.ndarray) else pixels
+    return vips().Image.new_from_array(np.ascontiguousarray(pixels)) if isinstance(pixels, np.ndarray) else pixels
 
 
 def _in_depth(image: pyvips.Image, sixteen: bool) -> pyvips.Image:
@@ -526,11 +459,11 @@ def _with_metadata(image: pyvips.Image, output: Output) -> pyvips.Image:
     image = image.copy()
     for name in metadata.BY_LIBVIPS:
         if name in output.metadata:
-            image.set_type(_vips().GValue.blob_type, name, output.metadata[name])
+            image.set_type(vips().GValue.blob_type, name, output.metadata[name])
     for name in image.get_fields():
         if name == "jpeg-thumbnail-data" or name.startswith("exif-ifd1"):
             image.remove(name)
-    image.set_type(_vips().GValue.gint_type, "orientation", 1)
+    image.set_type(vips().GValue.gint_type, "orientation", 1)
     return image.copy(xres=output.resolution[0], yres=output.resolution[1])
 
 
@@ -559,19 +492,23 @@ def _saver_options(output: Output) -> dict[str, Any]:
 
 def upscale_alpha(alpha: Pixels, scale: int) -> Pixels:
     """(H, W) opacity to (scale*H, scale*W) by bicubic interpolation, clipped; where all is opaque it stays exactly so."""
-    upscaled: Pixels = _bicubic(_image(alpha), scale).numpy()
+    with libvips.writing("the transparency: cannot be upscaled"):
+        upscaled: Pixels = _bicubic(_image(alpha), scale).numpy()
     return upscaled.reshape(scale * alpha.shape[0], scale * alpha.shape[1])
 
 
 def streamed_alpha(path: Path, scale: int) -> pyvips.Image:
     """The same of a picture file with opacity, decoded and upscaled only as it is written, from top to bottom."""
     info = open_picture(path).info
-    with _reading(path, f"damaged {info.format.upper()} file"):
+
+    def opacity() -> pyvips.Image:
         image = _decoded(_loaded(path, info.format))
         return _bicubic(image.extract_band(image.bands - 1), scale)
+
+    return libvips.read(_damaged(path, info.format), opacity)
 
 
 def _bicubic(image: pyvips.Image, scale: int) -> pyvips.Image:
     area = [0, 0, scale * image.width, scale * image.height]
     centred = {"idx": 0.5, "idy": 0.5, "odx": -0.5, "ody": -0.5, "oarea": area, "extend": "copy"}
-    return image.affine([scale, 0, 0, scale], interpolate=_vips().Interpolate.new("bicubic"), **centred)
+    return image.affine([scale, 0, 0, scale], interpolate=vips().Interpolate.new("bicubic"), **centred)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from shlex import quote
+from urllib.parse import unquote, urlsplit
 
 from sanrt.errors import MissingPackageError
 
@@ -15,5 +20,35 @@ def extra(name: str, purpose: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise MissingPackageError(
-            f"{purpose} needs {error.name}, which is not installed; pip install 'sanrt[{name}]'"
+            f"{purpose} needs {error.name}, which is not installed; {install_command(name)}"
         ) from error
+
+
+def install_command(extra_name: str) -> str:
+    """The pip command that installs an extra from where this sanrt came from: a clone, a repository, or an index."""
+    source, editable = origin()
+    if isinstance(source, Path):
+        place = "." if source == Path.cwd() else str(source)
+        return f"pip install {'-e ' * editable}{quote(f'{place}[{extra_name}]')}"
+    return f"pip install 'sanrt[{extra_name}]{f' @ {source}' if source else ''}'"
+
+
+@cache
+def origin() -> tuple[Path | str, bool]:
+    """What sanrt was installed from, a folder or file, a URL, or nothing for an index; and whether it runs from there.
+
+    pip writes it down (PEP 610). A clone that is merely on the path is found by its place.
+    """
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    with suppress(PackageNotFoundError, ValueError, KeyError):
+        if text := distribution("sanrt").read_text("direct_url.json"):
+            facts = json.loads(text)
+            if "vcs_info" in facts:
+                return f"{facts['vcs_info']['vcs']}+{facts['url']}", False
+            url = urlsplit(facts["url"])
+            if url.scheme != "file":
+                return str(facts["url"]), False
+            return Path(unquote(url.path)), bool(facts.get("dir_info", {}).get("editable"))
+    clone = Path(__file__).resolve().parents[2]
+    return (clone if (clone / "pyproject.toml").is_file() else ""), False

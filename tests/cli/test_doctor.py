@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sanrt.cli import app
+from sanrt.extras import install_command
 from sanrt.runtime import host as machine
 from sanrt.runtime.backends.protocol import BackendStatus
 from sanrt.runtime.backends.registry import BACKENDS
@@ -37,7 +38,7 @@ def test_the_default_backend_makes_it_succeed(statuses):
 def test_nothing_to_run_with_is_status_1(statuses):
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
-    assert "--backend auto: nothing can run; pip install 'sanrt[cpu]'" in result.output
+    assert f"--backend auto: nothing can run; {install_command('cpu')}" in result.output
 
 
 def test_an_engine_runtime_alone_is_no_default(statuses):

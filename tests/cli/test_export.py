@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sanrt.cli import main
+from sanrt.extras import install_command
 from sanrt.model import checkpoint as checkpoints
 from sanrt.model.checkpoint import save_checkpoint
 from sanrt.runtime.artifacts.models import read_spec
@@ -157,4 +158,4 @@ def test_a_missing_package_is_the_command_that_installs_it(sanrt, weights, monke
     monkeypatch.setitem(sys.modules, missing, None)
     status, _, err = sanrt("export", "--checkpoint", weights)
     assert status == 1
-    assert err == f"sanrt: sanrt export needs {missing}, which is not installed; pip install 'sanrt[export]'\n"
+    assert err == f"sanrt: sanrt export needs {missing}, which is not installed; {install_command('export')}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from sanrt.cli import app
 from sanrt.errors import BackendError, BuildError, FileError, ModelError, SanrtError, UsageError
 from sanrt.export import engine
 from sanrt.export.engine import build_engine, choose_flavor
+from sanrt.extras import install_command
 from sanrt.model.graph import san_model
 from sanrt.model.spec import GRAPH_PRECISIONS, Architecture, ModelSpec, Precision
 from sanrt.runtime.artifacts.engines import BuildOptions, EngineInfo, choose_engine, read_engine, read_engine_bytes
@@ -242,7 +244,7 @@ def test_wrong_usage_exits_with_2(words: list[str]):
 
 def test_a_missing_flavor_is_told_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
-    with pytest.raises(BackendError, match=r"TensorRT-RTX .*pip install 'sanrt\[rtx\]'"):
+    with pytest.raises(BackendError, match=f"TensorRT-RTX .*{re.escape(install_command('rtx'))}"):
         build_engine(tmp_path / "x.onnx", OPTIONS)
 
 

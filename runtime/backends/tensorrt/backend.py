@@ -17,6 +17,7 @@ import numpy as np
 
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, ModelError, UsageError
+from sanrt.extras import install_command
 from sanrt.files import keep, kept
 from sanrt.model.spec import GRAPH_PRECISIONS
 from sanrt.runtime.artifacts.engines import (
@@ -30,7 +31,7 @@ from sanrt.runtime.artifacts.engines import (
     read_engine,
     read_engine_bytes,
 )
-from sanrt.runtime.artifacts.flavors import REMEDIES, TITLES, Flavor, installed_version
+from sanrt.runtime.artifacts.flavors import EXTRAS, TITLES, Flavor, installed_version
 from sanrt.runtime.artifacts.sizes import Limits, Size
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, require_precision
 from sanrt.runtime.backends.tensorrt.device import FLOAT_BYTES, Buffer, Device, HostBuffer, open_device
@@ -52,7 +53,9 @@ def status(device: int = 0) -> BackendStatus:
     """Whether a TensorRT is installed and that GPU is there; nothing is imported when none is installed."""
     versions = {flavor: found for flavor in Flavor if (found := installed_version(flavor))}
     if not versions:
-        return BackendStatus(NAME, None, False, "neither TensorRT nor TensorRT-RTX is installed", REMEDIES[Flavor.RTX])
+        return BackendStatus(
+            NAME, None, False, "neither TensorRT nor TensorRT-RTX is installed", install_command(EXTRAS[Flavor.RTX])
+        )
     version = ", ".join(f"{TITLES[flavor]} {found}" for flavor, found in versions.items())
     try:
         with open_device(device) as gpu:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sanrt.errors import BackendError, OutOfMemoryError
+from sanrt.extras import install_command
 
 HostBuffer = npt.NDArray[np.uint8]
 """Page-locked host memory; only copies from and to it overlap with kernels."""
@@ -143,7 +144,7 @@ def open_device(index: int) -> Device:
         if asked in (None, name) and installed(module):
             return provider(index)
     raise BackendError(
-        f"{asked or 'cuda-python'} is not installed; pip install 'sanrt[{'pycuda' if asked == 'pycuda' else 'trt'}]'"
+        f"{asked or 'cuda-python'} is not installed; {install_command('pycuda' if asked == 'pycuda' else 'trt')}"
     )
 
 

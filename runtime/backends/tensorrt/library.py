@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sanrt.errors import BackendError, OutOfMemoryError
-from sanrt.runtime.artifacts.flavors import MODULES, REMEDIES, TITLES, Flavor
+from sanrt.extras import install_command
+from sanrt.runtime.artifacts.flavors import EXTRAS, MODULES, TITLES, Flavor
 
 
 def import_flavor(flavor: Flavor) -> Any:
@@ -17,7 +18,7 @@ def import_flavor(flavor: Flavor) -> Any:
     try:
         return import_module(MODULES[flavor])
     except ImportError as error:
-        title, remedy = TITLES[flavor], REMEDIES[flavor]
+        title, remedy = TITLES[flavor], install_command(EXTRAS[flavor])
         reason = "is not installed" if error.name == MODULES[flavor] else f"cannot be imported ({error})"
         raise BackendError(f"{title} {reason}; {remedy}") from error
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sanrt.extras import install_command
 from sanrt.runtime.artifacts.models import MODELS
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def doctor(
         if row.remedy:
             print(f"to run {row.name}: {row.remedy}")
     if found.default is None:
-        print("--backend auto: nothing can run; pip install 'sanrt[cpu]'")
+        print(f"--backend auto: nothing can run; {install_command('cpu')}")
         raise typer.Exit(1)
     print(f"--backend auto: {found.default.name}, {found.default.reason}")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sanrt.errors import UsageError
+from sanrt.extras import install_command
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,7 +45,7 @@ def describe_onnx(path: Path) -> Iterator[RenderableType]:
     try:
         from sanrt.model.exported import read_exported
     except ModuleNotFoundError:
-        yield "not checked: whether its graph and weights are what it says; pip install 'sanrt[cpu]' for the onnx package"
+        yield f"not checked: whether its graph and weights are what it says; {install_command('cpu')}, for the onnx package"
     else:
         read_exported(path)
 

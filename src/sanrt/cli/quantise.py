@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sanrt.cli.models import default_scale, run_words
+from sanrt.extras import install_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,7 +65,7 @@ def compare_and_prefer(
     comparison = compare_backends(artifacts, pictures.held_out, track)
     trials = comparison.trials
     if not any(t.computes == Precision.FP32 for t in trials):
-        console.print("not timed: no backend runs the fp32 model here; pip install 'sanrt[openvino]' or 'sanrt[cpu]'")
+        console.print(f"not timed: no backend runs the fp32 model here; {install_command('cpu')}")
         for result in results:
             console.print(f"next: `{run_words(result.path)}`")
         return comparison.untried

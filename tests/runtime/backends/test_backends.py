@@ -18,6 +18,7 @@ from sanrt import files
 from sanrt.errors import BackendError, OutOfMemoryError, UsageError
 from sanrt.export.onnx import ExportOptions, export_onnx
 from sanrt.export.scene import natural_scene
+from sanrt.extras import install_command
 from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
 from sanrt.model.exported import read_model
 from sanrt.model.graph import san_model
@@ -544,7 +545,7 @@ def versions(monkeypatch, **installed):
 def test_cuda_status_tells_what_is_missing(monkeypatch):
     monkeypatch.setattr(machine, "gpus", lambda: H100)
     versions(monkeypatch)
-    assert status("onnxruntime-cuda").remedy == "pip install 'sanrt[gpu]'"
+    assert status("onnxruntime-cuda").remedy == install_command("gpu")
     versions(monkeypatch, onnxruntime="1")
     assert status("onnxruntime-cuda").remedy.startswith("pip uninstall -y onnxruntime &&")
     versions(monkeypatch, onnxruntime="1", onnxruntime_gpu="1")

@@ -124,5 +124,5 @@ def test_without_the_extra_they_are_counted_in_folders_and_told_where_named(tmp_
     assert len(find_pictures([tmp_path], tmp_path / "out")) == 1
     assert passed_over([tmp_path], tmp_path / "out") == "1 BMP"
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
-    with pytest.raises(MissingPackageError, match=r"sanrt\[formats\]"):
+    with pytest.raises(MissingPackageError, match=r"\[formats\]"):
         open_picture(tmp_path / "a.bmp")

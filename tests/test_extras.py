@@ -1,0 +1,75 @@
+"""Missing packages: the command that is printed works as it stands, wherever this sanrt came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sanrt import extras
+from sanrt.extras import extra, install_command
+
+CLONE = Path(extras.__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    extras.origin.cache_clear()
+    yield
+    extras.origin.cache_clear()
+
+
+def installed_from(monkeypatch, facts: dict | None) -> None:
+    class Distribution:
+        def read_text(self, name):
+            assert name == "direct_url.json"
+            return None if facts is None else json.dumps(facts)
+
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Distribution())
+
+
+@pytest.mark.parametrize(
+    ("facts", "command"),
+    [
+        ({"url": "file:///home/me/my%20clone", "dir_info": {}}, "pip install '/home/me/my clone[cpu]'"),
+        ({"url": "file:///home/me/clone", "dir_info": {"editable": True}}, "pip install -e '/home/me/clone[cpu]'"),
+        (
+            {"url": "file:///home/me/sanrt-0.2.0-py3-none-any.whl"},
+            "pip install '/home/me/sanrt-0.2.0-py3-none-any.whl[cpu]'",
+        ),
+        (
+            {"url": "https://example.org/sanrt.git", "vcs_info": {"vcs": "git", "commit_id": "0" * 40}},
+            "pip install 'sanrt[cpu] @ git+https://example.org/sanrt.git'",
+        ),
+        ({"url": "https://example.org/sanrt.whl"}, "pip install 'sanrt[cpu] @ https://example.org/sanrt.whl'"),
+    ],
+    ids=["clone", "editable", "wheel", "repository", "address"],
+)
+def test_an_extra_is_installed_from_where_sanrt_came_from(monkeypatch, facts, command):
+    installed_from(monkeypatch, facts)
+    assert install_command("cpu") == command
+
+
+def test_in_the_clone_itself_the_command_names_the_working_folder(monkeypatch):
+    installed_from(monkeypatch, {"url": CLONE.as_uri(), "dir_info": {"editable": True}})
+    monkeypatch.chdir(CLONE)
+    assert install_command("cpu") == "pip install -e '.[cpu]'"
+
+
+def test_from_an_index_the_name_is_enough(monkeypatch):
+    installed_from(monkeypatch, None)
+    monkeypatch.setattr(extras, "__file__", "/usr/lib/python3/site-packages/sanrt/extras.py")
+    assert install_command("cpu") == "pip install 'sanrt[cpu]'"
+
+
+def test_a_clone_that_is_only_on_the_path_is_found(monkeypatch, tmp_path):
+    installed_from(monkeypatch, None)
+    monkeypatch.chdir(tmp_path)
+    assert install_command("cpu") == f"pip install '{CLONE}[cpu]'"
+
+
+def test_a_missing_package_is_told_with_the_command():
+    with pytest.raises(extras.MissingPackageError) as raised, extra("cpu", "a test"):
+        import nothing_of_that_name  # noqa: F401
+    assert str(raised.value) == (f"a test needs nothing_of_that_name, which is not installed; {install_command('cpu')}")
