@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import numpy as np
@@ -26,12 +27,15 @@ from benchmarks.measure import run_command
 from sanrt.arrays import psnr
 from sanrt.errors import PictureError, UsageError
 from sanrt.export.metrics import shaved_luma, ssim
+from sanrt.model.bundled import WeightsKind, bundled_checkpoint, has_bundled
 from sanrt.model.spec import SCALES
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.runs.suitable_weights import suits_photo
 from sanrt.runtime.tiling.upscaling import network_input, network_output
 from training.data import Picture, picture_files, read_rgb
-from training.degrade import bicubic
+from training.degrade import bicubic, degrade
+from training.wear import jpeg, png
 
 CROP = 160
 """Side of the sheet's crops, high-resolution pixels."""
@@ -90,10 +94,18 @@ class Row:
 
 
 def quality(
-    model: Annotated[list[str] | None, typer.Option(help="Checkpoint, ONNX, or 2, 3, 4, 8: bundled weights.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Checkpoint, ONNX, or bundled weights: 2, 3, 4, 8; 4:photo, 4:fast; 4:auto as `run` chooses."),
+    ] = None,
     set_: Annotated[list[Path] | None, typer.Option("--set", help="Folder that holds HR/ and LR/.")] = None,
     hr: Annotated[Path | None, typer.Option(help="High-resolution pictures.")] = None,
     lr: Annotated[Path | None, typer.Option(help="The same pictures in low resolution, with the same names.")] = None,
+    scale: Annotated[int | None, typer.Option(help="Without --lr: make the low resolution of --hr, by bicubic.")] = None,
+    jpeg_: Annotated[
+        list[int] | None,
+        typer.Option("--jpeg", min=1, max=100, help="Save the low resolution as JPEG of this quality first (4:2:0)."),
+    ] = None,
     outputs: Annotated[
         list[Path] | None, typer.Option(help="Another program's upscaled pictures, to be scored too.")
     ] = None,
@@ -101,11 +113,15 @@ def quality(
     json_: Annotated[Path | None, typer.Option("--json", help="Write every score to this file.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Draw crops of LR, every method and HR into this PNG.")] = None,
 ) -> None:
-    """Score models against bicubic: PSNR and SSIM on Y, `scale` pixels shaved. Repeat --model, --set, --outputs for more."""
-    sets = picture_sets(set_ or [], hr, lr)
+    """Score models against bicubic: PSNR and SSIM on Y, `scale` pixels shaved. Repeat --model, --set, --jpeg for more."""
     with ExitStack() as stack:
+        made = Path(stack.enter_context(TemporaryDirectory(prefix="sanrt-quality-")))
+        if hr and scale and not lr:
+            lr = reduced(hr, scale, made / "LR")
+        sets = picture_sets(set_ or [], hr, lr)
+        sets = [as_jpeg(each, quality, made) for each in sets for quality in jpeg_] if jpeg_ else sets
         methods = [Method("bicubic", None, lambda pair, scale: bicubic(read_rgb(pair.low), scale))]
-        methods += [model_method(stack.enter_context(open_model(name, backend)), name) for name in model or []]
+        methods += [stack.enter_context(model_method(name, backend)) for name in model or []]
         methods += [output_method(folder, sets) for folder in outputs or []]
         require_sets(methods, sets)
         rows, crops = score_all(methods, sets)
@@ -119,7 +135,7 @@ def quality(
 def picture_sets(folders: list[Path], hr: Path | None, lr: Path | None) -> list[PictureSet]:
     """The sets that the arguments name; raises UsageError when they name none, or half of one."""
     if (hr is None) != (lr is None):
-        raise UsageError("--hr and --lr go together: give both folders, or --set with a folder that holds HR/ and LR/")
+        raise UsageError("--hr goes with --lr or --scale: give both folders, or --set with a folder that holds HR/ and LR/")
     named = [(short_name(folder), folder / "HR", folder / "LR") for folder in folders]
     if hr and lr:
         named.append((short_name(hr.parent), hr, lr))
@@ -145,6 +161,30 @@ def picture_set(name: str, high: Path, low: Path) -> PictureSet:
     for pair in pairs:
         require_size(pair.high, size(pair.high), size(pair.low), scale)
     return PictureSet(name, scale, pairs)
+
+
+def reduced(high: Path, scale: int, folder: Path) -> Path:
+    """A folder with the pictures of another one, reduced by bicubic as the papers do; PictureError for odd sizes."""
+    if scale not in SCALES:
+        raise UsageError(f"--scale {scale}: expected {', '.join(map(str, SCALES))}")
+    folder.mkdir()
+    for stem, path in pictures_by_name(high).items():
+        width, height = size(path)
+        if width % scale or height % scale:
+            raise PictureError(f"{path}: {width} x {height} px; expected multiples of {scale}: cut it")
+        (folder / f"{stem}.png").write_bytes(png(degrade(read_rgb(path), scale)))
+    return folder
+
+
+def as_jpeg(pictures: PictureSet, quality: int, folder: Path) -> PictureSet:
+    """The same set with its low resolution saved as JPEG."""
+    name = f"{pictures.name} JPEG {quality}"
+    place = folder / name
+    place.mkdir(parents=True)
+    pairs = [replace(pair, low=place / f"{pair.low.stem}.jpg") for pair in pictures.pairs]
+    for pair, clean in zip(pairs, pictures.pairs, strict=True):
+        pair.low.write_bytes(jpeg(read_rgb(clean.low), quality))
+    return replace(pictures, name=name, pairs=tuple(pairs))
 
 
 def pictures_by_name(folder: Path) -> dict[str, Path]:
@@ -180,28 +220,43 @@ def require_size(path: Path, found: tuple[int, int], low: tuple[int, int], scale
         )
 
 
-def open_model(name: str, backend: str | None) -> Backend:
-    """Load an ONNX with onnxruntime, a checkpoint or a scale's bundled weights with torch, or any with `backend`."""
-    if name.isdigit():
-        from sanrt.model.checkpoint import bundled_checkpoint
-
-        if int(name) not in SCALES:
-            raise UsageError(f"--model {name}: no such scale; expected 2, 3, 4 or 8, or a file")
-        path = bundled_checkpoint(int(name))
-    else:
-        path = Path(name)
+def open_model(path: Path, backend: str | None) -> Backend:
+    """Load an ONNX with onnxruntime, a checkpoint with torch, or any with `backend`."""
     return load_backend(backend or ("onnxruntime" if path.suffix == ".onnx" else "torch"), path, RunOptions())
 
 
-def model_method(backend: Backend, name: str) -> Method:
+@contextmanager
+def model_method(name: str, backend: str | None) -> Iterator[Method]:
     """A loaded model as a method; its output is clipped and rounded to uint8."""
-    arch = backend.spec.architecture
+    number, _, kind = name.partition(":")
+    if number.isdigit() and int(number) not in SCALES:
+        raise UsageError(f"--model {name}: no such scale; expected 2, 3, 4 or 8, or a file")
+    if number.isdigit() and kind not in ("", "auto", *WeightsKind):
+        raise UsageError(f"--model {name}: no such weights; expected {number}:{f', {number}:'.join(['auto', *WeightsKind])}")
+    with ExitStack() as stack:
+        if not number.isdigit():
+            model = stack.enter_context(open_model(Path(name), backend))
+            yield Method(name, model.spec.architecture.scale, lambda pair, _: upscaled(model, pair.low))
+            return
+        scale = int(number)
+        kinds = [WeightsKind.CLEAN, WeightsKind.PHOTO] if kind == "auto" else [WeightsKind(kind or WeightsKind.CLEAN)]
+        networks = {
+            each: stack.enter_context(open_model(bundled_checkpoint(scale, each), backend))
+            for each in kinds
+            if each is kinds[0] or has_bundled(scale, each)
+        }
 
-    def upscale(pair: Pair, _: int) -> Picture:
-        low = read_rgb(pair.low)
-        return network_output(backend.infer(network_input(low, arch.value_range)), low, arch.value_range)
+        def upscale(pair: Pair, scale: int) -> Picture:
+            photo = len(networks) > 1 and suits_photo(pair.low, scale)
+            return upscaled(networks[WeightsKind.PHOTO if photo else kinds[0]], pair.low)
 
-    return Method(f"sanrt x{name}" if name.isdigit() else name, arch.scale, upscale)
+        yield Method(f"sanrt x{name}", scale, upscale)
+
+
+def upscaled(model: Backend, path: Path) -> Picture:
+    """A picture file through a model."""
+    low, value_range = read_rgb(path), model.spec.architecture.value_range
+    return network_output(model.infer(network_input(low, value_range)), low, value_range)
 
 
 def output_method(folder: Path, sets: list[PictureSet]) -> Method:

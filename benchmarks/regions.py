@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,10 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
-from benchmarks.quality import Method, model_method, picture_set, score_all, short_name
-from sanrt.runtime.backends.protocol import RunOptions
+from benchmarks.quality import Method, Pair, picture_set, score_all, short_name, upscaled
+from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import load_unguarded
+from training.data import Picture
 
 
 def regions(
@@ -28,12 +30,17 @@ def regions(
     print(" k   PSNR, dB   change   worst picture")
     for k in counts or [2, 3, 4, 8]:
         with load_unguarded(backend, model, RunOptions(regions=k)) as network:
-            method: Method = model_method(network, f"k={k}")
+            method = Method(f"k={k}", network.spec.architecture.scale, partial(upscale_with, network))
             (row,), _ = score_all([method], [tested])
         psnrs = [score.psnr for score in row.pictures.values()]
         first = first or psnrs
         change = np.subtract(psnrs, first)
         print(f"{k:2d}   {row.psnr:8.3f}   {change.mean():+.4f}   {change.min():+.4f}", flush=True)
+
+
+def upscale_with(network: Backend, pair: Pair, _: int) -> Picture:
+    """The low-resolution picture of a pair through a model."""
+    return upscaled(network, pair.low)
 
 
 if __name__ == "__main__":

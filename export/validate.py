@@ -22,7 +22,8 @@ from sanrt.export.samples import Picture, Sample
 from sanrt.export.squareroot import with_root
 from sanrt.export.tensors import input_type
 from sanrt.geometry import Box, pad
-from sanrt.model.checkpoint import Checkpoint, bundled_checkpoint, load_checkpoint
+from sanrt.model.bundled import WeightsKind, bundled_checkpoint, has_bundled, read_weights
+from sanrt.model.checkpoint import Checkpoint, load_checkpoint
 from sanrt.model.exported import ExportedModel, read_exported
 from sanrt.model.san import SAN
 from sanrt.model.spec import ModelSpec, Precision, QuantisedType
@@ -250,7 +251,9 @@ def own_graph(path: Path, spec: ModelSpec) -> Infer:
 
 def source_checkpoint(spec: ModelSpec, artifact: Path, named: Path | None) -> Checkpoint:
     """The weights that an artifact was made of; raises UsageError for others."""
-    checkpoint = load_checkpoint(named or bundled_checkpoint(spec.architecture.scale))
+    scale = spec.architecture.scale
+    bundled = [bundled_checkpoint(scale, kind) for kind in WeightsKind if has_bundled(scale, kind)]
+    checkpoint = load_checkpoint(named or next((path for path in bundled if is_made_of(spec, path)), bundled[0]))
     if checkpoint.digest != spec.weights_digest:
         which = "is" if named else "(bundled) is"
         raise UsageError(
@@ -258,6 +261,11 @@ def source_checkpoint(spec: ModelSpec, artifact: Path, named: Path | None) -> Ch
             f" {checkpoint.digest[:12]}; name the file that it was exported from with --checkpoint"
         )
     return checkpoint
+
+
+def is_made_of(spec: ModelSpec, weights: Path) -> bool:
+    """Whether a model has the weights of a file."""
+    return read_weights(weights).spec.weights_digest == spec.weights_digest
 
 
 def reference_network(checkpoint: Checkpoint, spec: ModelSpec) -> SAN:

@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 from sanrt.errors import ModelError, UsageError
 from sanrt.model.bundled import FOLDER as BUNDLED_FOLDER
+from sanrt.model.bundled import PHOTO_QUALITY, WeightsKind, bundled_checkpoint, bundled_name, has_bundled, read_weights
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
-from sanrt.model.bundled import bundled_checkpoint, read_weights
 from sanrt.model.spec import SCALES, ModelSpec, QuantisedType
 
 MODELS = Path("models")
@@ -28,9 +28,9 @@ LOCATION = b"location"
 REMEDY = "make a model with `sanrt export --scale 4`"
 
 
-def exported_path(models: Path, scale: int | None = None) -> Path:
-    """Where `sanrt export` writes the bundled weights of a scale."""
-    return models / f"san_x{scale or DEFAULT_SCALE}.onnx"
+def exported_path(models: Path, scale: int | None = None, kind: WeightsKind = WeightsKind.CLEAN) -> Path:
+    """Where `sanrt export` writes the bundled weights of a scale and kind."""
+    return models / f"{bundled_name(scale or DEFAULT_SCALE, kind)}.onnx"
 
 
 def checkpoint_path(models: Path, checkpoint: Path, digest: str) -> Path:
@@ -44,21 +44,41 @@ def checkpoint_path(models: Path, checkpoint: Path, digest: str) -> Path:
 
 def other_models(models: Path) -> str:
     """The models in a folder that no command takes by itself, for messages about one that is not there."""
-    defaults = [exported_path(models, scale) for scale in SCALES]
+    defaults = [exported_path(models, scale, kind) for scale in SCALES for kind in WeightsKind]
     exported = (path for path in models.glob("*.onnx") if path.stem.rpartition(".")[2] not in tuple(QuantisedType))
     names = ", ".join(map(str, sorted(path for path in exported if path not in defaults)))
     return f" (there are others, which must be named: {names})" if names else ""
 
 
-def default_model(models: Path, scale: int | None = None) -> Path:
-    """The model where none is named: what `sanrt export` wrote for the scale, else the bundled weights as they are."""
-    path = exported_path(models, scale)
-    return path if path.is_file() else bundled_checkpoint(scale or DEFAULT_SCALE)
+def default_model(models: Path, scale: int | None = None, kind: WeightsKind = WeightsKind.CLEAN) -> Path:
+    """The model where none is named: what `sanrt export` wrote for the scale and kind, else the bundled weights as they are.
+
+    Raises CheckpointError where there are neither.
+    """
+    path = exported_path(models, scale, kind)
+    return path if path.is_file() else bundled_checkpoint(scale or DEFAULT_SCALE, kind)
+
+
+def photo_model(models: Path, scale: int | None = None) -> Path | None:
+    """The model for JPEG photographs that goes with the default one: both exported, or both bundled; None without one."""
+    scale = scale or DEFAULT_SCALE
+    exported = exported_path(models, scale, WeightsKind.PHOTO)
+    if scale not in PHOTO_QUALITY:
+        return None
+    if exported_path(models, scale).is_file():
+        return exported if exported.is_file() else None
+    return default_model(models, scale, WeightsKind.PHOTO) if has_bundled(scale, WeightsKind.PHOTO) else None
 
 
 def model_title(path: Path) -> str:
     """A model's path, or what it is for people where it ships with sanrt."""
     return f"bundled weights {path.stem}" if path.parent == BUNDLED_FOLDER else str(path)
+
+
+def require_own_weights(model: Path | None, kind: WeightsKind | None) -> None:
+    """Raise UsageError for a named model or checkpoint with a kind of bundled weights besides."""
+    if model and kind:
+        raise UsageError(f"--weights {kind}: {model} is named, and has its own; leave one of the two out")
 
 
 def require_scale(path: Path, found: int, asked: int | None) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -20,7 +21,7 @@ MOST_SEGMENTS = 100_000
 MARKER = re.compile(rb"\xff[^\x00\xff]")
 MARKER_BEHIND_DATA = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 """In entropy-coded data FF 00 is a byte of it, and D0 to D7 restart it."""
-SOI, EOI, SOS, APP0, APP14 = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
+SOI, EOI, SOS, DQT, APP0, APP14 = 0xD8, 0xD9, 0xDA, 0xDB, 0xE0, 0xEE
 STANDALONE = {0x01, *range(0xD0, 0xD9)}
 """Markers without a segment behind them."""
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -53,6 +54,45 @@ class Segment:
     """Position where the segment before it ends."""
     before: int
     """Bytes between the two; FF just before the marker, which may stand there, do not count."""
+
+
+LUMA_TABLE = bytes.fromhex(
+    "100b0a101828333d0c0c0e131a3a3c370e0d1018283945380e11161d3357503e"
+    "12162538446d674d182337405168715c31404e5767797865485c5f6270646763"
+)
+"""The luminance table of the standard (ITU-T T.81, table K.1), which libjpeg calls quality 50."""
+
+
+def quality(path: Path) -> int | None:
+    """The quality, 1 to 100 by libjpeg's scale, that a JPEG's first quantisation table says; None for any other file.
+
+    Writers with tables of their own are taken for libjpeg at the quality whose table has the nearest sum.
+    """
+    with path.open("rb") as file:
+        if file.read(2) != bytes([0xFF, SOI]):
+            return None
+        for segment in segments(file):
+            if segment is None or segment.marker in (SOS, EOI):
+                return None
+            if segment.marker == DQT and (found := table_sum(segment.content)):
+                return min(range(1, 101), key=lambda quality: abs(libjpeg_sum(quality) - found))
+    return None
+
+
+@cache
+def libjpeg_sum(quality: int) -> int:
+    """The sum of libjpeg's luminance table of a quality, as 8 bits hold it."""
+    percent = 5000 // quality if quality < 50 else 200 - 2 * quality
+    return sum(min(max((value * percent + 50) // 100, 1), 255) for value in LUMA_TABLE)
+
+
+def table_sum(content: bytes) -> int | None:
+    """The sum of the first table in a DQT segment, of 8 or 16 bits; None for a cut one."""
+    wide = content[:1] > b"\x0f"
+    table = content[1 : 129 if wide else 65]
+    if len(table) < (128 if wide else 64):
+        return None
+    return sum(int.from_bytes(table[i : i + 2], "big") for i in range(0, 128, 2)) if wide else sum(table)
 
 
 def repairs(path: Path) -> list[Repair]:

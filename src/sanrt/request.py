@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sanrt.errors import SanrtError, UsageError
-from sanrt.runtime.artifacts.models import DEFAULT_SCALE, default_model, require_scale
+from sanrt.model.bundled import PHOTO_QUALITY, WeightsKind, has_bundled
+from sanrt.runtime.artifacts.models import DEFAULT_SCALE, default_model, photo_model, require_own_weights, require_scale
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.storage import RemotePath, check_buckets, located
 
@@ -37,11 +38,32 @@ class ModelChoice:
     """None is the named model's, that which the results' size needs, or DEFAULT_SCALE."""
     backend: str
     options: RunOptions
+    weights: WeightsKind | None = None
+    """Of what sanrt ships or exported of it; None is what suits each picture."""
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a model and weights besides."""
+        require_own_weights(self.named, self.weights)
 
     @property
     def path(self) -> Path:
-        """The model's file."""
-        return self.named or default_model(self.models, self.scale)
+        """The model's file; with weights that suit each picture, that for all but some JPEG files."""
+        return self.named or default_model(self.models, self.scale, self.weights or WeightsKind.CLEAN)
+
+    def reason(self, jobs: Sequence[Job]) -> str:
+        """Why pictures go through this model, where that is not plain, for people; else empty.
+
+        The weights for JPEG photographs are for these alone; an exported model takes them too, even if sanrt has others.
+        """
+        scale = self.scale or DEFAULT_SCALE
+        if self.named or not has_bundled(scale, WeightsKind.PHOTO) or scale not in PHOTO_QUALITY:
+            return ""
+        if self.weights is WeightsKind.PHOTO:
+            return f"JPEG of quality {PHOTO_QUALITY[scale]} or less"
+        if photo_model(self.models, scale) or all(Format.of_suffix(job.source) is not Format.JPEG for job in jobs):
+            return ""
+        better = f"`sanrt export --scale {scale} --weights photo` makes a model for these"
+        return f"{self.path} was exported, so JPEG photographs go through it too; {better}"
 
     def absolute(self) -> ModelChoice:
         """The same, wherever the working folder is."""
@@ -55,7 +77,7 @@ class ModelChoice:
         if found is None:
             return self
         options = replace(self.options, precision=self.options.precision or found.precision)
-        return replace(self, named=self.path.parent / found.model, backend=found.backend, options=options)
+        return replace(self, named=self.path.parent / found.model, weights=None, backend=found.backend, options=options)
 
 
 @dataclass(frozen=True)
@@ -84,9 +106,9 @@ class Request:
         check_buckets(named)
 
         @cache
-        def network(scale: int | None) -> tuple[ModelChoice, ModelSpec]:
+        def network(scale: int | None, weights: WeightsKind | None = choice.weights) -> tuple[ModelChoice, ModelSpec]:
             """The model that enlarges so many times, and its description."""
-            chosen = replace(choice, scale=scale).preferred()
+            chosen = replace(choice, scale=scale, weights=weights).preferred()
             spec = model_spec(chosen.path)
             require_scale(chosen.path, spec.architecture.scale, scale)
             return chosen, spec
@@ -98,11 +120,13 @@ class Request:
         jobs = find_pictures(inputs, output, self.naming, into_folder=self.paths[-1].endswith("/"))
         require_effect(self.encoding, {Format.of_suffix(job.destination) or Format.PNG for job in jobs})
         parts = []
-        for scale, its_jobs in by_scale(jobs, choice, size).items():
-            chosen, spec = network(scale)
+        for (scale, weights), its_jobs in by_network(jobs, choice, size).items():
+            chosen, spec = network(scale, weights)
             require_large_enough(chosen.path, spec.architecture.scale, size)
             recipe = Recipe.of(spec, choice.options.precision, self.upscaling, self.encoding)
-            parts.append(Part(chosen, its_jobs, recipe, sort_out(its_jobs, recipe, overwrite)))
+            found = sort_out(its_jobs, recipe, overwrite)
+            reason = replace(choice, scale=scale, weights=weights).reason(found.to_do) if not choice.weights else ""
+            parts.append(Part(chosen, its_jobs, recipe, found, reason))
         return Work(parts, passed_over(inputs, output))
 
 
@@ -117,6 +141,8 @@ class Part:
     recipe: Recipe
     found: Findings
     """Those that are done, and those that remain."""
+    reason: str
+    """Why they go through this network, where that is not plain; else empty."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +150,7 @@ class Work:
     """What a request comes to."""
 
     parts: Sequence[Part]
-    """One for each network: several only where --size leaves the scale to the pictures."""
+    """One for each network: several where --size leaves the scale to the pictures, or some are JPEG photographs."""
     passed_over: str
     """Pictures that sanrt does not read, counted by kind; empty without any."""
 
@@ -206,6 +232,30 @@ def ray_outcomes(
         loaded(choice, pool.loaded[0], f"Ray {address}: {share}")
         with closing(pool.run(jobs)) as done:
             yield from done
+
+
+def by_network(
+    jobs: Sequence[Job], choice: ModelChoice, size: ResultSize
+) -> dict[tuple[int | None, WeightsKind | None], list[Job]]:
+    """The pictures that networks of each scale and kind of weights enlarge; `by_scale` says which scale.
+
+    Without a kind that was asked for, JPEG files go through the weights for photographs where these are better.
+    """
+    found: dict[tuple[int | None, WeightsKind | None], list[Job]] = {}
+    for scale, its_jobs in by_scale(jobs, choice, size).items():
+        several = not choice.named and not choice.weights and photo_model(choice.models, scale)
+        photos = photographs(its_jobs, scale or DEFAULT_SCALE) if several else set()
+        for job in its_jobs:
+            found.setdefault((scale, WeightsKind.PHOTO if job in photos else choice.weights), []).append(job)
+    return found
+
+
+def photographs(jobs: Sequence[Job], scale: int) -> set[Job]:
+    """The pictures for which the weights for JPEG photographs are better."""
+    from sanrt.runtime.runs.results import together
+    from sanrt.runtime.runs.suitable_weights import suits_photo
+
+    return {job for job, suits in together(lambda job: suits_photo(job.source, scale), jobs).items() if suits}
 
 
 def by_scale(jobs: Sequence[Job], choice: ModelChoice, size: ResultSize) -> dict[int | None, list[Job]]:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sanrt.errors import ModelError, UsageError
+from sanrt.model.bundled import WeightsKind
 from sanrt.model.spec import SCALES, parse_precision
 from sanrt.picture_arrays import picture_array
 from sanrt.runtime.artifacts.models import MODELS, default_model
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 Picture = npt.NDArray[Any]
 Choice = TypeVar("Choice", bound=StrEnum)
 BackendName = Literal["auto", "native", "onnxruntime", "openvino", "torch", "torch-cuda", "onnxruntime-cuda", "tensorrt"]
+WeightsName = Literal["clean", "photo", "fast"]
 TilingName = Literal["auto", "whole", "exact", "overlap"]
 PrecisionName = Literal["fp32", "fp16", "bf16", "int16"]
 
@@ -63,6 +65,7 @@ class Upscaler:
         cls,
         model: int | str | Path,
         *,
+        weights: WeightsName = "clean",
         models: str | Path = MODELS,
         backend: BackendName = "auto",
         precision: PrecisionName | None = None,
@@ -78,6 +81,9 @@ class Upscaler:
         keep_hidden: bool = False,
     ) -> Self:
         """A scale (2, 3, 4 or 8), meaning what `sanrt export` wrote into `models`, else the bundled weights; or a path.
+
+        `weights` are those for the scale: `clean`, `photo` for JPEG photographs, or `fast`, a smaller network; where sanrt
+        has none of a kind, CheckpointError says what it has.
 
         Pictures larger than `tile` (by default those that do not fit the memory) are cut as `tiling` says: `auto`, `whole`,
         `exact` or `overlap`; `overlap` is in pixels. `regions` is the k of the k x k attention regions, by default chosen by
@@ -99,7 +105,10 @@ class Upscaler:
         options = UpscaleOptions(tile, overlap, self_ensemble, way, k, memory, folder, keep_hidden)
         computed = None if precision is None else parse_precision(precision)
         run_options = RunOptions(threads, computed, k or PAPER_REGIONS, device)
-        path = default_model(Path(models), model) if isinstance(model, int) else Path(model)
+        kind = choice(WeightsKind, weights)
+        if not isinstance(model, int) and kind is not WeightsKind.CLEAN:
+            raise UsageError(f"weights {weights!r}: {model} has its own; name a scale instead, or leave one of the two out")
+        path = default_model(Path(models), model, kind) if isinstance(model, int) else Path(model)
         automatic = isinstance(model, int) and backend == "auto"
         network = load_default(path, run_options) if automatic else load_backend(backend, path, run_options)
         return cls(network, options)

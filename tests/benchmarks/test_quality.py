@@ -105,6 +105,32 @@ def test_the_official_outputs_score_as_published(score, shared):
     assert round(row["psnr"], 2) == 32.61
 
 
+def test_pictures_without_low_resolution_are_reduced_as_the_papers_do(score, pictures):
+    given, made = score("--set", pictures), score("--hr", pictures / "HR", "--scale", 2)
+    assert made["bicubic"]["pictures"] == given["bicubic"]["pictures"]
+
+
+def test_jpeg_sources_are_a_set_of_their_own_and_auto_takes_photo_weights_for_them(score, pictures, tmp_path, monkeypatch):
+    import torch
+
+    from sanrt.model import bundled
+    from sanrt.model.checkpoint import save_checkpoint
+    from sanrt.model.san import SAN
+    from sanrt.model.spec import Architecture
+
+    for seed, name in enumerate(["san_x2", "san_x2_photo"]):
+        torch.manual_seed(seed)
+        save_checkpoint(tmp_path / f"{name}.safetensors", SAN(Architecture(2, 1, 1, 16, 4)), f"seed {seed}")
+    monkeypatch.setattr(bundled, "FOLDER", tmp_path)
+    monkeypatch.setitem(bundled.PHOTO_QUALITY, 2, 80)
+    models = [word for name in ("2", "2:photo", "2:auto") for word in ("--model", name)]
+    low, high = (score("--set", pictures, "--jpeg", quality, *models) for quality in (60, 95))
+    assert low["bicubic"]["set"].endswith("JPEG 60")
+    assert low["bicubic"]["psnr"] < high["bicubic"]["psnr"] < score("--set", pictures)["bicubic"]["psnr"]
+    assert low["sanrt x2:auto"]["psnr"] == low["sanrt x2:photo"]["psnr"] != low["sanrt x2"]["psnr"]
+    assert high["sanrt x2:auto"]["psnr"] == high["sanrt x2"]["psnr"] != high["sanrt x2:photo"]["psnr"]
+
+
 def test_bad_arguments_are_told_in_one_line(score, pictures, tiny_model, tmp_path):
     (tmp_path / "empty").mkdir()
     save(tmp_path / "odd" / "a.png", np.zeros((20, 20, 3), np.uint8))
@@ -113,7 +139,7 @@ def test_bad_arguments_are_told_in_one_line(score, pictures, tiny_model, tmp_pat
     high, low = pictures / "HR", pictures / "LR"
     for arguments, complaint in {
         (): "no pictures to score",
-        ("--hr", high): "--hr and --lr go together",
+        ("--hr", high): "--hr goes with --lr or --scale",
         ("--set", tmp_path / "none"): "no such folder",
         ("--hr", high, "--lr", tmp_path / "empty"): "holds no pictures",
         ("--hr", high, "--lr", tmp_path / "one"): "b: found in only one of",

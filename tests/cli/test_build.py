@@ -47,7 +47,7 @@ def model_of(monkeypatch, tmp_path, live_network):
     monkeypatch.chdir(tmp_path)
     weights = tmp_path / "bundled.safetensors"
     save_checkpoint(weights, live_network(2, groups=1), "the bundled ones", torch.float32)
-    monkeypatch.setattr(artifacts, "bundled_checkpoint", lambda scale: weights)
+    monkeypatch.setattr(artifacts, "bundled_checkpoint", lambda scale, kind: weights)
     taken = []
 
     def stop(model, *_):
@@ -80,7 +80,7 @@ def test_a_default_model_that_is_missing_is_made_as_run_makes_it_and_others_are_
     assert read_spec(model).weights_origin == "the bundled ones"
     assert output == (
         "models/san_x2.onnx: not there yet (there are others, which must be named: models/mine.onnx);"
-        " exporting the bundled weights of x2 first"
+        " exporting the bundled weights san_x2 first"
     )
 
 

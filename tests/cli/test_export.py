@@ -42,7 +42,7 @@ def bundled(live_network, monkeypatch, tmp_path):
     """Bundled x2 weights, other ones than `weights`; there are none of other scales."""
     path = tmp_path / "bundled.safetensors"
     save_checkpoint(path, live_network(2, groups=1, blocks=2), "the bundled ones", torch.float32)
-    monkeypatch.setattr(checkpoints, "bundled_checkpoint", lambda scale: path if scale == 2 else None)
+    monkeypatch.setattr(checkpoints, "bundled_checkpoint", lambda scale, kind: path if scale == 2 else None)
     return path
 
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sanrt.cli.models import build_words, exported_default, known_scale, one_of, run_words
+from sanrt.cli.models import KindOption, build_words, exported_default, known_scale, one_of, run_words
 from sanrt.cli.panels import panel
 from sanrt.errors import ModelError, UsageError
 from sanrt.extras import extra
+from sanrt.model.bundled import WeightsKind
 from sanrt.model.spec import Precision, QuantisedType
-from sanrt.runtime.artifacts.models import MODELS, read_spec, require_scale
+from sanrt.runtime.artifacts.models import MODELS, read_spec, require_own_weights, require_scale
 
 if TYPE_CHECKING:
     from sanrt.runtime.artifacts.engines import EngineInfo
@@ -29,6 +30,7 @@ def build(
     scale: Annotated[
         int | None, typer.Option(help="2, 3, 4 or 8; 4 unless MODEL says otherwise.", callback=known_scale)
     ] = None,
+    weights: KindOption = None,
     models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
     fp32: Annotated[bool, typer.Option("--fp32", help="Everything in fp32, TF32 off.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Convolutions and attention in half, SOCA's root in fp32.")] = False,
@@ -88,7 +90,8 @@ def build(
     eight_bit = only_one(int8=int8, fp8=fp8, auto=auto)
     if model and scale:
         require_scale(model, read_spec(model).architecture.scale, scale)
-    model = model or exported_default(models, scale, print)
+    require_own_weights(model, weights)
+    model = model or exported_default(models, scale, weights or WeightsKind.CLEAN, print)
     check_output(output, model, stages)
     if eight_bit:
         with extra("export", "quantising"):

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sanrt.cli.models import build_words, known_scale, run_words
+from sanrt.cli.models import KindOption, build_words, known_scale, run_words
 from sanrt.cli.panels import panel
 from sanrt.errors import UsageError
 from sanrt.extras import extra
+from sanrt.model.bundled import WeightsKind
 from sanrt.model.spec import MAX_SQRT_ITERATIONS
-from sanrt.runtime.artifacts.models import MODELS, checkpoint_path, exported_path, require_scale
+from sanrt.runtime.artifacts.models import MODELS, checkpoint_path, exported_path, require_own_weights, require_scale
 
 if TYPE_CHECKING:
     from sanrt.export.onnx import ExportReport
@@ -26,6 +27,7 @@ def export(
     scale: Annotated[
         int | None, typer.Option(help="2, 3, 4 or 8: export the bundled weights of that scale.", callback=known_scale)
     ] = None,
+    weights: KindOption = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A SAN checkpoint: official .pt, or .safetensors.")] = None,
     models: Annotated[Path, typer.Option(help="Folder for the model.")] = MODELS,
     output: Annotated[
@@ -55,7 +57,8 @@ def export(
 
     if output and output.suffix.lower() != ".onnx":
         raise UsageError(f"-o {output}: expected a name that ends in .onnx, by which `sanrt run` and `build` know it")
-    weights, default = chosen_weights(scale, checkpoint, models)
+    require_own_weights(checkpoint, weights)
+    chosen, default = chosen_weights(scale, weights or WeightsKind.CLEAN, checkpoint, models)
     options = ExportOptions(
         iterations=sqrt_iterations,
         picture=read_scene(picture) if picture else natural_scene(),
@@ -63,16 +66,16 @@ def export(
         check=check,
         overwrite=overwrite,
     )
-    print_report(export_onnx(weights, output or default, options), verbose)
+    print_report(export_onnx(chosen, output or default, options), verbose)
 
 
-def chosen_weights(scale: int | None, path: Path | None, models: Path) -> tuple[Checkpoint, Path]:
-    """The named checkpoint, or the bundled weights of a scale, and where their model is written."""
+def chosen_weights(scale: int | None, kind: WeightsKind, path: Path | None, models: Path) -> tuple[Checkpoint, Path]:
+    """The named checkpoint, or the bundled weights of a scale and kind, and where their model is written."""
     from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
 
     if path is None:
         assert scale is not None
-        return load_checkpoint(bundled_checkpoint(scale)), exported_path(models, scale)
+        return load_checkpoint(bundled_checkpoint(scale, kind)), exported_path(models, scale, kind)
     checkpoint = load_checkpoint(path)
     require_scale(path, checkpoint.architecture.scale, scale)
     return checkpoint, checkpoint_path(models, path, checkpoint.digest)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from sanrt.errors import UsageError
 from sanrt.extras import extra
+from sanrt.model.bundled import WeightsKind
 from sanrt.model.spec import SCALES, Precision, parse_precision
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, default_model, exported_path, other_models
 
 
-def exported_default(models: Path, scale: int | None, say: Callable[[str], None]) -> Path:
+def exported_default(models: Path, scale: int | None, kind: WeightsKind, say: Callable[[str], None]) -> Path:
     """The default model as an ONNX: where that is the bundled weights they are exported first, which `say` prints."""
-    path, default = exported_path(models, scale), default_model(models, scale)
+    path, default = exported_path(models, scale, kind), default_model(models, scale, kind)
     if default != path:
-        say(f"{path}: not there yet{other_models(models)}; exporting the bundled weights of x{scale or DEFAULT_SCALE} first")
+        say(f"{path}: not there yet{other_models(models)}; exporting the bundled weights {path.stem} first")
         with extra("export", "making a model"):
             from sanrt.export.onnx import export_onnx
             from sanrt.model.checkpoint import load_checkpoint
@@ -39,6 +42,23 @@ def precision_name(text: str) -> Precision:
         return parse_precision(text)
     except UsageError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def one_kind(text: str) -> WeightsKind:
+    """A typer parser: the kind of weights of that name."""
+    return WeightsKind(one_of(*WeightsKind)(text))
+
+
+def weights_kind(text: str) -> WeightsKind | None:
+    """A typer parser: the kind of weights of that name; None for auto."""
+    name = one_of("auto", *WeightsKind)(text)
+    return None if name == "auto" else WeightsKind(name)
+
+
+KindOption = Annotated[
+    WeightsKind | None,
+    typer.Option("--weights", parser=one_kind, metavar="[clean|photo|fast]", help="Of the bundled ones; clean if left out."),
+]
 
 
 def one_of(*known: str) -> Callable[[str], str]:
@@ -63,14 +83,17 @@ def build_words(model: Path) -> str:
 
 
 def default_words(model: Path, named: str) -> str:
-    """The words by which a command takes a model: its folder and scale where it has a default model's name, else `named`."""
-    scale = default_scale(model)
-    if scale is None:
+    """The words by which a command takes a model: folder, scale, kind where it has a default model's name, else `named`."""
+    found = default_kind(model)
+    if found is None:
         return named
+    scale, kind = found
     folder = "" if model.parent == MODELS else f" --models {shlex.quote(str(model.parent))}"
-    return folder + ("" if scale == DEFAULT_SCALE else f" --scale {scale}")
+    weights = "" if kind is WeightsKind.CLEAN else f" --weights {kind}"
+    return folder + ("" if scale == DEFAULT_SCALE else f" --scale {scale}") + weights
 
 
-def default_scale(model: Path) -> int | None:
-    """The scale of which a model is the default in its folder; None for any other model."""
-    return next((scale for scale in SCALES if model == exported_path(model.parent, scale)), None)
+def default_kind(model: Path) -> tuple[int, WeightsKind] | None:
+    """The scale and kind of which a model is the default in its folder; None for any other model."""
+    kinds = product(SCALES, WeightsKind)
+    return next(((scale, kind) for scale, kind in kinds if model == exported_path(model.parent, scale, kind)), None)

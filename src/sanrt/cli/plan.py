@@ -31,6 +31,7 @@ from sanrt.cli.request import (
     ThreadsOption,
     TileOption,
     TilingOption,
+    WeightsOption,
     bounding_size,
     colour,
     region_count,
@@ -38,7 +39,7 @@ from sanrt.cli.request import (
 from sanrt.cli.streams import STREAM, tell
 from sanrt.errors import UsageError
 from sanrt.request import ModelChoice, Request
-from sanrt.runtime.artifacts.models import MODELS
+from sanrt.runtime.artifacts.models import MODELS, model_title
 from sanrt.runtime.tiling.options import Tiling
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def plan(
     scale: ScaleOption = None,
     outscale: OutscaleOption = None,
     size: SizeOption = None,
+    weights: WeightsOption = None,
     model: ModelOption = None,
     format: FormatOption = None,
     suffix: SuffixOption = "",
@@ -81,7 +83,7 @@ def plan(
 
     if STREAM in paths:
         raise UsageError("-: a plan is made of files; name them")
-    choice = ModelChoice(model, models, scale, backend, RunOptions(threads, precision, device=device or 0))
+    choice = ModelChoice(model, models, scale, backend, RunOptions(threads, precision, device=device or 0), weights)
     k = region_count(regions)
     upscaling = UpscaleOptions(tile, overlap, self_ensemble, tiling, k, memory, scratch, keep_hidden_colours)
     background, within = colour(flatten) if flatten else None, bounding_size(size) if size else None
@@ -99,6 +101,8 @@ def plan(
         chosen, jobs = part.choice, part.found.to_do
         if not jobs:
             continue
+        if len(work.parts) > 1:
+            tell(f"{model_title(chosen.path)}: {len(jobs)} of {to_do} pictures")
         with load_unguarded(chosen.backend, chosen.path, chosen.options) as network:
             for each in estimates(jobs, network, chosen.path, chosen.options, upscaling, encoding):
                 tell(f"sanrt: {each.refusal}" if each.refusal else line(each), error=bool(each.refusal))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sanrt.cli.models import default_scale, run_words
+from sanrt.cli.models import default_kind, run_words
 from sanrt.extras import install_command
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def compare_and_prefer(
 
 def next_words(model: Path, best: BackendTrial) -> str:
     """The command that runs the best variant of a model: a default model's is taken by itself, another's is named."""
-    if default_scale(model):
+    if default_kind(model):
         return f"`{run_words(model)}` takes it by itself"
     precision = f" --precision {best.precision}" if best.precision else ""
     return f"`{run_words(best.model)} --backend {best.backend}{precision}`"

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from sanrt.cli.formats import FORMATS, written_format
-from sanrt.cli.models import known_scale, precision_name
+from sanrt.cli.models import known_scale, precision_name, weights_kind
 from sanrt.cli.panels import panel
+from sanrt.model.bundled import WeightsKind
 from sanrt.model.spec import Precision
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.tiling.options import Tiling
@@ -102,6 +103,14 @@ OutscaleOption = Annotated[
 SizeOption = Annotated[
     str | None,
     typer.Option(metavar="WIDTHxHEIGHT", help="Such as 3840x2160: results fit inside, the aspect ratio is kept."),
+]
+WeightsOption = Annotated[
+    WeightsKind | None,
+    typer.Option(
+        parser=weights_kind,
+        metavar="[auto|clean|photo|fast]",
+        help="Of the bundled ones; auto takes photo for JPEG files of the qualities at which it is better, else clean.",
+    ),
 ]
 ModelOption = Annotated[Path | None, typer.Option(help="The model, instead of the one that `sanrt export` wrote.")]
 FormatOption = Annotated[

@@ -38,6 +38,7 @@ from sanrt.cli.request import (
     ThreadsOption,
     TileOption,
     TilingOption,
+    WeightsOption,
     bounding_size,
     colour,
     region_count,
@@ -102,6 +103,7 @@ def run(
     scale: ScaleOption = None,
     outscale: OutscaleOption = None,
     size: SizeOption = None,
+    weights: WeightsOption = None,
     model: ModelOption = None,
     format: FormatOption = None,
     suffix: SuffixOption = "",
@@ -150,7 +152,7 @@ def run(
     manner = Manner(overwrite, dry_run, explain_tiles, record, ray, workers, quiet, verbose)
     request = Request(
         paths,
-        ModelChoice(model, models, scale, backend, loading),
+        ModelChoice(model, models, scale, backend, loading, weights),
         UpscaleOptions(tile, overlap, self_ensemble, tiling, region_count(regions), memory, scratch, keep_hidden_colours),
         Encoding(quality, lossless, colour(flatten) if flatten else None, outscale, bounding_size(size) if size else None),
         Naming(suffix, format),
@@ -172,6 +174,8 @@ def execute(request: Request, manner: Manner, device: int | None) -> int:
             for part in work.parts:
                 for line in part.found.reasons:
                     reporter.say(line)
+                if part.reason and part.found.to_do:
+                    reporter.say(f"{len(part.found.to_do)} of {len(work.jobs)} pictures: {part.reason}")
             if manner.explain_tiles:
                 explain(work.parts[0], request.upscaling, reporter)
             else:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,21 @@ FLOATS = ("float16", "float32", "float64")
 """The types that weights are stored in; all are computed with as float32, or what is made of it."""
 
 
+PHOTO_QUALITY: Mapping[int, int] = {}
+"""By scale, the JPEG quality up to which `photo` is better than `clean`, measured on pictures that neither learned from."""
+
+
+class WeightsKind(StrEnum):
+    """What bundled weights are for."""
+
+    CLEAN = "clean"
+    """Pictures that were never compressed with loss: the paper's degradation."""
+    PHOTO = "photo"
+    """Photographs saved as JPEG: compressed, slightly blurred or noisy ones."""
+    FAST = "fast"
+    """As clean, by a network of a quarter of the size."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """A sanrt safetensors file."""
@@ -36,17 +52,27 @@ class Weights:
     """float32, by the reference network's names, in the order of its layers."""
 
 
-def bundled_checkpoint(scale: int) -> Path:
-    """The weights that ship with sanrt for a scale (2, 3, 4 or 8)."""
-    path = FOLDER / f"san_x{scale}{SUFFIX}"
-    if not path.exists():
-        raise CheckpointError(f"no bundled weights for x{scale}: sanrt ships {shipped()}; pass --checkpoint PATH for others")
-    return path
+def bundled_name(scale: int, kind: WeightsKind = WeightsKind.CLEAN) -> str:
+    """What the files of bundled weights, and of their exported models, are called before the suffix."""
+    return f"san_x{scale}" + ("" if kind is WeightsKind.CLEAN else f"_{kind}")
+
+
+def bundled_checkpoint(scale: int, kind: WeightsKind = WeightsKind.CLEAN) -> Path:
+    """The weights that ship with sanrt for a scale (2, 3, 4 or 8) and a kind of pictures; CheckpointError without any."""
+    if not has_bundled(scale, kind):
+        raise CheckpointError(f"no {kind} weights for x{scale}: sanrt ships {shipped()}; pass --checkpoint PATH for others")
+    return FOLDER / f"{bundled_name(scale, kind)}{SUFFIX}"
+
+
+def has_bundled(scale: int, kind: WeightsKind) -> bool:
+    """Whether such weights ship with sanrt."""
+    return (FOLDER / f"{bundled_name(scale, kind)}{SUFFIX}").exists()
 
 
 def shipped() -> str:
-    """The scales that have bundled weights, for messages."""
-    return ", ".join(f"x{s}" for s in SCALES if (FOLDER / f"san_x{s}{SUFFIX}").exists()) or "none"
+    """The bundled weights, for messages: `clean for x2, x4; photo for x4`."""
+    found = {kind: ", ".join(f"x{scale}" for scale in SCALES if has_bundled(scale, kind)) for kind in WeightsKind}
+    return "; ".join(f"{kind} for {scales}" for kind, scales in found.items() if scales) or "none"
 
 
 def read_weights(path: Path) -> Weights:

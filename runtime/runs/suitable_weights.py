@@ -1,0 +1,24 @@
+"""Which of the bundled weights suit a picture file."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from sanrt.model.bundled import PHOTO_QUALITY
+from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.jpeg import quality
+from sanrt.runtime.pictures.storage import RemotePath
+
+
+def suits_photo(source: Path, scale: int) -> bool:
+    """Whether a file is a JPEG of a quality at which `photo` is better than `clean`; False where it cannot be read.
+
+    A remote file is looked at only if it is named as a JPEG.
+    """
+    if isinstance(source, RemotePath) and Format.of_suffix(source) is not Format.JPEG:
+        return False
+    with suppress(OSError):
+        found = quality(source)
+        return found is not None and found <= PHOTO_QUALITY.get(scale, 0)
+    return False
