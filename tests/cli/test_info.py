@@ -58,6 +58,29 @@ def test_a_model_without_measurements_is_described_too(info, tiny_model):
     assert "5 Newton-Schulz steps" in out
 
 
+def test_a_model_tells_how_a_program_calls_it(info, tiny_model):
+    status, out, err = info(tiny_model(3))
+    assert (status, err) == (0, "")
+    rows = [[cell.strip() for cell in line.split("│")] for line in out.splitlines() if "│" in line]
+    assert ["", "in", "input", "batch x 3 x height x width", "float32", "RGB, planar (NCHW), 0..255", ""] in rows
+    (output,) = (row for row in rows if row[1] == "out")
+    assert output[2:5] == ["output", "batch x 3 x out_height x out_width", "float32"]
+    assert "3 times height and width, not clipped" in output[5]
+    assert "opset ai.onnx 22" in out
+
+
+def test_names_types_and_sizes_are_the_files_own(info, tiny_model, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    from sanrt.model.exported import read_interface
+
+    model = onnx.load(tiny_model())
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 5
+    onnx.save(model, tmp_path / "other.onnx")
+    (found,) = read_interface(tmp_path / "other.onnx").inputs
+    assert (found.name, found.type, found.shape) == ("input", "float16", (5, 3, "height", "width"))
+
+
 def test_a_model_is_described_without_torch_onnx_or_onnxruntime(tiny_model):
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'onnx', 'onnxruntime', 'safetensors']));"

@@ -14,6 +14,7 @@ from sanrt.extras import install_command
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from sanrt.model.exported import Interface
     from sanrt.model.spec import ModelSpec
 
 
@@ -43,11 +44,27 @@ def describe_onnx(path: Path) -> Iterator[RenderableType]:
     if "quantisation" in spec.report:
         yield quantisation_table(spec.report["quantisation"])
     try:
-        from sanrt.model.exported import read_exported
+        from sanrt.model.exported import read_exported, read_interface
     except ModuleNotFoundError:
-        yield f"not checked: whether its graph and weights are what it says; {install_command('cpu')}, for the onnx package"
+        yield f"not read: its graph, and whether it is what it says; {install_command('cpu')}, for the onnx package"
     else:
         read_exported(path)
+        yield interface_table(read_interface(path), spec)
+
+
+def interface_table(interface: Interface, spec: ModelSpec) -> RenderableType:
+    """How a program calls the graph: names, shapes, types; what the numbers of pictures mean."""
+    from rich.table import Table
+
+    opsets = ", ".join(f"{domain or 'ai.onnx'} {number}" for domain, number in interface.opsets.items())
+    table = Table("", "name", "shape", "type", "holds", title=f"Called with (opset {opsets})")
+    picture = f"RGB, planar (NCHW), 0..{spec.architecture.value_range:g}"
+    holds = {"input": picture, "output": f"the same, {spec.architecture.scale} times height and width, not clipped"}
+    for way, tensors in ("in", interface.inputs), ("out", interface.outputs):
+        for tensor in tensors:
+            shape = " x ".join(map(str, tensor.shape)) or "a number"
+            table.add_row(way, tensor.name, shape, tensor.type, holds.get(tensor.name, ""))
+    return table
 
 
 def model_facts(spec: ModelSpec) -> dict[str, str]:

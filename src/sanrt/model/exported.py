@@ -76,6 +76,27 @@ class ExportedModel:
         return stored if scales is None else stored.astype(np.float32) * scales[:, None, None, None]
 
 
+@dataclass(frozen=True)
+class GraphTensor:
+    """An input or output of an ONNX's graph."""
+
+    name: str
+    type: str
+    """By NumPy's name: `float32`."""
+    shape: tuple[int | str, ...]
+    """Names stand for sides that are free."""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a program that runs an ONNX needs to know of its graph."""
+
+    inputs: Sequence[GraphTensor]
+    outputs: Sequence[GraphTensor]
+    opsets: Mapping[str, int]
+    """Versions of the operators by domain; the standard's domain is empty."""
+
+
 class Unlike(Exception):
     """Something in an ONNX that its description does not allow, or something that it lacks."""
 
@@ -121,6 +142,20 @@ def read_exported(path: Path) -> ExportedModel:
         raise ModelError(f"{path}: not a valid ONNX graph ({first_line(error)}); {REMEDY}") from error
     converted = halved or any(casts_to(node) == TensorProto.FLOAT16 for node in model.graph.node)
     return ExportedModel(spec, tensors, halved, Precision.FP16 if converted else spec.precision)
+
+
+def read_interface(path: Path) -> Interface:
+    """Inputs, outputs and opsets, as they stand in the file; raises ModelError when it cannot be read."""
+    model = load_onnx(path)
+    inputs, outputs = ([graph_tensor(value) for value in values] for values in (model.graph.input, model.graph.output))
+    return Interface(inputs, outputs, {each.domain: each.version for each in model.opset_import})
+
+
+def graph_tensor(value: onnx.ValueInfoProto) -> GraphTensor:
+    """The facts of an input or output."""
+    kind = value.type.tensor_type
+    sides = tuple(side.dim_param or side.dim_value for side in kind.shape.dim)
+    return GraphTensor(value.name, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name, sides)
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
