@@ -1,25 +1,49 @@
 """sanrt: SAN super-resolution from PyTorch to production.
 
-`from sanrt import Upscaler` is the library; `sanrt --help` is the command line.
+`from sanrt import Upscaler` is the library, the other functions are what the commands do; `sanrt --help` is the command
+line.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sanrt.errors import SanrtError
 from sanrt.version import __version__
 
 if TYPE_CHECKING:
+    from sanrt.library import build_engine, export_model, upscale_files, validate_model
+    from sanrt.runtime.runs.pipeline import Failed, Skipped, Written
     from sanrt.upscaler import Upscaler
 
-__all__ = ["SanrtError", "Upscaler", "__version__"]
+__all__ = [
+    "Failed",
+    "SanrtError",
+    "Skipped",
+    "Upscaler",
+    "Written",
+    "__version__",
+    "build_engine",
+    "export_model",
+    "upscale_files",
+    "validate_model",
+]
+
+MODULES = {
+    "Upscaler": "sanrt.upscaler",
+    **dict.fromkeys(("Failed", "Skipped", "Written"), "sanrt.runtime.runs.pipeline"),
+    **dict.fromkeys(("build_engine", "export_model", "upscale_files", "validate_model"), "sanrt.library"),
+}
+"""Where each name is that brings NumPy along, which `sanrt --help` does not wait for."""
 
 
 def __getattr__(name: str) -> Any:
-    """Upscaler brings numpy along, which `sanrt --help` does not wait for."""
-    if name == "Upscaler":
-        from sanrt.upscaler import Upscaler
-
-        return Upscaler
+    """Import what is asked for."""
+    if name in MODULES:
+        return getattr(import_module(MODULES[name]), name)
     raise AttributeError(f"module 'sanrt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -27,8 +27,9 @@ from sanrt.runtime.tiling.plan import PAPER_REGIONS
 from sanrt.runtime.tiling.upscaling import upscale
 
 if TYPE_CHECKING:
-    from sanrt.model.spec import ModelSpec
+    from sanrt.model.spec import ModelSpec, Precision
     from sanrt.runtime.backends.protocol import Backend
+    from sanrt.runtime.runs.pipeline import Skipped, Written
 
 Picture = npt.NDArray[Any]
 Choice = TypeVar("Choice", bound=StrEnum)
@@ -51,8 +52,9 @@ class Upscaler:
     the native backend, and raises BackendError with any other: load the model in the child, or start processes with spawn.
     """
 
-    def __init__(self, backend: Backend, options: UpscaleOptions) -> None:
-        self.backend, self.options = backend, options
+    def __init__(self, backend: Backend, options: UpscaleOptions, precision: Precision | None = None) -> None:
+        """`precision` is the one that was asked for; None left it to the backend."""
+        self.backend, self.options, self.precision = backend, options, precision
         self.locks: dict[int, Lock] = {}
 
     @property
@@ -67,7 +69,7 @@ class Upscaler:
         *,
         weights: WeightsName = "clean",
         models: str | Path = MODELS,
-        backend: BackendName = "auto",
+        backend: BackendName | str = "auto",
         precision: PrecisionName | None = None,
         threads: int | None = None,
         device: int = 0,
@@ -111,7 +113,7 @@ class Upscaler:
         path = default_model(Path(models), model, kind) if isinstance(model, int) else Path(model)
         automatic = isinstance(model, int) and backend == "auto"
         network = load_default(path, run_options) if automatic else load_backend(backend, path, run_options)
-        return cls(network, options)
+        return cls(network, options, computed)
 
     def __repr__(self) -> str:
         spec, network = self.spec, self.backend
@@ -144,6 +146,49 @@ class Upscaler:
         if isinstance(pictures, list | tuple):
             return [self.one(picture) for picture in pictures]
         return self.one(pictures)
+
+    def upscale_file(
+        self,
+        source: str | os.PathLike[str],
+        destination: str | os.PathLike[str],
+        *,
+        quality: int | None = None,
+        lossless: bool = False,
+        background: tuple[int, int, int] | None = None,
+        outscale: float | None = None,
+        size: tuple[int, int] | None = None,
+        overwrite: bool = False,
+    ) -> Written | Skipped:
+        """One picture file to another, as `sanrt run SOURCE DESTINATION` does with options of the same names.
+
+        Format and depth are by the destination's ending and the source; profile, EXIF and transparency are kept, and what is
+        not is in the result's `notes`, one line each. `background` is 8-bit RGB to lay transparency onto, `size` the (width,
+        height) that the result fits inside. A destination that holds this very result already is Skipped.
+
+        Raises PictureError for a picture that cannot be read or written so, UsageError where another file is in the
+        destination's place (unless `overwrite`), and as a call does.
+        """
+        from sanrt.runtime.pictures.codec import Encoding
+        from sanrt.runtime.pictures.jobs import Naming, find_pictures
+        from sanrt.runtime.pictures.storage import located
+        from sanrt.runtime.runs import pipeline
+        from sanrt.runtime.runs.results import Recipe, sort_out
+        from sanrt.runtime.tiling.upscaling import NetworkRunner
+
+        picture, result = (located(os.fspath(path)) for path in (source, destination))
+        if picture.is_dir():
+            raise UsageError(f"{picture}: a folder; expected a picture's path, or use sanrt.upscale_files")
+        encoding = Encoding(quality, lossless, background, outscale, size)
+        recipe = Recipe.of(self.spec, self.precision, self.options, encoding)
+        found = sort_out(find_pictures([picture], result, Naming()), recipe, overwrite)
+        if found.done:
+            return pipeline.Skipped(found.done[0])
+        (job,), options = found.to_do, pipeline.PipelineOptions(recipe, encoding)
+        runner = NetworkRunner(self.backend, self.options)
+        loaded = pipeline.read(job, runner, options)
+        with self.lock:
+            enlarged = pipeline.enlarge(loaded, runner)
+        return pipeline.write(enlarged, options)
 
     def on_device(self, pictures: Any) -> Any:
         """GPU arrays in and out, never copied to the host; with `backend="tensorrt"` only.

@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sanrt.cli.models import KindOption, build_words, exported_default, known_scale, one_of, run_words
+from sanrt.cli.models import KindOption, build_words, known_scale, one_of, run_words
 from sanrt.cli.panels import panel
-from sanrt.errors import ModelError, UsageError
 from sanrt.extras import extra
-from sanrt.model.bundled import WeightsKind
 from sanrt.model.spec import Precision, QuantisedType
-from sanrt.runtime.artifacts.models import MODELS, read_spec, require_own_weights, require_scale
+from sanrt.runtime.artifacts.models import MODELS
 
 if TYPE_CHECKING:
     from sanrt.runtime.artifacts.engines import EngineInfo
-    from sanrt.runtime.artifacts.sizes import Profile
 
 
 eight_bit_option, size_option, tensorrt_option = map(panel, ("8-bit options", "Sizes", "TensorRT options"))
@@ -80,19 +77,15 @@ def build(
 ) -> None:
     """Build an exported ONNX into a TensorRT engine, and prove that it is what was asked for."""
     with extra("rtx", "sanrt build"):
-        from sanrt.export.engine import build_engine, choose_flavor
+        import sanrt.export.engine  # noqa: F401 - told before anything is exported or quantised
     from sanrt.cli.console import BuildProgressBar
-    from sanrt.runtime.artifacts.engines import BuildOptions
+    from sanrt.library import build_engine, check_engine_path, model_to_build
     from sanrt.runtime.artifacts.flavors import Flavor, installed_version
-    from sanrt.runtime.artifacts.sizes import TILES, Profile
 
     precision = only_one(fp32=fp32, fp16=fp16, bf16=bf16)
     eight_bit = only_one(int8=int8, fp8=fp8, auto=auto)
-    if model and scale:
-        require_scale(model, read_spec(model).architecture.scale, scale)
-    require_own_weights(model, weights)
-    model = model or exported_default(models, scale, weights or WeightsKind.CLEAN, print)
-    check_output(output, model, stages)
+    model = model_to_build(model, models, scale, weights, print)
+    check_engine_path(output, model, stages)
     if eight_bit:
         with extra("export", "quantising"):
             from sanrt.export.quantise.calibration import RangeMethod
@@ -107,21 +100,26 @@ def build(
         model = make_quantised_model(model, quantise_options)
         if flavor == "auto" and not any(map(installed_version, Flavor)):
             return print("no engine: TensorRT is not installed")
-    build_options = BuildOptions(
-        flavor=choose_flavor(device) if flavor == "auto" else Flavor(flavor),
-        precision=Precision(precision or Precision.FP16),
-        profiles=profiles(smallest or [], best or [], largest or [], TILES if stages else Profile()),
-        gpus=tuple(filter(None, gpu.split(","))),
-        workspace=workspace,
-        level=level,
-        timing_cache=timing_cache,
-        allow_precision=allow_precision,
-        allow_unfused_attention=allow_unfused_attention,
-        kernels=kernels == "fused",
-        stages=stages,
-    )
     with BuildProgressBar() as progress:
-        info, built = build_engine(model, build_options, output, progress, device)
+        info, built = build_engine(
+            model,
+            output,
+            precision=Precision(precision or Precision.FP16),
+            stages=stages,
+            smallest=smallest or [],
+            best=best or [],
+            largest=largest or [],
+            flavor=flavor,
+            gpus=tuple(filter(None, gpu.split(","))),
+            device=device,
+            workspace=workspace,
+            level=level,
+            timing_cache=timing_cache,
+            kernels=kernels == "fused",
+            allow_precision=allow_precision,
+            allow_unfused_attention=allow_unfused_attention,
+            progress=progress,
+        )
     return report(info, built)
 
 
@@ -133,22 +131,6 @@ def only_one(**wanted: bool) -> str | None:
     return names[0] if names else None
 
 
-def profiles(smallest: list[str], best: list[str], largest: list[str], default: Profile) -> tuple[Profile, ...]:
-    """One profile from each --min, --opt and --max of the same place; the default's sizes where an option is not given."""
-    from sanrt.runtime.artifacts.sizes import Profile, Size
-
-    count = max(1, len(smallest), len(best), len(largest))
-    if any(len(sizes) not in (0, count) for sizes in (smallest, best, largest)):
-        raise UsageError(
-            f"{len(smallest)} --min, {len(best)} --opt and {len(largest)} --max: expected one of each for every profile"
-        )
-    columns = (
-        [Size.parse(text) for text in sizes] or [standard] * count
-        for sizes, standard in ((smallest, default.min), (best, default.opt), (largest, default.max))
-    )
-    return tuple(Profile(*sizes) for sizes in zip(*columns, strict=True))
-
-
 def report(info: EngineInfo, built: bool) -> None:
     """Print what the engine is, the proof, and the next command."""
     from sanrt.cli.console import plain_console
@@ -158,27 +140,6 @@ def report(info: EngineInfo, built: bool) -> None:
     console.print("built" if built else "unchanged: the engine that is there is what would be built")
     console.print(facts_table(info.table()))
     console.print(f"next: {next_words(info)}, on a machine with {info.identity.gpu}")
-
-
-def check_output(output: Path | None, model: Path, stages: bool) -> None:
-    """Raise UsageError for a place where an engine would not be found, or would replace something else."""
-    from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, read_engine
-
-    if output is None:
-        return
-    suffix = STAGES_SUFFIX if stages else SUFFIX
-    if output.suffix != suffix:
-        raise UsageError(f"-o {output}: expected a name that ends in {suffix}, by which `sanrt run` knows it")
-    if stages and output.parent.resolve() != model.parent.resolve():
-        raise UsageError(f"-o {output}: stage engines are looked for beside their model; expected a file in {model.parent}")
-    if not output.exists():
-        return
-    try:
-        same = read_engine(output).model_path.resolve() == model.resolve()
-    except ModelError:
-        same = False
-    if not same:
-        raise UsageError(f"-o {output}: is there already, and no engine of {model}; choose another place, or remove it")
 
 
 def next_words(info: EngineInfo) -> str:

@@ -9,15 +9,11 @@ import typer
 
 from sanrt.cli.models import KindOption, build_words, known_scale, run_words
 from sanrt.cli.panels import panel
-from sanrt.errors import UsageError
-from sanrt.extras import extra
-from sanrt.model.bundled import WeightsKind
 from sanrt.model.spec import MAX_SQRT_ITERATIONS
-from sanrt.runtime.artifacts.models import MODELS, checkpoint_path, exported_path, require_own_weights, require_scale
+from sanrt.runtime.artifacts.models import MODELS
 
 if TYPE_CHECKING:
     from sanrt.export.onnx import ExportReport
-    from sanrt.model.checkpoint import Checkpoint
 
 
 measurement_option = panel("Measurements")
@@ -50,35 +46,20 @@ def export(
     """Write a checkpoint as an ONNX file and check it against PyTorch."""
     if checkpoint is None and scale is None:
         raise typer.BadParameter("say which weights: --scale 4 for the bundled ones, or --checkpoint PATH")
-    with extra("export", "sanrt export"):
-        from sanrt.export.onnx import ExportOptions, export_onnx
-    from sanrt.export.samples import read_scene
-    from sanrt.export.scene import natural_scene
+    from sanrt.library import export_model
 
-    if output and output.suffix.lower() != ".onnx":
-        raise UsageError(f"-o {output}: expected a name that ends in .onnx, by which `sanrt run` and `build` know it")
-    require_own_weights(checkpoint, weights)
-    chosen, default = chosen_weights(scale, weights or WeightsKind.CLEAN, checkpoint, models)
-    options = ExportOptions(
-        iterations=sqrt_iterations,
-        picture=read_scene(picture) if picture else natural_scene(),
-        picture_name=picture.name if picture else "a generated scene",
+    report = export_model(
+        checkpoint,
+        output,
+        scale=scale,
+        weights=weights,
+        models=models,
         check=check,
+        sqrt_iterations=sqrt_iterations,
+        picture=picture,
         overwrite=overwrite,
     )
-    print_report(export_onnx(chosen, output or default, options), verbose)
-
-
-def chosen_weights(scale: int | None, kind: WeightsKind, path: Path | None, models: Path) -> tuple[Checkpoint, Path]:
-    """The named checkpoint, or the bundled weights of a scale and kind, and where their model is written."""
-    from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
-
-    if path is None:
-        assert scale is not None
-        return load_checkpoint(bundled_checkpoint(scale, kind)), exported_path(models, scale, kind)
-    checkpoint = load_checkpoint(path)
-    require_scale(path, checkpoint.architecture.scale, scale)
-    return checkpoint, checkpoint_path(models, path, checkpoint.digest)
+    print_report(report, verbose)
 
 
 def print_report(report: ExportReport, verbose: bool) -> None:

@@ -11,22 +11,9 @@ from typing import Annotated
 import typer
 
 from sanrt.errors import UsageError
-from sanrt.extras import extra
 from sanrt.model.bundled import WeightsKind
 from sanrt.model.spec import SCALES, Precision, parse_precision
-from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, default_model, exported_path, other_models
-
-
-def exported_default(models: Path, scale: int | None, kind: WeightsKind, say: Callable[[str], None]) -> Path:
-    """The default model as an ONNX: where that is the bundled weights they are exported first, which `say` prints."""
-    path, default = exported_path(models, scale, kind), default_model(models, scale, kind)
-    if default != path:
-        say(f"{path}: not there yet{other_models(models)}; exporting the bundled weights {path.stem} first")
-        with extra("export", "making a model"):
-            from sanrt.export.onnx import export_onnx
-            from sanrt.model.checkpoint import load_checkpoint
-        export_onnx(load_checkpoint(default), path)
-    return path
+from sanrt.runtime.artifacts.models import DEFAULT_SCALE, MODELS, exported_path
 
 
 def known_scale(scale: int | None) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,6 @@ import typer
 from sanrt.cli.models import precision_name
 from sanrt.cli.panels import panel
 from sanrt.errors import ModelError
-from sanrt.extras import extra
 from sanrt.files import write_whole
 from sanrt.model.spec import Precision
 
@@ -53,16 +51,22 @@ def validate(
     ] = False,
 ) -> None:
     """Hold an ONNX or engine against the PyTorch network of the checkpoint it came from; exit 1 outside the tolerance."""
-    with extra("export", "sanrt validate"):
-        from sanrt.export.locate import locate as find
-        from sanrt.export.samples import samples
-        from sanrt.export.validate import ValidateOptions, validate
     from sanrt.cli.console import plain_console
+    from sanrt.library import validate_model
 
     console = plain_console()
-    options = ValidateOptions(backend, precision, checkpoint, tolerance, min_psnr, heatmap)
     try:
-        validation = validate(artifact, partial(samples, images, hr), options)
+        validation = validate_model(
+            artifact,
+            images,
+            hr,
+            checkpoint=checkpoint,
+            backend=backend,
+            precision=precision,
+            tolerance=tolerance,
+            min_psnr=min_psnr,
+            heatmaps=heatmap,
+        )
     except ModelError:
         if artifact.exists():
             console.print(f"failed: {artifact} was refused")
@@ -71,6 +75,9 @@ def validate(
     if json_:
         write_json(json_, validation)
     if locate:
+        from sanrt.export.locate import locate as find
+        from sanrt.export.samples import samples
+
         sample = next(iter(samples(images, hr, validation.spec.architecture.scale)))
         print_location(console, sample.name, find(artifact, sample.low, checkpoint))
     print_verdict(console, validation)
