@@ -14,7 +14,7 @@ from sanrt.errors import UsageError
 from sanrt.model.spec import Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.backends.protocol import RunOptions
-from sanrt.runtime.backends.registry import BACKENDS, load_unguarded, status
+from sanrt.runtime.backends.registry import backend_names, load_unguarded, status
 from sanrt.runtime.host import free_host_memory
 from sanrt.runtime.tiling.plan import PAPER_REGIONS
 
@@ -222,7 +222,7 @@ BASELINES = {each.name: each for each in baselines()}
 
 def chosen(names: list[str], precisions: list[Precision]) -> list[Contender]:
     """The named contenders in each precision, or everything that is installed; raises UsageError for an unknown name."""
-    known = (AUTO, *BACKENDS, *BASELINES)
+    known = (AUTO, *backend_names(), *BASELINES)
     if unknown := set(names) - set(known):
         raise UsageError(f"unknown backend {min(unknown)!r}; expected {', '.join(known)}")
     names = list(dict.fromkeys(names)) or [name for name in known if runs_here(name)]

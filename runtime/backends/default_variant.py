@@ -13,7 +13,7 @@ from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.variants import model_digest
 from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import RunOptions
-from sanrt.runtime.backends.registry import ALIASES, BACKENDS, load_backend, status
+from sanrt.runtime.backends.registry import ALIASES, backend_names, load_backend, status
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def read_preference(path: Path) -> Preference | None:
         choice = Preference(**{**facts, "precision": precision})
         backend = ALIASES.get(choice.backend, choice.backend)
         texts = (choice.model, choice.backend, choice.exported, choice.machine)
-        if not all(isinstance(text, str) for text in texts) or backend not in BACKENDS or "/" in choice.model:
+        if not all(isinstance(text, str) for text in texts) or backend not in backend_names() or "/" in choice.model:
             raise ValueError(f"{choice.model!r} on {choice.backend!r}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         log.warning("%s: names no model and backend of this sanrt (%s), so it is passed over; remove it", path, error)

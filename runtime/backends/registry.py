@@ -7,11 +7,13 @@ import shlex
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from sanrt.errors import BackendError, CheckpointError, ModelError, UsageError
+from sanrt.errors import BackendError, CheckpointError, ModelError, SanrtError, UsageError, first_line
 from sanrt.extras import extra
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
 from sanrt.model.bundled import read_weights
@@ -40,6 +42,9 @@ GPU_BACKENDS' `status` takes the index of a GPU. A module that knows more once i
 `refusal(model, options) -> str | None`: why `auto` should not take it for that.
 """
 
+ENTRY_POINTS = "sanrt.backends"
+"""The group in which other packages name modules like these (docs/backends.md); `auto` takes none of them."""
+
 ALIASES = {"winograd": "native"}
 """Earlier names, as records, preferences and scripts may have them."""
 
@@ -61,11 +66,22 @@ OPEN_STAGES = 4
 
 def status(name: str, device: int = 0) -> BackendStatus:
     """Whether a backend can run here, on GPU `device` if it needs one; raises UsageError for a name that is none."""
+    if name not in BACKENDS and name in other_backends():
+        return other_status(name)
     found: BackendStatus = backend_module(name).status(*[device] * (name in GPU_BACKENDS))
     if name in GPU_BACKENDS and found.remedy and not machine.gpus().devices:  # no package brings a GPU
         problem = machine.gpus().problem
         return replace(found, reason=found.reason if problem in found.reason else f"{found.reason}; {problem}", remedy="")
     return found
+
+
+def other_status(name: str) -> BackendStatus:
+    """The status of another package's backend; one that cannot say it is not usable."""
+    try:
+        found: BackendStatus = backend_module(name).status()
+        return replace(found, name=name, automatic=False)
+    except Exception as error:  # whatever another package's code raises
+        return BackendStatus(name, None, False, f"{origin(name)}, whose status fails ({first_line(error)})", automatic=False)
 
 
 def load_backend(name: str, model: Path, options: RunOptions) -> FP32Fallback:
@@ -97,11 +113,18 @@ def load_unguarded(name: str, model: Path, options: RunOptions) -> Backend:
         raise BackendError(f"no backend can run {model} here ({reasons})")
     if not chosen.usable:
         remedy = f"; to fix it: {chosen.remedy}" if chosen.remedy else ""
-        usable = ", ".join(s.name for s in map(status, BACKENDS) if s.usable) or "none"
+        usable = ", ".join(s.name for s in map(status, backend_names()) if s.usable) or "none"
         raise BackendError(f"backend {name} is not usable here: {chosen.reason}{remedy} (usable: {usable})")
     require_kind(chosen.name, model)
     load: Callable[[Path, RunOptions], Backend] = backend_module(chosen.name).load
-    return load(model, options)
+    try:
+        return load(model, options)
+    except Exception as error:
+        if isinstance(error, SanrtError) or chosen.name in BACKENDS:
+            raise
+        raise BackendError(
+            f"{model}: {chosen.name}, {origin(chosen.name)}, failed to load it ({first_line(error)})"
+        ) from error
 
 
 def is_described(model: Path) -> bool:
@@ -186,9 +209,38 @@ def passed_over(name: str, model: Path, options: RunOptions) -> bool:
     return bool(reason)
 
 
+def backend_names() -> tuple[str, ...]:
+    """Every backend that `--backend` takes: sanrt's own, then those of other packages."""
+    return (*BACKENDS, *other_backends())
+
+
+@cache
+def other_backends() -> dict[str, EntryPoint]:
+    """Backends that other installed packages bring, by name; one whose name is taken is passed over, which is logged."""
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name in (*BACKENDS, *ALIASES, "auto", *found):
+            log.warning("backend %s of package %s is passed over: the name is taken", entry.name, package(entry))
+        else:
+            found[entry.name] = entry
+    return found
+
+
+def package(entry: EntryPoint) -> str:
+    """The package that an entry point is from, with its version."""
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unnamed package"
+
+
+def origin(backend: str) -> str:
+    """Where another package's backend comes from, for messages."""
+    return f"a backend of package {package(other_backends()[backend])}"
+
+
 def backend_module(name: str) -> Any:
     """The module behind a backend's name, or behind an earlier one."""
     name = ALIASES.get(name, name)
-    if name not in BACKENDS:
-        raise UsageError(f"unknown backend {name!r}; expected auto, {', '.join(BACKENDS)}")
-    return import_module(BACKENDS[name])
+    if name in BACKENDS:
+        return import_module(BACKENDS[name])
+    if name in other_backends():
+        return other_backends()[name].load()
+    raise UsageError(f"unknown backend {name!r}; expected auto, {', '.join(backend_names())}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sanrt.runtime import host as machine
 from sanrt.runtime.backends.protocol import BackendStatus
-from sanrt.runtime.backends.registry import AUTO_ORDER, BACKENDS, automatic_choice, status
+from sanrt.runtime.backends.registry import AUTO_ORDER, automatic_choice, backend_names, status
 from sanrt.runtime.host import free_host_memory
 from sanrt.version import __version__
 
@@ -33,7 +33,7 @@ class Diagnosis:
 
 def diagnose(models: Path) -> Diagnosis:
     """Look at the machine and at every backend; `models` is where the disk matters."""
-    checked = {name: status(name) for name in BACKENDS}
+    checked = {name: status(name) for name in backend_names()}
     facts = (*software(), *processor(models), *graphics())
     default = automatic_choice(name for name in AUTO_ORDER if name != "tensorrt")
     return Diagnosis(facts, tuple(checked.values()), default)
