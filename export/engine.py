@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from threading import Event
@@ -18,9 +19,9 @@ import onnx
 
 from sanrt.errors import BackendError, BuildError, ModelError, UsageError
 from sanrt.export import proof as proofs
-from sanrt.export.stages import stage_ranges
+from sanrt.export.stages import input_ranges
 from sanrt.extras import install_command
-from sanrt.files import cache_folder, keep, kept, require_writable, source_digest, write_whole
+from sanrt.files import cache_folder, require_writable, source_digest
 from sanrt.model.exported import read_model
 from sanrt.model.graph import san_model, stage_model
 from sanrt.model.spec import GraphOptions, ModelSpec, Precision
@@ -39,7 +40,7 @@ from sanrt.runtime.artifacts.engines import (
 )
 from sanrt.runtime.artifacts.flavors import TITLES, Flavor, installed_version
 from sanrt.runtime.artifacts.variants import model_digest
-from sanrt.runtime.backends.tensorrt.device import open_device
+from sanrt.runtime.backends.tensorrt.device import Device, open_device
 from sanrt.runtime.backends.tensorrt.library import TensorRTLog, import_flavor
 from sanrt.version import __version__
 
@@ -65,16 +66,6 @@ class BuildProgress(Protocol):
     def finish(self, phase: str) -> None:
         """The phase is over."""
         ...
-
-
-class NoProgress:
-    """A BuildProgress that shows nothing."""
-
-    def start(self, phase: str, parent: str | None, steps: int) -> None: ...
-
-    def step(self, phase: str, step: int) -> None: ...
-
-    def finish(self, phase: str) -> None: ...
 
 
 def choose_flavor(device: int = 0) -> Flavor:
@@ -125,15 +116,10 @@ def build_engine(
     if (existing := reusable(path, identity)) is not None:
         return existing, False
     require_writable(path, "choose another place with -o")
-    cancel, timings = Event(), timing_cache(options, identity)
-    monitor = monitor_class(trt)(progress or NoProgress(), cancel)
+    cancel, timings = Event(), timings_file(options, identity)
+    monitor = monitor_class(trt)(progress, cancel)
     with open_device(device) if options.flavor == Flavor.TENSORRT else nullcontext() as gpu:
-
-        def prepare() -> None:
-            if gpu:
-                gpu.activate()  # in the thread that builds
-
-        built = [compile_proved(trt, graph, options, monitor, cancel, timings, prepare) for graph in graphs.values()]
+        built = [compile_proved(trt, graph, options, monitor, cancel, timings, gpu) for graph in graphs.values()]
     engines = dict(zip(graphs, (engine for engine, _ in built), strict=True))
     findings = proofs.check_proof(
         proofs.merge_proofs([found for _, found in built]),
@@ -155,43 +141,27 @@ def compile_proved(
     options: BuildOptions,
     monitor: Any,
     cancel: Event,
-    timings: TimingCache | None,
-    prepare: Callable[[], None],
+    timings: str | None,
+    gpu: Device | None,
 ) -> tuple[bytes, Proof]:
-    """Compile a graph in a thread where `prepare` is called first: the engine's bytes, and the proof from its layers."""
+    """Compile a graph, on a GPU where one is needed: the engine's bytes, and the proof from its layers."""
     trt_log = TensorRTLog(trt, keep=True)
-
-    def work() -> bytes:
-        prepare()
-        return compile_engine(trt, graph, options, trt_log, monitor, timings)
-
-    engine_bytes = interruptible(work, cancel)
+    engine_bytes = interruptible(lambda: compile_engine(trt, graph, options, trt_log, monitor, timings), cancel, gpu)
     layers, source = layer_list(trt, options.flavor, engine_bytes, trt_log)
     return engine_bytes, proofs.prove(graph, layers, source, activation_memory(trt_log))
 
 
 def typed_graphs(model: Path, options: BuildOptions) -> tuple[ModelSpec, dict[str, onnx.ModelProto]]:
-    """The graphs that TensorRT builds, by name: the whole network, or each of its stages."""
-    if not options.stages:
-        spec, graph = typed_graph(model, options.precision, options.kernels)
-        return spec, {WHOLE: graph}
+    """The graphs that TensorRT builds from an exported fp32 one, by name: the whole network, or each of its stages.
+
+    Precision is in the graph, and attention in the form that is fused; TensorRT fuses none in fp32.
+    """
     spec, weights = read_model(model)
-    variant = GraphOptions(options.precision, attention_width=attention_width(options.precision))
-    graphs = {stage: stage_model(spec, weights, replace(variant, stage=stage)) for stage in spec.architecture.stages}
-    return replace(spec, precision=options.precision), graphs
-
-
-def typed_graph(model: Path, precision: Precision, kernels: bool = False) -> tuple[ModelSpec, onnx.ModelProto]:
-    """The graph that TensorRT builds, from the exported fp32 one: precision in the graph, attention in its fused form."""
-    spec, weights = read_model(model)
-    width = attention_width(precision)
-    graph = san_model(spec, weights, GraphOptions(precision=precision, attention_width=width, kernels=kernels))
-    return ModelSpec.from_metadata({p.key: p.value for p in graph.metadata_props}, str(model)), graph
-
-
-def attention_width(precision: Precision) -> int:
-    """Inner attention channels to pad to; TensorRT fuses nothing in fp32."""
-    return 0 if precision == Precision.FP32 else FUSED_WIDTH
+    width = 0 if options.precision == Precision.FP32 else FUSED_WIDTH
+    variant = GraphOptions(options.precision, attention_width=width, kernels=options.kernels)
+    stages = spec.architecture.stages if options.stages else ()
+    graphs = {stage: stage_model(spec, weights, replace(variant, stage=stage)) for stage in stages}
+    return replace(spec, precision=options.precision), graphs or {WHOLE: san_model(spec, weights, variant)}
 
 
 def register_kernels(trt: Any, flavor: Flavor) -> None:
@@ -231,9 +201,9 @@ def reusable(path: Path, identity: Identity) -> EngineInfo | None:
     return info
 
 
-def interruptible(work: Callable[[], bytes], cancel: Event) -> bytes:
+def interruptible(work: Callable[[], bytes], cancel: Event, gpu: Device | None = None) -> bytes:
     """Run `work` beside this thread, so that Ctrl-C arrives at once; `cancel` then asks it to stop, and it is waited for."""
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=gpu.activate if gpu else None) as pool:
         future = pool.submit(work)
         try:
             return future.result()
@@ -243,108 +213,108 @@ def interruptible(work: Callable[[], bytes], cancel: Event) -> bytes:
 
 
 def compile_engine(
-    trt: Any, graph: onnx.ModelProto, options: BuildOptions, trt_log: TensorRTLog, monitor: Any, timings: TimingCache | None
+    trt: Any, graph: onnx.ModelProto, options: BuildOptions, trt_log: TensorRTLog, monitor: Any, timings: str | None
 ) -> bytes:
     """The serialised engine; `trt_log` and `monitor` must outlive the call."""
+    choose_polygraphy(trt, options.flavor)
+    from polygraphy.backend.trt import EngineBytesFromNetwork
+    from polygraphy.exception import PolygraphyException
+
+    # Not Polygraphy's network, whose builder logs to one logger of the process: RTX's layers are listed in the log alone.
     # No error recorder here: TensorRT-RTX 1.7 destroys the parser after its network and crashes on the recorder.
     builder = trt.Builder(trt_log.logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, trt_log.logger)
     if not parser.parse(graph.SerializeToString()):
         raise BuildError(f"{TITLES[options.flavor]} cannot parse the graph ({parser.get_error(0).desc()})")
-    config = builder.create_builder_config()
-    configure(trt, config, options)
-    add_profiles(builder, config, graph, options)
-    config.progress_monitor = monitor
-    if timings:
-        config.set_timing_cache(config.create_timing_cache(timings.read()), False)
-    engine_bytes = builder.build_serialized_network(network, config)
-    if engine_bytes is None:
-        raise BuildError(f"{TITLES[options.flavor]} cannot build the engine: {trt_log.first}")
-    if timings:
-        timings.write(bytes(config.get_timing_cache().serialize()))
-    return bytes(engine_bytes)
+    loader, told = builder_config(trt, graph, options, monitor, timings), len(trt_log.errors)
+    try:
+        config = loader(builder, network)
+    except TypeError as error:  # the bindings' answer to timings that are none
+        if timings is None:
+            raise
+        raise BuildError(f"{timings}: damaged, expected TensorRT's timings; remove it, or name another file") from error
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, it would round the inputs of SOCA's fp32 products to 10 bits
+    if timings and (refused := trt_log.errors[told:]):
+        raise BuildError(f"{timings}: TensorRT refuses these timings ({refused[0][1]}); name another file")
+    try:
+        return bytes(EngineBytesFromNetwork((builder, network, parser), config, save_timing_cache=timings)())
+    except PolygraphyException as error:
+        raise BuildError(f"{TITLES[options.flavor]} cannot build the engine: {trt_log.first}") from error
 
 
-def configure(trt: Any, config: Any, options: BuildOptions) -> None:
-    """Set what the options say and the graph does not: limits, targets, how long to search."""
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    # TF32 is on by default, and would round the inputs of SOCA's fp32 products to 10 bits.
-    config.clear_flag(trt.BuilderFlag.TF32)
-    config.builder_optimization_level = options.level
-    # Activations for the size that runs, not for the largest of the profile: TensorRT-RTX's own choice, not TensorRT's.
-    config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
-    if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
-    if options.gpus:
-        config.num_compute_capabilities = len(options.gpus)
-        for index, gpu in enumerate(options.gpus):
-            config.set_compute_capability(getattr(trt.ComputeCapability, gpu.upper()), index)
+def builder_config(trt: Any, graph: onnx.ModelProto, options: BuildOptions, monitor: Any, timings: str | None) -> Any:
+    """Polygraphy's loader of a builder's configuration: what the options say and the graph does not."""
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+    from polygraphy.backend.trt import CreateConfig, Profile
+
+    profiles = [Profile() for _ in options.profiles]
+    for profile, sizes in zip(profiles, options.profiles, strict=True):
+        for name, values in input_ranges(graph, sizes).items():
+            profile.add(name, *values)
+    common = {
+        "profiles": profiles,
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
+        "builder_optimization_level": options.level,
+        "memory_pool_limits": options.workspace and {trt.MemoryPoolType.WORKSPACE: options.workspace << 20},
+        # Activations for the size that runs, not for the largest of the profile: TensorRT-RTX's own choice, not TensorRT's.
+        "preview_features": [trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10],
+        "progress_monitor": monitor,
+    }
+    if options.flavor == Flavor.TENSORRT:
+        return CreateConfig(load_timing_cache=timings, **common)
+    targets = [divmod(int(gpu.removeprefix("sm")), 10) for gpu in options.gpus]
+    return CreateConfigRTX(compute_capabilities=targets or None, **common)
 
 
-def add_profiles(builder: Any, config: Any, graph: onnx.ModelProto, options: BuildOptions) -> None:
-    """Tell TensorRT the sizes that the engine must take."""
-    for sizes in options.profiles:
-        profile = builder.create_optimization_profile()
-        if options.stages:
-            for name, values in stage_ranges(graph, sizes).items():
-                # A crop is read on the host, to know the output's size: its range is one of values.
-                (profile.set_shape_input if name == "crop" else profile.set_shape)(name, *values)
-        else:
-            profile.set_shape("input", sizes.min.input_shape, sizes.opt.input_shape, sizes.max.input_shape)
-        config.add_optimization_profile(profile)
+def choose_polygraphy(trt: Any, flavor: Flavor) -> None:
+    """Set Polygraphy to a flavour; BackendError where this process has used it for the other: 0.53 has one per process."""
+    from polygraphy import config as polygraphy_config
+    from polygraphy.logger import G_LOGGER
+
+    rtx = flavor == Flavor.RTX
+    if "polygraphy.backend.trt" in sys.modules and rtx != polygraphy_config.USE_TENSORRT_RTX:
+        raise BackendError(f"{TITLES[flavor]}: this process has built for the other TensorRT; build in another process")
+    polygraphy_config.USE_TENSORRT_RTX = rtx
+    sys.modules.setdefault("tensorrt_rtx" if rtx else "tensorrt", trt)  # of RTX's, only the bindings are installed
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL  # what matters is raised
 
 
 @cache
-def monitor_class(trt: Any) -> Callable[[BuildProgress, Event], Any]:
-    """A class of IProgressMonitor that reports to a BuildProgress, and stops the build once `cancel` is set."""
+def monitor_class(trt: Any) -> Callable[[BuildProgress | None, Event], Any]:
+    """A class of IProgressMonitor that reports to a BuildProgress, if any, and stops the build once `cancel` is set."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """TensorRT calls it from the building thread, and from its own."""
 
-        def __init__(self, progress: BuildProgress, cancel: Event) -> None:
+        def __init__(self, progress: BuildProgress | None, cancel: Event) -> None:
             trt.IProgressMonitor.__init__(self)
             self.progress, self.cancel = progress, cancel
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.progress.start(phase_name, parent_phase, num_steps)
+            if self.progress:
+                self.progress.start(phase_name, parent_phase, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            self.progress.step(phase_name, step)
+            if self.progress:
+                self.progress.step(phase_name, step)
             return not self.cancel.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
-            self.progress.finish(phase_name)
+            if self.progress:
+                self.progress.finish(phase_name)
 
     return Monitor
 
 
-@dataclass(frozen=True)
-class TimingCache:
-    """TensorRT's own cache of timings: a file that the user named, or one per GPU and version that only spares work."""
-
-    named: Path | None
-    name: str
-
-    def read(self) -> bytes:
-        """What earlier builds measured; empty where none did."""
-        if self.named:
-            return self.named.read_bytes() if self.named.exists() else b""
-        return kept([cache_folder() / "timings"], self.name) or b""
-
-    def write(self, content: bytes) -> None:
-        """Keep it for the next build; raises FileError where a named file cannot be written."""
-        if self.named:
-            write_whole(self.named, content, "choose another place with --timing-cache")
-        else:
-            keep([cache_folder() / "timings"], self.name, content)
-
-
-def timing_cache(options: BuildOptions, identity: Identity) -> TimingCache | None:
-    """Where this build's timings are; TensorRT-RTX has none."""
+def timings_file(options: BuildOptions, identity: Identity) -> str | None:
+    """Where TensorRT keeps its timings: the file that was named, or one per GPU and version; TensorRT-RTX has none."""
     if options.flavor == Flavor.RTX:
         return None
-    return TimingCache(options.timing_cache, re.sub(r"[^\w.]+", "-", f"{identity.gpu}-{identity.version}.cache"))
+    name = re.sub(r"[^\w.]+", "-", f"{identity.gpu}-{identity.version}.cache")
+    path = options.timing_cache or cache_folder() / "timings" / name
+    require_writable(path, "choose another place with --timing-cache")
+    return str(path)
 
 
 def layer_list(trt: Any, flavor: Flavor, engine_bytes: bytes, trt_log: TensorRTLog) -> tuple[list[proofs.Layer], str]:

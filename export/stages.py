@@ -1,4 +1,4 @@
-"""The shapes that stage engines take: tiles with their halo, regions' keys, and the values of crops."""
+"""The shapes that engines take: pictures; for stages tiles with their halo, regions' keys, and the values of crops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import onnx
 
 from sanrt.model.contract import HEAD_HALO, JOIN_HALO, STAGE_INPUTS, TAIL_HALO
-from sanrt.model.spec import Architecture, ModelSpec
+from sanrt.model.spec import STAGE, Architecture, ModelSpec
 from sanrt.runtime.artifacts.sizes import MAX_KEYS, Profile, Size
 
 KEYS = 1, 2**14, MAX_KEYS
@@ -16,13 +16,18 @@ KEYS = 1, 2**14, MAX_KEYS
 Values = tuple[int, ...]
 
 
-def stage_ranges(graph: onnx.ModelProto, tiles: Profile) -> dict[str, tuple[Values, Values, Values]]:
-    """The smallest, usual and largest shape of each input of a stage; of `crop`, values. The smallest tiles have no halo."""
+def input_ranges(graph: onnx.ModelProto, sizes: Profile) -> dict[str, tuple[Values, Values, Values]]:
+    """The smallest, usual and largest shape of each input of the network, or of one of its stages for tiles of such sizes.
+
+    Of `crop` they are values, not shapes. The smallest tiles have no halo.
+    """
     metadata = {p.key: p.value for p in graph.metadata_props}
+    if STAGE not in metadata:
+        return {"input": (sizes.min.input_shape, sizes.opt.input_shape, sizes.max.input_shape)}
     arch = ModelSpec.from_metadata(metadata, graph.graph.name).architecture
-    kind = json.loads(metadata["sanrt.stage"]).partition(".")[0]
+    kind = json.loads(metadata[STAGE]).partition(".")[0]
     halo = {"head": HEAD_HALO, "body": arch.body_halo, "join": JOIN_HALO, "tail": TAIL_HALO}.get(kind, 0)
-    ranges = zip((tiles.min, tiles.opt, tiles.max), (0, halo, halo), KEYS, strict=True)
+    ranges = zip((sizes.min, sizes.opt, sizes.max), (0, halo, halo), KEYS, strict=True)
     low, usual, high = (stage_inputs(arch, kind, *each) for each in ranges)
     return {name: (low[name], usual[name], high[name]) for name in STAGE_INPUTS[kind]}
 

@@ -35,7 +35,7 @@ from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.backends.tensorrt import backend as tensorrt
 from sanrt.runtime.backends.tensorrt.device import open_device
-from sanrt.runtime.backends.tensorrt.library import import_flavor
+from sanrt.runtime.backends.tensorrt.library import TensorRTLog, import_flavor
 
 needs_rtx = pytest.mark.skipif(
     not find_spec("tensorrt_rtx_bindings"), reason="TensorRT-RTX is not installed (pip install 'sanrt[rtx]')"
@@ -251,10 +251,67 @@ def test_a_missing_flavor_is_told_with_the_command_that_installs_it(monkeypatch:
 def test_a_cancelled_monitor_stops_the_build():
     stand_in = Namespace(IProgressMonitor=object)
     cancel = Event()
-    monitor = engine.monitor_class(stand_in)(engine.NoProgress(), cancel)
+    monitor = engine.monitor_class(stand_in)(None, cancel)
     assert monitor.step_complete("phase", 0)
     cancel.set()
     assert not monitor.step_complete("phase", 1)
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        ("damaged", "x.cache: damaged, expected TensorRT's timings; remove it, or name another file"),
+        ("foreign", "x.cache: TensorRT refuses these timings (of another GPU); name another file"),
+    ],
+)
+def test_timings_that_tensorrt_cannot_use_are_told_by_name(
+    exported: Path, breaks: str, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    """The bindings give a TypeError for what is no cache; for one of another GPU the log alone has an error."""
+    trt = import_flavor(Flavor.RTX)
+    trt_log = TensorRTLog(trt, keep=True)
+
+    def configure(builder: object, network: object) -> object:
+        if breaks == "damaged":
+            raise TypeError("incompatible return value")
+        trt_log.errors.append((0, "of another GPU"))
+        return builder.create_builder_config()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(engine, "builder_config", lambda *_: configure)
+    _, graphs = engine.typed_graphs(exported, OPTIONS)
+    with pytest.raises(BuildError) as caught:
+        engine.compile_engine(trt, graphs[engine.WHOLE], OPTIONS, trt_log, None, "x.cache")
+    assert str(caught.value) == message
+
+
+@needs_rtx
+def test_tensorrts_own_branch_builds_too_and_one_process_has_one_flavour(exported: Path):
+    """In a process of its own, where TensorRT-RTX's bindings stand for TensorRT's."""
+    script = """
+import sys, tensorrt_rtx_bindings as trt
+from pathlib import Path
+from sanrt.errors import BackendError
+from sanrt.export import engine
+from sanrt.runtime.artifacts.engines import BuildOptions
+from sanrt.runtime.artifacts.flavors import Flavor
+from sanrt.runtime.backends.tensorrt.library import TensorRTLog
+
+options = BuildOptions(Flavor.TENSORRT)
+_, graphs = engine.typed_graphs(Path(sys.argv[1]), options)
+print(len(engine.compile_engine(trt, graphs[engine.WHOLE], options, TensorRTLog(trt, keep=True), None, None)) > 1000)
+try:
+    engine.choose_polygraphy(trt, Flavor.RTX)
+except BackendError as error:
+    print(error)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script, str(exported)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "True",
+        "TensorRT-RTX: this process has built for the other TensorRT; build in another process",
+    ]
 
 
 class Namespace(SimpleNamespace):

@@ -25,8 +25,6 @@ OBJECTS = {
         "parser": "OnnxParser",
         "parser.get_error()": "ParserError",
         "config": "IBuilderConfig",
-        "config.get_timing_cache()": "ITimingCache",
-        "profile": "IOptimizationProfile",
         "engine": "ICudaEngine",
         "engine.create_engine_inspector()": "EngineInspector",
         "trt.Runtime()": "Runtime",
@@ -56,8 +54,6 @@ RTX_ONLY = {
     "ComputeCapability",
     "CudaGraphStrategy",
     "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
-    "IBuilderConfig.num_compute_capabilities",
-    "IBuilderConfig.set_compute_capability",
     "IRuntimeCache.deserialize",
     "IRuntimeCache.serialize",
     "IRuntimeConfig.create_runtime_cache",
@@ -65,7 +61,7 @@ RTX_ONLY = {
     "IRuntimeConfig.get_runtime_cache",
     "IRuntimeConfig.set_runtime_cache",
 }
-"""Behind `options.gpus`, which only RTX takes, and `self.rtx`."""
+"""Behind RTX alone: targets of a build, and `self.rtx`."""
 
 
 def spelled(node: ast.expr) -> str:
@@ -115,8 +111,9 @@ def test_the_sources_are_really_read():
     members = set().union(*map(touched, OBJECTS))
     assert members >= RTX_ONLY
     assert {
-        "Builder.build_serialized_network",
-        "IBuilderConfig.set_timing_cache",
+        "Builder.create_network",
+        "IBuilderConfig.clear_flag",
+        "PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10",
         "IExecutionContext.execute_async_v3",
         "IExecutionContext.infer_shapes",
         "ICudaEngine.create_execution_context",

@@ -19,7 +19,7 @@ import pytest
 
 from sanrt.errors import BackendError, ModelError, OutOfMemoryError, UsageError
 from sanrt.export.engine import typed_graphs
-from sanrt.export.stages import stage_ranges
+from sanrt.export.stages import input_ranges
 from sanrt.model.spec import Precision
 from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, BuildOptions, EngineInfo, save_engine, stage_archive
 from sanrt.runtime.artifacts.flavors import Flavor
@@ -43,7 +43,7 @@ class StageEngine(FakeEngine):
     def __init__(self, gpu: FakeDevice, plan: bytes) -> None:
         super().__init__(gpu)
         self.graph = onnx.load_from_string(plan)
-        self.ranges = stage_ranges(self.graph, SMALL)
+        self.ranges = input_ranges(self.graph, SMALL)
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(plan, settings)
