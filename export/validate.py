@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sanrt.export.rounding import rounding_tolerance
 from sanrt.export.samples import Picture, Sample
 from sanrt.export.squareroot import with_root
 from sanrt.export.tensors import input_type
+from sanrt.extras import extra
 from sanrt.geometry import Box, pad
 from sanrt.model.bundled import WeightsKind, bundled_checkpoint, has_bundled, read_weights
 from sanrt.model.checkpoint import Checkpoint, load_checkpoint
@@ -38,6 +39,8 @@ from sanrt.runtime.tiling.upscaling import infer_padded, network_input, network_
 Infer = Callable[[Array], Array]
 """float32 (1, 3, H, W) -> (1, 3, sH, sW)."""
 
+REPLAYED = 3
+"""Pictures of which the middle is written for Polygraphy."""
 FILE_SIDE = 96
 """Longest side of the picture that goes through an ONNX's own graph, whose plain attention holds its scores in memory."""
 
@@ -57,6 +60,8 @@ class ValidateOptions:
     """Instead of the table's lowest PSNR to the reference, dB."""
     heatmaps: Path | None = None
     """Folder for a picture of where each pair of outputs differs."""
+    polygraphy: Path | None = None
+    """Folder for inputs and reference outputs, and the commands that hold the artifact against them by Polygraphy."""
 
 
 @dataclass(frozen=True)
@@ -195,8 +200,31 @@ def validate(artifact: Path, pictures: Callable[[int], Iterable[Sample]], option
             picture_result(sample, reference, infer, spec, coarsest, tolerance, options.heatmaps)
             for sample in chain([first], remaining)
         )
+        if options.polygraphy:
+            parts = map(middle, islice(pictures(spec.architecture.scale), REPLAYED))
+            limit = own.tolerance if own else None
+            write_replay(artifact, backend.name, spec, parts, reference, tolerance, limit, options.polygraphy)
         wrong = wrong_weight(exported, checkpoint) if exported else None
         return Validation(artifact, spec, backend.name, checkpoint.path, tolerance, results, own, wrong)
+
+
+def write_replay(
+    artifact: Path,
+    backend: str,
+    spec: ModelSpec,
+    pictures: Iterable[Sample],
+    reference: Infer,
+    tolerance: Tolerance,
+    own: Tolerance | None,
+    folder: Path,
+) -> None:
+    """Write pictures and what PyTorch makes of them as Polygraphy has it, with the commands that replay them."""
+    with extra("rtx", "--polygraphy"):
+        from sanrt.export.polygraphy import Replay
+
+    value_range = spec.architecture.value_range
+    inputs = [pad(network_input(p.low, value_range), spec.min_side, spec.multiple) for p in pictures]
+    Replay(artifact, backend, value_range, inputs, [reference(x) for x in inputs], tolerance, own).write(folder)
 
 
 def exported_model(artifact: Path) -> ExportedModel | None:

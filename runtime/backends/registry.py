@@ -205,7 +205,8 @@ def passed_over(name: str, model: Path, options: RunOptions) -> bool:
     """Whether a usable backend has a reason not to be taken for a model, which is then logged."""
     refusal = getattr(backend_module(name), "refusal", None)
     if reason := refusal and refusal(model, options):
-        log.warning("%s passed over: %s", name, reason)
+        # An engine that does not fit is somebody's to mend; what is slower here is not.
+        log.log(logging.WARNING if name in GPU_BACKENDS else logging.INFO, "%s passed over: %s", name, reason)
     return bool(reason)
 
 

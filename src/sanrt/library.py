@@ -245,13 +245,15 @@ def validate_model(
     tolerance: float | None = None,
     min_psnr: float | None = None,
     heatmaps: Place | None = None,
+    polygraphy: Place | None = None,
 ) -> Validation:
     """Hold an ONNX or engine against the PyTorch network of the checkpoint that it came from, by default the bundled one.
 
     `images` is a folder of pictures, `hr` one of their originals of the same relative paths; `hr` alone is downscaled,
     without either scenes are generated. `precision` is that of an ONNX, where the backend has a choice. `tolerance` (of
     255) and `min_psnr` (dB) replace the limits of the type that is computed in; `heatmaps` is a folder for pictures of
-    where outputs differ. Needs the `export` extra.
+    where outputs differ, `polygraphy` one for inputs, PyTorch's outputs and the commands by which Polygraphy holds the
+    artifact against them. Needs the `export` extra.
 
     The verdict is the result's `passed`; its `require()` raises ParityError outside the limits. Raises ModelError for an
     artifact that is not what it says, UsageError for another checkpoint than its own, PictureError for unreadable pictures.
@@ -267,6 +269,7 @@ def validate_model(
         tolerance,
         min_psnr,
         Path(heatmaps) if heatmaps else None,
+        Path(polygraphy) if polygraphy else None,
     )
     return validate(Path(artifact), partial(samples, low, high), options)
 

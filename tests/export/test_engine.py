@@ -38,7 +38,8 @@ from sanrt.runtime.backends.tensorrt.device import open_device
 from sanrt.runtime.backends.tensorrt.library import TensorRTLog, import_flavor
 
 needs_rtx = pytest.mark.skipif(
-    not find_spec("tensorrt_rtx_bindings"), reason="TensorRT-RTX is not installed (pip install 'sanrt[rtx]')"
+    not (find_spec("tensorrt_rtx_bindings") and find_spec("polygraphy")),
+    reason="TensorRT-RTX and Polygraphy are not installed (pip install 'sanrt[rtx]')",
 )
 OPTIONS = BuildOptions(Flavor.RTX, gpus=("sm89",))
 

@@ -46,6 +46,10 @@ def validate(
     ] = None,
     json_: Annotated[Path | None, report_option("--json", help="Write every figure to this file.")] = None,
     heatmap: Annotated[Path | None, report_option(help="Folder for pictures of where the outputs differ.")] = None,
+    polygraphy: Annotated[
+        Path | None,
+        report_option(help="Folder for inputs, PyTorch's outputs, and the Polygraphy commands that compare them."),
+    ] = None,
     locate: Annotated[
         bool, report_option("--locate", help="Compare stage by stage; name where a difference begins.")
     ] = False,
@@ -66,6 +70,7 @@ def validate(
             tolerance=tolerance,
             min_psnr=min_psnr,
             heatmaps=heatmap,
+            polygraphy=polygraphy,
         )
     except ModelError:
         if artifact.exists():
