@@ -20,7 +20,7 @@ import onnx
 from sanrt.errors import BackendError, BuildError, ModelError, UsageError
 from sanrt.export import proof as proofs
 from sanrt.export.stages import input_ranges
-from sanrt.extras import install_command
+from sanrt.extras import extra, install_command
 from sanrt.files import cache_folder, require_writable, source_digest
 from sanrt.model.exported import read_model
 from sanrt.model.graph import san_model, stage_model
@@ -38,7 +38,7 @@ from sanrt.runtime.artifacts.engines import (
     save_engine,
     stage_archive,
 )
-from sanrt.runtime.artifacts.flavors import TITLES, Flavor, installed_version
+from sanrt.runtime.artifacts.flavors import EXTRAS, TITLES, Flavor, installed_version
 from sanrt.runtime.artifacts.variants import model_digest
 from sanrt.runtime.backends.tensorrt.device import Device, open_device
 from sanrt.runtime.backends.tensorrt.library import TensorRTLog, import_flavor
@@ -269,8 +269,9 @@ def builder_config(trt: Any, graph: onnx.ModelProto, options: BuildOptions, moni
 
 def choose_polygraphy(trt: Any, flavor: Flavor) -> None:
     """Set Polygraphy to a flavour; BackendError where this process has used it for the other: 0.53 has one per process."""
-    from polygraphy import config as polygraphy_config
-    from polygraphy.logger import G_LOGGER
+    with extra(EXTRAS[flavor], "sanrt build"):
+        from polygraphy import config as polygraphy_config
+        from polygraphy.logger import G_LOGGER
 
     rtx = flavor == Flavor.RTX
     if "polygraphy.backend.trt" in sys.modules and rtx != polygraphy_config.USE_TENSORRT_RTX:
