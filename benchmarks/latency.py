@@ -8,61 +8,33 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.table import Table
 from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
-from benchmarks.contenders import AUTO, Contender, LeftOut, Session, chosen, open_backend, require_memory
-from benchmarks.measure import (
-    Interval,
-    Limits,
-    Size,
-    Worker,
-    console,
-    environment,
-    found_model,
-    intervals,
-    operations,
-    picture,
-    run_command,
-)
-from sanrt.arrays import Array, psnr
-from sanrt.errors import BackendError, UsageError
+from benchmarks.contenders import AUTO, chosen
+from benchmarks.measure import Limits, console, environment, found_model, operations, picture, run_command
+from sanrt.errors import UsageError
 from sanrt.extras import extra
 from sanrt.model.spec import GRAPH_PRECISIONS, SCALES, Architecture, Precision
 from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.runs import latency as runs
+from sanrt.runtime.runs.latency import Case, Contender, Result
+from sanrt.runtime.runs.timing import Interval, Size, Worker
 from sanrt.runtime.tiling.plan import PAPER_REGIONS, choose_regions
-from sanrt.runtime.tiling.upscaling import network_input
 
 SIZES = ("160x90", "320x180")
-LEAST_TURNS, TURN = 5, 1.0
-"""Turns of a contender at the least, and seconds of a turn where its share of the time allows that."""
-REST = 0.05
-"""Seconds between turns: the threads of the one before stop spinning."""
 GPU = "gpu "
 """Before a GPU's limits."""
 LIKE = {Precision.INT16: Precision.BF16}
 """PyTorch multiplies no matrices of 16-bit integers: their limit is that of the other 16-bit type."""
-
-
-@dataclass(frozen=True)
-class Case(Size):
-    """A size, and the k of its k x k attention regions."""
-
-    regions: int = PAPER_REGIONS
-
-    def __str__(self) -> str:
-        return super().__str__() + (f", k={self.regions}" if self.regions != PAPER_REGIONS else "")
 
 
 @dataclass(frozen=True)
@@ -100,56 +72,6 @@ class Row:
     reason: str = ""
     """Why nothing was measured."""
     failed: bool = False
-
-
-@dataclass
-class Entrant:
-    """A contender's runs on one size, in its own process."""
-
-    contender: Contender
-    worker: Worker
-    turns: list[list[float]] = field(default_factory=list)
-    """Seconds of the runs, turn by turn."""
-    psnr: float = 0.0
-    stopped: Exception | None = None
-
-    def attempt(self, method: str, *arguments: Any) -> Any:
-        """Call the session; a failure takes the entrant out of this size."""
-        try:
-            return self.worker.call(method, *arguments)
-        except BackendError as error:
-            self.stopped = error
-
-    def enter(self, size: Case, x: Array, reference: Array, peak: float, patience: float) -> None:
-        """Warm up on a new picture, and compare its output with the reference, whose values run from 0 to `peak`."""
-        self.turns, self.stopped = [], None
-        try:
-            require_memory(self.contender, size)
-        except LeftOut as reason:
-            self.stopped = reason
-            return
-        if not self.attempt("takes", size.regions):
-            self.stopped = self.stopped or LeftOut(f"has the paper's {PAPER_REGIONS} x {PAPER_REGIONS} regions only")
-            return
-        output = self.attempt("warm_up", x, patience, size.regions)
-        if self.stopped is None and not np.isfinite(output).all():
-            self.stopped = BackendError("its output has values that are not finite")
-        if self.stopped is None:
-            self.psnr = psnr(output, reference, peak)
-
-    def progress(self, seconds: float) -> float:
-        """The share of its work that it has done, 1 is all: its runs took its seconds, in LEAST_TURNS turns or more."""
-        if self.stopped:
-            return 1.0
-        used = sum(map(sum, self.turns)) / seconds if seconds else 1.0
-        return min(len(self.turns) / LEAST_TURNS, used)
-
-    def go(self, seconds: float) -> None:
-        """One turn."""
-        time.sleep(REST)
-        times = self.attempt("turn", min(TURN, seconds / LEAST_TURNS))
-        if self.stopped is None:
-            self.turns.append(times)
 
 
 def latency(
@@ -221,30 +143,14 @@ def race(
 ) -> tuple[list[Row], dict[str, float]]:
     """Every contender on every size, from the smallest, and this machine's limits."""
     rows = []
-    with ExitStack() as stack:
-        limit = stack.enter_context(Worker(partial(Limits, threads)))
+    with Worker(partial(Limits, threads)) as limit:
         limits = measure_limits(limit)
-        judge = stack.enter_context(Worker(partial(Session, partial(open_backend, "torch", None), model, threads)))
-        entrants = [
-            Entrant(each, stack.enter_context(Worker(partial(Session, each.open, model, threads)))) for each in contenders
-        ]
-        share = seconds / len(entrants)
-        for size in sizes:
-            x = network_input(picture(size), arch.value_range)
-            reference = judge.call("warm_up", x, 0.0, size.regions)
-            for entrant in entrants:
-                entrant.enter(size, x, reference, arch.value_range, share / 2)
-            take_turns(entrants, share)
+        reference = runs.in_precision("torch", None)
+        for results in runs.race(contenders, reference, model, arch.value_range, picture, sizes, seconds, threads):
             # Again after the turns: the better of all is nearest to the machine's limit.
             limits = {name: max(value, limits[name]) for name, value in measure_limits(limit).items()}
-            rows += [row(entrant, size, arch) for entrant in entrants]
+            rows += [row(result, arch) for result in results]
     return [with_share(each, limits) for each in rows], limits
-
-
-def take_turns(entrants: list[Entrant], seconds: float) -> None:
-    """Whoever has done least goes next: all begin one after the other, fast ones' turns then lie between slow ones'."""
-    while (behind := min(entrants, key=lambda entrant: entrant.progress(seconds))).progress(seconds) < 1:
-        behind.go(seconds)
 
 
 def measure_limits(worker: Worker) -> dict[str, float]:
@@ -257,18 +163,15 @@ def measure_limits(worker: Worker) -> dict[str, float]:
     return limits
 
 
-def row(entrant: Entrant, size: Case, arch: Architecture) -> Row:
-    """The table's row of an entrant: its figures, or the reason why it has none."""
-    name, stopped = entrant.contender.name, entrant.stopped
-    if stopped:
-        return Row(size, name, None, str(stopped), not isinstance(stopped, LeftOut))
-    precision, on = entrant.worker.call("facts")
-    p50, p90, p99 = intervals(entrant.turns)
-    closeness = None if np.isinf(entrant.psnr) else entrant.psnr
-    rate = operations(arch, size, size.regions) / p50.value
-    memory = entrant.worker.call("peak"), entrant.worker.call("gpu_memory")
-    counts = sum(map(len, entrant.turns)), len(entrant.turns)
-    return Row(size, name, Measured(precision, on, p50, p90, p99, *counts, rate, None, *memory, closeness))
+def row(result: Result, arch: Architecture) -> Row:
+    """The table's row of a result."""
+    size, found = result.size, result.timing
+    if found is None:
+        return Row(size, result.name, None, result.reason, result.failed)
+    rate = operations(arch, size, size.regions) / found.p50.value
+    facts = {name: getattr(found, name) for name in ("precision", "on", "p50", "p90", "p99", "runs", "turns")}
+    measured = Measured(**facts, rate=rate, share=None, peak=found.peak, gpu_memory=found.gpu_memory, psnr=found.psnr)
+    return Row(size, result.name, measured)
 
 
 def with_share(row: Row, limits: dict[str, float]) -> Row:

@@ -1,146 +1,38 @@
-"""Parts that the benchmarks share: a process per candidate, times with intervals, this machine's limits and description."""
+"""Parts that the benchmarks share: this machine's limits and description, the model to measure, command lines.
+
+Processes, times and their intervals are `sanrt.runtime.runs.timing`, pictures `sanrt.export.scene`.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import platform
-import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
-from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import typer
 from rich.console import Console
 
-from sanrt.errors import BackendError, ModelError, SanrtError, UsageError, first_line
+from sanrt.errors import ModelError, SanrtError, UsageError
+from sanrt.export.scene import repeated_scene
 from sanrt.extras import extra
-from sanrt.model.spec import MIN_SIDE, Architecture, Precision
+from sanrt.model.spec import Architecture, Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.models import MODELS, exported_path
+from sanrt.runtime.runs.timing import Size, events_usable, timed, timed_by_events
 
-Pixels = npt.NDArray[np.uint8]
-
-RESAMPLES, CONFIDENCE = 2000, 95
-"""Draws of the bootstrap, and the confidence of its intervals in per cent."""
-SCENE = 192
-"""Side of the generated picture that larger ones repeat: drawing it takes time that grows with its size."""
 MATRIX, GPU_MATRIX, COPIED, REPEATS = 2048, 8192, 2**28, 5
 """Sides of the multiplied matrices, bytes of the copy (no cache holds them), and runs of which the fastest counts."""
 PAPER = {"groups": 20, "blocks": 10, "channels": 64, "reduction": 16}
 PACKAGES = ("sanrt", "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "llvmlite", "openvino", "tensorrt", "tensorrt-rtx")
-
-
-@dataclass(frozen=True)
-class Size:
-    """A picture's size in pixels."""
-
-    width: int
-    height: int
-
-    @property
-    def pixels(self) -> int:
-        return self.width * self.height
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}"
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """The size in WIDTHxHEIGHT; raises UsageError for anything else, and for sides that the network does not take."""
-        found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
-        if not found or min(map(int, found.groups())) < MIN_SIDE:
-            raise UsageError(f"size {text!r}: expected WIDTHxHEIGHT such as 320x180, each side at least {MIN_SIDE} pixels")
-        return cls(int(found[1]), int(found[2]))
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A percentile of the measured seconds, and where it lies with CONFIDENCE per cent."""
-
-    value: float
-    low: float
-    high: float
-
-
-def intervals(turns: list[list[float]], percentiles: tuple[int, ...] = (50, 90, 99)) -> list[Interval]:
-    """Percentiles of the times of all turns, and their intervals; of few times, the high percentiles are the slowest one.
-
-    Whole turns are drawn for the bootstrap, since the runs of one are alike: they share the machine's state.
-    """
-    values = np.percentile(np.concatenate(turns), percentiles)
-    drawn = np.random.default_rng(0).integers(len(turns), size=(RESAMPLES, len(turns)))
-    found = [np.percentile(np.concatenate([turns[turn] for turn in each]), percentiles) for each in drawn]
-    low, high = np.percentile(found, [(100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2], axis=0)
-    return [Interval(*map(float, each)) for each in zip(values, low, high, strict=True)]
-
-
-class Worker:
-    """An object that lives in a process of its own, so that its memory is its own; a context manager.
-
-    make: called in the process; it, the arguments and the results of `call` travel by pickle.
-    """
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, make), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Call the object's method; raises BackendError with the reason when it fails or the process ends."""
-        try:
-            self.connection.send((method, arguments))
-            failed, result = self.connection.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            raise BackendError(f"its process ended (exit {self.process.exitcode}); is there enough memory?") from None
-        if failed:
-            raise BackendError(result)
-        return result
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.connection.close()
-        self.process.join()
-
-
-def serve(connection: Connection, make: Callable[[], Any]) -> None:
-    """Make the object when it is first called, then answer calls until the other end closes."""
-    made: list[Any] = []
-    while True:
-        try:
-            method, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            made = made or [make()]
-            answer = False, getattr(made[0], method)(*arguments)
-        except Exception as error:  # whatever a library raises becomes a row's reason
-            answer = True, first_line(error)
-        connection.send(answer)
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes (Linux)."""
-    # Not ru_maxrss: a child starts with its parent's.
-    found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
 
 
 def operations(arch: Architecture, size: Size, regions: int = 2) -> float:
@@ -196,40 +88,6 @@ def fastest(work: Callable[[], object], device: str) -> float:
     return min(time_(work) for _ in range(REPEATS))
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds of one run."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def timed_by_events(work: Callable[[], object]) -> float:
-    """Seconds between two CUDA events around one run."""
-    import torch
-
-    event: Any = torch.cuda.Event
-    before, after = (event(enable_timing=True) for _ in range(2))
-    before.record()
-    work()
-    after.record()
-    after.synchronize()
-    return float(before.elapsed_time(after)) / 1e3
-
-
-def events_usable() -> bool:
-    """Whether PyTorch is here and reaches a GPU."""
-    try:
-        import torch
-    except ImportError:
-        return False
-    return torch.cuda.is_available()
-
-
-def free_on_gpu() -> int | None:
-    """Bytes of the first GPU's memory that nobody has; None without a GPU."""
-    return machine.free_gpu_memory(0) if machine.gpus().devices else None
-
-
 def environment(threads: int | None) -> dict[str, str]:
     """Everything that the figures depend on: machine, versions, threads, and what else the machine did at this moment."""
     gpus = machine.gpus()
@@ -254,13 +112,9 @@ def installed(package: str) -> str:
         return ""
 
 
-def picture(size: Size) -> Pixels:
-    """A picture with natural statistics, (H, W, 3): a generated scene, repeated where it is too small."""
-    from sanrt.export.scene import natural_scene
-
-    scene = natural_scene(min(SCENE, size.height), min(SCENE, size.width))
-    rows, columns = -(-size.height // scene.shape[0]), -(-size.width // scene.shape[1])
-    return np.ascontiguousarray(np.tile(scene, (rows, columns, 1))[: size.height, : size.width])
+def picture(size: Size) -> npt.NDArray[np.uint8]:
+    """A picture with natural statistics, (H, W, 3)."""
+    return repeated_scene(size.height, size.width)
 
 
 @contextmanager

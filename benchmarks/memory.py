@@ -16,10 +16,11 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
-from benchmarks.measure import peak_memory, random_model
+from benchmarks.measure import random_model
 from sanrt.model.spec import Architecture
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_unguarded
+from sanrt.runtime.runs.timing import peak_memory
 
 
 def main(

@@ -20,7 +20,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
-from benchmarks.measure import Size, environment, found_model, picture, run_command
+from benchmarks.measure import environment, found_model, picture, run_command
 from sanrt.arrays import Array
 from sanrt.errors import PictureError, SanrtError, UsageError
 from sanrt.runtime.backends.protocol import Backend, RunOptions
@@ -29,6 +29,7 @@ from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.jobs import Job, Naming, Replaceable, find_pictures
 from sanrt.runtime.runs.pipeline import Outcome, PipelineOptions, Written, encoders, enlarge, read, run, write
 from sanrt.runtime.runs.results import Recipe
+from sanrt.runtime.runs.timing import Size
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.upscaling import NetworkRunner
 

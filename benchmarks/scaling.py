@@ -21,10 +21,11 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
-from benchmarks.measure import Size, Worker, console, environment, found_model, peak_memory, picture, run_command
+from benchmarks.measure import console, environment, found_model, picture, run_command
 from sanrt.errors import BackendError, UsageError
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_unguarded
+from sanrt.runtime.runs.timing import Size, Worker, peak_memory
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.plan import PAPER_REGIONS
 from sanrt.runtime.tiling.upscaling import upscale

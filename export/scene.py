@@ -7,6 +7,8 @@ import numpy.typing as npt
 
 LEAVES = 1200
 """How many discs a scene is made of."""
+SCENE = 192
+"""Side of the scene that larger pictures repeat: drawing one takes time that grows with its size."""
 
 
 def natural_scene(height: int = 96, width: int = 96, seed: int = 0) -> npt.NDArray[np.uint8]:
@@ -27,6 +29,13 @@ def natural_scene(height: int = 96, width: int = 96, seed: int = 0) -> npt.NDArr
     picture += 12 * pink_noise(rng, 2 * height, 2 * width)[..., None]
     anti_aliased = picture.reshape(height, 2, width, 2, 3).mean((1, 3))
     return np.asarray(anti_aliased.round().clip(0, 255), np.uint8)
+
+
+def repeated_scene(height: int, width: int) -> npt.NDArray[np.uint8]:
+    """A picture of any size, (H, W, 3): a scene of at most SCENE a side, repeated where that is too small."""
+    scene = natural_scene(min(SCENE, height), min(SCENE, width))
+    rows, columns = -(-height // scene.shape[0]), -(-width // scene.shape[1])
+    return np.ascontiguousarray(np.tile(scene, (rows, columns, 1))[:height, :width])
 
 
 def pink_noise(rng: np.random.Generator, height: int, width: int) -> npt.NDArray[np.float64]:

@@ -6,9 +6,10 @@ from itertools import islice
 import pytest
 
 from benchmarks import scaling
-from benchmarks.measure import Size, run_command
+from benchmarks.measure import run_command
 from benchmarks.scaling import Point, exponent, growth, measure, sizes
 from sanrt.errors import BackendError
+from sanrt.runtime.runs.timing import Size
 from sanrt.runtime.tiling.options import Tiling
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sanrt.cli.bench import bench
 from sanrt.cli.build import build
 from sanrt.cli.doctor import doctor
 from sanrt.cli.export import export
@@ -38,6 +39,7 @@ app.command(cls=PanelCommand)(build)
 app.command(cls=RunCommand)(run)
 app.command(cls=PanelCommand)(plan)
 app.command()(info)
+app.command()(bench)
 app.command(cls=PanelCommand)(validate)
 app.command()(verify)
 app.command()(doctor)
