@@ -237,11 +237,14 @@ def origin(backend: str) -> str:
     return f"a backend of package {package(other_backends()[backend])}"
 
 
+def require_known(name: str) -> None:
+    """Raise UsageError for a name that no backend has or had, and that is not `auto`."""
+    if name not in ("auto", *ALIASES, *backend_names()):
+        raise UsageError(f"unknown backend {name!r}; expected auto, {', '.join(backend_names())}")
+
+
 def backend_module(name: str) -> Any:
     """The module behind a backend's name, or behind an earlier one."""
+    require_known(name)
     name = ALIASES.get(name, name)
-    if name in BACKENDS:
-        return import_module(BACKENDS[name])
-    if name in other_backends():
-        return other_backends()[name].load()
-    raise UsageError(f"unknown backend {name!r}; expected auto, {', '.join(backend_names())}")
+    return import_module(BACKENDS[name]) if name in BACKENDS else other_backends()[name].load()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -43,10 +43,6 @@ _COLOURS = {"b-w": 1, "grey16": 1, "srgb": 3, "rgb": 3, "rgb16": 3, "cmyk": 4}
 """Channels of the colour spaces that are read."""
 _OPTIMISED_PIXELS = 20_000_000
 _UNKNOWN_RESOLUTION, _SCREEN_RESOLUTION = 1.0, 72 / 25.4
-
-
-class OccupiedError(PictureError):
-    """A file that may not be replaced is in the place of one that was to be written."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +124,6 @@ class Output:
     """What the format cannot hold and the user asked to go without, one line each."""
     provenance: Provenance | None = None
     """What the file says of its making; None for files that are no results."""
-    replaces: bool = True
-    """Whether a file that is at the path may be replaced."""
 
 
 class SourcePicture:
@@ -392,12 +386,18 @@ def _losses(source: PictureInfo, form: Format, bits: int, lossless: bool) -> Ite
         yield f"a lossless {source.format.upper()} is written as a lossy {form.upper()}, as its name says"
 
 
-def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | pyvips.Image | None = None) -> None:
+def write_picture(
+    output: Output,
+    rgb: Pixels | ScratchPicture,
+    alpha: Pixels | pyvips.Image | None = None,
+    look_again: Callable[[], None] = lambda: None,
+) -> None:
     """Encode (H, W, 3) pixels, uint8 or uint16, and (H, W) opacity to `output.path`, whole or not at all.
 
     Pixels of a larger size than the output's are reduced to it. Grey outputs get the mean of the three channels. `alpha` is
-    needed if the output has alpha, or a background to lay it onto. FileError if the file cannot be written,
-    OccupiedError if another one is there that may not be replaced.
+    needed if the output has alpha, or a background to lay it onto. FileError if the file cannot be written.
+
+    look_again: called once all is encoded, right before it takes its place; what it raises leaves the place as it is.
     """
     with libvips.writing(f"{output.path}: cannot be written"):
         image = _with_metadata(_encodable(output, rgb, alpha), output)
@@ -411,8 +411,7 @@ def write_picture(output: Output, rgb: Pixels | ScratchPicture, alpha: Pixels | 
             metadata.put(file, output.format, output.metadata)
             if output.provenance:
                 seal(file, output.format, output.provenance)
-            if not output.replaces and os.path.lexists(output.path):
-                raise OccupiedError(f"{output.path}: cannot be written (a file appeared there)")
+            look_again()
 
 
 def _raise_if_full(file: IO[bytes]) -> None:

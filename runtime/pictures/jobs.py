@@ -6,20 +6,22 @@ import mimetypes
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
 from sanrt.errors import PictureError, UsageError
+from sanrt.extras import install_command
 from sanrt.runtime.pictures.formats import Format
-from sanrt.runtime.pictures.kinds import counted
-from sanrt.runtime.pictures.provenance import read_mark
+from sanrt.runtime.pictures.kinds import by_kind, kind_of_suffix
+from sanrt.runtime.pictures.provenance import is_result
 from sanrt.runtime.pictures.storage import RemotePath
 
 ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}$")
 """Of file names; `v1.2` has none."""
+NAMED = 3
+"""Of many files so many are named; the others are counted."""
 
 
 class Replaceable(Enum):
@@ -39,6 +41,8 @@ class Job:
     destination: Path
     replaces: Replaceable = Replaceable.NOTHING
     """What may be replaced at the destination; anything else there is an error."""
+    named: bool = field(default=False, compare=False)
+    """Whether the source was named itself, and not found in a folder."""
 
 
 @dataclass(frozen=True)
@@ -77,25 +81,43 @@ def find_pictures(
     one = len(inputs) == 1 and not inputs[0].is_dir()
     if not into_folder and not output.is_dir() and _names_a_file(output, one):
         _check_file(output, one, naming)
-        jobs = [Job(inputs[0], output)]
+        jobs = [Job(inputs[0], output, named=True)]
     else:
         jobs = [job for given in inputs for job in _jobs_of(given, output, naming, recursive)]
-        jobs = _without_results(_once(jobs), set(inputs)) if naming.suffix else _once(jobs)
+        jobs = _without_results(_once(jobs)) if naming.suffix else _once(jobs)
         jobs = jobs if naming.format else _told_apart(jobs)
     if not jobs:
         endings = " ".join(suffix for form in Format if form.is_readable for suffix in form.facts.suffixes)
-        others = passed_over(inputs, output, recursive)
+        others = ", ".join(f"{len(files)} {kind}" for kind, files in _unread(inputs, output, recursive).items())
         found = f"only {others}" if others else "no pictures found"
         raise PictureError(f"{', '.join(map(str, inputs))}: {found}; expected files ending in {endings}")
     _check_conflicts(jobs)
     return jobs
 
 
-def passed_over(inputs: Sequence[Path], output: Path, recursive: bool = True) -> str:
-    """How many files of which kinds of picture in the input folders are not read here; empty if there are none."""
+def passed_over(inputs: Sequence[Path], output: Path, recursive: bool = True) -> list[str]:
+    """A line for each kind of picture in the input folders that is not read here: how many, the first ones, what to do."""
+    return [
+        f"passed over: {len(files)} {kind} ({some_of(files)}); {_remedy(files[0])}"
+        for kind, files in _unread(inputs, output, recursive).items()
+    ]
+
+
+def some_of(paths: Sequence[Path]) -> str:
+    """The first of some files by name, and how many more there are."""
+    rest = len(paths) - NAMED
+    return ", ".join(map(str, paths[:NAMED])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _unread(inputs: Sequence[Path], output: Path, recursive: bool) -> Mapping[str, list[Path]]:
+    """Pictures in the input folders that are not read here, by kind."""
     folders = [given for given in inputs if given.is_dir()]
-    files = (file for given in folders for file in _files_in(given, recursive, output.resolve()) if not _is_read(file))
-    return counted(files)
+    return by_kind(file for given in folders for file in _files_in(given, recursive, output.resolve()) if not _is_read(file))
+
+
+def _remedy(file: Path) -> str:
+    form, kind = Format.of_suffix(file), kind_of_suffix(file)
+    return f"to read them: {install_command('formats')}" if form else kind.remedy if kind else ""
 
 
 def output_beside(given: Path, size: str, naming: Naming) -> Path:
@@ -136,16 +158,18 @@ def _check_file(output: Path, one: bool, naming: Naming) -> None:
 
 
 def _once(jobs: list[Job]) -> list[Job]:
-    """The first job of every source."""
+    """The first job of every source, which counts as named if any of them is."""
     first: dict[Path, Job] = {}
     for job in jobs:
-        first.setdefault(_place(job.source), job)
+        place = _place(job.source)
+        earlier = first.setdefault(place, job)
+        first[place] = replace(earlier, named=earlier.named or job.named)
     return list(first.values())
 
 
 def _jobs_of(given: Path, output: Path, naming: Naming, recursive: bool) -> Iterator[Job]:
     if not given.is_dir():
-        yield Job(given, output / naming.of(given))
+        yield Job(given, output / naming.of(given), named=True)
         return
     for source in _pictures_in(given, recursive, skipped=output.resolve()):
         yield Job(source, output / source.relative_to(given).with_name(naming.of(source)))
@@ -184,19 +208,13 @@ def _raise_unreadable(error: OSError) -> None:
     raise PictureError(f"{error.filename}: folder cannot be read ({error.strerror})")
 
 
-def _without_results(jobs: list[Job], named: Collection[Path]) -> list[Job]:
+def _without_results(jobs: list[Job]) -> list[Job]:
     """The jobs whose source is not another's result, as an earlier run into the folder of the sources left it.
 
     What was named counts whatever it is, and so does a file that only has a result's name.
     """
     results = {_place(job.destination) for job in jobs if _place(job.destination) != _place(job.source)}
-    return [job for job in jobs if job.source in named or _place(job.source) not in results or not _is_result(job.source)]
-
-
-def _is_result(path: Path) -> bool:
-    with suppress(OSError):
-        return read_mark(path) is not None
-    return False
+    return [job for job in jobs if job.named or _place(job.source) not in results or not is_result(job.source)]
 
 
 def _told_apart(jobs: list[Job]) -> list[Job]:

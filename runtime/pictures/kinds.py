@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +17,18 @@ class Kind:
     """File name endings, in lower case."""
     magic: bytes | None = None
     """Regular expression of the first bytes; None if they do not tell."""
+    remedy: str = "convert them to PNG, TIFF or JPEG"
+    """What makes pictures of them that sanrt reads."""
+
+
+DEVELOP = "develop them, to 16-bit TIFFs"
 
 
 KINDS = (
     Kind("HEIC", (".heic", ".heif", ".hif"), rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)"),
-    Kind("raw photograph", (".cr3",), rb".{4}ftypcrx |FUJIFILMCCD-RAW|IIU\0|II(RO|RS)|.{8}CR\x02\0"),
-    Kind("raw photograph", (".dng", ".cr2", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".3fr", ".raw")),
+    Kind("raw photograph", (".cr3",), rb".{4}ftypcrx |FUJIFILMCCD-RAW|IIU\0|II(RO|RS)|.{8}CR\x02\0", DEVELOP),
+    Kind("raw photograph", (".dng", ".cr2", ".nef", ".arw", ".orf", ".rw2", ".raf"), None, DEVELOP),
+    Kind("raw photograph", (".pef", ".srw", ".3fr", ".raw"), None, DEVELOP),
     Kind("video", (), rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI "),
     Kind("JPEG 2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf"), rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
     Kind("JPEG XL", (".jxl",), rb"\xff\x0a|\0\0\0\x0cJXL "),
@@ -52,7 +57,10 @@ def kind_of_suffix(path: Path) -> Kind | None:
     return next((kind for kind in KINDS if path.suffix.lower() in kind.suffixes), None)
 
 
-def counted(paths: Iterable[Path]) -> str:
-    """How many files there are of which kind: `2 HEIC, 1 BMP`; empty if there are none."""
-    counts = Counter(kind.name for path in paths if (kind := kind_of_suffix(path)))
-    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+def by_kind(paths: Iterable[Path]) -> Mapping[str, list[Path]]:
+    """The files whose names stand for a kind, by its name, the most frequent first."""
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        if kind := kind_of_suffix(path):
+            found.setdefault(kind.name, []).append(path)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))

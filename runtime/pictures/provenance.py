@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 from uuid import UUID
 
+from sanrt.errors import PictureError
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.storage import RemotePath, translate_errors
 
@@ -103,6 +105,14 @@ def is_unchanged(source: SourceIdentity, path: Path) -> bool:
         return digests(file)[0] == source.sha256
 
 
+def require_unchanged(source: SourceIdentity, local: Path, origin: Path) -> None:
+    """Raise PictureError unless the picture at `origin`, in the file `local`, still is what was identified."""
+    with translate_errors(origin, "cannot be read"):
+        unchanged = is_unchanged(source, local)
+    if not unchanged:
+        raise PictureError(f"{origin}: changed while it was read; run again once it is complete")
+
+
 def digests(file: IO[bytes]) -> tuple[str, str, int]:
     """SHA-256, MD5 and size of what is left of a file."""
     sha256, md5, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
@@ -132,6 +142,14 @@ def read_mark(path: Path) -> Mark | None:
     with path.open("rb") as file:
         found = find_mark(file, path)
     return found[0] if found else None
+
+
+def is_result(path: Path) -> bool:
+    """Whether sanrt made a picture, edited since or not; no for one that cannot be read."""
+    with suppress(PictureError), translate_errors(path, "cannot be read"):
+        # to open a pipe would wait for its writer
+        return (isinstance(path, RemotePath) or path.is_file()) and read_mark(path) is not None
+    return False
 
 
 def is_intact(path: Path) -> bool:

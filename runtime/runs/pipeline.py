@@ -20,12 +20,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sanrt.errors import SanrtError
+from sanrt.errors import PictureError, SanrtError
 from sanrt.files import remove_leftovers
 from sanrt.runtime import host as machine
 from sanrt.runtime.pictures.codec import (
     Encoding,
-    OccupiedError,
     Output,
     Pixels,
     open_picture,
@@ -34,8 +33,8 @@ from sanrt.runtime.pictures.codec import (
     upscale_alpha,
     write_picture,
 )
-from sanrt.runtime.pictures.jobs import Job, Replaceable
-from sanrt.runtime.pictures.provenance import SourceIdentity, identify, read_mark
+from sanrt.runtime.pictures.jobs import Job
+from sanrt.runtime.pictures.provenance import SourceIdentity, identify, read_mark, require_unchanged
 from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.pictures.storage import RemotePath, delivered, fetched, scratch_folder
 from sanrt.runtime.pictures.transparency import fill_hidden
@@ -182,13 +181,14 @@ def read(job: Job, runner: NetworkRunner, options: PipelineOptions, listener: Li
         plan = runner.decide(source.info)
         identity = identify(path, job.source)
         made = options.recipe.provenance(identity, output.format)
-        output = replace(output, provenance=made, replaces=job.replaces is not Replaceable.NOTHING)
+        output = replace(output, provenance=made)
         streams = plan.tiling is Tiling.EXACT
         rgb = None if streams else source.rgb()
         alpha = source.alpha() if source.info.alpha and not streams else None
         if rgb is not None and alpha is not None and not runner.options.keep_hidden:
             rgb = fill_hidden(rgb, alpha)
         notes = source.info.notes + result_note(path) + output.notes
+        require_unchanged(identity, path, job.source)
         return Loaded(job, identity, output, rgb, alpha, notes, plan, pixels, {"read": since(started)})
 
 
@@ -215,33 +215,47 @@ def enlarge(picture: Loaded, runner: NetworkRunner, listener: Listener = nobody)
     if picture.rgb is None:
         with fetched(picture.job.source) as path, open_picture(path) as source:
             rgb, plan = runner.run_file(picture.plan, source, folder, progress)
+            try:
+                require_unchanged(picture.source, path, picture.job.source)
+            except PictureError:
+                rgb.close()
+                raise
     else:
         assert isinstance(picture.rgb, np.ndarray)
         rgb, plan = runner.run_array(picture.plan, picture.rgb, progress, folder)
     return replace(picture, rgb=rgb, plan=plan, seconds={**picture.seconds, "upscale": since(started)})
 
 
+class AlreadyWrittenError(Exception):
+    """Another run wrote this very result meanwhile."""
+
+
 def write(picture: Loaded, options: PipelineOptions) -> Written | Skipped:
     """Upscale the transparency, encode, and put the file in its place, unless another run did so meanwhile."""
     started, rgb, output = time.perf_counter(), picture.rgb, picture.output
     assert rgb is not None
-    with ExitStack() as opened:
-        alpha: Any = None
-        if isinstance(rgb, ScratchPicture):
-            opened.enter_context(rgb)
-            if output.alpha or output.background:
-                alpha = streamed_alpha(opened.enter_context(fetched(picture.job.source)), options.scale)
-        elif picture.alpha is not None:
-            alpha = upscale_alpha(picture.alpha, options.scale)
+    streamed: Path | None = None
+
+    def look_again() -> None:
+        if streamed:
+            require_unchanged(picture.source, streamed, picture.job.source)
         if appeared(picture.job, options.recipe):
-            return Skipped(picture.job)
-        path = opened.enter_context(delivered(output.path))
-        try:
-            write_picture(replace(output, path=path), rgb, alpha)
-        except OccupiedError:
-            if appeared(picture.job, options.recipe):
-                return Skipped(picture.job)
-            raise
+            raise AlreadyWrittenError
+
+    try:
+        with ExitStack() as opened:
+            alpha: Any = None
+            if isinstance(rgb, ScratchPicture):
+                opened.enter_context(rgb)
+                if output.alpha or output.background:
+                    streamed = opened.enter_context(fetched(picture.job.source))
+                    alpha = streamed_alpha(streamed, options.scale)
+            elif picture.alpha is not None:
+                alpha = upscale_alpha(picture.alpha, options.scale)
+            path = opened.enter_context(delivered(output.path))
+            write_picture(replace(output, path=path), rgb, alpha, look_again)
+    except AlreadyWrittenError:
+        return Skipped(picture.job)
     seconds = {**picture.seconds, "write": since(started)}
     notes = picture.notes + tiling_note(picture.plan)
     return Written(picture.job, picture.pixels, notes, picture.plan, picture.source, seconds)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,15 +14,23 @@ from sanrt.errors import PictureError, UsageError
 from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.formats import Format
-from sanrt.runtime.pictures.jobs import Job, Replaceable
-from sanrt.runtime.pictures.provenance import Provenance, SourceIdentity, digest_of, is_intact, is_unchanged, read_mark
+from sanrt.runtime.pictures.jobs import Job, Replaceable, some_of
+from sanrt.runtime.pictures.provenance import (
+    Provenance,
+    SourceIdentity,
+    digest_of,
+    is_intact,
+    is_result,
+    is_unchanged,
+    read_mark,
+)
 from sanrt.runtime.pictures.storage import RemotePath, translate_errors
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 
 THREADS = 16
 """Files that are looked at together: an object store answers each after some milliseconds."""
-NAMED = 3
-"""Refused files that are named; the others are counted."""
+RESULT_NAME = re.compile(r"_(x[0-9.]+|[0-9]+x[0-9]+)$")
+"""How the stem ends of a result for which no name was given."""
 WITHOUT_EFFECT = ("memory", "scratch")
 """Options of upscaling that no pixel depends on."""
 IN_TILES = ("tile", "overlap", "tiling")
@@ -71,13 +80,17 @@ class Present:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found in the results' places."""
+    """What was found in the results' places, and in the sources."""
 
     to_do: Sequence[Job]
     done: Sequence[Job] = ()
     """Their results are there."""
-    reasons: Sequence[str] = ()
-    """Why results are made again, one line for each reason."""
+    again: Mapping[Job, str] = field(default_factory=dict)
+    """Why results that are to be done are there and made again."""
+    occupied: Sequence[Job] = ()
+    """In their results' places are other files, which stay."""
+    results: Sequence[Job] = ()
+    """Their sources are results themselves, in folders: passed over."""
 
 
 def changed(options: Any) -> dict[str, Any]:
@@ -96,23 +109,32 @@ def has_effect(option: str, value: Any, form: Format) -> bool:
             return True
 
 
-def sort_out(jobs: Sequence[Job], recipe: Recipe, overwrite: bool = False) -> Findings:
-    """Which jobs are done; with `overwrite` none is, and whatever is in a result's place will be replaced.
+def sort_out(recipes: Mapping[Job, Recipe], overwrite: bool = False, include_results: bool = False) -> Findings:
+    """What becomes of each job; with `overwrite` none is done, and whatever is in a result's place will be replaced.
 
-    UsageError if a file that sanrt did not make, or that was changed since, would have to be replaced.
+    recipes: each job's. include_results: whether results of sanrt that lie in folders are enlarged again.
+    UsageError where a file that sanrt did not make, or that was changed since, is in the place of a named picture's result,
+    or where no result of sanrt's shows that the folder is one of results.
     """
+    looked = together(lambda job: look_at(job.destination), [] if overwrite else recipes)
+    present = {job: found for job, found in looked.items() if found}
+    made = {job: found.made for job, found in present.items() if found.made}
+    differences = together(lambda job: difference(job, made[job], recipes[job]), made)
+    done = {job for job, why in differences.items() if not why}
+    unnamed = [job for job in recipes if job not in done and not job.named and not include_results]
+    results = {job for job, is_own in together(lambda job: is_result(job.source), unnamed).items() if is_own}
+    rest = [job for job in recipes if job not in done | results]
     if overwrite:
-        return Findings([replace(job, replaces=Replaceable.ANYTHING) for job in jobs])
-    present = {job: found for job, found in together(lambda job: look_at(job.destination), jobs).items() if found}
-    results = {job: found.made for job, found in present.items() if found.made}
-    refuse([job.destination for job in present if job not in results], "not made by sanrt, or changed since")
-    differences = together(lambda job: difference(job, results[job], recipe), results)
-    again = {job: why for job, why in differences.items() if why}
-    intact = together(lambda job: is_intact(job.destination), again)
-    refuse([job.destination for job, is_own in intact.items() if not is_own], "changed since sanrt made it")
-    done = differences.keys() - again.keys()
-    to_do = [replace(job, replaces=Replaceable.RESULT) if job in again else job for job in jobs if job not in done]
-    return Findings(to_do, [job for job in jobs if job in done], list(reasons(again)))
+        return Findings([replace(job, replaces=Replaceable.ANYTHING) for job in rest], results=[*results])
+    intact = together(lambda job: is_intact(job.destination), [job for job in rest if job in made])
+    occupied = [job for job in rest if job in present and not intact.get(job)]
+    if any(job.named for job in occupied) or not (done or any(intact.values())):
+        refuse(occupied, "not made by sanrt, or changed since")
+    refuse([job for job in rest if job in made and is_anothers(job, made[job])], "the result of another picture")
+    again = {replace(job, replaces=Replaceable.RESULT): differences[job] for job in rest if intact.get(job)}
+    to_do = [replace(job, replaces=Replaceable.RESULT) if job in made else job for job in rest if job not in occupied]
+    in_order = {name: [job for job in recipes if job in found] for name, found in (("done", done), ("results", results))}
+    return Findings(to_do, again=again, occupied=occupied, **in_order)
 
 
 def appeared(job: Job, recipe: Recipe) -> bool:
@@ -154,22 +176,35 @@ def difference(job: Job, made: Provenance, recipe: Recipe) -> str:
     return "" if unchanged else "made from another picture, or from this one before it changed"
 
 
-def refuse(paths: Sequence[Path], what: str) -> None:
-    """UsageError that names the first ones, if there are any."""
-    if paths:
-        names, rest = ", ".join(map(str, paths[:NAMED])), len(paths) - NAMED
-        more = f" and {rest} more" if rest > 0 else ""
+def is_anothers(job: Job, made: Provenance) -> bool:
+    """Whether a named picture's result would replace one that is likely another's, and OUTPUT was left out.
+
+    So it is where the picture is a result itself, or the other has the name of a result: `a_x4.png b_x4.png`.
+    """
+    if not job.named or job.destination.stem.startswith(job.source.stem):
+        return False
+    if not (RESULT_NAME.search(job.destination.stem) or is_result(job.source)):
+        return False
+    with suppress(OSError):
+        return not is_unchanged(made.source, job.source)
+    return False
+
+
+def refuse(jobs: Sequence[Job], what: str) -> None:
+    """UsageError that names the first files in the results' places, if there are any."""
+    if jobs:
         raise UsageError(
-            f"{names}{more}: already there and {what}; nothing was done; "
+            f"{some_of([job.destination for job in jobs])}: already there and {what}; nothing was done; "
             "name another OUTPUT (the last argument), or replace what is there with --overwrite"
         )
 
 
-def reasons(again: Mapping[Job, str]) -> Iterator[str]:
-    """A line for each reason to make results again."""
-    for why, count in Counter(why for why in again.values() if why != UNREADABLE).items():
-        first = next(job.destination for job, other in again.items() if other == why)
-        yield f"{first}{f' and {count - 1} more' if count > 1 else ''}: {why}; made again"
+def reasons(again: Mapping[Job, str], outcome: str) -> Iterator[str]:
+    """A line for each reason to make results again, with what becomes of them: `made again`."""
+    for why in dict.fromkeys(why for why in again.values() if why != UNREADABLE):
+        jobs = [job for job, other in again.items() if other == why]
+        more = f" and {len(jobs) - 1} more" if jobs[1:] else ""
+        yield f"{jobs[0].destination}{more}: {why}; {outcome}"
 
 
 def together(look: Callable[[Job], T], jobs: Collection[Job]) -> dict[Job, T]:

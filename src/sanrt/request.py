@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sanrt.errors import SanrtError, UsageError
+from sanrt.errors import PictureError, SanrtError, UsageError
 from sanrt.model.bundled import PHOTO_QUALITY, WeightsKind, has_bundled
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE, default_model, photo_model, require_own_weights, require_scale
 from sanrt.runtime.pictures.formats import Format
@@ -90,19 +90,21 @@ class Request:
     encoding: Encoding
     naming: Naming
 
-    def resolve(self, overwrite: bool = False, absolute: bool = False) -> Work:
+    def resolve(self, overwrite: bool = False, absolute: bool = False, include_results: bool = False) -> Work:
         """What there is to do, before anything is done.
 
-        `overwrite` replaces whatever is in the results' places; `absolute` makes paths that other processes understand.
+        `overwrite` replaces whatever is in the results' places; `absolute` makes paths that other processes understand;
+        `include_results` enlarges results of sanrt's again that lie in folders.
         Raises UsageError for what cannot be, PictureError and ModelError for what is not there.
         """
-        from sanrt.runtime.backends.registry import model_spec
+        from sanrt.runtime.backends.registry import model_spec, require_known
         from sanrt.runtime.pictures.jobs import find_pictures, output_beside, passed_over
         from sanrt.runtime.runs.results import Recipe, sort_out
 
         choice, named = self.choice, [located(path) for path in self.paths]
         if absolute:
             named, choice = [path.absolute() for path in named], choice.absolute()
+        require_known(choice.backend)
         check_buckets(named)
 
         @cache
@@ -119,15 +121,22 @@ class Request:
         *inputs, output = named + beside
         jobs = find_pictures(inputs, output, self.naming, into_folder=self.paths[-1].endswith("/"))
         require_effect(self.encoding, {Format.of_suffix(job.destination) or Format.PNG for job in jobs})
-        parts = []
+        asked: list[tuple[ModelChoice, Part]] = []
+        recipes: dict[Job, Recipe] = {}
         for (scale, weights), its_jobs in by_network(jobs, choice, size).items():
             chosen, spec = network(scale, weights)
             require_large_enough(chosen.path, spec.architecture.scale, size)
             recipe = Recipe.of(spec, choice.options.precision, self.upscaling, self.encoding)
-            found = sort_out(its_jobs, recipe, overwrite)
-            reason = replace(choice, scale=scale, weights=weights).reason(found.to_do) if not choice.weights else ""
-            parts.append(Part(chosen, its_jobs, recipe, found, reason))
-        return Work(parts, passed_over(inputs, output))
+            asked.append((replace(choice, scale=scale, weights=weights), Part(chosen, its_jobs, recipe)))
+            recipes |= dict.fromkeys(its_jobs, recipe)
+        found = sort_out({job: recipes[job] for job in jobs}, overwrite, include_results)
+        require_others(inputs, found)
+        to_do, parts = {job.source: job for job in found.to_do}, []
+        for its_choice, part in asked:
+            if its_jobs := [to_do[job.source] for job in part.jobs if job.source in to_do]:
+                reason = "" if choice.weights else its_choice.reason(its_jobs)
+                parts.append(replace(part, jobs=its_jobs, reason=reason))
+        return Work(parts, found, passed_over(inputs, output) + results_line(found))
 
 
 @dataclass(frozen=True)
@@ -137,12 +146,10 @@ class Part:
     choice: ModelChoice
     """With the preferred variant in place of the exported model, where there is one."""
     jobs: Sequence[Job]
-    """All of them."""
+    """Those that are not done."""
     recipe: Recipe
-    found: Findings
-    """Those that are done, and those that remain."""
-    reason: str
-    """Why they go through this network, where that is not plain; else empty."""
+    reason: str = ""
+    """Why they go through this network, where that is not plain."""
 
 
 @dataclass(frozen=True)
@@ -150,14 +157,17 @@ class Work:
     """What a request comes to."""
 
     parts: Sequence[Part]
-    """One for each network: several where --size leaves the scale to the pictures, or some are JPEG photographs."""
-    passed_over: str
-    """Pictures that sanrt does not read, counted by kind; empty without any."""
+    """One for each network: several where --size leaves the scale to the pictures, or some are JPEG photographs; none where
+    nothing is to do."""
+    found: Findings
+    """What is done already, and what is in the way."""
+    passed_over: Sequence[str]
+    """Lines on pictures in folders that sanrt does not read, or has made itself."""
 
     @property
-    def jobs(self) -> list[Job]:
-        """All pictures."""
-        return [job for part in self.parts for job in part.jobs]
+    def total(self) -> int:
+        """How many outcomes there will be."""
+        return len(self.found.to_do) + len(self.found.done) + len(self.found.occupied)
 
 
 @dataclass(frozen=True)
@@ -191,11 +201,10 @@ def outcomes(
     from sanrt.runtime.tiling.upscaling import NetworkRunner
 
     listener = listener or pipeline.nobody
+    yield from map(pipeline.Skipped, work.found.done)
+    yield from (pipeline.Failed(job, occupied_line(job)) for job in work.found.occupied)
     for part in work.parts:
-        choice, jobs, upscaling, encoding = part.choice, part.found.to_do, request.upscaling, request.encoding
-        yield from map(pipeline.Skipped, part.found.done)
-        if not jobs:
-            continue
+        choice, jobs, upscaling, encoding = part.choice, part.jobs, request.upscaling, request.encoding
         if conduct.ray and not conduct.preview:
             yield from ray_outcomes(part, request, conduct.ray, conduct, listener, loaded)
             continue
@@ -219,7 +228,7 @@ def ray_outcomes(
     """The same by workers of a Ray cluster."""
     from sanrt.runtime.runs.ray_pool import LOCAL, Pool, Task, connected, shared_folder_probe
 
-    choice, jobs = part.choice, part.found.to_do
+    choice, jobs = part.choice, part.jobs
     task = Task(
         choice.path, choice.backend, choice.options, request.upscaling, part.recipe, request.encoding, conduct.record
     )
@@ -256,6 +265,30 @@ def photographs(jobs: Sequence[Job], scale: int) -> set[Job]:
     from sanrt.runtime.runs.suitable_weights import suits_photo
 
     return {job for job, suits in together(lambda job: suits_photo(job.source, scale), jobs).items() if suits}
+
+
+def occupied_line(job: Job) -> str:
+    """Why a picture of a folder has no result while the others have theirs."""
+    return (
+        f"{job.destination}: already there and not made by sanrt, or changed since; left as it is, "
+        "replace it with --overwrite"
+    )
+
+
+def results_line(found: Findings) -> list[str]:
+    """What is told of results that were not enlarged again, as a list of one line or none."""
+    from sanrt.runtime.pictures.jobs import some_of
+
+    if not (sources := [job.source for job in found.results]):
+        return []
+    results = f"{len(sources)} result{'s' * (len(sources) > 1)} of sanrt"
+    return [f"passed over: {results} ({some_of(sources)}); to enlarge them again, name them or add --include-results"]
+
+
+def require_others(inputs: Sequence[Path], found: Findings) -> None:
+    """Raise PictureError where the only pictures in the folders are results."""
+    if found.results and not (found.to_do or found.done or found.occupied):
+        raise PictureError(f"{', '.join(map(str, inputs))}: nothing to enlarge; {results_line(found)[0]}")
 
 
 def by_scale(jobs: Sequence[Job], choice: ModelChoice, size: ResultSize) -> dict[int | None, list[Job]]:

@@ -180,7 +180,7 @@ class Upscaler:
             raise UsageError(f"{picture}: a folder; expected a picture's path, or use sanrt.upscale_files")
         encoding = Encoding(quality, lossless, background, outscale, size)
         recipe = Recipe.of(self.spec, self.precision, self.options, encoding)
-        found = sort_out(find_pictures([picture], result, Naming()), recipe, overwrite)
+        found = sort_out(dict.fromkeys(find_pictures([picture], result, Naming()), recipe), overwrite)
         if found.done:
             return pipeline.Skipped(found.done[0])
         (job,), options = found.to_do, pipeline.PipelineOptions(recipe, encoding)

@@ -196,6 +196,98 @@ def test_a_folder_of_other_pictures_is_refused_whole_with_some_names_and_the_cou
     assert digests(tmp_path) == before
 
 
+def test_a_result_that_was_edited_stays_while_the_others_of_its_folder_are_made(sanrt, tmp_path):
+    for seed, name in enumerate("abcd"):
+        noise(tmp_path / "in" / f"{name}.png", seed=seed)
+    assert sanrt("in", "out")[0] == 0
+    edited, second = tmp_path / "out" / "a.png", tmp_path / "out" / "b.png"
+    edited.write_bytes(edited.read_bytes() + b"edited")
+    noise(second, seed=9)
+    (tmp_path / "out" / "c.png").unlink()
+    before = digests(tmp_path)
+    status, out, err = sanrt("in", "out")
+    assert status == 1
+    assert f"sanrt: out/a.png: {STAYS}" not in err  # its mark still says what it was made from
+    assert err == f"sanrt: out/b.png: {STAYS}\n"
+    assert "1 written, 2 skipped, 1 failed" in out
+    status, out, err = sanrt("in", "out", "--self-ensemble")
+    assert err == f"sanrt: out/a.png: {STAYS}\nsanrt: out/b.png: {STAYS}\n"
+    assert "2 written, 2 failed" in out
+    assert {name: digests(tmp_path)[name] for name in ("out/a.png", "out/b.png")} == {
+        name: before[name] for name in ("out/a.png", "out/b.png")
+    }
+    status, _, err = sanrt("in/a.png", "in/c.png", "out", "--self-ensemble")
+    assert status == 2
+    assert err.startswith("sanrt: out/a.png: already there and not made by sanrt, or changed since; nothing was done; ")
+
+
+STAYS = "already there and not made by sanrt, or changed since; left as it is, replace it with --overwrite"
+
+
+REMEDY = "to enlarge them again, name them or add --include-results\n"
+
+
+def test_results_in_a_folder_are_not_enlarged_again_unless_named_or_asked_for(sanrt, tmp_path):
+    noise(tmp_path / "photos" / "a.png")
+    told = "sanrt: passed over: 1 result of sanrt (photos/a_x2.png); " + REMEDY
+    assert sanrt("photos/a.png")[0] == 0
+    status, out, err = sanrt("photos", "-q")
+    assert (status, out, err) == (0, "", told)
+    assert files(tmp_path / "photos_x2") == ["a.png"]
+    status, out, err = sanrt("photos", "photos", "--suffix", "_large")
+    assert "1 written" in out
+    assert err == told
+    status, _, err = sanrt("photos_x2", "again")
+    assert status == 1
+    assert err.startswith("sanrt: photos_x2: nothing to enlarge; passed over: 1 result of sanrt (photos_x2/a.png); ")
+    assert "1 written" in sanrt("photos_x2", "again", "--include-results")[1]
+    assert "1 written" in sanrt("photos_x2/a.png", "again", "--overwrite")[1]
+    assert picture(tmp_path / "again" / "a.png").shape == (80, 120, 3)
+
+
+@pytest.mark.parametrize("first", ["a_x2.png", "a.png"])
+def test_two_results_alone_are_no_source_and_output(sanrt, tmp_path, first):
+    for seed, name in enumerate("ab"):
+        noise(tmp_path / f"{name}.png", seed=seed)
+        assert sanrt(f"{name}.png")[0] == 0
+    before = digests(tmp_path)
+    for words in ([], ["--scale", 2, "--self-ensemble"]):
+        status, _, err = sanrt(first, "b_x2.png", *words)
+        assert status == 2
+        assert err.startswith("sanrt: b_x2.png: already there and the result of another picture; nothing was done; ")
+    assert digests(tmp_path) == before
+    assert "2 skipped" in sanrt("a.png", "a_x2.png")[1] or "1 skipped" in sanrt("a.png", "a_x2.png")[1]
+    noise(tmp_path / "a.png", seed=7)
+    assert "a_x2.png: made from another picture, or from this one before it changed; made again" in sanrt("a.png")[1]
+
+
+def test_what_is_not_made_again_is_not_said_to_be(sanrt, tmp_path):
+    noise(tmp_path / "in" / "a.png")
+    assert sanrt("in", "out")[0] == 0
+    again = "out/a.png: made with other options before; would be made again"
+    assert again in sanrt("in", "out", "--self-ensemble", "--dry-run")[1]
+    (tmp_path / "in" / "a.png").write_bytes(b"no picture")
+    status, out, _ = sanrt("in", "out", "--self-ensemble")
+    assert status == 1
+    assert "made again" not in out
+
+
+def test_an_unknown_backend_is_told_also_where_nothing_is_to_do(sanrt, tmp_path):
+    noise(tmp_path / "in" / "a.png")
+    assert sanrt("in", "out")[0] == 0
+    status, out, err = sanrt("in", "out", "--backend", "foo")
+    assert (status, out) == (2, "")
+    assert err.startswith("sanrt: unknown backend 'foo'; expected auto, ")
+
+
+def test_a_dry_run_has_nothing_to_record(sanrt, tmp_path):
+    noise(tmp_path / "a.png")
+    status, _, err = sanrt("a.png", "b.png", "--dry-run", "--record", "record.jsonl")
+    assert status == 2
+    assert err == "sanrt: --record: a dry run has no results to record; leave one of them out\n"
+    assert files(tmp_path) == ["a.png"]
+
+
 def test_one_path_alone_gets_its_result_beside_it(sanrt, tmp_path):
     noise(tmp_path / "photos" / "a.png"), noise(tmp_path / "photos" / "sub" / "b.webp")
     assert sanrt("photos/a.png")[0] == 0
@@ -521,13 +613,13 @@ def test_damaged_pictures_never_stop_a_run(sanrt, tmp_path):
     assert len(err.splitlines()) + len(files(tmp_path / "out")) == 120
 
 
-def test_pictures_that_sanrt_does_not_read_are_told_after_the_summary(sanrt, tmp_path):
+def test_pictures_that_sanrt_does_not_read_are_told_also_to_those_who_want_errors_alone(sanrt, tmp_path):
     noise(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "b.psd").touch()
-    for _ in range(2):
-        status, out, _ = sanrt("in", "out")
+    for words in ([], [], ["-q"]):
+        status, _, err = sanrt("in", "out", *words)
         assert status == 0
-        assert "sanrt does not read them here: 1 Photoshop file;" in out.splitlines()[-1]
+        assert err == "sanrt: passed over: 1 Photoshop file (in/b.psd); convert them to PNG, TIFF or JPEG\n"
 
 
 def test_the_bundled_weights_run_and_models_of_other_weights_are_named(models, tiny_model, tmp_path, monkeypatch, capfd):

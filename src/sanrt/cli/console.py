@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from types import TracebackType
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from sanrt.cli.streams import tell
 from sanrt.runtime.runs.pipeline import Advanced, Event, Failed, Finished, Opened, Outcome, Planned, Skipped, Written
+from sanrt.runtime.runs.results import reasons
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,14 +29,21 @@ class Reporter(logging.Handler):
     """Follows a run. Problems and warnings go to stderr, all else to stdout; the bar is drawn only on a terminal."""
 
     def __init__(
-        self, total: int, quiet: bool = False, verbose: bool = False, passed_over: str = "", hidden: str = ""
+        self,
+        total: int,
+        quiet: bool = False,
+        verbose: bool = False,
+        passed_over: Sequence[str] = (),
+        again: Mapping[Job, str] | None = None,
+        hidden: str = "",
     ) -> None:
-        """passed_over: pictures that sanrt does not read, counted by kind.
+        """passed_over: lines that are told at the end, also to those who want to see nothing but errors.
 
-        hidden: what paths of temporary files begin with, which is not told.
+        again: why some results are made again. hidden: what paths of temporary files begin with, which is not told.
         """
         super().__init__(logging.DEBUG if verbose else logging.WARNING)
         self.quiet, self.verbose, self.passed_over, self.hidden = quiet, verbose, passed_over, hidden
+        self.again = again or {}
         self.progress = RunProgress(total)
 
     def __enter__(self) -> Self:
@@ -75,13 +83,18 @@ class Reporter(logging.Handler):
     def follow(self, outcomes: Iterable[Outcome]) -> None:
         """Tell every outcome as it comes, and sum them up at the end."""
         self.progress.started = time.monotonic()
+        told: dict[type[Outcome], dict[Job, str]] = {Written: {}, Planned: {}}
         with self.bar():
             for outcome in outcomes:
                 self.hear(Finished(outcome))
                 self.tell(outcome)
+                if type(outcome) in told and (why := self.again.get(outcome.job)):
+                    told[type(outcome)][outcome.job] = why
+        for line in (*reasons(told[Written], "made again"), *reasons(told[Planned], "would be made again")):
+            self.say(line)
         self.say(self.progress.summary())
-        if self.passed_over:
-            self.say(f"passed over, as sanrt does not read them here: {self.passed_over}; see docs/pictures.md")
+        for line in self.passed_over:
+            self.warn(line)
 
     def tell(self, outcome: Outcome) -> None:
         """A failure, what a result lacks, and on demand everything."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,7 @@ from sanrt.cli.request import (
     EnsembleOption,
     FlattenOption,
     FormatOption,
+    IncludeResultsOption,
     KeepHiddenOption,
     LosslessOption,
     MemoryOption,
@@ -38,7 +39,7 @@ from sanrt.cli.request import (
 )
 from sanrt.cli.streams import STREAM, tell
 from sanrt.errors import UsageError
-from sanrt.request import ModelChoice, Request
+from sanrt.request import ModelChoice, Request, occupied_line
 from sanrt.runtime.artifacts.models import MODELS, model_title
 from sanrt.runtime.tiling.options import Tiling
 
@@ -61,6 +62,8 @@ def plan(
     keep_hidden_colours: KeepHiddenOption = False,
     self_ensemble: EnsembleOption = False,
     overwrite: OverwriteOption = False,
+    include_results: IncludeResultsOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the sums and errors, not every picture.")] = False,
     models: ModelsOption = MODELS,
     backend: BackendOption = "auto",
     precision: PrecisionOption = None,
@@ -79,6 +82,7 @@ def plan(
     from sanrt.runtime.pictures.codec import Encoding
     from sanrt.runtime.pictures.jobs import Naming
     from sanrt.runtime.runs.estimate import estimates
+    from sanrt.runtime.runs.results import reasons
     from sanrt.runtime.tiling.options import UpscaleOptions
 
     if STREAM in paths:
@@ -88,28 +92,32 @@ def plan(
     upscaling = UpscaleOptions(tile, overlap, self_ensemble, tiling, k, memory, scratch, keep_hidden_colours)
     background, within = colour(flatten) if flatten else None, bounding_size(size) if size else None
     encoding = Encoding(quality, lossless, background, outscale, within)
-    work = Request(paths, choice, upscaling, encoding, Naming(suffix, format)).resolve(overwrite)
-    to_do, done, seconds, failed = 0, 0, 0.0, 0
+    request = Request(paths, choice, upscaling, encoding, Naming(suffix, format))
+    work = request.resolve(overwrite, include_results=include_results)
+    found, seconds, failed = work.found, 0.0, len(work.found.occupied)
+    for reason in reasons(found.again, "would be made again"):
+        tell(reason)
+    if found.done:
+        tell(f"{len(found.done)} of {work.total} results are there already and would be skipped")
+    for job in found.occupied:
+        tell(f"sanrt: {occupied_line(job)}", error=True)
     for part in work.parts:
-        for reason in part.found.reasons:
-            tell(reason)
-        done += len(part.found.done)
-        to_do += len(part.found.to_do)
-    if done:
-        tell(f"{done} of {len(work.jobs)} results are there already and would be skipped")
-    for part in work.parts:
-        chosen, jobs = part.choice, part.found.to_do
-        if not jobs:
-            continue
+        chosen = part.choice
         if len(work.parts) > 1:
-            tell(f"{model_title(chosen.path)}: {len(jobs)} of {to_do} pictures")
+            tell(f"{model_title(chosen.path)}: {len(part.jobs)} of {len(found.to_do)} pictures")
         with load_unguarded(chosen.backend, chosen.path, chosen.options) as network:
-            for each in estimates(jobs, network, chosen.path, chosen.options, upscaling, encoding):
-                tell(f"sanrt: {each.refusal}" if each.refusal else line(each), error=bool(each.refusal))
+            for each in estimates(part.jobs, network, chosen.path, chosen.options, upscaling, encoding):
+                if each.refusal:
+                    tell(f"sanrt: {each.refusal}", error=True)
+                elif not quiet:
+                    tell(line(each))
                 seconds += each.seconds
                 failed += bool(each.refusal)
-    if to_do:
-        tell(f"{to_do - failed} to write, about {duration(seconds)}" + f", {failed} failed" * bool(failed))
+    if found.to_do or failed:
+        count = len(found.to_do) + len(found.occupied) - failed
+        tell(f"{count} to write, about {duration(seconds)}" + f", {failed} failed" * bool(failed))
+    for line_passed in work.passed_over:
+        tell(f"sanrt: {line_passed}", error=True)
     raise typer.Exit(1 if failed else 0)
 
 

@@ -118,6 +118,9 @@ FormatOption = Annotated[
     typer.Option(parser=written_format, metavar=FORMATS, help="Of every result; each picture's own if left out."),
 ]
 SuffixOption = Annotated[str, typer.Option(help="Added to every name, such as _x4.")]
+IncludeResultsOption = Annotated[
+    bool, typer.Option("--include-results", help="Enlarge results of sanrt in folders again; else they are passed over.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace whatever is in the results' places.")]
 QualityOption = Annotated[int | None, typer.Option(min=1, max=100, help="Of JPEG, WebP and AVIF.")]
 LosslessOption = Annotated[bool, typer.Option("--lossless", help="WebP and AVIF without loss.")]

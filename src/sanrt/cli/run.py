@@ -19,6 +19,7 @@ from sanrt.cli.request import (
     EnsembleOption,
     FlattenOption,
     FormatOption,
+    IncludeResultsOption,
     KeepHiddenOption,
     LosslessOption,
     MemoryOption,
@@ -68,6 +69,7 @@ class Manner:
     """What a run does with its pictures, and what it tells."""
 
     overwrite: bool
+    include_results: bool
     dry_run: bool
     explain_tiles: bool
     record: Path | None
@@ -85,6 +87,8 @@ class Manner:
             raise UsageError("--quiet: hides what --verbose and --explain-tiles print; leave one out")
         if self.explain_tiles and (self.ray or self.record or self.dry_run):
             raise UsageError("--explain-tiles: writes no results; leave --ray, --record and --dry-run out")
+        if self.dry_run and self.record:
+            raise UsageError("--record: a dry run has no results to record; leave one of them out")
 
 
 class RunCommand(PanelCommand):
@@ -113,6 +117,7 @@ def run(
     keep_hidden_colours: KeepHiddenOption = False,
     self_ensemble: EnsembleOption = False,
     overwrite: OverwriteOption = False,
+    include_results: IncludeResultsOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every picture.")] = False,
@@ -149,7 +154,7 @@ def run(
     from sanrt.runtime.tiling.options import UpscaleOptions
 
     loading = RunOptions(threads=threads, precision=precision, device=device or 0)
-    manner = Manner(overwrite, dry_run, explain_tiles, record, ray, workers, quiet, verbose)
+    manner = Manner(overwrite, include_results, dry_run, explain_tiles, record, ray, workers, quiet, verbose)
     request = Request(
         paths,
         ModelChoice(model, models, scale, backend, loading, weights),
@@ -169,13 +174,13 @@ def execute(request: Request, manner: Manner, device: int | None) -> int:
             if manner.ray or manner.record:
                 raise UsageError("-: is a temporary file here; leave --ray and --record out, or name files")
             manner = replace(manner, quiet=manner.quiet or request.paths[-1] == STREAM)
-        work = replace(request, paths=paths).resolve(manner.overwrite or manner.explain_tiles, bool(manner.ray))
-        with Reporter(len(work.jobs), manner.quiet, manner.verbose, work.passed_over, hidden) as reporter:
+        overwrite = manner.overwrite or manner.explain_tiles
+        work = replace(request, paths=paths).resolve(overwrite, bool(manner.ray), manner.include_results)
+        told = work.passed_over, work.found.again
+        with Reporter(work.total, manner.quiet, manner.verbose, *told, hidden) as reporter:
             for part in work.parts:
-                for line in part.found.reasons:
-                    reporter.say(line)
-                if part.reason and part.found.to_do:
-                    reporter.say(f"{len(part.found.to_do)} of {len(work.jobs)} pictures: {part.reason}")
+                if part.reason:
+                    reporter.say(f"{len(part.jobs)} of {work.total} pictures: {part.reason}")
             if manner.explain_tiles:
                 explain(work.parts[0], request.upscaling, reporter)
             else:

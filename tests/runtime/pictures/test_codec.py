@@ -18,7 +18,6 @@ from sanrt.errors import FileError, PictureError
 from sanrt.files import remove_leftovers
 from sanrt.runtime.pictures.codec import (
     Encoding,
-    OccupiedError,
     Output,
     open_picture,
     plan_output,
@@ -455,8 +454,13 @@ def test_a_file_that_another_run_cleans_away_before_it_is_locked_is_made_again(t
 def test_a_file_that_may_not_be_replaced_is_not(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"somebody's")
-    with pytest.raises(OccupiedError, match="a file appeared there"):
-        write_picture(Output(path, Format.PNG, 1, 1, replaces=False), np.zeros((1, 1, 3), np.uint8))
+
+    def refuse():
+        assert [other.name.endswith(".partial") for other in tmp_path.iterdir() if other != path] == [True]
+        raise PictureError("it appeared")
+
+    with pytest.raises(PictureError, match="it appeared"):
+        write_picture(Output(path, Format.PNG, 1, 1), np.zeros((1, 1, 3), np.uint8), None, refuse)
     assert path.read_bytes() == b"somebody's"
     assert list(tmp_path.iterdir()) == [path]
 

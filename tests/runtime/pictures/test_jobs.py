@@ -160,7 +160,7 @@ def test_results_beside_their_sources_are_not_read_again(folder, monkeypatch):
     for result in first.values():
         touch(result)
     results = {Path(result).name for result in first.values()}
-    monkeypatch.setattr("sanrt.runtime.pictures.jobs.read_mark", lambda path: "a mark" if path.name in results else None)
+    monkeypatch.setattr("sanrt.runtime.pictures.jobs.is_result", lambda path: path.name in results)
     assert plan("in", output="in", naming=naming) == first
 
 
@@ -187,14 +187,18 @@ def test_a_named_file_of_another_format_than_asked_for_is_an_error(tmp_path):
         find_pictures([tmp_path / "a.png"], tmp_path / "b.png", Naming(format=Format.WEBP))
 
 
-def test_pictures_that_are_not_read_are_counted_by_kind(tmp_path):
+def test_pictures_that_are_not_read_are_told_by_kind_with_the_first_names_and_what_to_do(tmp_path):
     for name in ("a.png", "b.PSD", "c.psd", "sub/d.cr2", "sub/e.DNG", "f.jxl", ".g.psd", "out/h.psd", "i.txt"):
         path = tmp_path / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     folder = tmp_path / "in"
-    assert passed_over([folder], folder / "out") == "2 Photoshop file, 2 raw photograph, 1 JPEG XL"
-    assert passed_over([folder / "b.PSD"], folder / "out") == ""
+    assert passed_over([folder], folder / "out") == [
+        f"passed over: 2 Photoshop file ({folder}/b.PSD, {folder}/c.psd); convert them to PNG, TIFF or JPEG",
+        f"passed over: 2 raw photograph ({folder}/sub/d.cr2, {folder}/sub/e.DNG); develop them, to 16-bit TIFFs",
+        f"passed over: 1 JPEG XL ({folder}/f.jxl); convert them to PNG, TIFF or JPEG",
+    ]
+    assert passed_over([folder / "b.PSD"], folder / "out") == []
     (folder / "a.png").unlink()
     with pytest.raises(PictureError, match="only 2 Photoshop file, 2 raw"):
         find_pictures([folder], folder / "out")

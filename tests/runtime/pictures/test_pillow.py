@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sanrt.errors import MissingPackageError, PictureError
+from sanrt.extras import install_command
 from sanrt.runtime.pictures import formats
 from sanrt.runtime.pictures.codec import open_picture, plan_output, write_picture
 from sanrt.runtime.pictures.formats import Format
@@ -119,10 +120,11 @@ def test_without_the_extra_they_are_counted_in_folders_and_told_where_named(tmp_
     saved(tmp_path / "a.bmp")
     Image.fromarray(PIXELS).save(tmp_path / "b.png")
     assert len(find_pictures([tmp_path], tmp_path / "out")) == 2
-    assert passed_over([tmp_path], tmp_path / "out") == ""
+    assert passed_over([tmp_path], tmp_path / "out") == []
     monkeypatch.setattr(formats, "find_spec", lambda package: None)
     assert len(find_pictures([tmp_path], tmp_path / "out")) == 1
-    assert passed_over([tmp_path], tmp_path / "out") == "1 BMP"
+    (line,) = passed_over([tmp_path], tmp_path / "out")
+    assert line == f"passed over: 1 BMP ({tmp_path}/a.bmp); to read them: {install_command('formats')}"
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     with pytest.raises(MissingPackageError, match=r"\[formats\]"):
         open_picture(tmp_path / "a.bmp")

@@ -14,6 +14,7 @@ import pytest
 import pyvips
 
 from sanrt.errors import BackendError, OutOfMemoryError
+from sanrt.runtime.pictures import codec
 from sanrt.runtime.pictures.codec import Encoding, SourcePicture
 from sanrt.runtime.pictures.jobs import Job, Replaceable, find_pictures
 from sanrt.runtime.pictures.scratch import ScratchPicture
@@ -105,7 +106,7 @@ def test_a_file_that_appears_while_its_picture_is_upscaled_is_not_replaced(jobs)
 def test_a_result_that_is_edited_while_it_is_made_again_is_not_replaced(jobs):
     other = PipelineOptions(Recipe(2, "another network"))
     assert [type(outcome) for outcome in pipeline.run(jobs[:2], Runner(), OPTIONS)] == [Written] * 2
-    again = sort_out(jobs[:2], other.recipe).to_do
+    again = sort_out(dict.fromkeys(jobs[:2], other.recipe)).to_do
     edited = jobs[1].destination.read_bytes() + b"edited"
 
     def editing(rgb):
@@ -128,6 +129,54 @@ def test_two_runs_that_encode_the_same_picture_at_once_give_one_result_and_no_fa
     monkeypatch.setattr(pipeline, "write_picture", meanwhile)
     assert [type(outcome) for outcome in pipeline.run(jobs[:1], Runner(), OPTIONS)] == [Skipped]
     assert files(jobs[0].destination.parent) == ["0.png"]
+
+
+def test_a_result_that_is_edited_while_it_is_encoded_again_is_not_replaced(jobs, monkeypatch):
+    other = PipelineOptions(Recipe(2, "another network"))
+    list(pipeline.run(jobs[:1], Runner(), OPTIONS))
+    again = sort_out(dict.fromkeys(jobs[:1], other.recipe)).to_do
+    edited = jobs[0].destination.read_bytes() + b"edited"
+    real = codec.metadata.put
+
+    def editing(*arguments):
+        jobs[0].destination.write_bytes(edited)
+        real(*arguments)
+
+    monkeypatch.setattr(codec.metadata, "put", editing)
+    (outcome,) = pipeline.run(again, Runner(), other)
+    assert "appeared, or was changed, since the run began" in outcome.reason
+    assert jobs[0].destination.read_bytes() == edited
+    assert files(jobs[0].destination.parent) == ["0.png"]
+
+
+@pytest.mark.parametrize("tiling", [Tiling.WHOLE, Tiling.EXACT])
+@pytest.mark.parametrize("bands", [3, 4])
+def test_a_source_that_changes_while_it_is_read_has_no_result(tmp_path, monkeypatch, tiling, bands):
+    source = save(tmp_path / "a.png", bands=bands)
+    steps = ["rgb"] if tiling is Tiling.WHOLE or bands == 3 else ["rgb", "alpha"]
+    for step in steps:
+        save(source, 50, bands=bands)
+        with monkeypatch.context() as patched:
+            if step == "rgb":
+                real = SourcePicture.rgb
+
+                def rgb(picture, *rows, real=real):
+                    pixels = real(picture, *rows)
+                    save(source, 60, bands=bands)
+                    return pixels
+
+                patched.setattr(SourcePicture, "rgb", rgb)
+            else:
+                real = pipeline.streamed_alpha
+
+                def alpha(path, scale, real=real):
+                    save(source, 60, bands=bands)
+                    return real(path, scale)
+
+                patched.setattr(pipeline, "streamed_alpha", alpha)
+            (outcome,) = pipeline.run([Job(source, tmp_path / "out" / "a.png")], Runner(tiling=tiling), OPTIONS)
+        assert outcome.reason == f"{source}: changed while it was read; run again once it is complete"
+        assert not (tmp_path / "out" / "a.png").exists()
 
 
 @pytest.mark.parametrize(
