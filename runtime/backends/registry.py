@@ -239,7 +239,7 @@ def origin(backend: str) -> str:
 
 def require_known(name: str) -> None:
     """Raise UsageError for a name that no backend has or had, and that is not `auto`."""
-    if name not in ("auto", *ALIASES, *backend_names()):
+    if name not in ("auto", *ALIASES, *BACKENDS) and name not in other_backends():
         raise UsageError(f"unknown backend {name!r}; expected auto, {', '.join(backend_names())}")
 
 

@@ -87,8 +87,8 @@ class Findings:
     """Their results are there."""
     again: Mapping[Job, str] = field(default_factory=dict)
     """Why results that are to be done are there and made again."""
-    occupied: Sequence[Job] = ()
-    """In their results' places are other files, which stay."""
+    occupied: Mapping[Job, str] = field(default_factory=dict)
+    """In their results' places are other files, which stay; what they are."""
     results: Sequence[Job] = ()
     """Their sources are results themselves, in folders: passed over."""
 
@@ -127,10 +127,13 @@ def sort_out(recipes: Mapping[Job, Recipe], overwrite: bool = False, include_res
     if overwrite:
         return Findings([replace(job, replaces=Replaceable.ANYTHING) for job in rest], results=[*results])
     intact = together(lambda job: is_intact(job.destination), [job for job in rest if job in made])
-    occupied = [job for job in rest if job in present and not intact.get(job)]
+    others = [job for job in rest if job in present and not intact.get(job)]
+    occupied = {
+        job: "changed since sanrt made it" if job in made else "not made by sanrt, or changed since" for job in others
+    }
     if any(job.named for job in occupied) or not (done or any(intact.values())):
-        refuse(occupied, "not made by sanrt, or changed since")
-    refuse([job for job in rest if job in made and is_anothers(job, made[job])], "the result of another picture")
+        refuse(occupied)
+    refuse({job: "the result of another picture" for job in rest if job in made and is_anothers(job, made[job])})
     again = {replace(job, replaces=Replaceable.RESULT): differences[job] for job in rest if intact.get(job)}
     to_do = [replace(job, replaces=Replaceable.RESULT) if job in made else job for job in rest if job not in occupied]
     in_order = {name: [job for job in recipes if job in found] for name, found in (("done", done), ("results", results))}
@@ -190,11 +193,12 @@ def is_anothers(job: Job, made: Provenance) -> bool:
     return False
 
 
-def refuse(jobs: Sequence[Job], what: str) -> None:
-    """UsageError that names the first files in the results' places, if there are any."""
-    if jobs:
+def refuse(found: Mapping[Job, str]) -> None:
+    """UsageError that names the first files in the results' places and says what they are, if there are any."""
+    for what in dict.fromkeys(found.values()):
+        places = [job.destination for job, other in found.items() if other == what]
         raise UsageError(
-            f"{some_of([job.destination for job in jobs])}: already there and {what}; nothing was done; "
+            f"{some_of(places)}: already there and {what}; nothing was done; "
             "name another OUTPUT (the last argument), or replace what is there with --overwrite"
         )
 

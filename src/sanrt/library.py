@@ -291,6 +291,7 @@ def upscale_files(
     keep_hidden: bool = False,
     self_ensemble: bool = False,
     overwrite: bool = False,
+    include_results: bool = False,
     models: Place = MODELS,
     backend: BackendName | str = "auto",
     precision: PrecisionName | Precision | None = None,
@@ -313,8 +314,9 @@ def upscale_files(
 
     `output` is the folder of the results (the tree of folders is kept), or the file of one; by default `a_x4.png` beside
     `a.png`, `photos_x4` beside `photos`. What is done already is skipped; files that sanrt did not make are not replaced
-    unless `overwrite`. `size` is (width, height) to fit inside, `background` 8-bit RGB to lay transparency onto, `memory`
-    in bytes; `listener` is called with events as pictures are opened, advance and finish, from several threads.
+    unless `overwrite`. Results of sanrt in folders are passed over unless `include_results`. `size` is (width, height) to
+    fit inside, `background` 8-bit RGB to lay transparency onto, `memory` in bytes; `listener` is called with events as
+    pictures are opened, advance and finish, from several threads.
 
     One outcome per picture: `Written`, `Skipped`, or `Failed` with the `reason` in one line; each has its `job.source` and
     `job.destination`. A bad picture stops no other and raises nothing. Raises, before any picture is upscaled, UsageError
@@ -345,4 +347,4 @@ def upscale_files(
         Naming(suffix, form),
     )
     conduct = Conduct(record=Path(record) if record else None, ray=ray, workers=workers)
-    return list(outcomes(request.resolve(overwrite, bool(ray)), request, conduct, listener))
+    return list(outcomes(request.resolve(overwrite, bool(ray), include_results), request, conduct, listener))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -202,7 +202,7 @@ def outcomes(
 
     listener = listener or pipeline.nobody
     yield from map(pipeline.Skipped, work.found.done)
-    yield from (pipeline.Failed(job, occupied_line(job)) for job in work.found.occupied)
+    yield from (pipeline.Failed(job, line) for job, line in occupied_lines(work.found))
     for part in work.parts:
         choice, jobs, upscaling, encoding = part.choice, part.jobs, request.upscaling, request.encoding
         if conduct.ray and not conduct.preview:
@@ -267,12 +267,10 @@ def photographs(jobs: Sequence[Job], scale: int) -> set[Job]:
     return {job for job, suits in together(lambda job: suits_photo(job.source, scale), jobs).items() if suits}
 
 
-def occupied_line(job: Job) -> str:
-    """Why a picture of a folder has no result while the others have theirs."""
-    return (
-        f"{job.destination}: already there and not made by sanrt, or changed since; left as it is, "
-        "replace it with --overwrite"
-    )
+def occupied_lines(found: Findings) -> Iterator[tuple[Job, str]]:
+    """Pictures of folders that have no result while the others have theirs, and why."""
+    for job, what in found.occupied.items():
+        yield job, f"{job.destination}: already there and {what}; left as it is, replace it with --overwrite"
 
 
 def results_line(found: Findings) -> list[str]:

@@ -68,7 +68,7 @@ def test_what_cannot_be_planned_is_an_error_and_the_others_are_planned(folder, t
 
 def test_plan_takes_what_run_takes(folder, tiny_model):
     parameters = {command: signature(function).parameters for command, function in (("plan", plan), ("run", run))}
-    more = {"dry_run", "quiet", "verbose", "explain_tiles", "record", "ray", "workers"}
+    more = {"dry_run", "verbose", "explain_tiles", "record", "ray", "workers"}
     assert set(parameters["plan"]) == set(parameters["run"]) - more
 
 

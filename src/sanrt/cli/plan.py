@@ -39,7 +39,7 @@ from sanrt.cli.request import (
 )
 from sanrt.cli.streams import STREAM, tell
 from sanrt.errors import UsageError
-from sanrt.request import ModelChoice, Request, occupied_line
+from sanrt.request import ModelChoice, Request, occupied_lines
 from sanrt.runtime.artifacts.models import MODELS, model_title
 from sanrt.runtime.tiling.options import Tiling
 
@@ -99,8 +99,8 @@ def plan(
         tell(reason)
     if found.done:
         tell(f"{len(found.done)} of {work.total} results are there already and would be skipped")
-    for job in found.occupied:
-        tell(f"sanrt: {occupied_line(job)}", error=True)
+    for _, why in occupied_lines(found):
+        tell(f"sanrt: {why}", error=True)
     for part in work.parts:
         chosen = part.choice
         if len(work.parts) > 1:
