@@ -20,7 +20,7 @@ check: $(STAMP)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[export,cpu,openvino,rtx,kernels,ray,ray-test,formats,training,dev]'
+	$(BIN)/pip install --quiet --editable '.[export,cpu,openvino,rtx,kernels,ray,ray-test,formats,serve,training,dev]'
 	touch $@
 
 $(DEMO)/.installed: pyproject.toml

@@ -28,8 +28,13 @@ OPTIONAL = (
     "pycuda",
     "llvmlite",
     "threadpoolctl",
+    "starlette",
+    "uvicorn",
+    "multipart",
+    "prometheus_client",
 )
 NEEDS = {
+    "sanrt.serve": {"starlette", "uvicorn", "multipart", "prometheus_client"},
     "sanrt.export": {"torch", "safetensors", "onnx"},
     "sanrt.kernels.cpu": {"llvmlite", "threadpoolctl"},
     "sanrt.kernels.cuda": {"torch"},
@@ -89,7 +94,7 @@ def test_without_any_extra_every_backend_says_how_to_get_it():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["export", "--help"]])
+@pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["export", "--help"], ["serve", "--help"]])
 def test_help_loads_nothing_heavy(command):
     code = (
         "import sys, sanrt.cli\nsys.argv[0] = 'sanrt'\ntry: sanrt.cli.main()\nfinally: print('\\n' + ' '.join(sys.modules))"

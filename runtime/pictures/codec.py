@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sanrt.errors import PictureError
+from sanrt.errors import PictureError, TooManyPixelsError
 from sanrt.files import replacing
 from sanrt.runtime.pictures import jpeg, libvips, metadata, pillow, tiff
 from sanrt.runtime.pictures.formats import Format
@@ -199,7 +199,7 @@ class SourcePicture:
 def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> SourcePicture:
     """Open a picture and check its header; no pixel is decoded yet.
 
-    PictureError if it cannot be opened, is no supported picture, or claims more than `max_pixels`.
+    PictureError if it cannot be opened, is no supported picture, or claims more than `max_pixels` (TooManyPixelsError).
     """
     head = _head(path)
     form = Format.of_file(head, path)
@@ -267,7 +267,7 @@ def _header(path: Path, form: Format, max_pixels: int) -> PictureInfo:
 def _check_header(path: Path, image: pyvips.Image, max_pixels: int) -> None:
     """PictureError unless it is of a size, sample type and colour space that sanrt reads."""
     if image.width * image.height > max_pixels or max(image.width, image.height) > MAX_SIDE:
-        raise PictureError(
+        raise TooManyPixelsError(
             f"{path}: claims {image.width} x {image.height} pixels; "
             f"at most {max_pixels / 1e6:.0f} megapixels and {MAX_SIDE} a side are allowed"
         )

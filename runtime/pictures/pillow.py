@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sanrt.errors import PictureError
+from sanrt.errors import PictureError, TooManyPixelsError
 from sanrt.extras import extra
 from sanrt.runtime.pictures.formats import Format
 
@@ -91,7 +91,7 @@ def as_vips(pixels: Any, info: Mapping[Any, Any]) -> pyvips.Image:
 def check_size(path: Path, size: tuple[int, int], max_pixels: int) -> None:
     """PictureError for a header that claims more pixels than allowed, before any is decoded."""
     if size[0] * size[1] > max_pixels:
-        raise PictureError(
+        raise TooManyPixelsError(
             f"{path}: claims {size[0]} x {size[1]} pixels; at most {max_pixels / 1e6:.0f} megapixels are allowed"
         )
 

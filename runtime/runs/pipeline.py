@@ -351,14 +351,19 @@ def guarded(job: Job, step: Callable[[], R]) -> R | Failed:
     """The step's result, or its failure in one line: a bad picture never stops the others."""
     try:
         return step()
-    except SanrtError as error:
-        return Failed(job, str(error) if str(job.source) in str(error) else f"{job.source}: {error}")
-    except MemoryError:
-        return Failed(job, f"{job.source}: not enough memory for it; free some")
     except Exception as error:
-        log.debug("%s", job.source, exc_info=True)
-        text = next(iter(str(error).splitlines()), "")
-        return Failed(job, f"{job.source}: unexpected {type(error).__name__} ({text}); please report it, with --verbose")
+        return Failed(job, reason(job, error))
+
+
+def reason(job: Job, error: Exception) -> str:
+    """Why a picture failed, in one line that names it."""
+    if isinstance(error, SanrtError):
+        return str(error) if str(job.source) in str(error) else f"{job.source}: {error}"
+    if isinstance(error, MemoryError):
+        return f"{job.source}: not enough memory for it; free some"
+    log.debug("%s", job.source, exc_info=error)
+    text = next(iter(str(error).splitlines()), "")
+    return f"{job.source}: unexpected {type(error).__name__} ({text}); please report it, with --verbose"
 
 
 def without_leftovers(jobs: Iterable[Job]) -> Iterator[Job]:

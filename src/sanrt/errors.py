@@ -33,6 +33,10 @@ class PictureError(SanrtError):
     """A picture that cannot be read, converted or written."""
 
 
+class TooManyPixelsError(PictureError):
+    """A picture whose header claims more pixels than are allowed."""
+
+
 class BackendError(SanrtError):
     """A backend that is not installed, not usable here, or failed while running."""
 

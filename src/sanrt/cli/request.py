@@ -62,12 +62,17 @@ def colour(text: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def memory_size(text: str) -> int:
+def byte_count(text: str) -> int:
     """A typer parser: bytes from `4G`, `4GB`, `4 GiB`, `512M` or a plain number."""
     found = re.fullmatch(r"([0-9]+\.?[0-9]*) ?([KMGT]?)(I?B)?", text.strip().upper())
     if not found:
         raise typer.BadParameter(f"{text}: expected a number of bytes such as 4G or 512M")
-    size = int(float(found[1]) * UNITS[found[2]])
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def memory_size(text: str) -> int:
+    """A typer parser: the same, enough to run in."""
+    size = byte_count(text)
     if size < LEAST_MEMORY:
         raise typer.BadParameter(f"{text}: expected at least 512M")
     return size

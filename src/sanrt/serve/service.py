@@ -1,0 +1,95 @@
+"""What a server does with one picture, apart from HTTP: look at its header, resolve what is asked, upscale it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sanrt.errors import SanrtError
+from sanrt.model.bundled import FOLDER
+from sanrt.request import Part, Request
+from sanrt.runtime.artifacts.models import model_title
+from sanrt.runtime.pictures.codec import open_picture
+from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.runs.pipeline import Listener, Written, nobody
+from sanrt.serve.options import ServeOptions
+from sanrt.serve.parameters import read_parameters
+from sanrt.serve.queue import Queue
+
+
+@dataclass(frozen=True)
+class Order:
+    """One picture that can be upscaled as it was asked for, as far as its header tells."""
+
+    request: Request
+    part: Part
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result that is complete on disk."""
+
+    path: Path
+    media_type: str
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+    model: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Its facts, for clients."""
+        return {"type": self.media_type, "notes": self.notes, "seconds": self.seconds, "model": self.model}
+
+
+@dataclass(frozen=True)
+class Service:
+    """The pictures of one process."""
+
+    options: ServeOptions
+    queue: Queue
+
+    async def order(self, file: Path, pairs: Iterable[tuple[str, str]]) -> Order:
+        """What is asked for a picture; raises SanrtError where it cannot be done, before any pixel is decoded."""
+        with self.without_paths(file.parent):
+            return await asyncio.to_thread(self.examined, file, list(pairs))
+
+    def examined(self, file: Path, pairs: list[tuple[str, str]]) -> Order:
+        """The same, blocking."""
+        parameters = read_parameters(pairs)
+        info = open_picture(file, self.options.limits.pixels).info
+        request = parameters.of(file, file.parent, self.options.choice, self.options.memory)
+        (part,) = request.resolve().parts
+        return Order(request, part, info.width, info.height)
+
+    async def upscale(self, order: Order, listener: Listener = nobody) -> Result:
+        """The result of an order; raises as `Queue.upscale` does."""
+        (job,) = order.part.jobs
+        with self.without_paths(job.source.parent):
+            written = await self.queue.upscale(order.part, order.request, listener)
+        return self.result(order, written)
+
+    def result(self, order: Order, written: Written) -> Result:
+        """What to tell of a result."""
+        path = written.job.destination
+        reason = (f"by the weights for photographs: {order.part.reason}",) if order.part.reason else ()
+        model = model_title(order.part.choice.path).rpartition("/")[2]
+        return Result(path, f"image/{Format.of_suffix(path)}", written.notes + reason, dict(written.seconds), model)
+
+    @contextmanager
+    def without_paths(self, place: Path) -> Iterator[None]:
+        """Errors of the body name files without this machine's folders."""
+        choice = self.options.choice
+        folders = (place, choice.models, FOLDER, *([choice.named.parent] if choice.named else []))
+        try:
+            yield
+        except SanrtError as error:
+            text = str(error)
+            for folder in folders:
+                text = text.replace(f"{folder}/", "")
+            error.args = (text,)
+            raise
