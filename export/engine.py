@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -114,6 +114,8 @@ def build_engine(
     )
     path = output or default_path(model, identity)
     if (existing := reusable(path, identity)) is not None:
+        with suppress(OSError):
+            path.touch()  # what was asked for last is what `sanrt run` takes
         return existing, False
     require_writable(path, "choose another place with -o")
     cancel, timings = Event(), timings_file(options, identity)

@@ -12,6 +12,8 @@ from sanrt.export.quantise.calibration import Track, untracked
 from sanrt.export.quantise.model import QuantisedModel, QuantiseOptions, quantise
 from sanrt.model.spec import GRAPH_PRECISIONS, Precision, QuantisedType
 from sanrt.runtime.artifacts.engines import BuildOptions
+from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.artifacts.sizes import default_profile
 from sanrt.runtime.backends.registry import status
 
 ONLY_ENGINES = "only TensorRT computes in it, and that does not run here"
@@ -47,7 +49,8 @@ def build_every_engine(model: Path, quantised: Sequence[Path], progress: BuildPr
     unbuilt = {}
     for path, precision in [*((model, p) for p in GRAPH_PRECISIONS), *((path, Precision.FP16) for path in quantised)]:
         try:
-            build_engine(path, BuildOptions(choose_flavor(), precision), None, progress)
+            profile = default_profile(read_spec(path).architecture, precision)
+            build_engine(path, BuildOptions(choose_flavor(), precision, (profile,)), None, progress)
         except SanrtError as error:
             unbuilt[f"{precision} engine of {path.name}"] = str(error)
     return unbuilt

@@ -16,7 +16,7 @@ from sanrt.errors import ModelError, UsageError
 from sanrt.files import cache_folder, remove_leftovers, replacing
 from sanrt.model.spec import PREFIX, ModelSpec, Precision
 from sanrt.runtime.artifacts.flavors import TITLES, Flavor, installed_version
-from sanrt.runtime.artifacts.sizes import TILES, Profile, Size
+from sanrt.runtime.artifacts.sizes import TILES, Profile, Size, activation_estimate
 from sanrt.runtime.artifacts.variants import model_digest
 
 SUFFIX = ".engine"
@@ -161,6 +161,11 @@ class EngineInfo:
     def model_path(self) -> Path:
         """Where the ONNX was; a deployed engine may have left it behind."""
         return self.path.parent / self.model
+
+    def activations(self, size: Size) -> int:
+        """About the bytes of activations for pictures of a size; no more than TensorRT stated for the largest."""
+        estimate = activation_estimate(self.spec.architecture, self.identity.options.precision, size)
+        return min(estimate, self.proof.memory or estimate)
 
     @property
     def command(self) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from sanrt.errors import UsageError
+from sanrt.model.spec import Architecture, Precision
 
 
 class Size(NamedTuple):
@@ -32,8 +34,13 @@ class Size(NamedTuple):
         return cls(*map(int, parts))
 
 
-SMALLEST, USUAL, LARGEST = Size(1, 4, 4), Size(1, 180, 320), Size(4, 1080, 1920)
-"""The sizes of the default profile; memory is only taken for the size that runs."""
+SMALLEST, USUAL, LARGEST = Size(1, 4, 4), Size(1, 180, 320), Size(1, 1080, 1920)
+"""The sizes of a profile that says nothing else; `default_profile` may have a smaller largest one."""
+
+LARGEST_SIZES = LARGEST, Size(1, 720, 1280), Size(1, 540, 960), Size(1, 360, 640)
+"""Largest sizes of default profiles, for networks that take more and more memory."""
+DEFAULT_BYTES = 3 * 2**30
+"""Activations of a default profile's largest size: two pictures at once then fit a GPU of 8 GiB."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,23 @@ class Profile:
         return max(ratio, 1 / ratio)
 
 
+def activation_estimate(arch: Architecture, precision: Precision, size: Size) -> int:
+    """An upper estimate of a network's activations in an engine, bytes.
+
+    Eleven maps of C channels and two of the tail's C * s^2 are held between body and tail: 43 C values a pixel at x4, where
+    TensorRT-RTX 1.7 states 39 to 42 for C = 32 and 64, and for x2 and x3 a few less than this; of maps of more than 2^31
+    values it holds fewer. In fp32 attention is not fused, and its scores come on top.
+    """
+    values = arch.channels * (2 * arch.scale**2 + 11)
+    return values * (4 if precision == Precision.FP32 else 2) * size.batch * size.height * size.width
+
+
+def default_profile(arch: Architecture, precision: Precision) -> Profile:
+    """The profile of an engine for which no sizes were named: single pictures, as large as common GPUs can hold."""
+    fits = (size for size in LARGEST_SIZES if activation_estimate(arch, precision, size) <= DEFAULT_BYTES)
+    return Profile(max=next(fits, LARGEST_SIZES[-1]))
+
+
 TILES = Profile(Size(1, 1, 1), Size(1, 256, 256), Size(1, 512, 512))
 """The default tiles of stage engines, without their halo."""
 
@@ -77,6 +101,8 @@ class Limits:
     """Sizes of whole pictures; none where any will do."""
     tiles: Profile | None = None
     """Sizes of its stages' tiles, without their halo; None where any will do, or there are no stages."""
+    activations: Callable[[Size], int] | None = None
+    """About the bytes that whole pictures of a size take; None where that is not known of this backend."""
 
     def take(self, height: int, width: int) -> bool:
         """Whether a whole picture may have this size."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sanrt.files import write_whole
 from sanrt.model.spec import Precision
 from sanrt.runtime import host as machine
+from sanrt.runtime.artifacts.engines import EngineInfo, changed, engines_of
 from sanrt.runtime.artifacts.variants import model_digest
 from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import RunOptions
-from sanrt.runtime.backends.registry import ALIASES, backend_names, load_backend, status
+from sanrt.runtime.backends.registry import ALIASES, backend_module, backend_names, load_backend, status
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +47,33 @@ def prefer(model: Path, variant: Path, backend: str, precision: Precision | None
 
 
 def preferred(model: Path) -> Preference | None:
-    """The choice that was measured for this very model on this machine, where its file and its backend are still there."""
+    """The choice that was measured for this very model on this machine, where its file and its backend are still there.
+
+    An engine that was built since, and runs here, takes its place.
+    """
     choice = read_preference(preference_path(model))
     if choice is None:
         return None
     fits = choice.machine == machine.cpu_name() and (model.parent / choice.model).is_file() and status(choice.backend).usable
-    return choice if fits and choice.exported == model_digest(model) else None
+    if not fits or choice.exported != model_digest(model):
+        return None
+    engine = engine_since(preference_path(model), {model, model.parent / choice.model})
+    return replace(choice, model=engine.path.name, backend="tensorrt", precision=None) if engine else choice
+
+
+def engine_since(preference: Path, models: Iterable[Path]) -> EngineInfo | None:
+    """The newest engine of these models that runs here, if it was built after a preference: what was asked for last."""
+    found = [info for model in models for info in engines_of(model)]
+    newer = [info for info in found if changed(info.path) > changed(preference)]
+    if not newer or not status("tensorrt").usable:
+        return None
+    fit = (info for info in sorted(newer, key=lambda info: -changed(info.path)) if not refused(info))
+    return next(fit, None)
+
+
+def refused(info: EngineInfo) -> bool:
+    """Whether an engine does not run here."""
+    return backend_module("tensorrt").refusal(info.path, RunOptions()) is not None
 
 
 def read_preference(path: Path) -> Preference | None:

@@ -196,7 +196,8 @@ def automatic_choice(
     """The first of these backends that `auto` may take here, for a model if one is given; why others are not is logged."""
     options = options or RunOptions()
     for found in (status(name, options.device) for name in names):
-        if found.usable and found.automatic and not (model and passed_over(found.name, model, options)):
+        others = model and model.suffix != SUFFIX  # an engine's own refusal is told when it is loaded
+        if found.usable and found.automatic and not (model and others and passed_over(found.name, model, options)):
             return found
     return None
 

@@ -7,9 +7,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import distributions
+from math import prod
 from pathlib import Path
 
+from sanrt.errors import ModelError
 from sanrt.runtime import host as machine
+from sanrt.runtime.artifacts.engines import SUFFIX, read_engine
 from sanrt.runtime.backends.protocol import BackendStatus
 from sanrt.runtime.backends.registry import AUTO_ORDER, automatic_choice, backend_names, status
 from sanrt.runtime.host import free_host_memory
@@ -34,7 +37,7 @@ class Diagnosis:
 def diagnose(models: Path) -> Diagnosis:
     """Look at the machine and at every backend; `models` is where the disk matters."""
     checked = {name: status(name) for name in backend_names()}
-    facts = (*software(), *processor(models), *graphics())
+    facts = (*software(), *processor(models), *graphics(), *engines(models))
     default = automatic_choice(name for name in AUTO_ORDER if name != "tensorrt")
     return Diagnosis(facts, tuple(checked.values()), default)
 
@@ -67,6 +70,19 @@ def graphics() -> Iterable[tuple[str, str]]:
         yield "driver", f"{found.driver or 'version unknown'}, CUDA up to {found.cuda or 'unknown'}"
     yield "CUDA libraries", installed_packages(CUDA_PACKAGES)
     yield "TensorRT", installed_packages(TENSORRT_PACKAGES)
+
+
+def engines(models: Path) -> Iterable[tuple[str, str]]:
+    """The engines in a folder, and what their largest pictures take of a GPU's memory."""
+    for path in sorted(models.glob(f"*{SUFFIX}")):
+        try:
+            info = read_engine(path)
+        except ModelError as error:
+            yield "engine", str(error)
+            continue
+        largest = max((profile.max for profile in info.identity.options.profiles), key=prod)
+        memory = info.activations(largest) / GIB
+        yield "engine", f"{path.name}, for {info.identity.gpu}: up to {largest} in {memory:.1f} GiB of a GPU's memory"
 
 
 def installed_packages(pattern: re.Pattern[str]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from sanrt.errors import SanrtError
 from sanrt.model.spec import Architecture, Precision
 from sanrt.runtime import host as machine
+from sanrt.runtime.artifacts.sizes import Size
 from sanrt.runtime.artifacts.variants import cached_for
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import load_unguarded, status
@@ -111,6 +112,8 @@ def estimate(backend: Backend, speeds: Mapping[str, Speed], info: PictureInfo, o
     found = PictureEstimate(info.path, "", width, height, backend.name, plan)
     found = replace(found, seconds=passes * speed.seconds(height, width, plan, arch))
     tile = min(height, plan.tile) * min(width, plan.tile) * network_bytes(arch)
+    if plan.tiling is Tiling.WHOLE and backend.limits.activations:
+        tile = backend.limits.activations(Size(1, height, width))
     if plan.tiling is not Tiling.EXACT:
         return replace(found, memory=tile + height * width * result_bytes(arch))
     colours = 3 * info.dtype.itemsize

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from sanrt.export.engine import BuildProgress
     from sanrt.export.onnx import ExportReport
     from sanrt.export.validate import Validation
-    from sanrt.runtime.artifacts.engines import EngineInfo
+    from sanrt.model.spec import Architecture
+    from sanrt.runtime.artifacts.engines import BuildOptions, EngineInfo
     from sanrt.runtime.artifacts.sizes import Profile
     from sanrt.runtime.runs.pipeline import Listener, Outcome
 
@@ -127,15 +129,18 @@ def build_engine(
     allow_precision: bool = False,
     allow_unfused_attention: bool = False,
     progress: BuildProgress | None = None,
+    say: Callable[[str], None] = quiet,
 ) -> tuple[EngineInfo, bool]:
     """Build an exported ONNX into a TensorRT engine and prove that it is what was asked for; False if it was there already.
 
     `model` is by default what `sanrt export` wrote for `scale` into `models`, else the bundled weights, which are exported
     first. `smallest`, `best` and `largest` are inputs as `1x360x640` (batch, height, width), one of each for every
-    profile, of tiles with `stages`. `flavor` is `tensorrt` or `rtx`, by default what is installed; `gpus` are RTX's
-    targets, such as `sm89`; `device` is the GPU that TensorRT builds on and for; `workspace` is in MiB; `level` (0 to 5)
-    is how long TensorRT searches; `kernels` puts SOCA on sanrt's own CUDA kernels (TensorRT alone). `progress` follows
-    TensorRT's phases. Needs the `trt` or `rtx` extra.
+    profile, of tiles with `stages`; where none is named, the largest is
+    1x1080x1920, or less where that would take more than 3 GiB.
+    `flavor` is `tensorrt` or `rtx`, by default what is installed; `gpus` are RTX's targets, such as `sm89`; `device` is the
+    GPU that TensorRT builds on and for; `workspace` is in MiB; `level` (0 to 5) is how long TensorRT searches; `kernels`
+    puts SOCA on sanrt's own CUDA kernels (TensorRT alone). `progress` follows TensorRT's phases; `say` is told beforehand
+    what the largest size takes of a GPU's memory. Needs the `trt` or `rtx` extra.
 
     Raises BuildError where the engine cannot be built or is not what was asked for, ModelError for an unsuitable model,
     BackendError where TensorRT or the GPU cannot be used, UsageError for options that contradict each other.
@@ -144,15 +149,19 @@ def build_engine(
         from sanrt.export import engine
     from sanrt.runtime.artifacts.engines import BuildOptions
     from sanrt.runtime.artifacts.flavors import Flavor
-    from sanrt.runtime.artifacts.sizes import TILES, Profile
+    from sanrt.runtime.artifacts.sizes import TILES, Profile, default_profile
 
     path = model_to_build(model, models, scale, weights)
     target = Path(output) if output else None
     check_engine_path(target, path, stages)
+    kind, sizes = choice(Precision, precision), profiles(smallest, best, largest, TILES if stages else Profile())
+    architecture = read_spec(path).architecture
+    if not (stages or smallest or best or largest):
+        sizes = (default_profile(architecture, kind),)
     options = BuildOptions(
         flavor=engine.choose_flavor(device) if flavor == "auto" else choice(Flavor, flavor),
-        precision=choice(Precision, precision),
-        profiles=profiles(smallest, best, largest, TILES if stages else Profile()),
+        precision=kind,
+        profiles=sizes,
         gpus=tuple(gpus),
         workspace=workspace,
         level=level,
@@ -162,7 +171,22 @@ def build_engine(
         kernels=kernels,
         stages=stages,
     )
+    if not stages:
+        say(memory_words(architecture, options))
     return engine.build_engine(path, options, target, progress, device)
+
+
+def memory_words(architecture: Architecture, options: BuildOptions) -> str:
+    """What the largest size of an engine takes, for people."""
+    from sanrt.runtime.artifacts.sizes import activation_estimate
+
+    largest = max((profile.max for profile in options.profiles), key=prod)
+    memory = activation_estimate(architecture, options.precision, largest) / 2**30
+    scores = ", attention's scores not counted, which TensorRT does not fuse in fp32" * (options.precision == Precision.FP32)
+    return (
+        f"up to {largest} (--max): about {memory:.1f} GiB of a GPU's memory for a picture of that size{scores}; two are"
+        " under way at once, smaller ones take less, larger ones go by stages or tiles"
+    )
 
 
 def model_to_build(

@@ -59,7 +59,9 @@ def model_of(monkeypatch, tmp_path, live_network):
     def call(*arguments):
         result = CliRunner().invoke(app, ["build", "--flavor", "rtx", *map(str, arguments)])
         assert isinstance(result.exception, Stopped), result.output
-        return taken.pop(), result.output.strip()
+        *said, memory = result.output.strip().splitlines()
+        assert memory.startswith("up to 1x1080x1920 (--max): about "), memory
+        return taken.pop(), "\n".join(said)
 
     return call
 

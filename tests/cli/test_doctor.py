@@ -10,7 +10,11 @@ from typer.testing import CliRunner
 
 from sanrt.cli import app
 from sanrt.extras import install_command
+from sanrt.model.spec import Architecture, ModelSpec, Precision
 from sanrt.runtime import host as machine
+from sanrt.runtime.artifacts.engines import BuildOptions, EngineInfo, Identity, Proof, save_engine
+from sanrt.runtime.artifacts.flavors import Flavor
+from sanrt.runtime.artifacts.sizes import Profile, Size
 from sanrt.runtime.backends.protocol import BackendStatus
 from sanrt.runtime.backends.registry import BACKENDS
 from sanrt.runtime.host import Gpu, Gpus
@@ -45,6 +49,20 @@ def test_an_engine_runtime_alone_is_no_default(statuses):
     """TensorRT runs a model only once an engine was built from it."""
     statuses["tensorrt"] = BackendStatus("tensorrt", "11.4", True, "runs on a GPU")
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
+
+
+def test_engines_are_told_with_what_their_largest_pictures_take(statuses, tmp_path):
+    options = BuildOptions(Flavor.RTX, gpus=("sm89",), profiles=(Profile(max=Size(1, 1080, 1920)),))
+    proof = Proof("build log", 1, {"fp16": 1}, [], 1, [], 8, [], [], memory=2 * 2**30)
+    spec = ModelSpec(Architecture(4, 1, 1, 32, 8), "0" * 64, "nothing", 5, Precision.FP16)
+    identity = Identity("1" * 64, options, "1.7", "sm89", "0")
+    info = EngineInfo(tmp_path / "x.engine", spec, "x.onnx", identity, 4, "0" * 64, proof)
+    save_engine(info, b"plan")
+    facts = dict(doctor.diagnose(tmp_path).facts)
+    assert facts["engine"] == "x.engine, for sm89: up to 1x1080x1920 in 2.0 GiB of a GPU's memory"
+    assert info.activations(Size(1, 180, 320)) == 2 * 32 * 43 * 180 * 320
+    (tmp_path / "x.engine.json").write_bytes(b"{")
+    assert "not the facts of a sanrt engine" in dict(doctor.diagnose(tmp_path).facts)["engine"]
 
 
 def test_the_machine_is_described(statuses, monkeypatch, tmp_path):

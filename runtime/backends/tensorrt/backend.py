@@ -75,9 +75,7 @@ def load(model: Path, options: RunOptions) -> TensorRTBackend:
 
 
 def refusal(model: Path, options: RunOptions) -> str | None:
-    """Why `load` would refuse all engines of a model here; None if it would not, or for an engine: nothing else runs it."""
-    if model.suffix == SUFFIX:
-        return None
+    """Why `load` would refuse an engine, or all engines of a model, here; None if it would not."""
     with open_device(options.device) as device:
         try:
             fitting_engine(model, options, device)
@@ -370,7 +368,7 @@ class TensorRTBackend:
     @property
     def limits(self) -> Limits:
         tiles = None if isinstance(self.stage_info, str) else self.stage_info.identity.options.profiles[0]
-        return Limits(self.profiles, tiles)
+        return Limits(self.profiles, tiles, self.info.activations)
 
     def stages(self) -> Stages:
         """The stage engines, opened once; BackendError with the command that builds them where there are none."""

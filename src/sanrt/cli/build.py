@@ -53,7 +53,10 @@ def build(
     keep_fp16: Annotated[list[str] | None, eight_bit_option(help="Parts not to quantise, such as 'groups.0.*'.")] = None,
     smallest: Annotated[list[str] | None, size_option("--min", help="Smallest input, BxHxW; repeat for profiles.")] = None,
     best: Annotated[list[str] | None, size_option("--opt", help="The input to tune for.")] = None,
-    largest: Annotated[list[str] | None, size_option("--max", help="Largest input.")] = None,
+    largest: Annotated[
+        list[str] | None,
+        size_option("--max", help="Largest input; 1x1080x1920 if that takes under 3 GiB."),
+    ] = None,
     flavor: Annotated[
         str, tensorrt_option(help="auto, tensorrt or rtx.", callback=one_of("auto", "tensorrt", "rtx"))
     ] = "auto",
@@ -119,6 +122,7 @@ def build(
             allow_precision=allow_precision,
             allow_unfused_attention=allow_unfused_attention,
             progress=progress,
+            say=print,
         )
     return report(info, built)
 

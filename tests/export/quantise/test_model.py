@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -26,8 +28,9 @@ from sanrt.model.checkpoint import load_checkpoint
 from sanrt.model.exported import read_model
 from sanrt.model.graph import san_model
 from sanrt.model.spec import GraphOptions, Precision, Quantisation, QuantisedType
+from sanrt.runtime.backends import default_variant
 from sanrt.runtime.backends.default_variant import load_default, prefer, preference_path, preferred
-from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.protocol import BackendStatus, RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.pictures.codec import Output, write_picture
 from sanrt.runtime.pictures.formats import Format
@@ -281,6 +284,31 @@ def test_run_takes_the_preferred_variant_of_this_very_model_on_this_machine_only
     for key, value in {"machine": "another", "exported": "0" * 64, "model": "gone.onnx"}.items():
         preference_path(model).write_text(json.dumps({**json.loads(kept), key: value}))
         assert preferred(model) is None, key
+
+
+@pytest.mark.parametrize("of_the_variant", [False, True])
+def test_an_engine_built_since_takes_the_place_of_a_preference_if_it_runs_here(of_the_variant, model, tmp_path, monkeypatch):
+    variant = tmp_path / "san_x2.int8.onnx"
+    variant.write_bytes(model.read_bytes())
+    prefer(model, variant, "onnxruntime", Precision.FP32)
+    assert preferred(model).backend == "onnxruntime"
+    built = SimpleNamespace(path=tmp_path / "x.engine")
+    built.path.touch()
+    asked = (variant if of_the_variant else model).name
+    monkeypatch.setattr(default_variant, "engines_of", lambda path: [built] * (path.name == asked))
+    refusals: list[str | None] = [None]
+    tensorrt = SimpleNamespace(refusal=lambda path, options: refusals[0])
+    monkeypatch.setattr(default_variant, "backend_module", lambda name: tensorrt)
+    usable = BackendStatus("any", "1", True, "")
+    monkeypatch.setattr(default_variant, "status", lambda name: usable)
+    since = preference_path(model).stat().st_mtime
+    os.utime(built.path, (since + 1, since + 1))
+    assert preferred(model) == replace(preferred(model), model="x.engine", backend="tensorrt", precision=None)
+    refusals[0] = "built for another GPU"
+    assert preferred(model).backend == "onnxruntime"
+    refusals[0] = None
+    os.utime(built.path, (since - 1, since - 1))  # `build --auto` built it, then measured
+    assert preferred(model).backend == "onnxruntime"
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(model, tmp_path, monkeypatch):

@@ -278,7 +278,9 @@ class Rig:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.monkeypatch = folder, monkeypatch
 
-    def info(self, flavor: Flavor = Flavor.TENSORRT, profiles: tuple[Profile, ...] = (Profile(),)) -> EngineInfo:
+    def info(
+        self, flavor: Flavor = Flavor.TENSORRT, profiles: tuple[Profile, ...] = (Profile(max=Size(4, 1080, 1920)),)
+    ) -> EngineInfo:
         options = BuildOptions(flavor, profiles=profiles, gpus=("sm89",) if flavor == Flavor.RTX else ())
         gpu = "sm89" if flavor == Flavor.RTX else "NVIDIA Fake sm89"
         identity = Identity("1" * 64, options, "9.9", gpu, "0")
@@ -450,6 +452,13 @@ def test_sizes_outside_every_profile_are_refused_in_one_line(rig: Rig):
         with pytest.raises(BackendError, match="1x4x4 to 1x16x16, not 1x17x8") as caught:
             backend.infer(picture(17, 8))
         assert "\n" not in str(caught.value)
+
+
+def test_a_plan_has_the_engines_own_estimate(rig: Rig):
+    info = replace(rig.info(), proof=replace(PROOF, memory=10**6))
+    with rig.open(info) as backend:
+        assert backend.limits.activations(Size(1, 8, 8)) == 2 * 16 * (2 * 4 + 11) * 64
+        assert backend.limits.activations(Size(1, 1080, 1920)) == 10**6
 
 
 def test_the_smallest_profile_is_the_smallest_side(rig: Rig):

@@ -343,7 +343,9 @@ def test_pycuda_waits_for_everything_where_it_should_follow_a_stream_that_is_not
     assert pycuda.log[-1] == "all waited for"
 
 
-@pytest.mark.parametrize(("asked", "message"), [("cupy", "expected cuda-python or pycuda"), ("pycuda", r"sanrt\[pycuda\]")])
+@pytest.mark.parametrize(
+    ("asked", "message"), [("cupy", "expected cuda-python or pycuda"), ("pycuda", r"install .*pycuda\]")]
+)
 def test_providers_that_are_unknown_or_missing_are_told(asked: str, message: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(PROVIDER, asked)
     monkeypatch.setattr(device, "installed", lambda module: False)
