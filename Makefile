@@ -1,14 +1,19 @@
-# Every target does its own set-up, made once: `demo` what sanrt itself needs, the others all that the tests need.
+# Every target does its own set-up, made once: `demo` and `docs` what they need, the others all that the tests need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := .venv-demo
+DOCS := .venv-docs
 
-.PHONY: demo test check clean
+.PHONY: demo docs test check clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/python -m benchmarks.demo
+
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python -m sphinx -W --keep-going -q -c docs . site
+	@echo "site/docs/index.html"
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
@@ -20,7 +25,7 @@ check: $(STAMP)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[export,cpu,openvino,rtx,kernels,ray,ray-test,formats,serve,training,dev]'
+	$(BIN)/pip install --quiet --editable '.[export,cpu,openvino,rtx,kernels,ray,ray-test,formats,serve,training,docs,dev]'
 	touch $@
 
 $(DEMO)/.installed: pyproject.toml
@@ -28,5 +33,10 @@ $(DEMO)/.installed: pyproject.toml
 	$(DEMO)/bin/pip install --quiet --editable .
 	touch $@
 
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DEMO) models demo build dist
+	rm -rf $(VENV) $(DEMO) $(DOCS) models demo build dist site
