@@ -6,7 +6,10 @@ STAMP := $(VENV)/.installed
 DEMO := .venv-demo
 DOCS := .venv-docs
 
-.PHONY: demo docs test check clean
+CORE := tests/test_files.py tests/test_upscaler.py tests/runtime/test_host.py tests/runtime/pictures tests/kernels/cpu \
+	tests/cli/test_run.py tests/cli/test_streams.py tests/cli/test_plan.py tests/cli/test_info.py tests/cli/test_doctor.py
+
+.PHONY: demo docs test elsewhere check clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/python -m benchmarks.demo
@@ -17,6 +20,10 @@ docs: $(DOCS)/.installed
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+elsewhere: $(STAMP)
+	for system in darwin win32; do echo "as on $$system:"; SANRT_AS_IF=$$system PYTHONPATH=tests/elsewhere OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -k 'not openvino and not torch' $(CORE) || exit 1; done
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,14 +6,13 @@ import ctypes
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
 from pathlib import Path
-
-import psutil
 
 CPU_FEATURES = {
     "AVX2": "avx2",
@@ -25,14 +24,15 @@ CPU_FEATURES = {
     "AMX-INT8": "amx_int8",
     "AMX-FP16": "amx_fp16",
 }
-"""Names for people, and the kernel's flags."""
+"""Names for people, and the kernel's flags; all of x86-64."""
 
 COMPUTE_CAPABILITY = (75, 76)
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
 
 CPUINFO, CGROUPS, OWN_CGROUP = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
-
+CUDA_DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+"""The library that every NVIDIA driver installs."""
 
 CACHED_FILES = ("active_file", "inactive_file", "slab_reclaimable")
 """Lines of a control group's memory.stat; in version 1 with `total_` before them."""
@@ -77,11 +77,19 @@ def fields(path: Path) -> dict[str, str]:
 
 def cpu_name() -> str:
     """The processor's name."""
-    return fields(CPUINFO).get("model name") or platform.processor() or platform.machine() or "unknown"
+    known = fields(CPUINFO).get("model name") if is_x86_64() else None
+    return known or platform.processor() or platform.machine() or "unknown"
+
+
+def is_x86_64() -> bool:
+    """Whether this process runs on x86-64; asked before /proc/cpuinfo, which in an emulator is that of the machine below."""
+    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def cpu_features() -> tuple[str, ...]:
     """Which of CPU_FEATURES the processor has: as the kernel says or, where there is no /proc, as LLVM finds."""
+    if not is_x86_64():
+        return ()
     flags = {flag.replace("_", "") for flag in fields(CPUINFO).get("flags", "").split() or llvm_features()}
     return tuple(name for name, flag in CPU_FEATURES.items() if flag.replace("_", "") in flags)
 
@@ -98,6 +106,8 @@ def llvm_features() -> Iterator[str]:
 
 def cores() -> int:
     """Cores that this process may keep busy: those it may run on, or a container's share of their time if that is less."""
+    import psutil  # here and below, as `sanrt --help` does not wait for it
+
     process = psutil.Process()
     usable = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
     return min(usable, ceil(core_quota() or usable))
@@ -132,12 +142,12 @@ def free_disk(folder: Path) -> int:
 
 @cache
 def gpus() -> Gpus:
-    """Ask the CUDA driver library, which every NVIDIA driver installs."""
+    """Ask the CUDA driver."""
     driver = next((word for word in text(NVIDIA_VERSION).split() if word.count(".") and word[0].isdigit()), "")
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        cuda = ctypes.CDLL(CUDA_DRIVER)
     except OSError:
-        return Gpus(driver=driver, problem="no NVIDIA driver (libcuda.so.1 is not there)")
+        return Gpus(driver=driver, problem=f"no NVIDIA driver ({CUDA_DRIVER} is not there)")
     if code := cuda.cuInit(0):
         return Gpus(driver=driver, problem=f"the NVIDIA driver does not start (cuInit: error {code})")
     count, supported = ctypes.c_int(), ctypes.c_int()
@@ -150,7 +160,7 @@ def gpus() -> Gpus:
 
 def free_gpu_memory(index: int) -> int | None:
     """Bytes of a GPU's memory that nobody has; None if the driver does not tell."""
-    cuda, context, free, total = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+    cuda, context, free, total = ctypes.CDLL(CUDA_DRIVER), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
     if cuda.cuInit(0) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), index):
         return None
     cuda.cuCtxPushCurrent_v2(context)
@@ -178,6 +188,8 @@ def free_host_memory() -> int:
 
     Cached files are given up when memory is wanted, so they do not count as used.
     """
+    import psutil
+
     limits = [free for folder in cgroup_folders("memory") if (free := free_in_cgroup(folder)) is not None]
     return min([int(psutil.virtual_memory().available), *limits])
 
@@ -198,4 +210,10 @@ def reserve(descriptor: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     else:
-        os.truncate(descriptor, size)
+        os.ftruncate(descriptor, size)
+
+
+def call_after_fork(action: Callable[[], object]) -> None:
+    """Have `action` called in every process that is forked from this one; Windows forks none."""
+    if sys.platform != "win32":
+        os.register_at_fork(after_in_child=action)

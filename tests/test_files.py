@@ -63,6 +63,8 @@ def test_the_next_write_removes_what_a_killed_one_left_and_spares_what_is_being_
         assert len(list(tmp_path.iterdir())) == 2
         process.kill()
     assert len(list(tmp_path.iterdir())) == 2
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))  # on Windows the young ones are spared
     write_whole(tmp_path / "b.onnx", b"after")
     assert [each.name for each in tmp_path.iterdir()] == ["b.onnx"]
 
@@ -73,6 +75,7 @@ def test_a_named_pipe_called_like_a_leftover_does_not_stop_anybody(tmp_path):
     assert (tmp_path / ".a.sanrt-b.partial").is_fifo()
 
 
+@pytest.mark.skipif(files.sys.platform == "win32", reason="Windows removes no file that is open")
 def test_a_file_that_is_swept_away_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
     lock, removed = files.fcntl.flock, []
 

@@ -101,7 +101,7 @@ def test_help_loads_nothing_heavy(command):
     )
     loaded = set(python(code, *command).stdout.splitlines()[-1].split())
     assert "sanrt.cli.run" in loaded
-    assert not loaded & {*OPTIONAL, "numpy", "pyvips", "rich"}
+    assert not loaded & {*OPTIONAL, "numpy", "pyvips", "psutil", "rich"}
 
 
 def test_running_an_exported_model_loads_neither_torch_nor_onnx(tiny_model, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ POINTER = FLOAT.as_pointer()
 PMADD = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
 PMADD_FEATURE = {16: "avx512bw", 8: "avx2", 4: "sse2"}
 """x86's multiply-and-add of 16-bit pairs, and the CPU feature that has it, for vectors of so many float32 lanes."""
+YIELD = "sanrt_yield"
+"""What compiled code calls to let another thread run."""
 TO_L1, OF_DATA = 3, 1
 """Arguments of llvm.prefetch: into the first-level cache; data, not instructions."""
 ROUND_DOWN, CURRENT_ROUNDING = 1, 4
@@ -63,13 +66,21 @@ class Processor:
 @cache
 def this_processor() -> Processor:
     """The processor that this process runs on."""
-    found = binding.get_host_cpu_features()
-    # Four lanes (SSE2, NEON) are there on every processor that LLVM compiles these kernels for.
-    lanes = 16 if found.get("avx512f") else 8 if found.get("avx2") and found.get("fma") else 4
-    registers = 32 if lanes == 16 or found.get("neon") else 16
-    pairs = PMADD[lanes] if binding.get_default_triple().startswith("x86_64") and found.get(PMADD_FEATURE[lanes]) else ""
-    exponents = lanes == 16 and bool(found.get("avx512dq"))
-    return Processor(binding.get_host_cpu_name(), found.flatten(), lanes, registers, pairs, exponents)
+    return described(binding.get_default_triple(), binding.get_host_cpu_name(), binding.get_host_cpu_features())
+
+
+def described(triple: str, name: str, features: Any) -> Processor:
+    """A processor by LLVM's target triple, name and feature map; here alone is decided how wide its vectors are.
+
+    Its architecture comes first: under an emulator, flags may be those of the machine that emulates.
+    """
+    # Vectors of 128 bits (SSE2, NEON) are there on every processor that LLVM compiles these kernels for.
+    if not triple.startswith("x86_64"):
+        return Processor(name, features.flatten(), lanes=4, registers=32 if triple.startswith(("aarch64", "arm64")) else 16)
+    lanes = 16 if features.get("avx512f") else 8 if features.get("avx2") and features.get("fma") else 4
+    pairs = PMADD[lanes] if features.get(PMADD_FEATURE[lanes]) else ""
+    exponents = lanes == 16 and bool(features.get("avx512dq"))
+    return Processor(name, features.flatten(), lanes, 32 if lanes == 16 else 16, pairs, exponents)
 
 
 class Code(ir.IRBuilder):  # type: ignore[misc]
@@ -135,8 +146,8 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
         return self.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), ir.Constant(self.integers, order))
 
     def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        """a * b + c, rounded once."""
-        return self.call(self.intrinsic("fma", 3), [a, b, c])
+        """a * b + c, rounded once where one instruction does both, else twice: a call would take twelve times as long."""
+        return self.call(self.intrinsic("fmuladd", 3), [a, b, c])
 
     def scaled_add(self, factor: float, a: ir.Value, b: ir.Value) -> ir.Value:
         """factor * a + b."""
@@ -210,7 +221,7 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
         return [ir.Constant(self.vector, ir.Undefined), ir.Constant(SHORT, -1), ir.Constant(WORD, CURRENT_ROUNDING)]
 
     def intrinsic(self, name: str, operands: int) -> ir.Function:
-        """An LLVM intrinsic over float32 vectors, such as llvm.fma.v16f32."""
+        """An LLVM intrinsic over float32 vectors, such as llvm.floor.v16f32."""
         return self.declared(f"llvm.{name}.v{self.lanes}f32", self.vector, [self.vector] * operands)
 
     def declared(self, name: str, result: ir.Type, operands: Sequence[ir.Type]) -> ir.Function:
@@ -242,7 +253,7 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
         self.position_at_end(head)
         self.cbranch(self.icmp_signed("!=", self.load_atomic(flag, "acquire", 8), self.index(0)), after, idle)
         self.position_at_end(idle)
-        self.call(self.declared("sched_yield", WORD, []), [])
+        self.call(self.declared(YIELD, WORD, []), [])
         self.branch(head)
         self.position_at_end(after)
 
@@ -317,6 +328,7 @@ class Module:
 
     def compile(self) -> dict[str, Callable[..., None]]:
         """The functions by name, called with addresses and integers; ctypes releases the GIL around each call."""
+        provide_yield()
         engine = binding.create_mcjit_compiler(binding.parse_assembly(""), self.machine())
         engine.add_object_file(binding.ObjectFileRef.from_data(self.machine_code()))
         engine.finalize_object()
@@ -352,3 +364,13 @@ class Module:
         return target.create_target_machine(
             cpu=self.processor.name, features=self.processor.features, opt=3, reloc="pic", codemodel="jitdefault"
         )
+
+
+@cache
+def provide_yield() -> None:
+    """Tell LLVM where the system's call is by which a thread lets another one run: its name differs."""
+    if sys.platform == "win32":
+        system = ctypes.windll.kernel32.SwitchToThread
+    else:
+        system = ctypes.CDLL(None).sched_yield
+    binding.add_symbol(YIELD, ctypes.cast(system, ctypes.c_void_p).value)

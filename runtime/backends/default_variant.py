@@ -87,8 +87,8 @@ def read_preference(path: Path) -> Preference | None:
         precision = None if facts["precision"] is None else Precision(facts["precision"])
         choice = Preference(**{**facts, "precision": precision})
         backend = ALIASES.get(choice.backend, choice.backend)
-        texts = (choice.model, choice.backend, choice.exported, choice.machine)
-        if not all(isinstance(text, str) for text in texts) or backend not in backend_names() or "/" in choice.model:
+        texts, beside = (choice.model, choice.backend, choice.exported, choice.machine), Path(choice.model).name
+        if not all(isinstance(text, str) for text in texts) or backend not in backend_names() or beside != choice.model:
             raise ValueError(f"{choice.model!r} on {choice.backend!r}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         log.warning("%s: names no model and backend of this sanrt (%s), so it is passed over; remove it", path, error)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NoReturn, Self, cast
@@ -20,6 +19,7 @@ from sanrt.arrays import Array
 from sanrt.errors import BackendError
 from sanrt.model.spec import Precision
 from sanrt.runtime.backends.protocol import Backend, DeviceMaps, Stages, fork_error
+from sanrt.runtime.host import call_after_fork
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def after_fork() -> None:
         loaded.after_fork()
 
 
-os.register_at_fork(after_in_child=after_fork)
+call_after_fork(after_fork)
 
 
 def never_free(kept: object) -> None:

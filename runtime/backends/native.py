@@ -30,11 +30,11 @@ NAME = "native"
 
 
 def status() -> BackendStatus:
-    """Whether llvmlite, which compiles the kernels, is installed; `auto` takes it on the kinds of processors measured."""
+    """Whether llvmlite, which compiles the kernels, is installed; `auto` prefers it on the kinds of processors measured."""
     installed = library_version("llvmlite")
     if installed and library_version("threadpoolctl"):
         vectors = [name for name in ("AVX-512", "AVX2") if name in machine.cpu_features()]
-        reason = f"runs on the CPU ({vectors[0] if vectors else 'no AVX2: slow on x86, not measured elsewhere'})"
+        reason = f"runs on the CPU ({vectors[0] if vectors else 'vectors of 128 bits, slower and not measured'})"
         return BackendStatus(NAME, __version__, True, reason, automatic=bool(vectors))
     missing = "threadpoolctl" if installed else "llvmlite"
     return BackendStatus(NAME, __version__, False, f"{missing} is not installed", install_command("cpu"))

@@ -96,7 +96,7 @@ class BackendStatus:
     remedy: str = ""
     """The command that makes it usable, where there is one."""
     automatic: bool = True
-    """Whether `auto` takes it here when it is usable."""
+    """Whether `auto` takes it here when it is usable; else it is a last resort."""
 
 
 @dataclass(frozen=True)

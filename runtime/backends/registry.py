@@ -193,13 +193,18 @@ def computes_in_8_bits(model: Path) -> bool:
 def automatic_choice(
     names: Iterable[str], model: Path | None = None, options: RunOptions | None = None
 ) -> BackendStatus | None:
-    """The first of these backends that `auto` may take here, for a model if one is given; why others are not is logged."""
-    options = options or RunOptions()
+    """The first of these backends that `auto` prefers here, for a model if one is given; why others are not is logged.
+
+    Where none of those is usable, it is the last one that is.
+    """
+    options, chosen = options or RunOptions(), None
     for found in (status(name, options.device) for name in names):
         others = model and model.suffix != SUFFIX  # an engine's own refusal is told when it is loaded
-        if found.usable and found.automatic and not (model and others and passed_over(found.name, model, options)):
-            return found
-    return None
+        if found.usable and not (model and others and passed_over(found.name, model, options)):
+            chosen = found
+            if found.automatic:
+                break
+    return chosen
 
 
 def passed_over(name: str, model: Path, options: RunOptions) -> bool:

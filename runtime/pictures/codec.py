@@ -402,16 +402,23 @@ def write_picture(
     with libvips.writing(f"{output.path}: cannot be written"):
         image = _with_metadata(_encodable(output, rgb, alpha), output)
         with replacing(output.path) as file:
-            target = vips().Target.new_to_descriptor(file.fileno())
-            try:
-                getattr(image, f"{output.format.facts.libvips}save_target")(target, **_saver_options(output))
-            except vips().Error:
-                _raise_if_full(file)
-                raise
+            _encode(image, output, file)
             metadata.put(file, output.format, output.metadata)
             if output.provenance:
                 seal(file, output.format, output.provenance)
             look_again()
+
+
+def _encode(image: pyvips.Image, output: Output, file: IO[bytes]) -> None:
+    """The encoded image into an open file. libvips' target, which duplicates the descriptor, does not outlive the call."""
+    target = vips().Target.new_to_descriptor(file.fileno())
+    try:
+        getattr(image, f"{output.format.facts.libvips}save_target")(target, **_saver_options(output))
+    except vips().Error as error:
+        del target
+        error.__traceback__ = None  # whose frames hold it too
+        _raise_if_full(file)
+        raise
 
 
 def _raise_if_full(file: IO[bytes]) -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import mimetypes
 import os
 import re
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from sanrt.errors import PictureError, UsageError
@@ -22,6 +27,8 @@ ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}$")
 """Of file names; `v1.2` has none."""
 NAMED = 3
 """Of many files so many are named; the others are counted."""
+NO_WINDOWS_NAME = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*[<>:\"/\\|?*\x00-\x1f].*|.*[. ]", re.IGNORECASE)
+"""Names of devices, and what Windows allows in no file's name or drops from its end."""
 
 
 class Replaceable(Enum):
@@ -55,16 +62,18 @@ class Naming:
     """The format of every result; None keeps each source's own (GIF becomes PNG)."""
 
     def __post_init__(self) -> None:
-        if set(self.suffix) & set("/\0"):
+        if set(self.suffix) & {"/", os.sep, "\0"}:
             raise UsageError(f"--suffix {self.suffix!r}: expected a part of a file name, such as _x4; folders are OUTPUT's")
 
     def of(self, source: Path) -> str:
         """The result's file name; an ending that stands for no format is replaced by that of the content (PNG, if none)."""
-        form = Format.of_suffix(source)
-        if self.format is None and form is not None and form.written_as is form:
-            return source.stem + self.suffix + source.suffix
-        wanted = self.format or (form or _format_of_content(source)).written_as
-        return source.stem + self.suffix + wanted.facts.suffixes[0]
+        form, ending = Format.of_suffix(source), source.suffix
+        if self.format is not None or form is None or form.written_as is not form:
+            ending = (self.format or (form or _format_of_content(source)).written_as).facts.suffixes[0]
+        name = source.stem + self.suffix + ending
+        if sys.platform == "win32" and NO_WINDOWS_NAME.fullmatch(name):
+            raise UsageError(f"{source}: its result would be {name!r}, which is no file's name on Windows; rename it")
+        return name
 
 
 def find_pictures(
@@ -232,10 +241,10 @@ def _told_apart(jobs: list[Job]) -> list[Job]:
 
 def _check_conflicts(jobs: list[Job]) -> None:
     taken: dict[Path, Path] = {}
-    sources = {place: job.source for job in jobs for place in (_place(job.source), job.source.resolve())}
+    sources = {place: job.source for job in jobs for place in (_place(job.source), _place(job.source.resolve()))}
     for job in jobs:
         place = _place(job.destination)
-        if place in (_place(job.source), job.source.resolve()):
+        if place in (_place(job.source), _place(job.source.resolve())):
             raise UsageError(f"{job.source}: the result would replace it; choose another output or --suffix")
         if place in sources:
             raise UsageError(
@@ -250,8 +259,25 @@ def _check_conflicts(jobs: list[Job]) -> None:
 
 
 def _place(path: Path) -> Path:
-    """The file's folder resolved, its own name not: a link is replaced, not followed, on writing."""
-    return path.parent.resolve() / path.name
+    """The file's folder resolved, its own name not: a link is replaced, not followed, on writing.
+
+    Where the file system takes names that differ in case alone for one file, so does this.
+    """
+    folder = path.parent.resolve()
+    place = folder / path.name
+    return Path(unicodedata.normalize("NFC", str(place)).casefold()) if _ignores_case(folder) else place
+
+
+@cache
+def _ignores_case(folder: Path) -> bool:
+    """Whether the file system there ignores case: seen by any name in the folder, else by its own."""
+    if isinstance(folder, RemotePath):
+        return False
+    with suppress(OSError):
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        names = [path for path in (*islice(there.iterdir(), 1), there) if path.name.swapcase() != path.name]
+        return any(path.with_name(path.name.swapcase()).samefile(path) for path in names[:1])
+    return False
 
 
 def _format_of_content(path: Path) -> Format:

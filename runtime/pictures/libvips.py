@@ -17,6 +17,7 @@ from threading import Condition, Lock, local
 from typing import Any, TypeVar
 
 from sanrt.errors import PictureError
+from sanrt.runtime.host import call_after_fork
 
 T = TypeVar("T")
 
@@ -74,7 +75,7 @@ class Locks:
 
 
 LOCKS, WARNINGS = Locks(), WarningsOfLibjpeg()
-os.register_at_fork(after_in_child=LOCKS.__init__)  # type: ignore[misc]  # their holders are not in the child
+call_after_fork(LOCKS.__init__)  # type: ignore[misc]  # their holders are not in the child
 
 
 class DamagedError(Exception):

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
-from pathlib import Path, PosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from sanrt.errors import PictureError, SanrtError, UsageError
@@ -26,7 +26,7 @@ OBJECT_STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss"})
 URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)")
 
 
-class RemotePath(PosixPath):
+class RemotePath(Path, PurePosixPath):
     """A file or folder behind a URL, with as much of Path's behaviour as finding pictures and telling of them needs."""
 
     def __str__(self) -> str:

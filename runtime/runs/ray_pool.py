@@ -7,10 +7,8 @@ either give up when a worker dies or send the same batch out for ever, without t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
-import secrets
 import socket
 import tempfile
 import time
@@ -27,7 +25,7 @@ from typing import Any, Self
 
 from sanrt.errors import BackendError, PictureError, SanrtError, UsageError
 from sanrt.extras import extra
-from sanrt.files import remove_leftovers
+from sanrt.files import locked_file, remove_leftovers
 from sanrt.model.spec import ModelSpec
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, engines_of, json_path, read_engine
@@ -406,18 +404,16 @@ def shared_folder_probe(folder: Path) -> Iterator[Path | None]:
     if isinstance(folder, RemotePath):
         yield None
         return
-    path = folder / f".shared-folder-probe.sanrt-{secrets.token_hex(4)}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("wb")
+        path, file = locked_file(folder / "shared-folder-probe")
     except OSError as error:
         raise PictureError(f"{folder}: cannot be written ({error.strerror})") from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
+    try:
+        with file:
             yield path
-        finally:
-            path.unlink(missing_ok=True)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 import re
 import secrets
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -17,10 +18,15 @@ from typing import IO
 
 from sanrt.errors import FileError, ModelError
 
+if sys.platform != "win32":
+    import fcntl
+
 log = logging.getLogger(__name__)
 
 LEFTOVER = re.compile(r"\..*\.sanrt-([0-9a-f]{8}|[0-9a-f]{16})\.partial")
 """Names of files that a killed process left half-written."""
+RENAME_SECONDS = 60
+"""Age at which a leftover counts as abandoned on Windows, where a file is closed just before it is renamed."""
 SOURCES = (".py", ".cu", ".cuh")
 SEAL = hashlib.sha256().digest_size
 """Bytes of the digest at the beginning of a kept file: damaged code, or a damaged model, would be wrong without a word."""
@@ -36,24 +42,33 @@ def replacing(path: Path, remedy: str = "choose another place") -> Iterator[IO[b
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished, file = locked_file(path)
-        with file:
-            try:
+        try:
+            with file:
                 yield file
                 file.flush()
+                if sys.platform == "win32":  # which renames no open file
+                    file.close()
                 unfinished.replace(path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+        finally:
+            with suppress(OSError):  # it took its place; or the body failed, which is to be told
+                unfinished.unlink()
     except OSError as error:
+        if sys.platform == "win32" and isinstance(error, PermissionError) and path.exists():
+            remedy = f"close what has it open, or {remedy}"
         raise FileError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
 
 
 def locked_file(path: Path) -> tuple[Path, IO[bytes]]:
-    """A new empty file beside `path`, under a name of its own, and locked."""
+    """A new empty file beside `path`, under a name of its own, and locked.
+
+    On Windows it is as good as locked while it is open: nobody can remove it.
+    """
     while True:
         unfinished = path.with_name(f".{path.name[:50]}.sanrt-{secrets.token_hex(8)}.partial")
         file = unfinished.open("xb+")
-        with suppress(OSError):  # file systems without locks, where `remove_leftovers` gets none either
-            fcntl.flock(file, fcntl.LOCK_EX)
+        if sys.platform != "win32":
+            with suppress(OSError):  # file systems without locks, where `remove_leftovers` gets none either
+                fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             return unfinished, file
         file.close()  # taken for a leftover and removed between the two calls
@@ -71,8 +86,8 @@ def require_writable(path: Path, remedy: str = "choose another place") -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished, file = locked_file(path)
-        with file:
-            unfinished.unlink()
+        file.close()
+        unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise FileError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
 
@@ -88,11 +103,22 @@ def remove_leftovers(folder: Path) -> list[Path]:
     for leftover in found:
         if not LEFTOVER.fullmatch(leftover.name) or leftover.is_symlink() or not leftover.is_file():
             continue  # opening a pipe would wait for its writer
-        with suppress(OSError), leftover.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
+        with suppress(OSError):
+            remove_abandoned(leftover)
             removed.append(leftover)
     return removed
+
+
+def remove_abandoned(leftover: Path) -> None:
+    """Remove an unfinished file; OSError if its writer lives."""
+    if sys.platform == "win32":
+        if time.time() - leftover.stat().st_mtime < RENAME_SECONDS:
+            raise BlockingIOError
+        leftover.unlink()
+    else:
+        with leftover.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
 
 
 def cache_folder() -> Path:

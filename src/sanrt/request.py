@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -119,7 +120,7 @@ class Request:
         label = str(size) or f"x{network(choice.scale)[1].architecture.scale}"
         beside = [] if named[1:] else [output_beside(named[0], label, self.naming)]
         *inputs, output = named + beside
-        jobs = find_pictures(inputs, output, self.naming, into_folder=self.paths[-1].endswith("/"))
+        jobs = find_pictures(inputs, output, self.naming, into_folder=self.paths[-1].endswith(("/", os.sep)))
         require_effect(self.encoding, {Format.of_suffix(job.destination) or Format.PNG for job in jobs})
         asked: list[tuple[ModelChoice, Part]] = []
         recipes: dict[Job, Recipe] = {}

@@ -108,6 +108,8 @@ def test_a_containers_share_of_the_cores_is_told(files, expected, monkeypatch, t
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    (tmp_path / "own").write_text("0::/\n4:cpu,cpuacct:/\n")
+    monkeypatch.setattr(machine, "OWN_CGROUP", tmp_path / "own")
     assert machine.core_quota() == expected
 
 

@@ -73,3 +73,13 @@ def test_memory_and_processors_are_told_where_there_is_nothing_of_linux(monkeypa
     with (tmp_path / "scratch").open("wb") as file:
         host.reserve(file.fileno(), 1000)
     assert (tmp_path / "scratch").stat().st_size == 1000
+
+
+def test_the_architecture_is_asked_before_the_flags_as_an_emulator_shows_those_of_the_machine_below(monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text("model name : An x86\nflags : sse2 avx2 avx512f avx512_vnni\n")
+    monkeypatch.setattr(host, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(host.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(host.platform, "processor", lambda: "")
+    assert (host.cpu_features(), host.cpu_name()) == ((), "aarch64")
+    monkeypatch.setattr(host.platform, "machine", lambda: "AMD64")
+    assert (host.cpu_features(), host.cpu_name()) == (("AVX2", "AVX-512", "AVX512-VNNI"), "An x86")

@@ -98,10 +98,11 @@ def output_failed(error: OSError) -> int:
     if error.errno not in WRITE_ERRORS:
         raise error
     sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - what is left in it would be tried again on exit
-    if error.errno != errno.EPIPE:
+    if error.errno not in READER_LEFT:
         tell(f"sanrt: standard output: cannot be written ({error.strerror}); free some space", error=True)
     return 1
 
 
-WRITE_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+READER_LEFT = (errno.EPIPE, errno.EINVAL) if sys.platform == "win32" else (errno.EPIPE,)
+WRITE_ERRORS = (*READER_LEFT, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Of writing to a stream; all other files' are told where they are written."""

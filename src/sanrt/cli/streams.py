@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -61,9 +62,9 @@ def standard_streams(paths: Sequence[str], naming: Naming) -> Iterator[tuple[Seq
                 shutil.copyfileobj(sys.stdin.buffer, file)
         result = Path(folder, "standard output", naming.of(located(source)))
         try:
-            yield [source, str(result) if output == STREAM else output], f"{folder}/"
+            yield [source, str(result) if output == STREAM else output], f"{folder}{os.sep}"
         except SanrtError as problem:
-            raise type(problem)(str(problem).replace(f"{folder}/", "")) from None
+            raise type(problem)(str(problem).replace(f"{folder}{os.sep}", "")) from None
         if output == STREAM and result.exists():
             with result.open("rb") as file:
                 shutil.copyfileobj(file, sys.stdout.buffer)

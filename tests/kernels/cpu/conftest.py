@@ -1,4 +1,4 @@
-"""Kernels compiled anew, for this processor and for any other of its family."""
+"""Kernels compiled anew, for this processor and for any other of its architecture."""
 
 from __future__ import annotations
 
@@ -12,13 +12,22 @@ def cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(params=["this processor", "narrow vectors"])
-def processor(request, monkeypatch):
-    from sanrt.kernels.cpu import attention, ir, schedule, soca, winograd
+@pytest.fixture
+def narrow(monkeypatch):
+    """`narrow()`: from then on code is made in vectors of 128 bits, whatever the processor has."""
+    from sanrt.kernels.cpu import attention, ir, network, schedule, soca, winograd
     from tests.kernels.cpu.references import NARROW
 
-    if request.param == "narrow vectors":
-        for module in (ir, winograd, attention, schedule, soca):
+    def take():
+        for module in (ir, winograd, attention, schedule, soca, network):
             monkeypatch.setattr(module, "this_processor", lambda: NARROW)
         for module in (schedule, attention, soca):
             monkeypatch.setattr(module, "kernels", module.kernels.__wrapped__)
+
+    return take
+
+
+@pytest.fixture(params=["this processor", "128-bit vectors"])
+def processor(request, narrow):
+    if request.param == "128-bit vectors":
+        narrow()

@@ -7,15 +7,14 @@ import threading
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("llvmlite")
 
-from sanrt.kernels.cpu import schedule  # noqa: E402
-from sanrt.kernels.cpu.schedule import ConvolutionSchedule, Step  # noqa: E402
-from sanrt.kernels.cpu.soca import empty_moments  # noqa: E402
-from sanrt.kernels.cpu.winograd import Arithmetic, Convolution  # noqa: E402
-from sanrt.kernels.cpu.workers import Workers  # noqa: E402
-from tests.kernels.cpu.references import ARITHMETIC, assert_close, block_steps, filled, random  # noqa: E402
+from sanrt.kernels.cpu import schedule
+from sanrt.kernels.cpu.schedule import ConvolutionSchedule, Step
+from sanrt.kernels.cpu.soca import empty_moments
+from sanrt.kernels.cpu.winograd import Arithmetic, Convolution
+from sanrt.kernels.cpu.workers import Workers
+from tests.kernels.cpu.references import ARITHMETIC, assert_close, block_steps, filled, random
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)

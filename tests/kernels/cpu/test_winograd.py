@@ -1,18 +1,17 @@
-"""Convolutions by Winograd's transform against PyTorch in float64, on this processor and written for narrower vectors."""
+"""Convolutions by Winograd's transform against their definition, on this processor and in vectors of 128 bits."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("llvmlite")
 
-from sanrt.kernels.cpu import winograd  # noqa: E402
-from sanrt.kernels.cpu.schedule import ConvolutionSchedule, Step  # noqa: E402
-from sanrt.kernels.cpu.winograd import Convolution, PaddedMap, winograd_transform  # noqa: E402
-from sanrt.kernels.cpu.workers import Workers  # noqa: E402
-from tests.kernels.cpu.references import ARITHMETIC, INT16, assert_close, expected, filled, random  # noqa: E402
+from sanrt.kernels.cpu import winograd
+from sanrt.kernels.cpu.schedule import ConvolutionSchedule, Step
+from sanrt.kernels.cpu.winograd import Convolution, PaddedMap, winograd_transform
+from sanrt.kernels.cpu.workers import Workers
+from tests.kernels.cpu.references import ARITHMETIC, INT16, assert_close, expected, filled, random
 
 
 @pytest.mark.parametrize(
@@ -29,7 +28,7 @@ from tests.kernels.cpu.references import ARITHMETIC, INT16, assert_close, expect
 )
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_convolution_gives_what_pytorch_gives(processor, inputs, outputs, taps, height, width, arithmetic, threads):
+def test_a_convolution_gives_what_its_definition_gives(processor, inputs, outputs, taps, height, width, arithmetic, threads):
     weight, bias = random(outputs, inputs, taps, taps, seed=1) / 10, random(outputs, seed=2)
     gate = np.zeros(winograd.whole_vectors(inputs), np.float32)
     gate[:inputs] = random(inputs, seed=3)

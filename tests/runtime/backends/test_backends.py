@@ -373,6 +373,8 @@ def test_auto_takes_the_first_usable_backend_that_pays_here(monkeypatch):
     assert backends.automatic_choice(AUTO_ORDER).name == "onnxruntime"
     statuses(monkeypatch, {"torch", "openvino"})
     assert backends.automatic_choice(AUTO_ORDER).name == "torch"
+    statuses(monkeypatch, {"openvino"})
+    assert backends.automatic_choice(AUTO_ORDER).name == "openvino"  # not what pays here, and the only one
     statuses(monkeypatch, set())
     assert backends.automatic_choice(AUTO_ORDER) is None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sanrt.errors import PictureError, UsageError
+from sanrt.runtime.pictures import jobs
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.jobs import Naming, find_pictures, output_beside, passed_over
 
@@ -232,3 +233,32 @@ def test_a_named_picture_with_a_results_name_is_neither_left_out_nor_replaced(tm
         find_pictures([tmp_path / "a.png", tmp_path / "a_x2.png"], tmp_path, Naming("_x2"), into_folder=True)
     with pytest.raises(UsageError, match="would replace it"):
         find_pictures([tmp_path], tmp_path, Naming("_x2"))
+
+
+def test_results_whose_names_differ_in_case_alone_are_refused_where_the_file_system_takes_them_for_one(folder, monkeypatch):
+    touch("other/A.png")
+    assert len(plan("in/a.PNG", "other/A.png")) == 2
+    monkeypatch.setattr(jobs, "_ignores_case", lambda _: True)
+    with pytest.raises(UsageError, match=r"in/a\.PNG and other/A\.png would both become out/A\.png"):
+        plan("in/a.PNG", "other/A.png")
+    with pytest.raises(UsageError, match=r"in/a\.PNG: the result would replace it"):
+        plan("in/a.PNG", output="in/A.png")
+
+
+def test_a_file_system_that_ignores_case_is_known_by_the_names_in_it(tmp_path):
+    for folder in ("exact", "either"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").touch()
+    (tmp_path / "either" / "A.PNG").symlink_to("a.png")  # as such a file system finds it
+    assert not jobs._ignores_case(tmp_path / "exact" / "new" / "folder")
+    assert jobs._ignores_case(tmp_path / "either" / "new" / "folder")
+
+
+@pytest.mark.parametrize("name", ["aux.png", "COM1.jpg", "a:b.png", "what?.png", "a\\b.png"])
+def test_names_that_windows_does_not_have_are_refused_there(name, monkeypatch):
+    monkeypatch.setattr(jobs.sys, "platform", "linux")
+    assert Naming().of(Path(name)) == name
+    monkeypatch.setattr(jobs.sys, "platform", "win32")
+    with pytest.raises(UsageError, match="which is no file's name on Windows"):
+        Naming().of(Path(name))
+    assert Naming().of(Path("auxiliary.png")) == "auxiliary.png"

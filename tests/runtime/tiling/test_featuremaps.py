@@ -9,6 +9,7 @@ import pytest
 
 from sanrt.errors import OutOfMemoryError, ScratchError
 from sanrt.geometry import Box
+from sanrt.runtime.tiling import featuremaps
 from sanrt.runtime.tiling.featuremaps import BAND, FeatureStore, Fetched, MemoryMap, ScratchMap
 
 
@@ -97,7 +98,7 @@ def test_a_full_disk_is_told_at_once(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(featuremaps, "reserve", full)
     with pytest.raises(ScratchError, match=r"no scratch file of 0\.4 GB \(No space left on device\); free some space"):
         FeatureStore(0, tmp_path).new(10, 3000, 3200)
     assert list(tmp_path.iterdir()) == []
