@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sanrt.errors import PictureError
+from sanrt.errors import PictureError, system_reason
 from sanrt.export.bicubic import degrade
 from sanrt.export.scene import natural_scene
 from sanrt.geometry import Box
@@ -91,7 +91,7 @@ def pictures_in(folder: Path) -> list[Path]:
             [p for p in sorted(folder.rglob("*")) if Format.of_suffix(p) and p.is_file()] if list(folder.iterdir()) else []
         )
     except OSError as error:
-        raise PictureError(f"{folder}: cannot be read ({error.strerror}); expected a folder of pictures") from error
+        raise PictureError(f"{folder}: cannot be read ({system_reason(error)}); expected a folder of pictures") from error
     if not found:
         raise PictureError(f"{folder}: no pictures in it; expected a folder of PNG, JPEG, WebP or TIFF files")
     return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -161,3 +163,47 @@ def test_leftovers_of_other_kinds_stay(tmp_path):
     for name in ("a.partial", ".a.partial", "a.sanrt-1.partial"):
         (tmp_path / name).touch()
     assert remove_leftovers(tmp_path) == []
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place_and_its_name_afterwards(tmp_path, monkeypatch):
+    path, seen = tmp_path / "a", []
+
+    def fsync(descriptor):
+        seen.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), os.fstat(descriptor).st_size, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole(path, b"content")
+    (is_folder, size, exists), (is_folder_then, _, exists_then) = seen
+    assert (is_folder, size, exists) == (False, 7, False)
+    assert (is_folder_then, exists_then) == (True, True)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_say_what_is_on_the_disk_is_written_to(tmp_path, monkeypatch, code):
+    def fsync(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole(tmp_path / "a", b"content")
+    assert (tmp_path / "a").read_bytes() == b"content"
+
+
+def test_a_disk_that_fails_on_the_way_is_told_and_the_file_stays_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"before")
+
+    def fsync(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(FileError, match="Input/output error"):
+        write_whole(tmp_path / "a", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"before"
+
+
+def test_an_error_of_the_system_in_a_librarys_words_is_told_in_these(tmp_path):
+    with (
+        pytest.raises(FileError, match=r"cannot be written \(the library's words\); choose"),
+        files.replacing(tmp_path / "a"),
+    ):
+        raise OSError("its own words")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sanrt.errors import SanrtError, UsageError
+from sanrt.errors import SanrtError, UsageError, system_reason
 from sanrt.extras import install_command
 from training.command import run
 
@@ -40,7 +40,7 @@ def read_log(path: Path) -> list[Row]:
     try:
         rows: list[Row] = [json.loads(line) for line in path.read_text().splitlines()]
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); expected a log of training.train") from error
+        raise UsageError(f"{path}: cannot be read ({system_reason(error)}); expected a log of training.train") from error
     except ValueError as error:
         raise UsageError(f"{path}: not a log of training.train ({error})") from error
     if not rows or not all(isinstance(row, dict) and "step" in row for row in rows):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, ZipInfo
 
-from sanrt.errors import ModelError, UsageError
+from sanrt.errors import ModelError, UsageError, system_reason
 from sanrt.files import cache_folder, remove_leftovers, replacing
 from sanrt.model.spec import PREFIX, ModelSpec, Precision
 from sanrt.runtime.artifacts.flavors import TITLES, Flavor, installed_version
@@ -232,7 +232,7 @@ def read_engine(path: Path) -> EngineInfo:
         intact = facts["identity_digest"] == identity.digest
     except OSError as error:
         raise ModelError(
-            f"{path}: its facts {beside.name} cannot be read ({error.strerror}); build it with `sanrt build --fp16`"
+            f"{path}: its facts {beside.name} cannot be read ({system_reason(error)}); build it with `sanrt build --fp16`"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
         raise ModelError(
@@ -259,7 +259,7 @@ def read_engine_bytes(info: EngineInfo) -> bytes:
     try:
         content = info.path.read_bytes()
     except OSError as error:
-        raise ModelError(f"{info.path}: cannot be read ({error.strerror}); rebuild with `{info.command}`") from error
+        raise ModelError(f"{info.path}: cannot be read ({system_reason(error)}); rebuild with `{info.command}`") from error
     if (found := len(content)) != info.size:
         raise ModelError(
             f"{info.path}: damaged ({found} bytes, expected {info.size}); copy it again or rebuild with `{info.command}`"

@@ -10,7 +10,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import BinaryIO
 
-from sanrt.errors import ModelError, UsageError
+from sanrt.errors import ModelError, UsageError, system_reason
 from sanrt.model.bundled import FOLDER as BUNDLED_FOLDER
 from sanrt.model.bundled import PHOTO_QUALITY, WeightsKind, bundled_checkpoint, bundled_name, has_bundled, read_weights
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
@@ -95,7 +95,7 @@ def read_spec(path: Path) -> ModelSpec:
         with path.open("rb") as file:
             return spec_in(file, str(path))
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+        raise ModelError(f"{path}: cannot be read ({system_reason(error)}); {REMEDY}") from error
 
 
 def spec_in(file: BinaryIO, subject: str) -> ModelSpec:

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sanrt.errors import PictureError, TooManyPixelsError
+from sanrt.errors import PictureError, TooManyPixelsError, system_reason
 from sanrt.files import replacing
 from sanrt.runtime.pictures import jpeg, libvips, metadata, pillow, tiff
 from sanrt.runtime.pictures.formats import Format
@@ -221,7 +221,7 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(4096)
     except OSError as error:
-        raise PictureError(f"{path}: cannot be read ({error.strerror})") from None
+        raise PictureError(f"{path}: cannot be read ({system_reason(error)})") from None
 
 
 def _unknown(head: bytes) -> str:

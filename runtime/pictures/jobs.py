@@ -16,7 +16,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from sanrt.errors import PictureError, UsageError
+from sanrt.errors import PictureError, UsageError, system_reason
 from sanrt.extras import install_command
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.kinds import by_kind, kind_of_suffix
@@ -214,7 +214,7 @@ def _is_seen(file: Path, folder: Path, skipped: Path) -> bool:
 
 
 def _raise_unreadable(error: OSError) -> None:
-    raise PictureError(f"{error.filename}: folder cannot be read ({error.strerror})")
+    raise PictureError(f"{error.filename}: folder cannot be read ({system_reason(error)})")
 
 
 def _without_results(jobs: list[Job]) -> list[Job]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sanrt.errors import PictureError
+from sanrt.errors import ScratchError, system_reason
 from sanrt.runtime.host import reserve
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class ScratchPicture:
     """
 
     def __init__(self, width: int, height: int, bands: int, dtype: type[np.uint8 | np.uint16], folder: Path) -> None:
-        """PictureError if `folder` has not the space for it, or cannot be written."""
+        """ScratchError if `folder` has not the space for it, or cannot be written."""
         self.width, self.height, self.bands, self.dtype = width, height, bands, np.dtype(dtype)
         self._row_bytes = width * bands * self.dtype.itemsize
         self._folder = folder
@@ -41,7 +41,7 @@ class ScratchPicture:
         size = len(header) + height * self._row_bytes
         with self._disk_errors_told():
             if (free := shutil.disk_usage(folder).free) < size:
-                raise PictureError(
+                raise ScratchError(
                     f"{folder}: {free / 1e6:.0f} MB free, a scratch file of {size / 1e6:.0f} MB is needed; "
                     "free some space or choose another folder"
                 )
@@ -55,7 +55,7 @@ class ScratchPicture:
         try:
             yield
         except OSError as error:
-            raise PictureError(f"{self._folder}: cannot hold a scratch file ({error.strerror})") from None
+            raise ScratchError(f"{self._folder}: cannot hold a scratch file ({system_reason(error)})") from None
 
     def put(self, top: int, left: int, tile: NDArray[Any]) -> None:
         """Store a (h, w, bands) tile of the picture's dtype with its first pixel at row `top`, column `left`."""

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -58,8 +59,7 @@ class RemotePath(Path, PurePosixPath):
     def etag(self) -> str | None:
         """What the store tells this content by; None where it has no such thing. OSError if it cannot be had."""
         with self.open() as stream:
-            facts = {name.lower(): value for name, value in getattr(stream, "metadata", dict)().items()}
-        return facts.get("etag", b"").decode().strip('"') or None
+            return etag_of(stream)
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         """Kind, size and time of change."""
@@ -111,9 +111,17 @@ class RemotePath(Path, PurePosixPath):
 
     def download(self, local: Path) -> None:
         """Copy the file's content; PictureError if that fails."""
-        with translate_errors(self, "cannot be read"), self.open() as source, local.open("wb") as copy:
-            while piece := source.read(1 << 22):
-                copy.write(piece)
+        with translate_errors(self, "cannot be read"):
+            with self.open() as source, local.open("wb") as copy:
+                etag = etag_of(source)
+                while piece := source.read(1 << 22):
+                    copy.write(piece)
+            with self.open() as now:
+                changed = etag_of(now) != etag
+        if changed:
+            raise PictureError(f"{self}: changed while it was read; run again once it is complete")
+        self.__dict__["etag"] = etag  # of what was copied, whatever was known of it before
+        self.__dict__.pop("facts", None)
 
     def upload(self, local: Path) -> None:
         """Store the content of a local file here, whole or not at all; PictureError if that fails."""
@@ -128,6 +136,12 @@ class RemotePath(Path, PurePosixPath):
                     stream.write(piece)
             if not direct:
                 filesystem.move(written, path)
+
+
+def etag_of(stream: Any) -> str | None:
+    """What the store tells the content of an open object by; None where it has no such thing."""
+    facts = {name.lower(): value for name, value in getattr(stream, "metadata", dict)().items()}
+    return facts.get("etag", b"").decode().strip('"') or None
 
 
 @contextmanager
@@ -159,7 +173,7 @@ def check_buckets(paths: Iterable[Path]) -> None:
     for root in {path.root_folder for path in paths if isinstance(path, RemotePath)}:
         try:
             found = root.facts.type.name != "NotFound"
-        except OSError:
+        except io_errors():
             continue
         if not found:
             raise PictureError(f"{root}: no such bucket; make it first, or correct the name")
@@ -180,11 +194,17 @@ def file_system(root: str) -> tuple[Any, str]:
 
 @contextmanager
 def translate_errors(path: Path, what: str) -> Iterator[None]:
-    """An OSError as a PictureError of one line."""
+    """An OSError, or pyarrow's own error, as a PictureError of one line."""
     try:
         yield
-    except OSError as error:
+    except io_errors() as error:
         raise PictureError(f"{path}: {what} ({reason(error)})") from None
+
+
+def io_errors() -> tuple[type[Exception], ...]:
+    """OSError, and what pyarrow raises beside it: for names that a store does not allow, for one."""
+    arrow = sys.modules.get("pyarrow")
+    return (OSError, arrow.ArrowException) if arrow else (OSError,)
 
 
 def reason(error: Exception) -> str:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sanrt.errors import PictureError, SanrtError
-from sanrt.files import remove_leftovers
+from sanrt.files import file_digest, remove_leftovers
 from sanrt.runtime import host as machine
 from sanrt.runtime.pictures.codec import (
     Encoding,
@@ -61,6 +61,8 @@ class PipelineOptions:
     recipe: Recipe
     """What the results say of their making, beside their sources."""
     encoding: Encoding = field(default_factory=Encoding)
+    digests: bool = False
+    """Whether the results' digests are wanted, for a record."""
 
     @property
     def scale(self) -> int:
@@ -104,6 +106,8 @@ class Written:
     """What the picture was made from."""
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
     """What each step took."""
+    digest: str | None = field(default=None, compare=False)
+    """SHA-256 of the result's file as it was written, where that was wanted."""
 
 
 @dataclass(frozen=True)
@@ -254,11 +258,12 @@ def write(picture: Loaded, options: PipelineOptions) -> Written | Skipped:
                 alpha = upscale_alpha(picture.alpha, options.scale)
             path = opened.enter_context(delivered(output.path))
             write_picture(replace(output, path=path), rgb, alpha, look_again)
+            digest = file_digest(path, "run again") if options.digests else None
     except AlreadyWrittenError:
         return Skipped(picture.job)
     seconds = {**picture.seconds, "write": since(started)}
     notes = picture.notes + tiling_note(picture.plan)
-    return Written(picture.job, picture.pixels, notes, picture.plan, picture.source, seconds)
+    return Written(picture.job, picture.pixels, notes, picture.plan, picture.source, seconds, digest)
 
 
 def since(started: float) -> float:

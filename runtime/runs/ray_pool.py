@@ -23,7 +23,7 @@ from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
-from sanrt.errors import BackendError, PictureError, SanrtError, UsageError
+from sanrt.errors import BackendError, PictureError, SanrtError, UsageError, system_reason
 from sanrt.extras import extra
 from sanrt.files import locked_file, remove_leftovers
 from sanrt.model.spec import ModelSpec
@@ -139,7 +139,7 @@ class Worker:
         network = load_backend(task.backend, model, running)
         memory = task.upscaling.memory or (task.upscaling.budget + PROCESS_MEMORY) // self.share.per_node
         upscaling = replace(task.upscaling, memory=memory)
-        self.options = PipelineOptions(task.recipe, task.encoding)
+        self.options = PipelineOptions(task.recipe, task.encoding, digests=bool(task.record))
         self.runner = NetworkRunner(network, upscaling)
         self.recorder = Recorder(Path(), network, task.model, running, upscaling, task.encoding, task.recipe)
         self.recorder.model_digest = model_digest(model)
@@ -176,13 +176,18 @@ class Throttled:
     """A `pipeline.Listener` that passes on how far a picture is no oftener than every PROGRESS_SECONDS."""
 
     listener: Listener
+    job: Job | None = None
+    """The picture that goes through the network: one after the other does."""
     share: float = 0.0
+    """Of it, not passed on yet."""
     told: float = 0.0
 
     def hear(self, event: Event) -> None:
-        """Pictures go through the network one after the other, so one sum is enough."""
+        """Pass it on at once, or later in a sum; what is left of a picture is told by its outcome."""
         if not isinstance(event, Advanced):
             return self.listener(event)
+        if event.job != self.job:
+            self.job, self.share = event.job, 0.0
         self.share += event.share
         if time.monotonic() - self.told >= PROGRESS_SECONDS:
             self.listener(Advanced(event.job, self.share))
@@ -408,7 +413,7 @@ def shared_folder_probe(folder: Path) -> Iterator[Path | None]:
         folder.mkdir(parents=True, exist_ok=True)
         path, file = locked_file(folder / "shared-folder-probe")
     except OSError as error:
-        raise PictureError(f"{folder}: cannot be written ({error.strerror})") from None
+        raise PictureError(f"{folder}: cannot be written ({system_reason(error)})") from None
     try:
         with file:
             yield path

@@ -16,7 +16,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from sanrt.errors import ModelError, SanrtError, UsageError
+from sanrt.errors import ModelError, SanrtError, UsageError, system_reason
 from sanrt.files import file_digest
 from sanrt.model.spec import Precision
 from sanrt.runtime.artifacts.variants import model_digest
@@ -120,6 +120,7 @@ class Recorder:
         return model_digest(self.model)
 
     def __enter__(self) -> Self:
+        self.model_digest  # noqa: B018 - of the file as it is before the run
         self.file = open_record(self.path)
         return self
 
@@ -138,11 +139,12 @@ class Recorder:
         job, plan, spec, backend = outcome.job, outcome.plan, self.backend.spec, self.backend
         assert plan
         assert outcome.source
+        assert outcome.digest
         return Entry(
             source=str(job.source.resolve()),
             source_digest=outcome.source.sha256,
             output=str(job.destination.resolve()),
-            output_digest=file_digest(job.destination, RESTORE),
+            output_digest=outcome.digest,
             model=str(self.model.resolve()),
             model_digest=self.model_digest,
             weights_digest=spec.weights_digest,
@@ -177,7 +179,7 @@ def open_record(path: Path) -> IO[str]:
             record.write("\n")
         return record
     except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another --record file") from None
+        raise UsageError(f"{path}: cannot be written ({system_reason(error)}); choose another --record file") from None
 
 
 def require_record(path: Path) -> None:
@@ -200,7 +202,9 @@ def write_entry(record: IO[str], entry: Entry) -> None:
     except OSError as error:
         with suppress(OSError):  # what could not be written is tried again on closing
             record.close()
-        raise UsageError(f"{record.name}: cannot be written ({error.strerror}); choose another --record file") from None
+        raise UsageError(
+            f"{record.name}: cannot be written ({system_reason(error)}); choose another --record file"
+        ) from None
 
 
 def read_record(path: Path) -> list[Entry]:
@@ -218,7 +222,9 @@ def read_record(path: Path) -> list[Entry]:
             raise UsageError(f"{path}: has no entries; expected what `sanrt run --record` wrote")
         return entries
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); expected what `sanrt run --record` wrote") from None
+        raise UsageError(
+            f"{path}: cannot be read ({system_reason(error)}); expected what `sanrt run --record` wrote"
+        ) from None
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{path}: not a record of this sanrt ({error}); expected what `sanrt run --record` wrote") from None
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from sanrt.errors import OutOfMemoryError, ScratchError
+from sanrt.errors import OutOfMemoryError, ScratchError, system_reason
 from sanrt.geometry import Box
 from sanrt.runtime.backends.protocol import DeviceMaps, FeatureMap
 from sanrt.runtime.host import reserve
@@ -126,7 +126,7 @@ class Fetched:
 def scratch_error(folder: Path, size: int, error: OSError) -> ScratchError:
     """A scratch file that cannot be made or written."""
     return ScratchError(
-        f"{folder}: no scratch file of {size / 1e9:.1f} GB ({error.strerror}); "
+        f"{folder}: no scratch file of {size / 1e9:.1f} GB ({system_reason(error)}); "
         "free some space, name a folder with more by --scratch, or raise --memory"
     )
 

@@ -60,6 +60,11 @@ def require_number(what: str, value: object, least: int, most: int | None = None
         raise UsageError(f"{what} {value!r}; expected a whole number, {least} or more{f', up to {most}' if most else ''}")
 
 
+def system_reason(error: OSError) -> str:
+    """Why the system refused: its own words, or those of a library that raises OSError with others."""
+    return error.strerror or first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type's name where it has none."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -16,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
-from sanrt.errors import FileError, ModelError
+from sanrt.errors import FileError, ModelError, system_reason
 
 if sys.platform != "win32":
     import fcntl
@@ -46,16 +47,39 @@ def replacing(path: Path, remedy: str = "choose another place") -> Iterator[IO[b
             with file:
                 yield file
                 file.flush()
+                to_disk(file.fileno())  # else a power cut could leave the name with nothing behind it
                 if sys.platform == "win32":  # which renames no open file
                     file.close()
                 unfinished.replace(path)
         finally:
             with suppress(OSError):  # it took its place; or the body failed, which is to be told
                 unfinished.unlink()
+        folder_to_disk(path.parent)
     except OSError as error:
         if sys.platform == "win32" and isinstance(error, PermissionError) and path.exists():
             remedy = f"close what has it open, or {remedy}"
-        raise FileError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
+        raise FileError(f"{path}: cannot be written ({system_reason(error)}); {remedy}") from error
+
+
+def to_disk(descriptor: int) -> None:
+    """Wait until what was written is on the disk, where the file system can say so."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
+def folder_to_disk(folder: Path) -> None:
+    """The same of a folder's names; one that may not be read is left to the system, as all are on Windows."""
+    if sys.platform == "win32":
+        return
+    with suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            to_disk(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def locked_file(path: Path) -> tuple[Path, IO[bytes]]:
@@ -89,7 +113,7 @@ def require_writable(path: Path, remedy: str = "choose another place") -> None:
         file.close()
         unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise FileError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
+        raise FileError(f"{path}: cannot be written ({system_reason(error)}); {remedy}") from error
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
@@ -168,7 +192,7 @@ def file_digest(path: Path, remedy: str = "make a model with `sanrt export --sca
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+        raise ModelError(f"{path}: cannot be read ({system_reason(error)}); {remedy}") from error
 
 
 @cache

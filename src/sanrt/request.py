@@ -211,7 +211,8 @@ def outcomes(
             continue
         with load_backend(choice.backend, choice.path, choice.options) as network:
             loaded(choice, network, "")
-            runner, options = NetworkRunner(network, upscaling), pipeline.PipelineOptions(part.recipe, encoding)
+            runner = NetworkRunner(network, upscaling)
+            options = pipeline.PipelineOptions(part.recipe, encoding, digests=bool(conduct.record))
             if conduct.preview:
                 yield from pipeline.preview(jobs, runner, options)
                 continue
@@ -230,9 +231,9 @@ def ray_outcomes(
     from sanrt.runtime.runs.ray_pool import LOCAL, Pool, Task, connected, shared_folder_probe
 
     choice, jobs = part.choice, part.jobs
-    task = Task(
-        choice.path, choice.backend, choice.options, request.upscaling, part.recipe, request.encoding, conduct.record
-    )
+    scratch = request.upscaling.scratch
+    upscaling = replace(request.upscaling, scratch=scratch and scratch.absolute())
+    task = Task(choice.path, choice.backend, choice.options, upscaling, part.recipe, request.encoding, conduct.record)
     shared = nullcontext() if address == LOCAL else shared_folder_probe(jobs[0].destination.parent)
     with (
         shared as seen,

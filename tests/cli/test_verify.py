@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -141,8 +142,26 @@ def test_a_record_on_a_full_disk_is_one_error_and_a_dry_run_writes_none(recorded
     arguments = ["run", str(folder / "in"), str(folder / "again"), "--model", str(tiny_model(2)), "--threads", "1"]
     with pytest.raises(UsageError, match="/dev/full: cannot be written"):
         CliRunner().invoke(app, [*arguments, "--record", "/dev/full"], catch_exceptions=False)
-    assert CliRunner().invoke(app, [*arguments, "--dry-run", "--record", str(folder / "dry.jsonl")]).exit_code == 0
+    assert CliRunner().invoke(app, [*arguments, "--dry-run", "--record", str(folder / "dry.jsonl")]).exit_code != 0
     assert not (folder / "dry.jsonl").exists()
+
+
+def test_the_digest_in_a_record_is_of_the_file_as_it_was_written(tmp_path, tiny_model, monkeypatch):
+    pyvips.Image.black(24, 24, bands=3).write_to_file(str(tmp_path / "a.png"))
+    written = {}
+    real = records.Recorder.entry
+
+    def entry(recorder, outcome):
+        written["content"] = outcome.job.destination.read_bytes()
+        outcome.job.destination.unlink()  # by somebody, between the two
+        return real(recorder, outcome)
+
+    monkeypatch.setattr(records.Recorder, "entry", entry)
+    arguments = [str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--model", str(tiny_model(2)), "--threads", "1"]
+    done = CliRunner().invoke(app, ["run", *arguments, "--record", str(tmp_path / "run.jsonl")])
+    assert done.exit_code == 0, done.output
+    (entry,) = records.read_record(tmp_path / "run.jsonl")
+    assert entry.output_digest == hashlib.sha256(written["content"]).hexdigest()
 
 
 def test_after_an_out_of_memory_the_record_names_what_really_ran_and_its_replay_is_the_same(

@@ -22,7 +22,7 @@ from sanrt.cli.streams import tell
 from sanrt.cli.usage import usage_context, usage_words
 from sanrt.cli.validate import validate
 from sanrt.cli.verify import verify
-from sanrt.errors import SanrtError, UsageError
+from sanrt.errors import SanrtError, UsageError, system_reason
 from sanrt.version import __version__
 
 INTERRUPTED = 130
@@ -93,13 +93,13 @@ def main() -> None:
 def output_failed(error: OSError) -> int:
     """The exit status where a file or standard output cannot be used, told unless its reader just left; raises others."""
     if error.filename is not None:
-        tell(f"sanrt: {error.filename}: {error.strerror}", error=True)
+        tell(f"sanrt: {error.filename}: {system_reason(error)}", error=True)
         return 1
     if error.errno not in WRITE_ERRORS:
         raise error
     sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - what is left in it would be tried again on exit
     if error.errno not in READER_LEFT:
-        tell(f"sanrt: standard output: cannot be written ({error.strerror}); free some space", error=True)
+        tell(f"sanrt: standard output: cannot be written ({system_reason(error)}); free some space", error=True)
     return 1
 
 

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sanrt.errors import CheckpointError, UsageError, first_line
+from sanrt.errors import CheckpointError, UsageError, first_line, system_reason
 from sanrt.extras import extra
 from sanrt.model.spec import SCALES, Architecture, ModelSpec
 from sanrt.version import __version__
@@ -105,7 +105,7 @@ def read_safetensors(path: Path) -> tuple[bytes, dict[str, np.ndarray[Any, Any]]
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); expected weights") from error
+        raise CheckpointError(f"{path}: cannot be read ({system_reason(error)}); expected weights") from error
     try:
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sanrt.errors import CheckpointError, first_line
+from sanrt.errors import CheckpointError, first_line, system_reason
 from sanrt.files import write_whole
 from sanrt.model.bundled import architecture_of, check_shapes
 from sanrt.model.bundled import bundled_checkpoint as bundled_checkpoint
@@ -111,7 +111,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); expected a SAN checkpoint") from error
+        raise CheckpointError(f"{path}: cannot be read ({system_reason(error)}); expected a SAN checkpoint") from error
     content, settings = read_safetensors(path) if is_safetensors else (read_pickle(path), {})
     entries = flattened(content)
     prefix, official = only_network(path, entries)

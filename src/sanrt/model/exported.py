@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from sanrt.errors import ModelError, first_line
+from sanrt.errors import ModelError, first_line, system_reason
 from sanrt.model.contract import STAGE_INPUTS
 from sanrt.model.graph import Array, Weights, made_of_weights, san_model, stage_model, tensors_digest
 from sanrt.model.spec import (
@@ -163,7 +163,9 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(path, load_external_data=False)
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); make a model with `sanrt export --scale 4`") from error
+        raise ModelError(
+            f"{path}: cannot be read ({system_reason(error)}); make a model with `sanrt export --scale 4`"
+        ) from error
     except Exception as error:  # protobuf's DecodeError has no public home
         raise ModelError(
             f"{path}: not an ONNX file, or a damaged one; make it again with `sanrt export --scale 4`"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import pyvips
 
-from sanrt.errors import FileError, PictureError
+from sanrt.errors import FileError, PictureError, ScratchError
 from sanrt.files import locked_file, remove_leftovers
 from sanrt.runtime import host
 from sanrt.runtime.pictures.codec import (
@@ -489,7 +489,7 @@ def test_tiles_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_a_scratch_picture_that_the_disk_cannot_hold_is_refused_at_once(tmp_path):
-    with pytest.raises(PictureError, match="MB free"):
+    with pytest.raises(ScratchError, match="MB free"):
         ScratchPicture(1_000_000_000, 1_000, 3, np.uint16, tmp_path)
 
 
@@ -502,7 +502,7 @@ def test_a_scratch_picture_takes_its_space_before_the_first_tile(tmp_path):
 
 
 def test_a_scratch_folder_that_is_not_there_is_one_line(tmp_path):
-    with pytest.raises(PictureError, match="No such file"):
+    with pytest.raises(ScratchError, match="No such file"):
         ScratchPicture(8, 8, 3, np.uint8, tmp_path / "nowhere")
 
 

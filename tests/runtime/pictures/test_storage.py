@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import subprocess
 import sys
@@ -223,3 +224,44 @@ def test_urls_stay_urls_as_paths_join_part_and_travel():
     assert str(Path("out") / path.relative_to(located("s3://bucket"))) == "out/folder/sub/a.png"
     assert located("file:///a/b.png") == Path("/a/b.png")
     assert not isinstance(located("c:/a.png"), RemotePath)
+
+
+def test_what_pyarrow_raises_of_its_own_is_one_line():
+    import pyarrow as pa
+
+    told = r"^s3://b/a\.png: cannot be read \(a name of two lines\)$"
+    with pytest.raises(PictureError, match=told), storage.translate_errors(RemotePath("s3://b/a.png"), "cannot be read"):
+        raise pa.ArrowInvalid("a name\nof two lines")
+
+
+class Changing:
+    """Stands in for an open object of a store, in which another one takes its place with every opening but the first."""
+
+    opened = 0
+
+    def __init__(self, *_):
+        Changing.opened += 1
+        self.number, self.stream = Changing.opened, io.BytesIO(b"content")
+
+    def metadata(self):
+        return {"ETag": b"%d" % self.number}
+
+    def read(self, size):
+        return self.stream.read(size)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_an_object_that_changes_while_it_is_copied_is_refused_and_else_known_by_what_was_copied(tmp_path, monkeypatch):
+    path = RemotePath("s3://b/a.png")
+    path.__dict__["etag"] = "of an earlier look"
+    monkeypatch.setattr(RemotePath, "open", Changing)
+    with pytest.raises(PictureError, match=r"^s3://b/a\.png: changed while it was read"):
+        path.download(tmp_path / "a.png")
+    monkeypatch.setattr(Changing, "metadata", lambda self: {"ETag": b"7"})
+    path.download(tmp_path / "a.png")
+    assert path.etag == "7"

@@ -22,15 +22,16 @@ import psutil
 import pytest
 import pyvips
 
+from sanrt import request
 from sanrt.errors import BackendError, UsageError
 from sanrt.runtime.artifacts.engines import json_path, read_engine
 from sanrt.runtime.backends.default_variant import prefer
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import model_spec
 from sanrt.runtime.pictures.codec import Encoding
-from sanrt.runtime.pictures.jobs import Naming, find_pictures
+from sanrt.runtime.pictures.jobs import Job, Naming, find_pictures
 from sanrt.runtime.runs import ray_pool as cluster
-from sanrt.runtime.runs.pipeline import Failed, Skipped, Written
+from sanrt.runtime.runs.pipeline import Advanced, Failed, Skipped, Written
 from sanrt.runtime.runs.ray_pool import Pool, Share, Task, connected, shared_out
 from sanrt.runtime.runs.record import Verdict, read_record, verify
 from sanrt.runtime.runs.results import Recipe
@@ -41,6 +42,34 @@ from tests.runtime.artifacts.test_engines import RTX, TILES, saved
 NODE = {"num_cpus": 4}
 WAIT = 300
 """Seconds after which something that should end is taken to hang."""
+
+
+def test_what_one_picture_did_not_tell_of_its_progress_is_not_the_next_ones(monkeypatch):
+    told: list[Advanced] = []
+    throttled = cluster.Throttled(told.append)
+    first, second = (Job(Path(f"{name}.png"), Path("out")) for name in "ab")
+    now = iter([1.0, 1.0, 1.2, 3.0, 3.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    for job, share in ((first, 0.5), (first, 0.5), (second, 0.25)):
+        throttled.hear(Advanced(job, share))
+    assert told == [Advanced(first, 0.5), Advanced(second, 0.25)]
+
+
+def test_workers_know_the_scratch_folder_wherever_they_run(monkeypatch, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def task(model, backend, running, upscaling, *_):
+        assert upscaling.scratch == tmp_path / "scratch"
+        raise Stop
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cluster, "Task", task)
+    choice = request.ModelChoice(Path("model.onnx"), Path("models"), None, "auto", RunOptions())
+    part = request.Part(choice, [], Recipe(2, ""))
+    asked = request.Request([], choice, UpscaleOptions(scratch=Path("scratch")), Encoding(), Naming())
+    with pytest.raises(Stop):
+        list(request.ray_outcomes(part, asked, "local", request.Conduct(), print, print))
 
 
 def noise(path: Path, height=16, width=16, bands=3, dtype=np.uint8, seed=0) -> Path:
