@@ -203,7 +203,7 @@ def test_a_disk_that_fails_on_the_way_is_told_and_the_file_stays_as_it_was(tmp_p
 
 def test_an_error_of_the_system_in_a_librarys_words_is_told_in_these(tmp_path):
     with (
-        pytest.raises(FileError, match=r"cannot be written \(the library's words\); choose"),
+        pytest.raises(FileError, match=r"cannot be written \(its own words\); choose"),
         files.replacing(tmp_path / "a"),
     ):
         raise OSError("its own words")

@@ -42,7 +42,10 @@ _LOSSLESS = (Format.PNG, Format.TIFF, Format.GIF, Format.BMP, Format.TGA)
 _COLOURS = {"b-w": 1, "grey16": 1, "srgb": 3, "rgb": 3, "rgb16": 3, "cmyk": 4}
 """Channels of the colour spaces that are read."""
 _OPTIMISED_PIXELS = 20_000_000
-_UNKNOWN_RESOLUTION, _SCREEN_RESOLUTION = 1.0, 72 / 25.4
+_UNKNOWN_RESOLUTION, _EXIF_RESOLUTION = (1.0, 1.0), (72 / 25.4, 72 / 25.4)
+"""Pixels per millimetre: what libvips has for a file that does not say, and what EXIF takes for granted then."""
+_ALL_METADATA, _ALL_BUT_EXIF = 31, 30
+"""libvips' flags of what to write."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class PictureInfo:
     alpha: bool = False
     lossless: bool = False
     """For WebP: whether it is compressed without loss."""
-    resolution: tuple[float, float] = (_SCREEN_RESOLUTION, _SCREEN_RESOLUTION)
-    """Pixels per millimetre, x and y."""
+    resolution: tuple[float, float] | None = None
+    """Pixels per millimetre, x and y; None if the file does not say."""
     metadata: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     """What a result may keep, as stored, by the names in `sanrt.runtime.pictures.metadata`."""
     notes: tuple[str, ...] = ()
@@ -118,7 +121,7 @@ class Output:
     lossless: bool = False
     quality: int = 95
     background: tuple[int, int, int] | None = None
-    resolution: tuple[float, float] = (_SCREEN_RESOLUTION, _SCREEN_RESOLUTION)
+    resolution: tuple[float, float] | None = None
     metadata: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
     """What the format cannot hold and the user asked to go without, one line each."""
@@ -299,16 +302,14 @@ def _info(path: Path, form: Format, image: pyvips.Image) -> PictureInfo:
         grey=image.bands - image.hasalpha() == 1,
         alpha=bool(image.hasalpha()),
         lossless=form is Format.WEBP and _is_lossless_webp(path),
-        resolution=_resolution(image),
+        resolution=_resolution(image) if found.says_resolution else None,
         metadata=found.kept,
         notes=(*found.notes(), *_notes(path, form, image)),
     )
 
 
 def _resolution(image: pyvips.Image) -> tuple[float, float]:
-    """Pixels per millimetre, x and y, upright; a file that does not say gets the 72 dpi that EXIF takes for granted."""
-    if image.xres == image.yres == _UNKNOWN_RESOLUTION:
-        return _SCREEN_RESOLUTION, _SCREEN_RESOLUTION
+    """Pixels per millimetre, x and y, upright."""
     return (image.yres, image.xres) if _orientation(image) >= 5 else (image.xres, image.yres)
 
 
@@ -403,6 +404,8 @@ def write_picture(
         image = _with_metadata(_encodable(output, rgb, alpha), output)
         with replacing(output.path) as file:
             _encode(image, output, file)
+            if output.resolution is None and metadata.EXIF not in output.metadata:
+                metadata.forget_resolution(file, output.format)
             metadata.put(file, output.format, output.metadata)
             if output.provenance:
                 seal(file, output.format, output.provenance)
@@ -413,7 +416,8 @@ def _encode(image: pyvips.Image, output: Output, file: IO[bytes]) -> None:
     """The encoded image into an open file. libvips' target, which duplicates the descriptor, does not outlive the call."""
     target = vips().Target.new_to_descriptor(file.fileno())
     try:
-        getattr(image, f"{output.format.facts.libvips}save_target")(target, **_saver_options(output))
+        save = getattr(image, f"{output.format.facts.libvips}save_target")
+        save(target, keep=_kept(output), **_saver_options(output))
     except vips().Error as error:
         del target
         error.__traceback__ = None  # whose frames hold it too
@@ -470,7 +474,15 @@ def _with_metadata(image: pyvips.Image, output: Output) -> pyvips.Image:
         if name == "jpeg-thumbnail-data" or name.startswith("exif-ifd1"):
             image.remove(name)
     image.set_type(vips().GValue.gint_type, "orientation", 1)
-    return image.copy(xres=output.resolution[0], yres=output.resolution[1])
+    xres, yres = output.resolution or (_EXIF_RESOLUTION if metadata.EXIF in output.metadata else _UNKNOWN_RESOLUTION)
+    return image.copy(xres=xres, yres=yres)
+
+
+def _kept(output: Output) -> int:
+    """libvips writes EXIF of its own making, to say a resolution: only where it has one, and no other place for it."""
+    has_place = output.format in (Format.PNG, Format.TIFF)
+    needed = metadata.EXIF in output.metadata or (output.resolution and not has_place)
+    return _ALL_METADATA if needed else _ALL_BUT_EXIF
 
 
 def _saver_options(output: Output) -> dict[str, Any]:

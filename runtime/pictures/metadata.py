@@ -69,6 +69,8 @@ class Found:
     left_out: list[str] = field(default_factory=list)
     """What no result holds, since it would be untrue or is another picture; one phrase each."""
     frames: int = 1
+    says_resolution: bool = False
+    """Whether the file says how large its pixels are; libvips takes 72 dpi, or its own default, where it does not."""
 
     def notes(self) -> Iterator[str]:
         if self.frames > 1:
@@ -81,6 +83,7 @@ def read(path: Path, form: Format, image: Any) -> Found:
     """What a picture file says; `image` is it as libvips opened it. OSError if the file cannot be read."""
     found = Found({name: bytes(image.get(name)) for name in BY_LIBVIPS if image.get_typeof(name)})
     found.frames = image.get("n-pages") if image.get_typeof("n-pages") else 1
+    found.says_resolution = bool(image.get_typeof("resolution-unit"))
     if image.interpretation == "cmyk":
         found.kept.pop(ICC, None)  # used up in the conversion
     untrue = [name for name, words in UNTRUE_XMP.items() if any(word in found.kept.get(XMP, b"") for word in words)]
@@ -97,6 +100,7 @@ def read(path: Path, form: Format, image: Any) -> Found:
                 read_avif(file.read(HEAD_BYTES), found)
             case Format.TIFF:
                 tags = tiff.first_tags(path)
+                found.says_resolution = tiff.X_RESOLUTION in tags and tiff.first(tags, tiff.RESOLUTION_UNIT) != tiff.NO_UNIT
                 texts = {name: tags.get(tag) for name, tag in TIFF_TAGS.items()}
                 found.kept |= {
                     name: value for name, value in texts.items() if isinstance(value, bytes) and value.strip(b"\0 ")
@@ -110,11 +114,13 @@ def read_png(file: IO[bytes], found: Found) -> None:
     file.seek(at)
     while len(head := file.read(8)) == 8:
         length, name = int.from_bytes(head[:4], "big"), head[4:].decode("latin-1")
-        if name in ("tEXt", "zTXt", "iTXt", CICP, SBIT, *PNG_COLOURS, "acTL", "caBX") and length < MOST_TEXT:
+        if name in ("tEXt", "zTXt", "iTXt", CICP, SBIT, *PNG_COLOURS, "acTL", "caBX", "pHYs") and length < MOST_TEXT:
             data = file.read(length)
             if name in (CICP, SBIT, *PNG_COLOURS):
                 if len(data) == SIZES.get(name, len(data)):  # any other is damaged, and says nothing
                     found.kept.setdefault(name, data)
+            elif name == "pHYs":
+                found.says_resolution |= data[8:9] == b"\1"  # metres
             elif name == "acTL":
                 found.frames = max(found.frames, int.from_bytes(data[:4], "big"))
             elif name == "caBX":
@@ -217,6 +223,28 @@ def put(file: IO[bytes], form: Format, metadata: Mapping[str, bytes]) -> None:
             insert(file, at, b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment)
         case Format.TIFF:
             put_tiff(file, {TIFF_TAGS[name]: value for name, value in own.items()})
+
+
+def forget_resolution(file: IO[bytes], form: Format) -> None:
+    """Take back the resolution that libvips wrote for want of one; what is left is that pixels are square."""
+    if form is Format.PNG:
+        file.seek(at := PNG_HEADER)
+        while (head := file.read(8))[4:] not in (b"pHYs", b"IDAT", b""):
+            at += 12 + int.from_bytes(head[:4], "big")
+            file.seek(at)
+        if head[4:] == b"pHYs":
+            file.seek(at)
+            file.write(png_chunk("pHYs", struct.pack(">IIB", 1, 1, 0)))
+    elif form is Format.TIFF:
+        order, big = tiff.layout(file)
+        file.seek(8 if big else 4)
+        file.seek(tiff.unpacked(file, order, "Q" if big else "I")[0])
+        (count,), size = tiff.unpacked(file, order, "Q" if big else "H"), 20 if big else 12
+        for at in range(file.tell(), file.tell() + count * size, size):
+            file.seek(at)
+            if tiff.unpacked(file, order, "H") == (tiff.RESOLUTION_UNIT,):
+                file.seek(at + (12 if big else 8))
+                file.write(struct.pack(order + "H", tiff.NO_UNIT))
 
 
 PNG_HEADER = 33

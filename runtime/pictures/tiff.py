@@ -13,6 +13,8 @@ Tags = Mapping[int, tuple[int, ...] | bytes]
 """Numbers of integer tags, bytes of text and other ones, by tag."""
 
 SUBFILE_TYPE, COMPRESSION, PHOTOMETRIC, SUB_IFDS, EXTRA_SAMPLES, DNG_VERSION = 254, 259, 262, 330, 338, 50706
+X_RESOLUTION, RESOLUTION_UNIT, NO_UNIT = 282, 296, 1
+"""Tags, and the unit's value where the resolution only tells the shape of pixels."""
 TEXTS = {270: "description", 271: "maker", 272: "camera", 305: "software", 306: "date", 315: "artist", 33432: "copyright"}
 """Tags that say something to people."""
 GREY, YCBCR = (0, 1), 6

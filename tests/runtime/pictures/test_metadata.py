@@ -214,3 +214,21 @@ def test_a_big_tiff_takes_tags_too(tmp_path):
     with open_picture(path) as picture:
         assert (picture.rgb() == PIXELS).all()
         assert picture.info.metadata["TIFF maker"].strip(b"\0") == b"Me"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp", ".avif"])
+@pytest.mark.parametrize("source", ["a.png", "a.jpg", "a.webp"])
+def test_a_picture_that_does_not_say_its_resolution_gains_neither_one_nor_exif(tmp_path, source, suffix):
+    from PIL import Image
+
+    Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / source)
+    with open_picture(tmp_path / source) as picture:
+        rgb = picture.rgb()
+        write_picture(plan_output(picture.info, tmp_path / f"b{suffix}", 1), rgb)
+    with Image.open(tmp_path / f"b{suffix}") as result:
+        result.load()
+        assert not dict(result.getexif()) or suffix == ".tif"
+        assert result.info.get("dpi") in (None, (1, 1)) or result.info.get("jfif_unit") == 0
+    with open_picture(tmp_path / f"b{suffix}") as result:
+        assert result.info.resolution is None
+        assert result.rgb().shape == rgb.shape
