@@ -146,3 +146,12 @@ def test_with_the_base_install_alone_bundled_weights_upscale_and_nothing_is_writ
     assert "native on CPU" in done.stdout
     assert pyvips.Image.new_from_file(str(tmp_path / "b.png")).width == 32
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_the_help_names_every_backend_in_the_order_of_auto(command):
+    from sanrt.runtime.backends.registry import AUTO_ORDER, BACKENDS
+
+    words = " ".join(python("import sanrt.cli; sanrt.cli.main()", command, "--help").stdout.split())
+    assert f"{', '.join(AUTO_ORDER[:-1])} or {AUTO_ORDER[-1]}; auto takes the first of these" in words
+    assert set(AUTO_ORDER) == set(BACKENDS)

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from sanrt.runtime.pictures import jpeg, tiff
 from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.libvips import vips
 from sanrt.runtime.pictures.provenance import insert
 
 ICC, EXIF, XMP, IPTC = "icc-profile-data", "exif-data", "xmp-data", "iptc-data"
@@ -48,6 +49,8 @@ USUAL: Mapping[str, Callable[[bytes], bool]] = {
     CICP: lambda value: value[0] in (1, 2) and value[1] in (1, 2, 6, 13),
 }
 """Whether a value says what every reader takes for granted: its loss is none."""
+DISPLAY_P3 = (12, 13)
+"""Primaries and transfer of a cICP for which an ICC profile says the same."""
 SIZES = {CICP: 4, "gAMA": 4, "cHRM": 32, "sRGB": 1, "mDCV": 24, "cLLI": 8}
 """Bytes of PNG's colour chunks."""
 ICC_SPACES = {b"GRAY": "grey", b"RGB ": "RGB", b"CMYK": "CMYK", b"Lab ": "Lab"}
@@ -189,9 +192,16 @@ def fitting(
         notes.append(f"the {space} ICC profile is not kept: the result is {'grey' if grey else 'RGB'}")
     if not kept.get(IPTC, b"").startswith(PHOTOSHOP):
         kept.pop(IPTC, None)
+    said_by_profile = set[str]()
+    if CICP in metadata and CICP not in kept and ICC not in kept and not grey and tuple(metadata[CICP][:2]) == DISPLAY_P3:
+        kept[ICC] = bytes(vips().Operation.call("profile_load", "p3"))
+        said_by_profile = {CICP}
+        notes.append(f"its cICP (Display P3) becomes an ICC profile, as {form.upper()} results do not hold it")
     if SBIT in kept and not (same_depth and len(kept[SBIT]) == channels):
         del kept[SBIT]
-    lost = [name for name in metadata if name not in kept and name != ICC and not said_anyway(name, metadata[name])]
+    lost = [
+        name for name in metadata if name not in {*kept, *said_by_profile, ICC} and not said_anyway(name, metadata[name])
+    ]
     if lost:
         notes.append(
             f"not kept, as {form.upper()} results do not hold it: {', '.join(LABELS.get(name, name) for name in lost)}"

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from sanrt.errors import CheckpointError
+from sanrt.model import bundled
 from sanrt.model.bundled import bundled_checkpoint, read_weights
 from sanrt.model.checkpoint import load_checkpoint
 from sanrt.model.spec import SCALES, Precision
@@ -73,3 +74,19 @@ def test_what_is_no_safetensors_file_is_refused_in_one_line(content, tmp_path):
     (tmp_path / "w.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match="damaged safetensors"):
         read_weights(tmp_path / "w.safetensors")
+
+
+def test_weights_that_are_asked_for_again_are_read_once_and_read_anew_when_they_changed(tmp_path, monkeypatch):
+    path, reads = tmp_path / "a.safetensors", []
+    path.write_bytes(bundled_checkpoint(2).read_bytes())
+    real = bundled.read_safetensors
+    monkeypatch.setattr(bundled, "read_safetensors", lambda path: reads.append(path) or real(path))
+    first = read_weights(path)
+    assert read_weights(path) is first
+    assert len(reads) == 1
+    assert not any(tensor.flags.writeable for tensor in first.tensors.values())
+    path.write_bytes(bundled_checkpoint(4).read_bytes())
+    assert read_weights(path).spec.architecture.scale == 4
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_weights(path)

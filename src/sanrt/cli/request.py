@@ -141,7 +141,14 @@ KeepHiddenOption = Annotated[
 ]
 EnsembleOption = Annotated[bool, typer.Option("--self-ensemble", help="Average over 8 flips and rotations.")]
 ModelsOption = Annotated[Path, panel(NETWORK)(help="The folder that `sanrt export` wrote to.")]
-BackendOption = Annotated[str, panel(NETWORK)(help="What runs the network; auto takes the first that is usable.")]
+BackendOption = Annotated[
+    str,
+    panel(NETWORK)(
+        metavar="[auto|NAME]",
+        help="What runs the network: tensorrt, torch-cuda, onnxruntime-cuda, openvino, native, onnxruntime or torch; "
+        "auto takes the first of these that is usable.",
+    ),
+]
 PrecisionOption = Annotated[
     Precision | None,
     panel(NETWORK)(

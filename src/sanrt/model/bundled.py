@@ -6,8 +6,10 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,8 +81,18 @@ def read_weights(path: Path) -> Weights:
     """A network from a safetensors file that sanrt wrote; its graph has the root's steps that it was trained with.
 
     Raises CheckpointError for any other file: official checkpoints, and networks trained with the exact root, whose number
-    of steps is measured, are made into models by `sanrt export --checkpoint`.
+    of steps is measured, are made into models by `sanrt export --checkpoint`. A file that is as it was is not read again.
     """
+    identity: tuple[int, ...] = ()
+    with suppress(OSError):  # which reading it will tell
+        now = path.stat()
+        identity = now.st_ino, now.st_size, now.st_mtime_ns
+    return weights_in(path, identity)
+
+
+@lru_cache(maxsize=1)
+def weights_in(path: Path, identity: tuple[int, ...]) -> Weights:
+    """The same of a file with such a place, size and time of change; the last one is kept, as loading asks several times."""
     import numpy as np  # here, as `sanrt --help` does not wait for it
 
     content, tensors, settings = read_safetensors(path)
@@ -94,7 +106,10 @@ def read_weights(path: Path) -> Weights:
         raise CheckpointError(f"{path}: {reason}; make a model of it with `sanrt export --checkpoint {path}`")
     digest, origin = hashlib.sha256(content).hexdigest(), str(settings.get("origin", "a sanrt checkpoint"))
     spec = ModelSpec(arch, digest, origin, arch.sqrt_iterations, version=__version__)
-    return Weights(spec, {name: tensors[name].astype(np.float32) for name, _ in arch.parameters()})
+    weights = {name: tensors[name].astype(np.float32) for name, _ in arch.parameters()}
+    for tensor in weights.values():
+        tensor.setflags(write=False)
+    return Weights(spec, weights)
 
 
 def read_safetensors(path: Path) -> tuple[bytes, dict[str, np.ndarray[Any, Any]], dict[str, Any]]:

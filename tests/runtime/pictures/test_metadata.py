@@ -232,3 +232,17 @@ def test_a_picture_that_does_not_say_its_resolution_gains_neither_one_nor_exif(t
     with open_picture(tmp_path / f"b{suffix}") as result:
         assert result.info.resolution is None
         assert result.rgb().shape == rgb.shape
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".tif", ".avif"])
+def test_display_p3_that_a_format_cannot_signal_becomes_an_icc_profile(tmp_path, suffix):
+    form = Format.of_suffix(Path(f"a{suffix}"))
+    kept, notes = metadata.fitting({metadata.CICP: bytes([12, 13, 0, 1])}, form, False, 3, True)
+    assert kept == {metadata.ICC: P3}
+    assert notes == [f"its cICP (Display P3) becomes an ICC profile, as {form.upper()} results do not hold it"]
+    assert metadata.fitting({metadata.CICP: bytes([12, 13, 0, 1]), metadata.ICC: P3}, form, False, 3, True)[0] == {
+        metadata.ICC: P3
+    }
+    kept, notes = metadata.fitting({metadata.CICP: bytes([9, 16, 0, 1])}, form, False, 3, True)
+    assert not kept
+    assert "cICP" in notes[0]
