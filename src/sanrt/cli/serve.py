@@ -55,6 +55,11 @@ def serve(
     seconds: Annotated[
         float, panel(LIMITS)(min=0.1, help="For a picture to arrive, to be upscaled, and to be fetched, each.")
     ] = 600.0,
+    results: Annotated[
+        int,
+        panel(LIMITS)(parser=byte_count, metavar="SIZE", help="Of jobs' results, kept together."),
+    ] = "2G",  # type: ignore[assignment]
+    keep: Annotated[float, panel(LIMITS)(min=1, metavar="SECONDS", help="For which a job's result is kept.")] = 3600.0,
 ) -> None:
     """Serve a page for people and an API for programs; docs/serve.md describes both."""
     with extra("serve", "sanrt serve"):
@@ -71,7 +76,7 @@ def serve(
     hosts = allowed_hosts(host, secret, without_token)
     loading = RunOptions(threads=threads, precision=precision, device=device or 0)
     choice = ModelChoice(model, models, scale, backend, loading, weights).absolute()
-    limits = Limits(max_bytes, int(max_pixels * 1e6), queue, seconds)
+    limits = Limits(max_bytes, int(max_pixels * 1e6), queue, seconds, results, keep)
     networks = Networks()
     with listen(host, port) as listening:
         networks.start(choice)

@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,28 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Route
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from sanrt.cli.streams import printable
 from sanrt.errors import SanrtError
+from sanrt.runtime.artifacts.models import DEFAULT_SCALE
 from sanrt.serve.door import BrowserHeaders, Door
+from sanrt.serve.jobs import Jobs
 from sanrt.serve.networks import Networks
 from sanrt.serve.openapi import description
 from sanrt.serve.options import ServeOptions
 from sanrt.serve.problems import http_problem, problem, refused, status_and_kind
 from sanrt.serve.queue import Queue
-from sanrt.serve.service import Result, Service
+from sanrt.serve.service import Order, Result, Service, available_weights
 from sanrt.serve.uploads import Uploads, receive_picture, while_connected
+from sanrt.version import __version__
 
+PAGE = Path(__file__).parent / "page"
+EVENTS = "text/event-stream"
 CLOSED = 499
 """Status of a request whose client is gone: nobody reads it."""
 
@@ -44,19 +51,28 @@ def application(options: ServeOptions, networks: Networks) -> Starlette:
             queue = Queue(options.limits, networks)
             app.state.service = Service(options, queue)
             app.state.uploads = Uploads(Path(folder), options.limits)
+            app.state.jobs = Jobs(app.state.service, options.limits)
             try:
                 yield
             finally:
                 queue.stop()
+                await app.state.jobs.stop()
                 await asyncio.to_thread(queue.close)
 
-    return Starlette(
+    made = Starlette(
         routes=[
             Route("/v1/upscale", upscale, methods=["POST"]),
+            Route("/v1/jobs", start_job, methods=["POST"]),
+            Route("/v1/jobs/{id}", follow_job, methods=["GET"]),
+            Route("/v1/jobs/{id}", delete_job, methods=["DELETE"]),
+            Route("/v1/jobs/{id}/result", job_result, methods=["GET"]),
+            Route("/v1/about", about),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/openapi.json", openapi),
             Route("/metrics", metrics),
+            Route("/", page),
+            Mount("/page", StaticFiles(directory=PAGE)),
         ],
         middleware=[
             Middleware(BrowserHeaders),
@@ -66,18 +82,73 @@ def application(options: ServeOptions, networks: Networks) -> Starlette:
         exception_handlers={SanrtError: counted_problem, HTTPException: http_problem, ClientDisconnect: gone},
         lifespan=lifespan,
     )
+    made.router.redirect_slashes = False
+    return made
 
 
 async def upscale(request: Request) -> Response:
     """POST /v1/upscale: a picture in, its result out."""
-    service, uploads = parts(request)
+    service, uploads, limits = state(request).service, state(request).uploads, state(request).service.options.limits
     service.queue.require_place()
-    with ExitStack() as opened:
-        place = opened.enter_context(uploads.place())
-        file, pairs = await receive_picture(request, place, service.options.limits)
-        order = await service.order(file, pairs)
-        result = await while_connected(request, service.upscale(order))
-        return ResultResponse(result, service.options.limits.seconds, opened.pop_all())
+    with ExitStack() as held:
+        held.enter_context(uploads.request())
+        order = await received(request, held.enter_context(uploads.place()))
+        with service.queue.place():
+            result = await while_connected(request, service.upscale(order))
+        return ResultResponse(result, limits.seconds, held.pop_all())
+
+
+async def received(request: Request, place: Path) -> Order:
+    """What a request asks for, its picture in a folder; raises SanrtError, before any pixel is decoded."""
+    service: Service = state(request).service
+    file, pairs = await receive_picture(request, place, service.options.limits)
+    return await service.order(file, pairs)
+
+
+async def start_job(request: Request) -> Response:
+    """POST /v1/jobs: a picture in, where to ask for its result out."""
+    jobs, uploads = state(request).jobs, state(request).uploads
+    jobs.service.queue.require_place()
+    jobs.require_room()
+    with ExitStack() as place, uploads.request():
+        order = await received(request, place.enter_context(uploads.place()))
+        job = jobs.start(order, place.pop_all())
+    return JSONResponse(job.to_json(), 202, {"Location": f"/v1/jobs/{job.id}"})
+
+
+async def follow_job(request: Request) -> Response:
+    """GET /v1/jobs/ID: its facts; with `Accept: text/event-stream`, as they change, until it has ended."""
+    job = state(request).jobs.find(request.path_params["id"])
+    if EVENTS in request.headers.get("accept", ""):
+        return StreamingResponse(job.events(), media_type=EVENTS)
+    return JSONResponse(job.to_json())
+
+
+async def job_result(request: Request) -> Response:
+    """GET /v1/jobs/ID/result: the picture."""
+    jobs = state(request).jobs
+    return ResultResponse(jobs.result(request.path_params["id"]), jobs.limits.seconds, ExitStack())
+
+
+async def delete_job(request: Request) -> Response:
+    """DELETE /v1/jobs/ID: end it, and remove what there is of it."""
+    jobs, identity = state(request).jobs, request.path_params["id"]
+    jobs.find(identity)
+    jobs.forget(identity)
+    return Response(status_code=204)
+
+
+async def about(request: Request) -> Response:
+    """GET /v1/about: what can be asked for."""
+    options = state(request).service.options
+    return JSONResponse(
+        {
+            "version": __version__,
+            "scale": options.choice.scale or DEFAULT_SCALE,
+            "weights": available_weights(options.choice),
+            "limits": asdict(options.limits),
+        }
+    )
 
 
 class ResultResponse(FileResponse):
@@ -98,8 +169,13 @@ class ResultResponse(FileResponse):
             try:
                 async with asyncio.timeout(self.seconds):
                     await super().__call__(scope, receive, send)
-            except TimeoutError:
-                parts(Request(scope))[0].queue.metrics.failures.labels("slow_reader").inc()
+            except OSError:  # the client is too slow, or the job was deleted
+                state(Request(scope)).service.queue.metrics.failed("slow_reader")
+
+
+async def page(_: Request) -> Response:
+    """GET /: the page for people."""
+    return FileResponse(PAGE / "index.html")
 
 
 async def healthz(_: Request) -> Response:
@@ -109,7 +185,7 @@ async def healthz(_: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     """GET /readyz: a picture that is sent now would be taken."""
-    parts(request)[0].queue.require_place()
+    state(request).service.queue.require_place()
     return JSONResponse({"status": "ready"})
 
 
@@ -120,24 +196,23 @@ async def openapi(_: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """GET /metrics."""
-    registry = parts(request)[0].queue.metrics.registry
+    registry = state(request).service.queue.metrics.registry
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def parts(request: Request) -> tuple[Service, Uploads]:
-    """What the lifespan made."""
-    state: Any = request.app.state
-    return state.service, state.uploads
+def state(request: HTTPConnection) -> Any:
+    """What the lifespan made: `service`, `uploads`, `jobs`."""
+    return request.app.state
 
 
 async def counted_problem(request: Request, error: Exception) -> Response:
     """The problem document for what sanrt raised, which is counted by its kind."""
     assert isinstance(error, SanrtError)
-    parts(request)[0].queue.metrics.failures.labels(status_and_kind(error)[1]).inc()
+    state(request).service.queue.metrics.failed(status_and_kind(error)[1])
     return problem(error)
 
 
 async def gone(request: Request, _: Exception) -> Response:
     """For a client that left before its answer."""
-    parts(request)[0].queue.metrics.failures.labels("gone").inc()
+    state(request).service.queue.metrics.failed("gone")
     return Response(status_code=CLOSED)

@@ -32,3 +32,7 @@ class Metrics:
         self.pixels.inc(pixels)
         for step, took in seconds.items():
             self.seconds.labels(step).observe(took)
+
+    def failed(self, kind: str) -> None:
+        """Count a request that came to nothing."""
+        self.failures.labels(kind).inc()

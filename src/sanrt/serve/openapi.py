@@ -36,10 +36,22 @@ PROBLEM = {
     "detail": "picture: damaged PNG file (pixels are missing)",
     "kind": "picture",
 }
+IDENTITY = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+JOB = {
+    "id": "iPvpHNQ2lyMD3Sm0hFyFpw",
+    "state": "done",
+    "progress": 1.0,
+    "width": 640,
+    "height": 480,
+    "result": {"type": "image/png", "notes": [], "seconds": {"upscale": 2.1}, "model": "san_x4.onnx", "bytes": 7340032},
+    "problem": None,
+}
 REFUSALS = {
     "400": "A parameter that `sanrt run` would refuse too.",
     "401": "The token is missing, or another one.",
     "403": "Another site's page asked.",
+    "404": "There is no such job (any more).",
+    "409": "The job is not done, or failed.",
     "408": "The picture did not arrive in time.",
     "413": "Too many bytes, or pixels.",
     "422": "No picture that sanrt reads, or a damaged one.",
@@ -56,6 +68,29 @@ def description() -> dict[str, Any]:
         "info": {"title": "sanrt", "version": __version__, "description": "Pictures in, larger pictures out."},
         "paths": {
             "/v1/upscale": {"post": upscaling("A picture in, its result out.", {"200": result_response()})},
+            "/v1/jobs": {
+                "post": upscaling("A picture in, where to ask for its result out.", {"202": job("Location names it.")})
+            },
+            "/v1/jobs/{id}": {
+                "parameters": [IDENTITY],
+                "get": {
+                    "summary": "How far it is; as server-sent events with `Accept: text/event-stream`, until it has ended.",
+                    "responses": {"200": job("Its facts.", {"text/event-stream": BINARY}), "404": refusal("404")},
+                },
+                "delete": {
+                    "summary": "End it, and remove what there is of it.",
+                    "responses": {"204": {"description": "Done."}, "404": refusal("404")},
+                },
+            },
+            "/v1/jobs/{id}/result": {
+                "parameters": [IDENTITY],
+                "get": {
+                    "summary": "The result of a job that is done.",
+                    "responses": {"200": result_response(), "404": refusal("404"), "409": refusal("409")},
+                },
+            },
+            "/v1/about": {"get": plain("The version, the scale and weights to be had, the limits.")},
+            "/": {"get": plain("The page for people.")},
             "/healthz": {"get": plain("Whether the process answers.")},
             "/readyz": {"get": plain("Whether a picture would be taken now.", {"503": refusal("503")})},
             "/metrics": {"get": plain("Counters, for Prometheus.")},
@@ -89,7 +124,7 @@ def upscaling(summary: str, answers: Mapping[str, Any]) -> dict[str, Any]:
         "summary": summary,
         "parameters": [parameter(option) for option in options()],
         "requestBody": {"required": True, "content": {**picture, "multipart/form-data": {"schema": form}}},
-        "responses": {**answers, **{status: refusal(status) for status in REFUSALS}},
+        "responses": {**answers, **{status: refusal(status) for status in REFUSALS if status not in ("404", "409")}},
     }
 
 
@@ -112,6 +147,11 @@ def result_response() -> dict[str, Any]:
         "headers": {name: {"description": text, "schema": {"type": "string"}} for name, text in headers.items()},
         "content": {f"image/{form}": BINARY for form in Format if form.written_as is form},
     }
+
+
+def job(description: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A job's facts."""
+    return {"description": description, "content": {"application/json": {"example": JOB}, **(more or {})}}
 
 
 def refusal(status: str) -> dict[str, Any]:

@@ -69,6 +69,12 @@ class NotFoundError(RefusedError):
     status, kind = HTTPStatus.NOT_FOUND, "not_found"
 
 
+class GoneError(RefusedError):
+    """A job that was ended before its picture."""
+
+    status, kind = HTTPStatus.GONE, "gone"
+
+
 class NotDoneError(RefusedError):
     """A job without a result yet, or ever."""
 

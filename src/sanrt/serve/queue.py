@@ -65,34 +65,33 @@ class Queue:
                 retry_after=self.usual * self.pictures,
             )
 
-    async def upscale(self, part: Part, request: Request, listener: Listener = nobody) -> Written:
-        """The outcome of the one picture of a request.
-
-        Raises what its steps raise (as SanrtErrors of one line), BusyError, StoppingError, and TooLongError. Cancelled, it
-        leaves the line at once; a step that runs is waited for, a streamed picture's only to the end of a tile.
-        """
-        self.require_place()
-        with self.place():
-            limit = asyncio.timeout(None)
-            try:
-                async with limit:
-                    return await self.steps(part, request, listener, limit)
-            except SanrtError:
-                raise
-            except Exception as error:
-                if limit.expired():
-                    allowed = f"the {self.limits.seconds:g} s that this server allows"
-                    raise TooLongError(f"took more than {allowed}; send a smaller picture") from None
-                raise UnexpectedError(reason(part.jobs[0], error)) from error
-
     @contextmanager
     def place(self) -> Iterator[None]:
-        """One of the places in line."""
+        """A place in line, as long as the context lasts; raises as `require_place` does."""
+        self.require_place()
         self.pictures += 1
         try:
             yield
         finally:
             self.pictures -= 1
+
+    async def upscale(self, part: Part, request: Request, listener: Listener = nobody) -> Written:
+        """The outcome of the one picture of a request, which has a place.
+
+        Raises what its steps raise (as SanrtErrors of one line), StoppingError, and TooLongError. Cancelled, it leaves the
+        line at once; a step that runs is waited for, a streamed picture's only to the end of a tile.
+        """
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                return await self.steps(part, request, listener, limit)
+        except SanrtError:
+            raise
+        except Exception as error:
+            if limit.expired():
+                allowed = f"the {self.limits.seconds:g} s that this server allows"
+                raise TooLongError(f"took more than {allowed}; send a smaller picture") from None
+            raise UnexpectedError(reason(part.jobs[0], error)) from error
 
     async def steps(self, part: Part, request: Request, listener: Listener, limit: asyncio.Timeout) -> Written:
         """Wait, then read, enlarge and write, at most DECODED pictures before the network and some behind it."""

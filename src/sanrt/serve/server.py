@@ -22,6 +22,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         app: Starlette = self.config.app  # type: ignore[assignment]
         app.state.service.queue.stop()
+        await app.state.jobs.stop()
         await super().shutdown(sockets)
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sanrt.errors import SanrtError
-from sanrt.model.bundled import FOLDER
-from sanrt.request import Part, Request
-from sanrt.runtime.artifacts.models import model_title
+from sanrt.model.bundled import FOLDER, WeightsKind, has_bundled
+from sanrt.model.spec import SCALES
+from sanrt.request import ModelChoice, Part, Request
+from sanrt.runtime.artifacts.models import exported_path, model_title
 from sanrt.runtime.pictures.codec import open_picture
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.runs.pipeline import Listener, Written, nobody
@@ -29,6 +30,11 @@ class Order:
     part: Part
     width: int
     height: int
+
+    @property
+    def source(self) -> Path:
+        """The picture's file; in its folder is nothing else but the result."""
+        return self.part.jobs[0].source
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,8 @@ class Service:
         return Order(request, part, info.width, info.height)
 
     async def upscale(self, order: Order, listener: Listener = nobody) -> Result:
-        """The result of an order; raises as `Queue.upscale` does."""
-        (job,) = order.part.jobs
-        with self.without_paths(job.source.parent):
+        """The result of an order, which has a place in line; raises as `Queue.upscale` does."""
+        with self.without_paths(order.source.parent):
             written = await self.queue.upscale(order.part, order.request, listener)
         return self.result(order, written)
 
@@ -93,3 +98,13 @@ class Service:
                 text = text.replace(f"{folder}/", "")
             error.args = (text,)
             raise
+
+
+def available_weights(choice: ModelChoice) -> dict[int, list[str]]:
+    """For each scale the kinds of weights that a request may name; `auto` is always one. A named model has its own."""
+    found: dict[int, list[str]] = {}
+    for scale in SCALES if choice.named is None else ():
+        for kind in WeightsKind:
+            if exported_path(choice.models, scale, kind).is_file() or has_bundled(scale, kind):
+                found.setdefault(scale, ["auto"]).append(kind)
+    return found

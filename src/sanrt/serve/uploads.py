@@ -37,16 +37,23 @@ class Uploads:
     """Requests that have one now."""
 
     @contextmanager
-    def place(self) -> Iterator[Path]:
-        """A new folder, removed in the end; BusyError where too many requests have one."""
+    def request(self) -> Iterator[None]:
+        """One of the requests that may have a picture at once; BusyError where there are too many."""
         if self.open >= self.limits.requests:
             raise BusyError(f"{self.open} requests are open, the most that this server takes; ask again later", 1)
         self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
+
+    @contextmanager
+    def place(self) -> Iterator[Path]:
+        """A new folder, removed in the end with all that is in it."""
         place = Path(tempfile.mkdtemp(dir=self.folder))
         try:
             yield place
         finally:
-            self.open -= 1
             shutil.rmtree(place, ignore_errors=True)
 
 
