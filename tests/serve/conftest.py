@@ -74,7 +74,7 @@ class Running:
         return self.queue.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """Wait for something that must come about."""
     end = time.monotonic() + seconds
     while not condition():

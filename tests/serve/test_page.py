@@ -106,11 +106,11 @@ def test_the_slider_moves_the_line_between_before_and_after(page):
 
 
 def test_zoom_goes_from_fitting_to_single_pixels(page):
-    drop(page, "a.png", encoded(".png", height=300, width=900))
-    until(lambda: page.execute_script("return document.getElementById('after').naturalWidth") == 1800)
+    drop(page, "a.png", encoded(".png", height=60, width=600))
+    until(lambda: page.execute_script("return document.getElementById('after').naturalWidth") == 1200)
     wide = page.find_element(By.ID, "after").size["width"]
     page.find_element(By.ID, "pixels").click()
-    assert page.find_element(By.ID, "after").size["width"] == 1800 > wide
+    assert page.find_element(By.ID, "after").size["width"] == 1200 > wide
     assert page.find_element(By.ID, "percent").text == "100 %"
     page.find_element(By.ID, "fit").click()
     assert page.find_element(By.ID, "after").size["width"] == wide

@@ -57,13 +57,15 @@ class Picture {
       }
       if (last.problem) throw new api.Problem(last.problem);
       words = "is fetched";
-      this.finish(await api.result(job.id, this.abort.signal), last, started);
+      const blob = await api.result(job.id, this.abort.signal);
+      clearInterval(clock);
+      this.finish(blob, last, started);
       await api.forget(job.id);
     } catch (error) {
-      if (this.job) api.forget(this.job).catch(() => {});
-      this.fail(error);
-    } finally {
       clearInterval(clock);
+      if (this.job) api.forget(this.job).catch(() => {});
+      if (this.state === "running") this.fail(error);
+    } finally {
       this.bar.hidden = true;
     }
   }
@@ -85,7 +87,6 @@ class Picture {
   }
 
   fail(error) {
-    if (this.state === "removed") return;
     this.state = "failed";
     this.element.classList.add("failed");
     this.tell(error.message, true);
