@@ -15,12 +15,12 @@ from threadpoolctl import ThreadpoolController
 
 from sanrt.arrays import Array
 from sanrt.errors import BackendError
-from sanrt.geometry import Box
 from sanrt.kernels.cpu import attention, schedule, soca
 from sanrt.kernels.cpu.ir import aligned, this_processor
-from sanrt.kernels.cpu.schedule import ConvolutionSchedule, Step, moments_of
-from sanrt.kernels.cpu.soca import Gate, empty_moments
+from sanrt.kernels.cpu.schedule import ConvolutionSchedule, Step
+from sanrt.kernels.cpu.soca import Gate, StripMoments, empty_moments
 from sanrt.kernels.cpu.tail import TAPS, Tail, edges
+from sanrt.kernels.cpu.windows import MapWindow
 from sanrt.kernels.cpu.winograd import (
     Arithmetic,
     Convolution,
@@ -30,11 +30,9 @@ from sanrt.kernels.cpu.winograd import (
     winograd_transform,
 )
 from sanrt.kernels.cpu.workers import Workers
-from sanrt.model.contract import TAIL_HALO, Moments
+from sanrt.model.contract import TAIL_HALO, Moments, RowFile
 from sanrt.model.spec import ModelSpec
 
-TAIL_BAND_ROWS = 256
-"""Rows of features that go through the tail at a time: its result has 3 s s channels, as much memory as the picture."""
 MOMENTS_ROWS = 32
 """Rows of a tile whose moments are taken by one thread, then merged: float32 sums over many more would lose digits."""
 COMPUTE_LOCKS: dict[int, Lock] = {}
@@ -48,20 +46,43 @@ class Trunk:
     A group's SOCA gate needs the statistics of the whole picture, so there is a schedule up to each gate and one after.
     """
 
-    first: PaddedMap
-    """The head's features."""
-    shared: PaddedMap
+    first: PaddedMap | None
+    """The head's features; None where they are made again whenever they are needed."""
+    shared: MapWindow
     """The result of the first attention, which every group adds; kept times gamma, as the groups add it."""
-    x: PaddedMap
+    x: MapWindow
     """The input of the present group."""
-    features: PaddedMap
-    """The result of the present group's residual blocks; at the end, what the tail reads."""
+    hidden: MapWindow
+    """What is between the two convolutions of a block."""
+    features: MapWindow
+    """The result of the present group's residual blocks."""
     gates: list[Array]
-    moments: Array
+    moments: StripMoments
     schedules: list[ConvolutionSchedule]
+    bands: Bands | None
+    """None where all maps are whole in memory."""
 
-    def fits(self, height: int, width: int) -> bool:
-        return (self.x.height, self.x.width) == (height, width)
+    @property
+    def windows(self) -> tuple[MapWindow, ...]:
+        """All maps but the first."""
+        return self.shared, self.x, self.hidden, self.features
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures."""
+        return self.x.map.height, self.x.map.width
+
+
+@dataclass(frozen=True)
+class Bands:
+    """How the network goes over a picture of which memory holds a part at a time: in bands of full width."""
+
+    rows: int
+    """Height of a band, about."""
+    memory: int
+    """Bytes for maps in memory; with less than the least that bands need they take that."""
+    new_file: Callable[[int, int], RowFile]
+    """Makes a file for so many rows of so many bytes."""
 
 
 class Network:
@@ -87,9 +108,7 @@ class Network:
         self.gates = [self.new_gate(g) for g in range(self.arch.groups)]
         tail = Tail(weights, self.arch.channels)
         self.tail, self.border = Convolution(*tail.composed(), arithmetic), list(edges(tail))
-        parts = [weights[f"attention.{part}.weight"][:, :, 0, 0] for part in ("query", "key", "value")]
-        self.qkv_weight = np.concatenate(parts).T.copy()
-        self.qkv_bias = np.concatenate([weights[f"attention.{part}.bias"] for part in ("query", "key", "value")])
+        self.query, self.key_value = self.projection("query"), self.projection("key", "value")
         self.trunk: Trunk | None = None
         # Compiled now: what fails to compile fails to load, not in the middle of a folder of pictures.
         attention.kernels(self.arch.attention_channels)
@@ -108,6 +127,11 @@ class Network:
     def convolution(self, name: str) -> Convolution:
         """The convolution with the parameters `name`.weight and `name`.bias."""
         return Convolution(self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], self.arithmetic)
+
+    def projection(self, *parts: str) -> tuple[Array, Array]:
+        """Weight (C, outputs) and bias of 1 x 1 convolutions of the attention, side by side."""
+        weight = np.concatenate([self.weights[f"attention.{part}.weight"][:, :, 0, 0] for part in parts])
+        return weight.T.copy(), np.concatenate([self.weights[f"attention.{part}.bias"] for part in parts])
 
     def run(self, *steps: Step) -> None:
         """Run steps once."""
@@ -137,72 +161,42 @@ class Network:
         threads = self.workers.count
         self.workers.run(lambda t: work(slice(count * t // threads, count * (t + 1) // threads)))
 
-    # --- the whole picture ------------------------------------------------------------------------------------------
+    # --- parts of the network ---------------------------------------------------------------------------------------
 
-    def upscale(self, picture: Array, regions: int) -> Array:
-        """(1, 3, H, W) float32 -> (1, 3, sH, sW), not clipped, with attention over regions x regions."""
-        height, width = picture.shape[2:]
-        with compute_lock(), self.single_threaded_blas():
-            trunk = self.trunk = (
-                self.trunk if self.trunk and self.trunk.fits(height, width) else self.new_trunk(height, width)
-            )
-            self.head_features(picture, trunk.first)
-            self.region_attention(trunk.first, trunk.shared, regions)
-            self.by_rows(len(trunk.x.array), partial(self.share_attended, trunk))
-            for group, steps in enumerate(trunk.schedules):
-                steps.run()
-                if group < self.arch.groups:
-                    self.gates[group](trunk.moments, trunk.gates[group])
-            self.region_attention(trunk.x, trunk.features, regions)
-            x, first = trunk.features.array, trunk.first.array
-            self.by_rows(len(x), lambda rows: np.add(x[rows], first[rows], out=x[rows]))
-            return self.pixels(trunk.features, Box(0, 0, height, width))
+    def head_features(self, picture: Array, out: PaddedMap, top: int = 0, height: int | None = None) -> None:
+        """The head's features of the rows of a picture from `top` on, which is on the tiles' grid, as many as `out` has.
 
-    def share_attended(self, trunk: Trunk, rows: slice) -> None:
-        """Make the first attention's result the first group's input; scale it by gamma for the groups' skip connections."""
-        trunk.x.array[rows] = trunk.shared.array[rows]
-        trunk.shared.array[rows] *= self.weights["gamma"]
-
-    def new_trunk(self, height: int, width: int) -> Trunk:
-        """The maps and schedules for pictures of a size, in place of those before."""
-        self.trunk = None  # freed first: both together may exceed the memory
-        first, shared, x, hidden, features = (
-            PaddedMap.zeros(height, width, self.arch.channels, winograd_transform(self.arithmetic)) for _ in range(5)
-        )
-        gates = [aligned(first.array.shape[2:]) for _ in self.blocks]
-        moments = moments_of(features, self.arithmetic)
-        joins = [
-            Step(conv, features, x, added=x, also=shared, gate=gate)
-            for conv, gate in zip(self.group_convolutions, gates, strict=True)
-        ]
-        bodies = [self.body_steps(group, x, hidden, features, moments) for group in range(self.arch.groups)]
-        # Between two gates: a group's last convolution, gated, and the next group's blocks.
-        steps = [bodies[0], *([join, *body] for join, body in zip(joins[:-1], bodies[1:], strict=True)), joins[-1:]]
-        schedules = [ConvolutionSchedule(each, self.workers) for each in steps]
-        return Trunk(first, shared, x, features, gates, moments, schedules)
-
-    def head_features(self, picture: Array, out: PaddedMap) -> None:
-        """The head's features of a picture (1, 3, H, W), into `out`."""
+        picture: (1, 3, h, W), those rows and one more on either side where the picture, of that height, has one.
+        """
+        border, height = self.head.transform.border, height or out.height
         shifted = self.map("shifted", out.height, out.width, 3)
+        above, below = min(top, border), min(height - top - out.height, border)
+        rows = shifted.array[border - above : border + out.height + below, border : border + out.width, :3]
         weight, bias = (self.weights[f"mean_in.{part}"] for part in ("weight", "bias"))
-        shifted.pixels[..., :3] = channels_last(picture) @ weight[:, :, 0, 0].T + bias
+        shifted.array[: border - above] = 0
+        rows[:] = channels_last(picture) @ weight[:, :, 0, 0].T + bias
         self.run(Step(self.head, shifted, out))
 
-    def region_attention(self, x: PaddedMap, out: PaddedMap, regions: int) -> None:
-        """Region-level non-local attention with its skip connection: every pixel attends to its own region."""
-        pixels = x.pixels[..., : self.arch.channels]
-        query, key, value = self.projected(pixels)
-        y = np.empty_like(query, order="C")
-        for box in Box(0, 0, x.height, x.width).grid(regions, regions):
-            cell = np.s_[box.top : box.bottom, box.left : box.right]
-            y[cell] = self.attended(query[cell], pooled(key[cell]), pooled(value[cell]))
-        self.attention_output(y, pixels, out.pixels[..., : self.arch.channels])
+    def queries(self, pixels: Array) -> Array:
+        """Queries (the paper's theta(x)) of whole rows (h, W, C): (h, W, C / 8)."""
+        return self.projected(pixels, self.query)
 
-    def projected(self, region: Array) -> list[Array]:
-        """Queries, keys and values (the paper's theta(x), phi(x), g(x)) of (h, w, C): three of (h, w, C / 8)."""
-        made = np.empty((*region.shape[:2], len(self.qkv_bias)), np.float32)
-        self.by_rows(len(made), lambda rows: np.add(region[rows] @ self.qkv_weight, self.qkv_bias, out=made[rows]))
-        return np.split(made, 3, axis=2)
+    def keys_values(self, pixels: Array) -> tuple[Array, Array]:
+        """Keys and values (phi(x), g(x)) of the same, not pooled."""
+        key, value = np.split(self.projected(pixels, self.key_value), 2, axis=2)
+        return key, value
+
+    def projected(self, pixels: Array, weight_bias: tuple[Array, Array]) -> Array:
+        """A 1 x 1 convolution of (h, w, C): one matrix product per row, so that the cut into rows changes no bit."""
+        weight, bias = weight_bias
+        made = np.empty((*pixels.shape[:2], len(bias)), np.float32)
+
+        def work(rows: slice) -> None:
+            np.matmul(pixels[rows], weight, out=made[rows])
+            np.add(made[rows], bias, out=made[rows])
+
+        self.by_rows(len(made), work)
+        return made
 
     def attended(self, query: Array, key: Array, value: Array) -> Array:
         """softmax(query key^T) value, in the queries' shape (h, w, C / 8); keys and values of any shape (..., C / 8)."""
@@ -213,10 +207,16 @@ class Network:
         """Write W(y) + x into out: y (h, w, C / 8), x and out (h, w, C)."""
         weight, bias = (self.weights[f"attention.out.{part}"] for part in ("weight", "bias"))
         weight = weight[:, :, 0, 0].T
-        self.by_rows(len(y), lambda rows: np.add(y[rows] @ weight + bias, x[rows], out=out[rows]))
+
+        def work(rows: slice) -> None:
+            np.matmul(y[rows], weight, out=out[rows])
+            np.add(out[rows], bias, out=out[rows])
+            np.add(out[rows], x[rows], out=out[rows])
+
+        self.by_rows(len(y), work)
 
     def body_steps(
-        self, group: int, x: PaddedMap, hidden: PaddedMap, features: PaddedMap, moments: Array | None
+        self, group: int, x: PaddedMap, hidden: PaddedMap, features: PaddedMap, moments: StripMoments | None
     ) -> list[Step]:
         """The residual blocks of a group, from x into features, which the blocks after the first update in place."""
         steps = []
@@ -255,23 +255,8 @@ class Network:
         made[..., : self.arch.channels] = x
         return made
 
-    def pixels(self, trunk: PaddedMap, box: Box) -> Array:
-        """The tail's result within a box of the features, band by band: (1, 3, sh, sw)."""
-        scale, whole = self.arch.scale, Box(0, 0, trunk.height, trunk.width)
-        made = np.empty((1, 3, box.height * scale, box.width * scale), np.float32)
-        blocks = made.reshape(3, box.height, scale, box.width, scale).transpose(1, 3, 0, 2, 4)
-        for band in box.grid(-(-box.height // TAIL_BAND_ROWS), 1):
-            halo = band.grown(TAIL_HALO, whole)
-            done, crop, place = self.tail_blocks(trunk, halo), band.inside(halo), band.inside(box)
-            source, target = done[crop.top : crop.bottom, crop.left : crop.right], blocks[place.top : place.bottom]
-            self.by_rows(crop.height, partial(copy_blocks, source, target))
-        return made
-
-    def tail_blocks(self, trunk: PaddedMap, box: Box) -> Array:
-        """The tail's result for the features within a box, as if there were no others: blocks of pixels (h, w, 3 s s)."""
-        x = self.map("band", box.height, box.width, taps=TAPS)
-        source = trunk.pixels[box.top : box.bottom, box.left : box.right]
-        self.by_rows(x.height, lambda rows: np.copyto(x.pixels[rows], source[rows]))
+    def tail_blocks(self, x: PaddedMap) -> Array:
+        """The tail's result for features, as if there were no others: blocks of pixels (h, w, 3 s s)."""
         values = 3 * self.arch.scale**2
         done = self.map("pixels", x.height, x.width, values)
         self.run(Step(self.tail, x, done))
@@ -283,6 +268,12 @@ class Network:
 
         self.workers.run(finish)
         return made
+
+    def put_blocks(self, blocks: Array, picture: Array) -> None:
+        """Shuffle blocks (h, w, 3 s s) into pixels (3, sh, sw)."""
+        height, width, scale = *blocks.shape[:2], self.arch.scale
+        target = picture.reshape(3, height, scale, width, scale).transpose(1, 3, 0, 2, 4)
+        self.by_rows(height, partial(copy_blocks, blocks, target))
 
     # --- stage by stage ---------------------------------------------------------------------------------------------
 
@@ -301,11 +292,11 @@ class Network:
                 self.head_features(picture, first)
                 return [self.cropped(first, box)]
             case "keys-values", (x,):
-                return [channels_first(pooled(part)) for part in self.projected(channels_last(x))[1:]]
+                return [channels_first(pooled(part)) for part in self.keys_values(channels_last(x))]
             case "attend", (x, key, value):
                 x, key, value = map(channels_last, (x, key, value))
                 out = np.empty_like(x, order="C")
-                self.attention_output(self.attended(self.projected(x)[0], key, value), x, out)
+                self.attention_output(self.attended(self.queries(x), key, value), x, out)
                 return [channels_first(out)]
             case "body", (x, box):
                 features = self.map("features", *x.shape[2:])
@@ -322,7 +313,11 @@ class Network:
                 self.run(Step(self.group_convolutions[group], self.filled("features", features), joined, gate=gate))
                 return [self.cropped(joined, box) + x + self.weights["gamma"] * shared]
             case "tail", (attended, first, box):
-                return [self.pixels(self.filled("x", attended + first), Box(*(box // self.arch.scale).tolist()))]
+                blocks = self.tail_blocks(self.filled("band", attended + first, TAPS))
+                made = np.empty((3, blocks.shape[0] * self.arch.scale, blocks.shape[1] * self.arch.scale), np.float32)
+                self.put_blocks(blocks, made)
+                top, left, bottom, right = box.tolist()
+                return [made[None, :, top:bottom, left:right]]
         raise ValueError(f"no stage {kind} of {len(inputs)} inputs")
 
     def gated(self, group: int, sigma: Array) -> Array:
@@ -334,9 +329,10 @@ class Network:
         self.gates[group](moments, out)
         return out[: self.arch.channels]
 
-    def filled(self, name: str, x: Array) -> PaddedMap:
-        """A map with the content of x (1, C, h, w)."""
-        made = self.map(name, *x.shape[2:])
+    def filled(self, name: str, x: Array, taps: int = 3) -> PaddedMap:
+        """A map with the content of x (1, C, h, w), padded for a convolution with such taps."""
+        height, width = x.shape[2:]
+        made = self.map(name, height, width, taps=taps)
         made.pixels[..., : x.shape[1]] = channels_last(x)
         made.pixels[..., x.shape[1] :] = 0
         return made

@@ -19,7 +19,7 @@ from llvmlite import ir
 
 from sanrt.arrays import Array
 from sanrt.kernels.cpu.ir import CACHE_LINE, INT, POINTER, Code, Module, aligned, this_processor
-from sanrt.kernels.cpu.soca import empty_moments, write_moments
+from sanrt.kernels.cpu.soca import StripMoments, write_moments
 from sanrt.kernels.cpu.winograd import (
     Arithmetic,
     Convolution,
@@ -47,6 +47,9 @@ PART_STRIPS, MAX_LAG_STRIPS = 24, 30
 """For larger maps: strips that a thread takes of one step before it turns to the next step, and the most strips that the
 last of a group of steps may lag behind the first."""
 
+NO_ROWS = (2**62, 0)
+"""First and end of no rows at all, for a minimum of the first and a maximum of the end."""
+
 POINTERS = ("source", "output", "added", "also", "weight", "bias", "scale", "gate", "moments")
 NUMBERS = (
     *("epilogue", "row", "target_row", "inputs", "outputs", "height", "width", "columns"),
@@ -63,7 +66,7 @@ class Step:
     """One convolution of `source` into `output`, a map of the same size.
 
     added, also: maps of the output's size that are added to the result; either may be the output itself. gate (padded I,):
-    factors of the source's channels. moments: receives the output's moments, one row for each strip (`moments_of`).
+    factors of the source's channels. moments: receives those of the output's strips (`moments_of`).
     """
 
     convolution: Convolution
@@ -73,7 +76,7 @@ class Step:
     added: PaddedMap | None = None
     also: PaddedMap | None = None
     gate: Array | None = None
-    moments: Array | None = None
+    moments: StripMoments | None = None
 
     def __post_init__(self) -> None:
         conv, source, output = self.convolution, self.source, self.output
@@ -95,16 +98,12 @@ class Step:
 
     def fields(self) -> list[int]:
         conv = self.convolution
+        maps = {"output": self.output, "added": self.added, "also": self.also}
         arrays: dict[str, Any] = {
-            "source": self.source.array,
-            "output": self.output.pixels,
-            "added": self.added.pixels if self.added else None,
-            "also": self.also.pixels if self.also else None,
             "weight": conv.weight,
             "bias": conv.bias,
             "scale": conv.scale,
             "gate": self.gate,
-            "moments": self.moments,
         }
         numbers = {
             "epilogue": list(Epilogue).index(self.epilogue),
@@ -119,51 +118,120 @@ class Step:
             "product_stride": tile_stride(conv.outputs, conv.arithmetic),
         }
         addresses = {name: 0 if array is None else array.ctypes.data for name, array in arrays.items()}
+        addresses |= {name: each.pixels_address if each else 0 for name, each in maps.items()}
+        addresses |= {"source": self.source.address, "moments": self.moments.address if self.moments else 0}
         return [{**addresses, **numbers}[name] for name in STEP_FIELDS]
+
+    def rows(self, tile_rows: npt.NDArray[np.int64]) -> dict[int, npt.NDArray[np.int64]]:
+        """By the identity of a map, its padded rows that rows of tiles read or write; first and end, as the tiles'."""
+        size, border = self.source.transform.tile, self.source.transform.border
+        written = size * tile_rows + border
+        maps = self.output, self.added, self.also
+        return {id(each): written for each in maps if each} | {id(self.source): written + np.array([-border, border])}
 
 
 class ConvolutionSchedule:
     """Steps over maps of one size, each of which reads what the one before it wrote, ready to run any number of times.
 
-    Every thread has its own part of the picture in all steps, so that what it wrote is still in its core's cache when it
-    reads it again. Only at the borders between two parts does a thread wait for another.
+    All at once, every thread has its own part of the picture in all steps, so that what it wrote is still in its core's
+    cache when it reads it again. Only at the borders between two parts does a thread wait for another. Or in bands from top
+    to bottom, with maps of which only some rows are in memory; either way gives the same numbers.
 
     Steps may write over maps that the step before them read (the blocks of a group use two maps in turn). That is safe
     because needing is symmetric: the strips that still read a strip's old pixels are those that the new one waits for.
     """
 
-    def __init__(self, steps: list[Step], workers: Workers) -> None:
+    def __init__(self, steps: list[Step], workers: Workers, rows: int | None = None) -> None:
+        """rows: height of the bands, about; all at once if left out."""
         self.steps, self.workers = steps, workers  # kept alive: the table holds addresses of the steps' arrays
         convolutions = [step.convolution for step in steps]
         (outputs,) = {conv.outputs for conv in convolutions}  # one set of kernels, one cut into strips serves all steps
         inputs = max(conv.inputs for conv in convolutions)
         ((arithmetic, taps),) = {(conv.arithmetic, conv.transform.taps) for conv in convolutions}
-        vectors, rows = microkernel_shape(outputs)
+        vectors, unit = microkernel_shape(outputs)
         self.kernel = kernels(arithmetic, vectors, taps)["run"]
-        self.table = np.array([step.fields() for step in steps], np.int64)
-        strip = strip_tiles(max(inputs, outputs), rows, arithmetic)
+        most = strip_tiles(max(inputs, outputs), unit, arithmetic)
         (tiles,) = {step.source.tiles for step in steps}
-        maps = {id(each.array): each.array.nbytes for step in steps for each in (step.source, step.output)}
+        self.strips = strips_of(*tiles, unit, most)
+        self.count = count = len(self.strips.begin)
+        assert all(step.moments.strips == count for step in steps if step.moments)
+        maps = {id(each): each.rows_in_all * each.row_bytes for step in steps for each in (step.source, step.output)}
         self.far = sum(maps.values()) > SHARED_CACHE_BYTES
-        self.work_items = work_items(*tiles, rows, strip, len(steps), workers.count, self.far)
-        self.flags = sum(len(each[:-1]) for each in self.work_items)
-        assert all(len(step.moments) * len(steps) == self.flags for step in steps if step.moments is not None)
+        height = steps[0].source.height
+        self.band_strips = max(1, count * rows // height) if rows is not None and rows < height else None
+        self.bands = 1
+        if self.band_strips:
+            self.bands = -(-(count + self.strips.lag * (len(steps) - 1)) // self.band_strips)
+        self.table: npt.NDArray[np.int64] | None = None
         self.sizes = {
-            "transformed": strip * tile_stride(inputs, arithmetic),
-            "products": strip * tile_stride(outputs, arithmetic),
-            "scratch": arithmetic.points * this_processor().lanes + strip,
+            "transformed": most * tile_stride(inputs, arithmetic),
+            "products": most * tile_stride(outputs, arithmetic),
+            "scratch": arithmetic.points * this_processor().lanes + most,
         }
 
-    def run(self) -> None:
-        """Run all steps on all threads; returns when all are done."""
-        assert len(self.work_items) == self.workers.count
-        flags = aligned((self.flags, FLAG_STRIDE), np.int64)
+    def work_items(self, band: int) -> list[npt.NDArray[np.int64]]:
+        """For each thread its work items of a band."""
+        if self.band_strips is None:
+            return work_items(self.strips, len(self.steps), self.workers.count, self.far)
+        return band_items(self.strips, len(self.steps), self.workers.count, self.band_strips, band)
+
+    def rows(self) -> dict[int, npt.NDArray[np.int64]]:
+        """By the identity of a map, for each band the padded rows to hold while it runs: first and end, (bands, 2).
+
+        What lies before them no later band touches.
+        """
+        found: dict[int, npt.NDArray[np.int64]] = {}
+        for number, step in enumerate(self.steps):
+            tile_rows = np.array([self.tile_rows(number, band) for band in range(self.bands)])
+            for each, rows in step.rows(tile_rows).items():
+                rows[tile_rows[:, 0] == tile_rows[:, 1]] = NO_ROWS
+                before = found.get(each, rows)
+                found[each] = np.stack([np.minimum(before[:, 0], rows[:, 0]), np.maximum(before[:, 1], rows[:, 1])], axis=1)
+        for rows in found.values():
+            rows[:, 0] = np.minimum.accumulate(rows[::-1, 0])[::-1]
+            rows[:, 1] = np.maximum.accumulate(rows[:, 1])
+            rows[:, 0] = np.minimum(rows[:, 0], rows[:, 1])
+        return found
+
+    def tile_rows(self, step: int, band: int) -> tuple[int, int]:
+        """First row of tiles of a step's strips in a band, and the one after the last; the same where it has none."""
+        begin, end = self.strips_in(step, band)
+        if begin == end:
+            return 0, 0
+        columns = self.strips.columns
+        return int(self.strips.begin[begin] // columns), int(-(-self.strips.end[end - 1] // columns))
+
+    def strips_in(self, step: int, band: int) -> tuple[int, int]:
+        """First strip of a step in a band, and the one after the last."""
+        return self.strips.in_band(step, self.band_strips, band) if self.band_strips else (0, len(self.strips.begin))
+
+    def run(
+        self, before: Callable[[int], object] = lambda band: None, after: Callable[[int], object] = lambda band: None
+    ) -> None:
+        """Run all steps on all threads, band by band; returns when all are done. before, after: called with each band."""
+        for step in self.steps:
+            if step.moments:
+                step.moments.rewind()
+        for band in range(self.bands):
+            before(band)
+            self.run_band(self.work_items(band))
+            for number, step in enumerate(self.steps):
+                if step.moments:
+                    step.moments.merge(self.strips_in(number, band)[1])
+            after(band)
+
+    def run_band(self, items: list[npt.NDArray[np.int64]]) -> None:
+        """Run a band's work items."""
+        assert len(items) == self.workers.count
+        if self.table is None or self.bands > 1:  # maps of which only some rows are in memory lie elsewhere in each band
+            self.table = np.array([step.fields() for step in self.steps], np.int64)
+        flags, table = aligned((sum(len(each[:-1]) for each in items), FLAG_STRIDE), np.int64), self.table
 
         def work(thread: int) -> None:
-            mine, buffer = self.work_items[thread], self.workers.buffer
+            mine, buffer = items[thread], self.workers.buffer
             try:
                 buffers = [buffer(name, size) for name, size in self.sizes.items()]
-                arrays: list[npt.NDArray[Any]] = [self.table, mine, flags, *buffers]
+                arrays: list[npt.NDArray[Any]] = [table, mine, flags, *buffers]
                 self.kernel(*(array.ctypes.data for array in arrays), len(mine[:-1]), self.far)
             except BaseException:
                 # The others would wait for this thread's strips for ever. What they compute from garbage is thrown away.
@@ -171,6 +239,28 @@ class ConvolutionSchedule:
                 raise
 
         self.workers.run(work, release=partial(flags.fill, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Strips:
+    """How the tiles of a map are cut into strips, and which of them read each other's pixels; arrays by strip."""
+
+    columns: int
+    """Tiles in a row."""
+    begin: npt.NDArray[np.int64]
+    """First tile."""
+    end: npt.NDArray[np.int64]
+    first_needed: npt.NDArray[np.int64]
+    """First strip whose pixels it reads."""
+    last_needed: npt.NDArray[np.int64]
+    """The strip after the last one."""
+    lag: int
+    """Strips by which a step may lag behind the one before it, at least, and find all that it reads done."""
+
+    def in_band(self, step: int, band_strips: int, band: int) -> tuple[int, int]:
+        """First strip of a step in a band, and the one after the last: each step lags behind the one before it."""
+        begin, count = band * band_strips - step * self.lag, len(self.begin)
+        return min(max(begin, 0), count), min(max(begin + band_strips, 0), count)
 
 
 def strip_tiles(channels: int, rows: int, arithmetic: Arithmetic) -> int:
@@ -186,44 +276,49 @@ def strips(tiles: int, unit: int, most: int) -> npt.NDArray[np.int64]:
     return np.linspace(0, units, count, endpoint=False).round().astype(np.int64) * unit
 
 
-def moments_of(output: PaddedMap, arithmetic: Arithmetic) -> Array:
-    """An array for the moments of a map's strips, see `empty_moments`."""
+def moments_of(output: PaddedMap, arithmetic: Arithmetic) -> StripMoments:
+    """For the moments of a map's strips."""
     channels = output.array.shape[2]
     _, rows = microkernel_shape(channels)
-    return empty_moments(len(strips(prod(output.tiles), rows, strip_tiles(channels, rows, arithmetic))), channels)
+    return StripMoments(len(strips(prod(output.tiles), rows, strip_tiles(channels, rows, arithmetic))), channels)
+
+
+@lru_cache(maxsize=8)
+def strips_of(rows: int, columns: int, unit: int, most: int) -> Strips:
+    """The strips of a map of rows x columns tiles: of at most `most` tiles, in multiples of `unit`."""
+    begin = strips(rows * columns, unit, most)
+    end = np.append(begin[1:], rows * columns)
+    # A tile reads pixels of its eight neighbours, so a strip needs all strips with a tile from columns + 1 before its first
+    # one to columns + 1 after its last one. They are consecutive.
+    first = np.maximum(np.searchsorted(begin, begin - columns - 1, side="right") - 1, 0)
+    last = np.searchsorted(begin, end + columns, side="right")
+    lag = -(-(columns + 1) // int(np.diff(begin).min(initial=rows * columns)))
+    return Strips(columns, begin, end, first, last, lag)
 
 
 @lru_cache(maxsize=64)
-def work_items(
-    rows: int, columns: int, unit: int, most: int, steps: int, threads: int, far: bool
-) -> list[npt.NDArray[np.int64]]:
+def work_items(strips: Strips, steps: int, threads: int, far: bool) -> list[npt.NDArray[np.int64]]:
     """For each thread its work items in the order in which it takes them: (n + 1, len(WORK_ITEM)), the last one twice.
 
-    The maps have rows x columns tiles; strips are of at most `most` tiles, in multiples of `unit`. far: whether the maps
-    exceed the shared cache. The last item stands twice because the kernel looks one item ahead, to prefetch its pixels.
+    far: whether the maps exceed the shared cache. The last item stands twice because the kernel looks one item ahead, to
+    prefetch its pixels.
     """
-    tiles = rows * columns
-    begin = strips(tiles, unit, most)
-    end, count = np.append(begin[1:], tiles), len(begin)
+    begin, count = strips.begin, len(strips.begin)
     number = np.arange(count)
     thread = number * threads // count
     # Each thread begins at the borders of its part: the strips that others wait for are done first, and by the time that it
     # comes back to a border in the next step, its neighbour has long done the same.
     borders = np.flatnonzero(np.diff(thread)) + 0.5
     place = np.abs(number[:, None] - borders).min(1) if len(borders) else number
-    # A tile reads pixels of its eight neighbours, so a strip needs all strips with a tile from columns + 1 before its first
-    # one to columns + 1 after its last one. They are consecutive, and so are their flags.
-    first = np.maximum(np.searchsorted(begin, begin - columns - 1, side="right") - 1, 0)
-    last = np.searchsorted(begin, end + columns, side="right")
     step, number = np.indices((steps, count))
     before = (step - 1) * count
     values = {
         "step": step,
         "flag": step * count + number,
         "begin": begin[number],
-        "tiles": (end - begin)[number],
-        "first_needed": np.where(step, before + first, 0),
-        "last_needed": np.where(step, before + last, 0),
+        "tiles": (strips.end - begin)[number],
+        "first_needed": np.where(step, before + strips.first_needed, 0),
+        "last_needed": np.where(step, before + strips.last_needed, 0),
         "strip": number,
     }
     made = np.stack([values[name] for name in WORK_ITEM], axis=-1).reshape(-1, len(WORK_ITEM))
@@ -233,12 +328,39 @@ def work_items(
         # in a cache what the step before it wrote. A step lags behind the one before it by as many strips as it needs of it
         # beyond its own place: then whatever an item waits for is in the same part of an earlier step, or in an earlier
         # part, and so earlier in every thread's order. Otherwise threads could wait for each other in a circle.
-        lag = -(-(columns + 1) // int(np.diff(begin).min()))
-        depth = max(2, MAX_LAG_STRIPS // lag)
-        part = (place[number] + step % depth * lag) // PART_STRIPS
+        depth = max(2, MAX_LAG_STRIPS // strips.lag)
+        part = (place[number] + step % depth * strips.lag) // PART_STRIPS
     made = made[np.lexsort([each.ravel() for each in (place[number], step, part, step // depth)])]
     by_thread = (made[thread[made[:, WORK_ITEM.index("strip")]] == t] for t in range(threads))
     return [np.concatenate([items, items[-1:]]) for items in by_thread]
+
+
+def band_items(strips: Strips, steps: int, threads: int, band_strips: int, band: int) -> list[npt.NDArray[np.int64]]:
+    """The same for one band: step after step, each step's strips dealt out to the threads in turn.
+
+    Flags count from the band's first strip: what earlier bands did is done. Within a band all that a strip waits for comes
+    before it in the order of all threads together, so threads never wait in a circle.
+    """
+    made, before, flags_before, flag = [], (0, 0), 0, 0
+    for step in range(steps):
+        first, end = strips.in_band(step, band_strips, band)
+        number = np.arange(first, end)
+        values = {
+            "step": np.full_like(number, step),
+            "flag": flag + number - first,
+            "begin": strips.begin[number],
+            "tiles": (strips.end - strips.begin)[number],
+            "first_needed": flags_before + np.maximum(strips.first_needed[number] - before[0], 0),
+            "last_needed": flags_before + np.maximum(strips.last_needed[number] - before[0], 0),
+            "strip": number,
+        }
+        if not step:
+            values["first_needed"] = values["last_needed"] = np.zeros_like(number)
+        made.append(np.stack([values[name] for name in WORK_ITEM], axis=-1))
+        before, flags_before, flag = (first, end), flag, flag + len(number)
+    items = np.concatenate(made)
+    by_thread = (items[items[:, WORK_ITEM.index("strip")] % threads == t] for t in range(threads))
+    return [np.concatenate([mine, mine[-1:]]) for mine in by_thread]
 
 
 @cache

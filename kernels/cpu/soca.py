@@ -17,6 +17,8 @@ from sanrt.model.contract import MIN_TRACE
 
 MICROKERNEL_ROWS = 4
 """Rows of a matrix product's result that are computed together, their sums in registers."""
+MERGED_STRIPS = 256
+"""Strips whose moments are merged into one, in maps that have more."""
 SCRATCH_MATRICES = 4
 """C x C matrices that the square root needs: Y, Z, (3 I - Z Y) / 2, and one that receives the next Y."""
 
@@ -52,6 +54,65 @@ def empty_moments(strips: int, channels: int) -> Array:
     only the upper triangle is used: it is symmetric.
     """
     return aligned((strips, 2 + channels, channels))
+
+
+class StripMoments:
+    """Moments of a map's strips, as a schedule finds them, and of fixed groups of them where there are many.
+
+    Groups are merged as soon as their strips are known: all strips of a large picture's map would take as much memory as a
+    tenth of the map or more. The groups are the same however the map is cut into bands, and so is what is merged from them.
+    """
+
+    def __init__(self, strips: int, channels: int) -> None:
+        """For a map with so many strips; `allocate` makes the room."""
+        self.strips, self.channels, self.first = strips, channels, 0
+        self.array = empty_moments(0, channels)
+        """Those of the strips from `first` on."""
+        self.merged = empty_moments(-(-strips // MERGED_STRIPS), channels) if strips > MERGED_STRIPS else None
+
+    def allocate(self, strips: int) -> None:
+        """Make room for so many strips beside those of a group that is not complete."""
+        self.array = empty_moments(min(strips + MERGED_STRIPS, self.strips), self.channels)
+
+    @property
+    def address(self) -> int:
+        """Where the first strip's would be."""
+        return self.array.ctypes.data - self.first * self.strip_bytes
+
+    @property
+    def strip_bytes(self) -> int:
+        """Bytes of one strip's."""
+        return (2 + self.channels) * self.channels * self.array.itemsize
+
+    @property
+    def found(self) -> Array:
+        """What the gate takes, once all strips are known."""
+        return self.array if self.merged is None else self.merged
+
+    def rewind(self) -> None:
+        """Begin with the first strip again."""
+        self.first = 0
+
+    def merge(self, end: int) -> None:
+        """Merge the groups whose strips all lie before `end`; those strips are known."""
+        if self.merged is None:
+            return
+        done = self.first
+        while done < end and (following := min(done + MERGED_STRIPS, self.strips)) <= end:
+            self.merged[done // MERGED_STRIPS] = merged_moments(self.array[done - self.first : following - self.first])
+            done = following
+        rest = self.array[done - self.first : end - self.first].copy()
+        self.array[: len(rest)], self.first = rest, done
+
+
+def merged_moments(moments: Array) -> Array:
+    """Moments of some strips together, laid out like those of one (Chan's formula, as in the gate's covariance)."""
+    counts, means = moments[:, 0, :1], moments[:, 1]
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    apart = means - mean
+    scatter = moments[:, 2:].sum(0) + (counts * apart).T @ apart
+    return np.concatenate([np.full((1, len(mean)), total), mean[None], scatter]).astype(np.float32)
 
 
 def product_vectors(channels: int) -> int:

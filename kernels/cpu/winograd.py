@@ -173,7 +173,7 @@ class Epilogue(StrEnum):
     """Add two such maps."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PaddedMap:
     """Features as (rows, columns, channels), padded with zeros to whole tiles and vectors and by a border.
 
@@ -181,16 +181,35 @@ class PaddedMap:
     """
 
     array: Array
+    """All rows of the padded map, or those from `first_row` on that are in memory now."""
     height: int
     width: int
     transform: WinogradTransform
     """The transform of the convolution that reads the map; its tile and border give the padding."""
+    first_row: int = 0
 
     @classmethod
     def zeros(cls, height: int, width: int, channels: int, transform: WinogradTransform) -> PaddedMap:
         """An all-zero map."""
-        sides = (whole(size, transform.tile) + 2 * transform.border for size in (height, width))
-        return cls(aligned((*sides, whole_vectors(channels))), height, width, transform)
+        made = cls.without_memory(height, width, channels, transform)
+        made.array = aligned((made.rows_in_all, *made.array.shape[1:]))
+        return made
+
+    @classmethod
+    def without_memory(cls, height: int, width: int, channels: int, transform: WinogradTransform) -> PaddedMap:
+        """A map of which no row is in memory yet."""
+        columns = whole(width, transform.tile) + 2 * transform.border
+        return cls(np.zeros((0, columns, whole_vectors(channels)), np.float32), height, width, transform)
+
+    @property
+    def rows_in_all(self) -> int:
+        """Rows of the padded map, in memory or not."""
+        return whole(self.height, self.transform.tile) + 2 * self.transform.border
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one padded row."""
+        return math.prod(self.array.shape[1:]) * self.array.itemsize  # the strides of no rows would be zeros
 
     def has_room_for(self, height: int, width: int, channels: int) -> bool:
         """Whether a map of this size fits into the same memory: of the same width and channels, and no higher."""
@@ -211,8 +230,28 @@ class PaddedMap:
     @property
     def pixels(self) -> Array:
         """The map without its padding, a view (height, width, channels)."""
+        return self.rows(0, self.height)
+
+    def rows(self, top: int, bottom: int) -> Array:
+        """Rows of the map without its padding, all of them in memory: a view (rows, width, channels)."""
         border = self.transform.border
-        return self.array[border : border + self.height, border : border + self.width]
+        begin = border - self.first_row
+        return self.array[begin + top : begin + bottom, border : border + self.width]
+
+    def part(self, top: int, bottom: int) -> PaddedMap:
+        """Rows from one on the tiles' grid on as a map of their own to be written, in the same memory."""
+        end = whole(bottom - top, self.transform.tile) + 2 * self.transform.border
+        return replace(self, array=self.array[top - self.first_row :][:end], height=bottom - top)
+
+    @property
+    def address(self) -> int:
+        """Where the padded map begins, or would begin if all of its rows were in memory."""
+        return self.array.ctypes.data - self.first_row * self.row_bytes
+
+    @property
+    def pixels_address(self) -> int:
+        """The same for its first pixel."""
+        return self.address + self.transform.border * (self.row_bytes + self.array.strides[1])
 
 
 def whole(size: int, part: int) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from sanrt.arrays import Array
 from sanrt.errors import BackendError
 from sanrt.model.spec import Precision
-from sanrt.runtime.backends.protocol import Backend, DeviceMaps, Stages, fork_error
+from sanrt.runtime.backends.protocol import Backend, DeviceMaps, Stages, Strips, fork_error
 from sanrt.runtime.host import call_after_fork
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,10 @@ class FP32Fallback:
         fp32 = self.fp32(regions)
         self.warn(pictures, fp32)
         return require_finite(fp32, fp32.infer(pictures))
+
+    @property
+    def strips(self) -> Strips | None:
+        return self.backend.strips
 
     def stages(self) -> Stages:
         return FP32FallbackStages(self)

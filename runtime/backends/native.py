@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,12 +15,23 @@ import numpy.typing as npt
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.extras import install_command
+from sanrt.geometry import Box
 from sanrt.model.spec import MIN_SIDE, Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.models import read_spec
 from sanrt.runtime.artifacts.sizes import Limits
 from sanrt.runtime.artifacts.variants import derived_weights
-from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version, require_precision
+from sanrt.runtime.backends.protocol import (
+    BackendStatus,
+    PixelSink,
+    PixelSource,
+    Progress,
+    RunOptions,
+    Stages,
+    StripOptions,
+    library_version,
+    require_precision,
+)
 from sanrt.version import __version__
 
 if TYPE_CHECKING:
@@ -54,10 +65,9 @@ def chosen_precision() -> Precision:
 
 
 class NativeBackend:
-    """The network on the CPU, whole or in stages.
+    """The network on the CPU, whole, by strips or in stages.
 
-    Stages are fp32 in either precision: int16 rounds by the tile, and exact streaming promises the same pixels whatever
-    the tile.
+    Stages, which other backends use in fp32, are fp32 in either precision: int16 rounds by the tile.
     """
 
     name = NAME
@@ -95,8 +105,14 @@ class NativeBackend:
         return self.infer_with_regions(pictures, self.spec.regions)
 
     def infer_with_regions(self, pictures: Array, regions: int) -> Array:
+        from sanrt.kernels.cpu.passes import upscale
+
         with out_of_memory_errors(self.network):
-            return np.concatenate([self.network.upscale(picture, regions) for picture in pictures[:, None]])
+            return np.concatenate([upscale(self.network, picture, regions) for picture in pictures[:, None]])
+
+    @property
+    def strips(self) -> NativeStrips:
+        return NativeStrips(self.network)
 
     def stages(self) -> Stages:
         if self.fp32 is not self.network:
@@ -113,6 +129,35 @@ class NativeBackend:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class NativeStrips:
+    """The network over a picture of any size, strip by strip."""
+
+    network: Network
+
+    def needed(self, height: int, width: int, rows: int | None) -> int:
+        from sanrt.kernels.cpu.passes import needed
+
+        return needed(self.network, height, width, rows)
+
+    def run(self, source: PixelSource, sink: PixelSink, options: StripOptions, progress: Progress) -> None:
+        from sanrt.kernels.cpu.network import Bands
+        from sanrt.kernels.cpu.passes import stream
+
+        height, width = source.size
+        bands = Bands(options.rows, options.memory, options.new_file)
+        with out_of_memory_errors(self.network):
+            stream(
+                self.network,
+                lambda top, bottom: source.read(Box(top, 0, bottom, width)),
+                (height, width),
+                options.regions,
+                bands,
+                sink,
+                progress,
+            )
 
 
 class NativeStages:

@@ -47,6 +47,7 @@ class OnnxRuntimeBackend:
     memory = None
     engine_digest = None
     infer_with_regions = None
+    strips = None
     limits = Limits()
     device = "CPU"
 

@@ -53,6 +53,7 @@ class OnnxRuntimeCudaBackend:
     name = NAME
     engine_digest = None
     infer_with_regions = None
+    strips = None
     limits = Limits()
 
     def __init__(self, model: Path, options: RunOptions) -> None:

@@ -83,6 +83,7 @@ class OpenVinoBackend:
     memory = None
     engine_digest = None
     infer_with_regions = None
+    strips = None
     limits = Limits()
     device = "CPU"
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, require_number
 from sanrt.geometry import Box
+from sanrt.model.contract import RowFile
 from sanrt.model.spec import MAX_REGIONS, ModelSpec, Precision
 from sanrt.runtime.artifacts.sizes import Limits
 
@@ -25,6 +26,53 @@ class Stages(Protocol):
 
     def run(self, stage: str, *inputs: Any) -> list[Any]:
         """Outputs of a stage, arrays (the first one of STAGE_MAPS is a part of `maps`); raises as `Backend.infer` does."""
+        ...
+
+
+Progress = Callable[[float], None]
+"""Told the share of a picture's work that was just done; the shares of one attempt at a picture sum to 1."""
+
+
+class PixelSource(Protocol):
+    """A picture to upscale."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        ...
+
+    def read(self, box: Box) -> Array:
+        """Its pixels as (1, 3, h, w) float32, 0..value_range."""
+        ...
+
+
+PixelSink = Callable[[Box, Array], None]
+"""Takes finished pixels (1, 3, h, w), not clipped, and where they go in the output; in reading order of tiles."""
+
+
+@dataclass(frozen=True)
+class StripOptions:
+    """How one picture goes through a network by strips."""
+
+    rows: int
+    """Height of a strip, about."""
+    regions: int
+    """k of the k x k attention regions."""
+    memory: int
+    """Bytes of the host's memory to keep within, if at all possible."""
+    new_file: Callable[[int, int], RowFile]
+    """Makes a file for so many rows of so many bytes, for maps that exceed the memory."""
+
+
+class Strips(Protocol):
+    """A network that goes over a picture in strips of full width by itself."""
+
+    def needed(self, height: int, width: int, rows: int | None) -> int:
+        """Bytes of memory that a picture takes beside itself and its result: whole, or at least in strips of such height."""
+        ...
+
+    def run(self, source: PixelSource, sink: PixelSink, options: StripOptions, progress: Progress) -> None:
+        """Upscale a picture with sides of at least spec.min_side: the very numbers of `infer`; raises as that does."""
         ...
 
 
@@ -68,6 +116,11 @@ class Backend(Protocol):
     @property
     def infer_with_regions(self) -> Callable[[Array, int], Array] | None:
         """For k x k attention regions: `infer` calls it with its spec's. None where the model was loaded for those alone."""
+        ...
+
+    @property
+    def strips(self) -> Strips | None:
+        """For exact streaming without stages; None where the backend has only those."""
         ...
 
     def stages(self) -> Stages:

@@ -53,6 +53,7 @@ class TorchBackend:
     streams = True
     memory = None
     engine_digest = None
+    strips = None
     limits = Limits()
     maps = None
     device = "CPU"

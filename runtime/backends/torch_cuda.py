@@ -54,6 +54,7 @@ class TorchCudaBackend:
 
     name = NAME
     engine_digest = None
+    strips = None
     streams = True
     limits = Limits()
 

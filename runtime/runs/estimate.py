@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from sanrt.errors import SanrtError
-from sanrt.model.spec import Architecture, Precision
+from sanrt.model.spec import Architecture
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.sizes import Size
 from sanrt.runtime.artifacts.variants import cached_for
 from sanrt.runtime.backends.protocol import Backend, RunOptions
-from sanrt.runtime.backends.registry import load_unguarded, status
+from sanrt.runtime.backends.registry import status
 from sanrt.runtime.pictures.codec import Encoding, PictureInfo, open_picture, plan_output
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.storage import fetched
@@ -81,10 +81,6 @@ def estimates(
 ) -> Iterator[PictureEstimate]:
     """A plan for every picture on a backend with a model loaded so; a picture's header alone is read."""
     speeds = {backend.name: speed_of(backend, model, loading)}
-    if backend.spec.precision is Precision.INT16:  # whole pictures only: its stages are fp32
-        fp32 = replace(loading, precision=Precision.FP32)
-        with load_unguarded(backend.name, model, fp32) as exact:
-            speeds[backend.name + BY_STAGES] = speed_of(exact, model, fp32)
     for job in jobs:
         yield picture_estimate(job, backend, speeds, upscaling, encoding)
 

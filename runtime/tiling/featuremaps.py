@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,14 +49,7 @@ class ScratchMap:
     def __init__(self, channels: int, height: int, width: int, dtype: npt.DTypeLike, folder: Path) -> None:
         self.channels, self.height, self.dtype = channels, height, np.dtype(dtype)
         self.row = channels * BAND * self.dtype.itemsize
-        size = -(-width // BAND) * height * self.row
-        try:
-            self.file = tempfile.TemporaryFile(dir=folder, prefix="sanrt-", buffering=0)  # noqa: SIM115
-            # Taken now, so that a full disk is told before hours of work and not in the middle of them.
-            reserve(self.file.fileno(), size)
-        except OSError as error:
-            raise scratch_error(folder, size, error) from error
-        self.folder = folder
+        self.file, self.folder = scratch_file(-(-width // BAND) * height * self.row, folder), folder
 
     def read(self, box: Box) -> Array:
         part: Array = np.empty((1, self.channels, box.height, box.width), self.dtype)
@@ -88,7 +82,7 @@ class ScratchMap:
         view, done = rows.reshape(-1).view(np.uint8).data, 0
         self.file.seek(self.offset(band))
         while done < len(view):
-            done += self.file.readinto(view[done:])  # type: ignore[attr-defined]
+            done += self.file.readinto(view[done:])
         return rows
 
     def save(self, band: Box, rows: Array) -> None:
@@ -98,6 +92,30 @@ class ScratchMap:
             self.file.seek(self.offset(band))
             while done < len(view):
                 done += self.file.write(view[done:])
+        except OSError as error:
+            raise scratch_error(self.folder, len(view), error) from error
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class ScratchRows:
+    """Rows of one size in a file without a name; a `RowFile`."""
+
+    def __init__(self, count: int, row_bytes: int, folder: Path) -> None:
+        self.row_bytes, self.folder = row_bytes, folder
+        self.file = scratch_file(count * row_bytes, folder)
+
+    def read(self, first: int, rows: Array) -> None:
+        view, done = rows.reshape(-1).view(np.uint8).data, 0
+        while done < len(view):
+            done += os.preadv(self.file.fileno(), [view[done:]], first * self.row_bytes + done)
+
+    def write(self, first: int, rows: Array) -> None:
+        view, done = rows.reshape(-1).view(np.uint8).data, 0
+        try:
+            while done < len(view):
+                done += os.pwritev(self.file.fileno(), [view[done:]], first * self.row_bytes + done)
         except OSError as error:
             raise scratch_error(self.folder, len(view), error) from error
 
@@ -123,6 +141,17 @@ class Fetched:
         self.map.close()
 
 
+def scratch_file(size: int, folder: Path) -> Any:
+    """A new file without a name, of so many bytes; raises ScratchError."""
+    try:
+        file = tempfile.TemporaryFile(dir=folder, prefix="sanrt-", buffering=0)  # noqa: SIM115
+        # Taken now, so that a full disk is told before hours of work and not in the middle of them.
+        reserve(file.fileno(), size)
+    except OSError as error:
+        raise scratch_error(folder, size, error) from error
+    return file
+
+
 def scratch_error(folder: Path, size: int, error: OSError) -> ScratchError:
     """A scratch file that cannot be made or written."""
     return ScratchError(
@@ -142,7 +171,7 @@ class FeatureStore:
     ) -> None:
         self.memory, self.device, self.device_memory = memory, device, device_memory
         self.folder = folder or Path(tempfile.gettempdir())
-        self.maps: list[FeatureMap] = []
+        self.maps: list[FeatureMap | ScratchRows] = []
 
     def new(
         self, channels: int, height: int, width: int, dtype: npt.DTypeLike = np.float32, on_device: bool = True
@@ -152,6 +181,12 @@ class FeatureStore:
         if made is None:
             made = self.on_host(channels, height, width, dtype)
             made = Fetched(made, self.device) if self.device else made
+        self.maps.append(made)
+        return made
+
+    def new_rows(self, count: int, row_bytes: int) -> ScratchRows:
+        """A scratch file for so many rows of so many bytes; raises ScratchError."""
+        made = ScratchRows(count, row_bytes, self.folder)
         self.maps.append(made)
         return made
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from sanrt.arrays import Array
 from sanrt.geometry import Box
-from sanrt.runtime.tiling.streaming import PixelSource
+from sanrt.runtime.backends.protocol import PixelSource
 
 
 @dataclass(frozen=True)

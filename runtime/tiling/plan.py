@@ -30,6 +30,9 @@ MAX_TILE = 512
 MIN_TILE = 64
 """Smaller tiles would be mostly halo."""
 
+STRIP_HEIGHTS = (512, 384, 256, 192, 128, 96, 64, 32, 16)
+"""Heights of strips that are chosen from: the lower they are, the more rows are moved and the more often threads meet."""
+
 MIN_RETRY_TILE = 16
 """Side below which tiles are not made smaller after an out-of-memory."""
 
@@ -46,9 +49,12 @@ class TilingPlan:
     """k of the k x k attention regions (of each tile where they overlap)."""
     overlap: int = 0
     """Pixels that overlapped tiles share."""
+    strips: bool = False
+    """Whether the tiles are strips of full width and of that height (`Backend.strips`)."""
 
     def __str__(self) -> str:
-        tiles = "" if self.tiling is Tiling.WHOLE else f" in tiles of {self.tile}"
+        tiles = f" in strips of {self.tile} rows" if self.strips else f" in tiles of {self.tile}"
+        tiles = "" if self.tiling is Tiling.WHOLE else tiles
         return f"{self.tiling}{tiles}, {self.regions} x {self.regions} regions"
 
 
@@ -91,7 +97,7 @@ def plan_tiling(backend: Backend, height: int, width: int, options: UpscaleOptio
     too_small = min(height, width) < 2 * regions  # nothing could need a tile here; `infer` pads the picture
     tiling = options.tiling
     if tiling is Tiling.AUTO:
-        cut = max(height, width) > options.tile if options.tile else not fits_whole(arch, height, width, budget)
+        cut = max(height, width) > options.tile if options.tile else not fits_whole(backend, height, width, budget)
         whole = not cut and (takes_whole(backend, height, width, options) or (backend.streams and regions != spec.regions))
         tiling = Tiling.WHOLE if whole else cut_tiling(backend, options)
     if options.regions not in (None, spec.regions) and (tiling is Tiling.OVERLAP or not backend.streams):
@@ -106,7 +112,8 @@ def plan_tiling(backend: Backend, height: int, width: int, options: UpscaleOptio
             tile = options.tile or choose_overlapped_tile(arch, height, width, budget)
             plan = TilingPlan(Tiling.OVERLAP, tile, spec.regions, options.overlap_of(tile))
         case _:
-            plan = TilingPlan(Tiling.EXACT, options.tile or choose_tile(arch, budget.network), regions)
+            tile = options.tile or choose_exact_tile(backend, height, width, budget)
+            plan = TilingPlan(Tiling.EXACT, tile, regions, strips=backend.strips is not None)
     return within_limits(plan, backend, height, width, options)
 
 
@@ -119,7 +126,8 @@ def smaller_plan(plan: TilingPlan, backend: Backend, options: UpscaleOptions) ->
     if tiling is Tiling.WHOLE:
         tiling = cut_tiling(backend, options)
         tile = min(tile, (backend.limits.tile if tiling is Tiling.EXACT else backend.limits.side) or tile)
-    return TilingPlan(tiling, tile, plan.regions, options.overlap_of(tile) if tiling is Tiling.OVERLAP else 0)
+    strips = tiling is Tiling.EXACT and backend.strips is not None
+    return TilingPlan(tiling, tile, plan.regions, options.overlap_of(tile) if tiling is Tiling.OVERLAP else 0, strips)
 
 
 def check_result_size(arch: Architecture, height: int, width: int, options: UpscaleOptions) -> None:
@@ -203,6 +211,14 @@ def choose_regions(height: int, width: int) -> int:
     return k
 
 
+def choose_exact_tile(backend: Backend, height: int, width: int, budget: MemoryBudget) -> int:
+    """The side of exact tiles, or the height of strips: the largest with which they take at most half of the memory."""
+    if strips := backend.strips:
+        heights = (rows for rows in STRIP_HEIGHTS if strips.needed(height, width, rows) <= budget.host // 2)
+        return next(heights, STRIP_HEIGHTS[-1])
+    return choose_tile(backend.spec.architecture, budget.network)
+
+
 def choose_tile(arch: Architecture, memory: int) -> int:
     """The largest side up to MAX_TILE with which a tile in the network takes at most a quarter of the memory."""
     return min(MAX_TILE, max(MIN_TILE, isqrt(memory // 4 // network_bytes(arch)) // 16 * 16))
@@ -219,9 +235,12 @@ def map_memory(arch: Architecture, tile: int, memory: int) -> int:
     return max(0, memory - tile**2 * network_bytes(arch))
 
 
-def fits_whole(arch: Architecture, height: int, width: int, budget: MemoryBudget) -> bool:
+def fits_whole(backend: Backend, height: int, width: int, budget: MemoryBudget) -> bool:
     """Whether the network can hold the whole picture, and the host its result."""
+    arch = backend.spec.architecture
     network, result = height * width * network_bytes(arch), height * width * result_bytes(arch)
+    if strips := backend.strips:
+        network = strips.needed(height, width, None)
     if budget.device is None:
         return network + result <= budget.host
     return network <= budget.device and result <= budget.host

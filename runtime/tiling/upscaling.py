@@ -16,25 +16,27 @@ import numpy.typing as npt
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.geometry import Box, TileAxis, pad
-from sanrt.runtime.backends.protocol import Backend, Stages
+from sanrt.runtime.backends.protocol import Backend, PixelSink, PixelSource, Progress, StripOptions
 from sanrt.runtime.pictures.codec import PictureInfo, SourcePicture
 from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.tiling.featuremaps import FeatureStore
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.orientations import ORIENTATIONS, Orientation, OrientedSource
-from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, by_stages, check_result_size, plan_tiling, smaller_plan
-from sanrt.runtime.tiling.streaming import (
-    STRIP_ROWS,
-    ArraySource,
-    PixelSink,
-    PixelSource,
-    Progress,
-    Streaming,
-    decoded,
-    no_progress,
+from sanrt.runtime.tiling.plan import (
+    MemoryBudget,
+    TilingPlan,
+    by_stages,
+    check_result_size,
+    plan_tiling,
+    result_bytes,
+    smaller_plan,
 )
+from sanrt.runtime.tiling.streaming import STRIP_ROWS, ArraySource, Streaming, decoded, no_progress
 
 log = logging.getLogger(__name__)
+
+INPUT_BYTES = 3 * 4
+"""Bytes of a pixel of the network's input."""
 
 Picture = TypeVar("Picture", bound=npt.NDArray[Any])
 """uint8, uint16 or float32, (H, W, 3)."""
@@ -146,10 +148,27 @@ class NetworkRunner:
         def sink(box: Box, part: Array) -> None:
             y[:, :, box.top : box.bottom, box.left : box.right] = part
 
-        stages = self.backend.stages()
-        with self.feature_store(stages, plan, folder) as store:
-            Streaming(stages, self.backend.spec, ArraySource(x), store, plan.tile, plan.regions, progress).run(sink)
+        held = x.shape[2] * x.shape[3] * (result_bytes(self.backend.spec.architecture) + INPUT_BYTES)
+        with self.feature_store(plan, folder, held) as store:
+            self.stream(plan, ArraySource(x), sink, store, progress)
         return y
+
+    def stream(
+        self, plan: TilingPlan, source: PixelSource, sink: PixelSink, store: FeatureStore, progress: Progress
+    ) -> None:
+        """A picture from a source into a sink; raises BackendError for a result that is not finite."""
+        spec = self.backend.spec
+
+        def finite(box: Box, part: Array) -> None:
+            if not np.isfinite(part).all():
+                raise BackendError(f"streaming gave values that are not finite ({spec.precision}); try fp32")
+            sink(box, part)
+
+        with store:
+            if strips := self.backend.strips:
+                strips.run(source, finite, StripOptions(plan.tile, plan.regions, store.memory, store.new_rows), progress)
+            else:
+                Streaming(self.backend.stages(), spec, source, store, plan.tile, plan.regions, progress).run(finite)
 
     def stream_file(self, plan: TilingPlan, source: SourcePicture, folder: Path, progress: Progress) -> ScratchPicture:
         """One attempt at `run_file`."""
@@ -164,15 +183,14 @@ class NetworkRunner:
             def finished(box: Box, part: Array) -> None:
                 result.put(box.top, box.left, network_output(part, like, value_range))
 
-            stages = self.backend.stages()
-            with self.feature_store(stages, plan, folder) as store:
+            with self.feature_store(plan, folder) as store:
                 pixels = decoded(source, store, value_range, self.options.keep_hidden)
 
                 def part_done(share: float) -> None:
                     progress(share / passes)
 
                 def run(seen: PixelSource, sink: PixelSink) -> None:
-                    Streaming(stages, spec, seen, store.rest(), plan.tile, plan.regions, part_done).run(sink)
+                    self.stream(plan, seen, sink, store.rest(), part_done)
 
                 if self.options.self_ensemble:
                     stream_ensembled(run, pixels, self.scale, store, finished)
@@ -181,11 +199,16 @@ class NetworkRunner:
             undo.pop_all()
             return result
 
-    def feature_store(self, stages: Stages, plan: TilingPlan, folder: Path | None) -> FeatureStore:
-        """Where a streamed picture's maps go; scratch files to the options' folder, or else to `folder`."""
-        budget = MemoryBudget.of(self.backend, self.options)
+    def feature_store(self, plan: TilingPlan, folder: Path | None, held: int = 0) -> FeatureStore:
+        """Where a streamed picture's maps go; scratch files to the options' folder, or else to `folder`.
+
+        held: bytes of the host's memory that the picture and its result take.
+        """
+        budget, scratch = MemoryBudget.of(self.backend, self.options), self.options.scratch or folder
+        if plan.strips:
+            return FeatureStore(max(0, budget.host - held), scratch)
         host, device = budget.maps(self.backend.spec.architecture, plan.tile)
-        return FeatureStore(host, self.options.scratch or folder, stages.maps, device)
+        return FeatureStore(host, scratch, self.backend.stages().maps, device)
 
 
 def upscale(
@@ -227,16 +250,21 @@ def full_scale(dtype: np.dtype[Any]) -> float:
 
 def network_input(picture: Picture, value_range: float) -> Array:
     """(H, W, 3) of any supported type -> contiguous float32 (1, 3, H, W) in 0..value_range."""
-    factor = np.float32(value_range / full_scale(picture.dtype))
-    return np.ascontiguousarray(picture.transpose(2, 0, 1)[None], np.float32) * factor
+    x = np.array(picture.transpose(2, 0, 1)[None], np.float32, order="C")
+    x *= np.float32(value_range / full_scale(picture.dtype))
+    return x
 
 
 def network_output(y: Array, like: Picture, value_range: float) -> Picture:
     """(1, 3, H, W) -> (H, W, 3) of the same type as `like`, clipped to its range and rounded to the nearest integer."""
-    y = np.clip(y[0], 0, value_range) * np.float32(full_scale(like.dtype) / value_range)
-    if like.dtype.kind == "u":
-        np.rint(y, out=y)
-    return cast(Picture, np.ascontiguousarray(y.astype(like.dtype).transpose(1, 2, 0)))
+    made = np.empty((*y.shape[2:], 3), like.dtype)
+    for rows in Box(0, 0, *y.shape[2:]).grid(-(-y.shape[2] // STRIP_ROWS), 1):  # what is in between stays small
+        part = np.clip(y[0, :, rows.top : rows.bottom], 0, value_range)
+        part *= np.float32(full_scale(like.dtype) / value_range)
+        if like.dtype.kind == "u":
+            np.rint(part, out=part)
+        made[rows.top : rows.bottom] = part.transpose(1, 2, 0)
+    return cast(Picture, made)
 
 
 def infer_padded(backend: Backend, x: Array, infer: Infer | None = None) -> Array:

@@ -174,6 +174,7 @@ class TensorRTBackend:
 
     name = NAME
     infer_with_regions = None
+    strips = None
 
     def __init__(self, info: EngineInfo, gpu: Device, contexts: int = CONTEXTS) -> None:
         flavor = info.identity.options.flavor

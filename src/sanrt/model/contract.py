@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -52,3 +53,15 @@ STAGE_INPUTS = {
 
 STAGE_MAPS = ("head", "attend", "body", "join")
 """Stages whose first output is a feature map; everything else that stages give is small, or the result."""
+
+
+class RowFile(Protocol):
+    """Rows of one size, numbered from 0, outside of memory; threads may use it at once."""
+
+    def read(self, first: int, rows: Array) -> None:
+        """Fill an array with the rows from the first on."""
+        ...
+
+    def write(self, first: int, rows: Array) -> None:
+        """Replace the rows from the first on."""
+        ...

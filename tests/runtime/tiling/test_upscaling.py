@@ -30,7 +30,7 @@ class Nearest:
     """A backend without stages that repeats every pixel, and remembers what sizes it was given."""
 
     name, device, streams, memory, limits, engine_digest = "nearest", "CPU", False, None, Limits(), None
-    infer_with_regions = None
+    infer_with_regions = strips = None
 
     def __init__(self, most=None, spec=SPEC):
         self.spec, self.most, self.sizes = spec, most, []
