@@ -18,7 +18,6 @@ from sanrt.geometry import Box
 from sanrt.kernels.cpu.ir import aligned
 from sanrt.kernels.cpu.network import Bands, Network, Trunk, compute_lock, pooled
 from sanrt.kernels.cpu.schedule import ConvolutionSchedule, Step, moments_of
-from sanrt.kernels.cpu.soca import MERGED_STRIPS
 from sanrt.kernels.cpu.tail import TAPS
 from sanrt.kernels.cpu.windows import MapWindow
 from sanrt.kernels.cpu.winograd import PaddedMap, whole, whole_vectors, winograd_transform
@@ -119,12 +118,13 @@ def without_memory(network: Network, height: int, width: int, bands: Bands | Non
 def least_rows(trunk: Trunk) -> dict[int, int]:
     """By the identity of a map, the rows that have to be in memory at once."""
     all_rows = trunk.x.map.rows_in_all
-    # A band begins and ends within rows of tiles.
-    step = trunk.bands.rows + 2 * trunk.x.map.transform.tile + 2 * BORDER if trunk.bands else all_rows
-    least = {id(each.map): step for each in trunk.windows}
-    for schedule in trunk.schedules:
-        for each, rows in schedule.rows().items():
-            least[each] = max(least[each], int((rows[:, 1] - rows[:, 0]).max()))
+    least = {id(each.map): trunk.bands.rows + 2 * BORDER if trunk.bands else all_rows for each in trunk.windows}
+    held = [schedule.rows() for schedule in trunk.schedules]
+    for each, rows in (item for items in held for item in items.items()):
+        least[each] = max(least[each], int((rows[:, 1] - rows[:, 0]).max()))
+    # As the first attention fills rows of x, it makes the same ones of `shared`.
+    shared, filled = id(trunk.shared.map), held[0][id(trunk.x.map)]
+    least[shared] = max(least[shared], int(np.diff(filled[:, 1], prepend=0).max()))
     return {each: min(rows, all_rows) for each, rows in least.items()}
 
 
@@ -134,7 +134,7 @@ def needed(network: Network, height: int, width: int, rows: int | None) -> int:
     In bands that is the least; with more memory fewer maps are kept in files.
     """
     trunk = without_memory(network, height, width, Bands(rows, 0, no_files) if rows else None)
-    arch, x, moments = network.arch, trunk.x.map, trunk.moments
+    arch, x = network.arch, trunk.x.map
     held = sum(least_rows(trunk).values()) + (0 if rows else x.rows_in_all)
     step, head_step = (min(rows or most, height) + 2 * x.transform.tile for most in (height, HEAD_ROWS))
     tail = min(tail_rows(width), height) + 2 * TAIL_HALO
@@ -146,9 +146,8 @@ def needed(network: Network, height: int, width: int, rows: int | None) -> int:
         "finished rows, in turn as float32 and as the result's type": tail * 3 * 3 * arch.scale**2,
     }
     strips = max(schedule.band_strips or schedule.count for schedule in trunk.schedules)
-    statistics = (min(strips + MERGED_STRIPS, moments.strips) + moments.strips // MERGED_STRIPS) * moments.strip_bytes
     buffers: int = sum(per_row.values()) * (width + x.transform.tile) * np.dtype(np.float32).itemsize
-    return held * x.row_bytes + buffers + statistics
+    return held * x.row_bytes + buffers + trunk.moments.needed(strips)
 
 
 def no_files(rows: int, row_bytes: int) -> RowFile:
@@ -244,6 +243,7 @@ class Passes:
         """Make the first attention's result the first group's input; scale it by gamma for the groups' skip connections."""
         x, shared, gamma = self.trunk.x.map.rows(top, bottom), self.trunk.shared, self.network.weights["gamma"]
         attention(top, bottom, x)
+        x[..., self.network.arch.channels :] = 0  # padding, where a picture that is not finite leaves NaN
         shared.rewind()
         first, end = shared.move(top + BORDER, bottom + BORDER)
         kept = shared.map.rows(top, bottom)
@@ -266,7 +266,7 @@ class Passes:
                 bottom = min(top + self.step, halo.bottom)
                 part = held[top - halo.top : bottom - halo.top]
                 attention(top, bottom, part)
-                first = self.first_rows(top, bottom)
+                part, first = (each[..., : network.arch.channels] for each in (part, self.first_rows(top, bottom)))
                 network.by_rows(len(part), partial(add, first, part))
             done = halo.bottom
             crop = band.inside(halo)

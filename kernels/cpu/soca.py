@@ -74,6 +74,10 @@ class StripMoments:
         """Make room for so many strips beside those of a group that is not complete."""
         self.array = empty_moments(min(strips + MERGED_STRIPS, self.strips), self.channels)
 
+    def needed(self, strips: int) -> int:
+        """Bytes in all with that room."""
+        return (min(strips + MERGED_STRIPS, self.strips) + self.strips // MERGED_STRIPS) * self.strip_bytes
+
     @property
     def address(self) -> int:
         """Where the first strip's would be."""

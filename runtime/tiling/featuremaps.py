@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
@@ -103,21 +104,37 @@ class ScratchRows:
     """Rows of one size in a file without a name; a `RowFile`."""
 
     def __init__(self, count: int, row_bytes: int, folder: Path) -> None:
-        self.row_bytes, self.folder = row_bytes, folder
+        self.row_bytes, self.folder, self.lock = row_bytes, folder, Lock()
         self.file = scratch_file(count * row_bytes, folder)
 
     def read(self, first: int, rows: Array) -> None:
         view, done = rows.reshape(-1).view(np.uint8).data, 0
         while done < len(view):
-            done += os.preadv(self.file.fileno(), [view[done:]], first * self.row_bytes + done)
+            done += self.read_at(first * self.row_bytes + done, view[done:])
 
     def write(self, first: int, rows: Array) -> None:
         view, done = rows.reshape(-1).view(np.uint8).data, 0
         try:
             while done < len(view):
-                done += os.pwritev(self.file.fileno(), [view[done:]], first * self.row_bytes + done)
+                done += self.write_at(first * self.row_bytes + done, view[done:])
         except OSError as error:
             raise scratch_error(self.folder, len(view), error) from error
+
+    def read_at(self, offset: int, view: memoryview) -> int:
+        """Bytes read into a view; several threads at once where the system has a read with an offset (Windows has none)."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self.file.fileno(), [view], offset)
+        with self.lock:
+            self.file.seek(offset)
+            return int(self.file.readinto(view))
+
+    def write_at(self, offset: int, view: memoryview) -> int:
+        """Bytes written, likewise."""
+        if hasattr(os, "pwritev"):
+            return os.pwritev(self.file.fileno(), [view], offset)
+        with self.lock:
+            self.file.seek(offset)
+            return int(self.file.write(view))
 
     def close(self) -> None:
         self.file.close()

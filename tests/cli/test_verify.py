@@ -81,6 +81,28 @@ def test_unchanged_results_are_reproduced_bit_for_bit(recorded):
     assert "2 same, bit for bit" in done.output
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int16"])
+def test_exact_results_of_native_are_those_of_whole_bit_for_bit(tmp_path, tiny_model, precision):
+    if precision == "int16":
+        ir = pytest.importorskip("sanrt.kernels.cpu.ir")
+        if not ir.this_processor().pmadd:
+            pytest.skip("no int16 on this processor")
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 50, 4), np.uint8)
+    pyvips.Image.new_from_array(pixels).copy(interpretation="srgb").write_to_file(str(tmp_path / "a.png"))
+    entries = []
+    for number, tiling in enumerate((["whole"], ["exact", "--tile", "16"], ["exact", "--tile", "64", "--memory", "512M"])):
+        record = tmp_path / f"{number}.jsonl"
+        arguments = [str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--model", str(tiny_model(2)), "--overwrite"]
+        arguments += ["--backend", "native", "--precision", precision, "--threads", "2", "--record", str(record)]
+        done = CliRunner().invoke(app, ["run", *arguments, "--tiling", *tiling])
+        assert done.exit_code == 0, done.output
+        entries.append(json.loads(record.read_text()))
+    assert [entry["tiling"] for entry in entries] == ["whole", "exact", "exact"]
+    assert len({entry["output_digest"] for entry in entries}) == 1
+    for number in range(3):
+        assert "1 same, bit for bit" in verify(tmp_path / f"{number}.jsonl").output
+
+
 def test_a_result_of_another_engine_is_not_replayed(recorded):
     record, _ = recorded
     entries = [json.loads(line) for line in record.read_text().splitlines()]

@@ -66,6 +66,8 @@ def block_steps(height, width, arithmetic, channels=16):
     weights = [random(channels, channels, 3, 3, seed=seed) / spread for seed in range(5)]
     bias = random(channels) / 10
     conv = [Convolution(weight, bias, arithmetic) for weight in weights]
+    moments = moments_of(features, arithmetic)
+    moments.allocate(moments.strips)
     f = want = np.array(x.pixels[..., :channels])
     for first, second in (weights[:2], weights[2:4]):
         f = f + expected(np.maximum(expected(f, first, bias), 0).astype(np.float32), second, bias).astype(np.float32)
@@ -74,7 +76,7 @@ def block_steps(height, width, arithmetic, channels=16):
         Step(conv[0], x, hidden, relu=True),
         Step(conv[1], hidden, features, added=x),
         Step(conv[2], features, hidden, relu=True),
-        Step(conv[3], hidden, features, added=features, moments=moments_of(features, arithmetic)),
+        Step(conv[3], hidden, features, added=features, moments=moments),
         Step(conv[4], features, x, added=x),
     ]
     return steps, want, f

@@ -11,7 +11,7 @@ pytest.importorskip("llvmlite")
 
 from sanrt.kernels.cpu import schedule
 from sanrt.kernels.cpu.schedule import ConvolutionSchedule, Step
-from sanrt.kernels.cpu.soca import empty_moments
+from sanrt.kernels.cpu.soca import StripMoments
 from sanrt.kernels.cpu.winograd import Arithmetic, Convolution
 from sanrt.kernels.cpu.workers import Workers
 from tests.kernels.cpu.references import ARITHMETIC, assert_close, block_steps, filled, random
@@ -28,7 +28,7 @@ def test_steps_follow_each_other_in_place_on_any_number_of_threads(processor, he
     ConvolutionSchedule(steps, workers).run()
     workers.close()
     assert_close(steps[-1].output.pixels[..., :channels], want, arithmetic)
-    moments = steps[3].moments
+    moments = steps[3].moments.found
     counts, means = moments[:, 0, 0], moments[:, 1, :channels]
     scatter = np.triu(moments[:, 2 : 2 + channels, :channels].sum(0, dtype=np.float64))
     scatter += np.triu(scatter, 1).T
@@ -61,7 +61,7 @@ def test_the_result_depends_neither_on_the_number_of_threads_nor_on_the_order_of
         steps, _, _ = block_steps(61, 75, arithmetic)
         ConvolutionSchedule(steps, workers).run()
         workers.close()
-        results.append((steps[-1].output.array, steps[3].moments))
+        results.append((steps[-1].output.array, steps[3].moments.found))
     for result in results[1:]:
         for got, first in zip(result, results[0], strict=True):
             np.testing.assert_array_equal(got, first)
@@ -72,7 +72,7 @@ def test_in_large_maps_a_thread_takes_a_part_through_several_steps_and_waits_for
     rows, columns, threads
 ):
     def taken(far):
-        return [part[:-1] for part in schedule.work_items(rows, columns, 6, 12, 21, threads, far)]
+        return [part[:-1] for part in schedule.work_items(schedule.strips_of(rows, columns, 6, 12), 21, threads, far)]
 
     step, flag, first, last = (schedule.WORK_ITEM.index(name) for name in ("step", "flag", "first_needed", "last_needed"))
     todo, done = [list(part) for part in taken(far=True)], set()
@@ -115,7 +115,7 @@ def test_steps_that_would_write_beyond_their_maps_are_refused():
         lambda: Step(conv, source, filled(6, 7, 16, Arithmetic.FP32)),
         lambda: Step(conv, source, output, also=output),
         lambda: Step(conv, source, output, gate=random(8)),
-        lambda: ConvolutionSchedule([Step(conv, source, output, moments=empty_moments(3, 16))], Workers(1)),
+        lambda: ConvolutionSchedule([Step(conv, source, output, moments=StripMoments(3, 16))], Workers(1)),
     ):
         with pytest.raises(AssertionError):
             wrong()

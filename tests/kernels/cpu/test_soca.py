@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("llvmlite")
 
 from sanrt.kernels.cpu import ir, winograd
-from sanrt.kernels.cpu.soca import Gate, empty_moments
+from sanrt.kernels.cpu.soca import Gate, StripMoments, empty_moments
 from tests.kernels.cpu.references import random, soca_gate
 
 SIZES = [(16, 4), (24, 3), (64, 16)]
@@ -61,3 +61,25 @@ def test_the_formulas_give_what_the_reference_network_gives(channels, reduction,
     sigma = np.cov(x, bias=True)
     got = reference.gate(torch.from_numpy(sigma)[None]).numpy().ravel()
     np.testing.assert_allclose(got, soca_gate(sigma, iterations, down, down_bias, up, up_bias), rtol=1e-9)
+
+
+@pytest.mark.parametrize("bands", [[700], [300, 300, 100], [10] * 70])
+def test_moments_of_groups_of_strips_are_those_of_their_pixels(bands):
+    rng, channels, each = np.random.default_rng(0), 16, 5
+    pixels = rng.normal(100, 1, (700, each, channels)).astype(np.float32)
+    moments = StripMoments(len(pixels), channels)
+    moments.allocate(max(bands))
+    done = 0
+    for band in bands:
+        for strip in range(done, done + band):
+            row, part = moments.array[strip - moments.first], pixels[strip]
+            row[0], row[1] = each, part.mean(0)
+            row[2:] = (part - part.mean(0)).T @ (part - part.mean(0))
+        done += band
+        moments.merge(done)
+    counts, means = moments.found[:, 0, 0], moments.found[:, 1]
+    assert counts.tolist() == [256 * each, 256 * each, 188 * each]
+    for number, mean in enumerate(means):
+        part = pixels[256 * number :][:256].reshape(-1, channels).astype(np.float64)
+        np.testing.assert_allclose(mean, part.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(moments.found[number, 2:], np.cov(part.T, bias=True) * len(part), atol=0.5)

@@ -18,6 +18,7 @@ class Overflowing:
     """A backend that says fp16 and gives one infinity wherever the picture is bright, as an overflow would."""
 
     name, device, streams, memory, limits, engine_digest = "overflowing", "CPU", True, None, Limits(), None
+    strips = None
 
     def __init__(self, inner, precision=Precision.FP16):
         self.inner, self.spec = inner, replace(inner.spec, precision=precision)

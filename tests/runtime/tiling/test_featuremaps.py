@@ -138,3 +138,26 @@ def test_a_killed_process_leaves_no_scratch_file(tmp_path):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True)
     assert done.returncode == -signal.SIGKILL
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("offsets", ["the system's", "none"])
+def test_rows_come_back_from_a_scratch_file_whole_and_in_place(tmp_path, monkeypatch, offsets):
+    if offsets == "none":  # as on Windows
+        for name in "preadv", "pwritev":
+            monkeypatch.delattr(os, name, raising=False)
+    rows = np.random.default_rng(0).random((30, 7, 16), np.float32)
+    with FeatureStore(0, tmp_path) as store:
+        file = store.new_rows(40, rows[0].nbytes)
+        file.write(5, rows)
+        file.write(9, rows[:2])
+        got = np.empty_like(rows)
+        file.read(5, got)
+        assert not list(tmp_path.iterdir())
+    rows[4:6] = rows[:2].copy()
+    np.testing.assert_array_equal(got, rows)
+    assert store.maps == []
+
+
+def test_rows_on_a_full_disk_are_one_error(tmp_path, small_disk):
+    with FeatureStore(0, tmp_path) as store, small_disk(), pytest.raises(ScratchError, match="free some space"):
+        store.new_rows(100, 4096)
