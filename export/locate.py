@@ -65,6 +65,8 @@ def locate(artifact: Path, picture: Picture, checkpoint: Path | None = None) -> 
             f"{artifact}: --locate needs an ONNX, engines keep no intermediate results; name the one it was built from"
         )
     spec = read_spec(artifact)
+    if spec != spec.open:
+        raise UsageError(f"{artifact}: --locate needs float32 pictures of any size; export without --io and --shape")
     net = reference_network(source_checkpoint(spec, artifact, checkpoint), spec)
     if spec.quantisation:
         round_alike(net, spec.quantisation)

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 
 from sanrt.arrays import Array
-from sanrt.errors import CheckpointError, ModelError
+from sanrt.errors import CheckpointError, ModelError, UsageError
+from sanrt.export.layout import as_given, call_graph, layout_tolerance, opened
 from sanrt.export.parity import Difference, Tolerance, compare, require, worst
 from sanrt.export.rounding import rounding_tolerance
 from sanrt.export.scene import natural_scene
@@ -20,8 +21,9 @@ from sanrt.files import require_writable, write_whole
 from sanrt.model.checkpoint import Checkpoint
 from sanrt.model.graph import Weights, san_model
 from sanrt.model.san import SAN
-from sanrt.model.spec import ModelSpec, Precision
+from sanrt.model.spec import MIN_SIDE, ModelSpec, PixelLayout, Precision
 from sanrt.runtime.artifacts.models import read_spec
+from sanrt.runtime.artifacts.sizes import Size
 from sanrt.runtime.artifacts.variants import derived_model, forget, variant_bytes
 from sanrt.runtime.backends.onnxruntime import CPU_FORM, open_session
 from sanrt.runtime.backends.protocol import RunOptions
@@ -45,6 +47,10 @@ class ExportOptions:
     picture_name: str = "a generated scene"
     check: bool = True
     """Compare the ONNX with PyTorch, and write nothing when they differ."""
+    layout: PixelLayout = PixelLayout.FLOAT_NCHW
+    """How the graph takes and gives pictures."""
+    shape: Size | None = None
+    """The one input that the graph takes; None leaves batch, height and width open."""
     overwrite: bool = False
     """Replace whatever file is there, not only an earlier export of the same weights."""
 
@@ -72,6 +78,8 @@ def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None
     options = options or ExportOptions()
     replaced = describe_replaced(out, checkpoint, options.overwrite)
     require_writable(out, REMEDY)
+    if options.shape and min(options.shape[1:]) < MIN_SIDE:
+        raise UsageError(f"--shape {options.shape}: expected a height and width of {MIN_SIDE} or more")
     arch = checkpoint.architecture
     pixels = torch.from_numpy(network_input(options.picture, arch.value_range))
     try:
@@ -81,7 +89,8 @@ def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None
         raise CheckpointError(
             f"{checkpoint.path}: its features overflow float32 on {options.picture_name}; expected a trained SAN's weights"
         ) from error
-    spec = ModelSpec(arch, checkpoint.digest, checkpoint.origin, iterations, version=__version__)
+    plain = ModelSpec(arch, checkpoint.digest, checkpoint.origin, iterations, version=__version__)
+    spec = replace(plain, layout=options.layout, shape=options.shape)
     weights = {name: tensor.numpy() for name, tensor in checkpoint.tensors.items()}
     reference = with_root(checkpoint.network(), iterations)
     parity, tolerance = check_parity(out, spec, weights, reference, pixels) if options.check else (None, None)
@@ -123,18 +132,18 @@ def check_parity(
     """The worst difference of ONNX Runtime's outputs from PyTorch's; raises ParityError beyond the tolerance."""
     inputs = list(check_inputs(pixels))
     expected = [reference(torch.from_numpy(x)).numpy() for x in inputs]
-    tolerance = rounding_tolerance(reference, inputs)
+    usual = rounding_tolerance(reference, inputs)
     differences = []
-    for graph, form in (
-        (san_model(spec, weights).SerializeToString(), "as exported"),
-        (variant_bytes(CPU_FORM, spec, weights), "as sanrt's onnxruntime backend runs it"),
+    for graph, form, its_spec in (
+        (opened(san_model(spec, weights)), "as exported", spec),
+        (variant_bytes(CPU_FORM, spec.open, weights), "as sanrt's onnxruntime backend runs it", spec.open),
     ):
-        session = open_session(graph, out, RunOptions())
+        session, tolerance = open_session(graph, out, RunOptions()), layout_tolerance(usual, its_spec)
         for x, y in zip(inputs, expected, strict=True):
-            difference = compare(y, session.run(None, {"input": x})[0], spec.architecture.value_range)
+            difference = compare(as_given(y, its_spec), call_graph(session, its_spec, x), spec.architecture.value_range)
             require(difference, tolerance, f"{spec.architecture.name} {form}, input {list(x.shape)}", REPORT)
             differences.append(difference)
-    return worst(differences), tolerance
+    return worst(differences), layout_tolerance(usual, spec)
 
 
 def check_inputs(pixels: torch.Tensor) -> Iterator[Array]:

@@ -15,17 +15,17 @@ import torch
 
 from sanrt.arrays import Array
 from sanrt.errors import ParityError, UsageError
+from sanrt.export.layout import as_given, call_graph, layout_tolerance, opened
 from sanrt.export.metrics import ssim, y_channel, y_psnr
 from sanrt.export.parity import TOLERANCES, Difference, Tolerance, compare, require, worst
 from sanrt.export.rounding import rounding_tolerance
 from sanrt.export.samples import Picture, Sample
 from sanrt.export.squareroot import with_root
-from sanrt.export.tensors import input_type
 from sanrt.extras import extra
 from sanrt.geometry import Box, pad
 from sanrt.model.bundled import WeightsKind, bundled_checkpoint, has_bundled, read_weights
 from sanrt.model.checkpoint import Checkpoint, load_checkpoint
-from sanrt.model.exported import ExportedModel, read_exported
+from sanrt.model.exported import ExportedModel, load_onnx, read_exported
 from sanrt.model.san import SAN
 from sanrt.model.spec import ModelSpec, Precision, QuantisedType
 from sanrt.runtime.artifacts.engines import read_engine
@@ -189,10 +189,20 @@ def validate(artifact: Path, pictures: Callable[[int], Iterable[Sample]], option
         first = next(remaining)
         limits = partial(tolerance_for, net, spec, middle(first), options)
         exported = exported_model(artifact)
+        if options.polygraphy and exported and exported.spec != exported.spec.open:
+            raise UsageError(f"{artifact}: --polygraphy needs float32 pictures of any size; export without --io and --shape")
         own = None
         if exported and artifact.suffix == ".onnx":
             kind = exported.spec.coarsest if exported.spec.quantisation else exported.precision
-            own = picture_result(middle(first), reference, own_graph(artifact, spec), spec, kind, limits(kind))
+            given = partial(as_given, spec=exported.spec)
+            own = picture_result(
+                middle(first),
+                lambda x: given(reference(x)),
+                own_graph(artifact, exported.spec),
+                spec,
+                kind,
+                layout_tolerance(limits(kind), exported.spec),
+            )
         # Weights that were rounded to fp16 make an fp32 run as coarse.
         coarsest = Precision.FP16 if exported and exported.halved and spec.coarsest == Precision.FP32 else spec.coarsest
         tolerance = limits(coarsest)
@@ -261,18 +271,16 @@ def middle(sample: Sample) -> Sample:
 
 
 def own_graph(path: Path, spec: ModelSpec) -> Infer:
-    """An ONNX's nodes as they are in the file."""
-    session = open_session(path, path, RunOptions())
-    dtype = input_type(session)
+    """An ONNX's nodes as they are in the file, at any size."""
+    session = open_session(opened(load_onnx(path)) if spec.shape else path, path, RunOptions())
 
     def infer(x: Array) -> Array:
         height, width = (spec.architecture.scale * side for side in x.shape[2:])
         try:
-            y = session.run(None, {"input": pad(x, spec.min_side, spec.multiple).astype(dtype)})[0]
+            y = call_graph(session, spec, pad(x, spec.min_side, spec.multiple))
         except Exception as error:  # onnxruntime's exceptions share no public base
             raise run_error(error) from error
-        result: Array = y[..., :height, :width].astype(np.float32)
-        return result
+        return y[..., :height, :width]
 
     return infer
 

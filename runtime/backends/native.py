@@ -79,7 +79,7 @@ class NativeBackend:
 
     def __init__(self, model: Path, options: RunOptions) -> None:
         require_precision(NAME, options, Precision.FP32, Precision.INT16)
-        spec, k = read_spec(model), options.regions
+        spec, k = read_spec(model).open, options.regions
         if spec.quantisation:
             raise BackendError(
                 f"{model}: native runs no {spec.quantisation.type} model; expected the fp32 one it was made of"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from sanrt.errors import ModelError, UsageError
 from sanrt.extras import extra
 from sanrt.model.bundled import WeightsKind
-from sanrt.model.spec import Precision, parse_precision
+from sanrt.model.spec import PixelLayout, Precision, parse_precision
 from sanrt.runtime.artifacts.models import (
     MODELS,
     checkpoint_path,
@@ -23,6 +23,7 @@ from sanrt.runtime.artifacts.models import (
     require_own_weights,
     require_scale,
 )
+from sanrt.runtime.artifacts.sizes import Size
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.upscaler import BackendName, PrecisionName, TilingName, WeightsName, choice
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 Place = str | os.PathLike[str]
 EnginePrecisionName = Literal["fp32", "fp16", "bf16"]
 FlavorName = Literal["auto", "tensorrt", "rtx"]
+LayoutName = Literal["float32-nchw", "uint8-nhwc"]
 FormatName = Literal["png", "jpeg", "webp", "tiff", "avif"]
 
 
@@ -56,6 +58,8 @@ def export_model(
     check: bool = True,
     sqrt_iterations: int | None = None,
     picture: Place | None = None,
+    io: LayoutName | PixelLayout = "float32-nchw",
+    shape: str | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a checkpoint (official `.pt`, or sanrt's `.safetensors`), or the bundled weights of a scale, as an ONNX file.
@@ -64,7 +68,9 @@ def export_model(
 
     It goes to `output`, by default `san_xN.onnx` or `CHECKPOINT.onnx` in the folder `models`. With `check` it is compared
     with PyTorch before it gets its name. `sqrt_iterations` is the number of Newton-Schulz steps, by default as trained;
-    the square root is measured on `picture`, by default a generated scene. The report's `path` is the file. Needs the
+    the square root is measured on `picture`, by default a generated scene. With `io="uint8-nhwc"` the graph takes and gives
+    bytes (B, H, W, 3), with `shape="1x180x320"` inputs of that size alone, for programs that call it themselves (sanrt's
+    own backends run its weights at any size); such a file has that in its name. The report's `path` is the file. Needs the
     `export` extra.
 
     Raises UsageError without a checkpoint or scale, CheckpointError for a file that holds no SAN, ModelError where
@@ -83,6 +89,7 @@ def export_model(
     kind = kind_of_weights(source, weights)
     if output and Path(output).suffix.lower() != ".onnx":
         raise UsageError(f"-o {output}: expected a name that ends in .onnx, by which `sanrt run` and `build` know it")
+    layout, fixed = choice(PixelLayout, io), Size.parse(shape) if shape else None
     if source is None:
         assert scale is not None
         loaded, default = load_checkpoint(bundled_checkpoint(scale, kind)), exported_path(folder, scale, kind)
@@ -94,9 +101,13 @@ def export_model(
         iterations=sqrt_iterations,
         picture=read_scene(Path(picture)) if picture else natural_scene(),
         picture_name=Path(picture).name if picture else "a generated scene",
+        layout=layout,
+        shape=fixed,
         check=check,
         overwrite=overwrite,
     )
+    marks = [f"-{layout}"] * (layout is not PixelLayout.FLOAT_NCHW) + [f"-{fixed}"] * (fixed is not None)
+    default = default.with_stem(default.stem + "".join(marks))
     return export_onnx(loaded, Path(output) if output else default, options)
 
 

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sanrt.cli.models import KindOption, build_words, known_scale, run_words
+from sanrt.cli.models import KindOption, build_words, known_scale, one_of, run_words
 from sanrt.cli.panels import panel
-from sanrt.model.spec import MAX_SQRT_ITERATIONS
+from sanrt.model.spec import MAX_SQRT_ITERATIONS, PixelLayout
 from sanrt.runtime.artifacts.models import MODELS
 
 if TYPE_CHECKING:
     from sanrt.export.onnx import ExportReport
 
 
-measurement_option = panel("Measurements")
+caller_option, measurement_option = panel("For other programs"), panel("Measurements")
 
 
 def export(
@@ -30,6 +30,11 @@ def export(
         Path | None,
         typer.Option("--output", "-o", help="File to write, instead of san_xN.onnx or CHECKPOINT.onnx in MODELS."),
     ] = None,
+    io: Annotated[
+        str,
+        caller_option(help="Pictures in and out: float32-nchw, or uint8-nhwc (bytes).", callback=one_of(*PixelLayout)),
+    ] = str(PixelLayout.FLOAT_NCHW),
+    shape: Annotated[str | None, caller_option(help="The one input that it takes, BxHxW; any if left out.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is not of the same weights.")] = False,
     check: Annotated[bool, measurement_option(help="Compare the ONNX with PyTorch before it gets its name.")] = True,
     sqrt_iterations: Annotated[
@@ -57,6 +62,8 @@ def export(
         check=check,
         sqrt_iterations=sqrt_iterations,
         picture=picture,
+        io=PixelLayout(io),
+        shape=shape,
         overwrite=overwrite,
     )
     print_report(report, verbose)

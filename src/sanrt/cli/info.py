@@ -10,6 +10,7 @@ import typer
 
 from sanrt.errors import UsageError
 from sanrt.extras import install_command
+from sanrt.model.spec import PixelLayout
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -58,8 +59,10 @@ def interface_table(interface: Interface, spec: ModelSpec) -> RenderableType:
 
     opsets = ", ".join(f"{domain or 'ai.onnx'} {number}" for domain, number in interface.opsets.items())
     table = Table("", "name", "shape", "type", "holds", title=f"Called with (opset {opsets})")
-    picture = f"RGB, planar (NCHW), 0..{spec.architecture.value_range:g}"
-    holds = {"input": picture, "output": f"the same, {spec.architecture.scale} times height and width, not clipped"}
+    of_bytes = spec.layout is PixelLayout.UINT8_NHWC
+    picture = "RGB, bytes, channels last (NHWC)" if of_bytes else f"RGB, planar (NCHW), 0..{spec.architecture.value_range:g}"
+    clipped = "clipped and rounded" if of_bytes else "not clipped"
+    holds = {"input": picture, "output": f"the same, {spec.architecture.scale} times height and width, {clipped}"}
     for way, tensors in ("in", interface.inputs), ("out", interface.outputs):
         for tensor in tensors:
             shape = " x ".join(map(str, tensor.shape)) or "a number"
@@ -72,12 +75,14 @@ def model_facts(spec: ModelSpec) -> dict[str, str]:
     from sanrt.cli.tables import parity_line, quantisation_line, square_root_line
 
     arch = spec.architecture
+    fixed = f"{'x'.join(map(str, spec.shape))} alone" if spec.shape else "any size"
     multiple = f", multiples of {spec.multiple}" if spec.multiple > 1 else ""
     facts = {
         "network": arch.name,
         "scale": f"{arch.scale}x",
         "precision": spec.computes,
         "input": f"RGB, 0..{arch.value_range:g}, sides of {spec.min_side} px or more{multiple}",
+        **({"other programs": f"{spec.layout}, {fixed} (sanrt runs its weights at any size)"} if spec != spec.open else {}),
         "attention": f"{spec.regions} x {spec.regions} regions",
         "square root": f"{spec.iterations} Newton-Schulz steps",
     }

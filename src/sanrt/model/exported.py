@@ -105,13 +105,14 @@ def read_model(path: Path) -> tuple[ModelSpec, dict[str, Array]]:
     """Spec and float32 weights of an exported fp32 ONNX; raises ModelError when it is not what it says.
 
     Weights that are stored in 8 bits come as what they stand for, and are stored as the same 8 bits when written again.
+    The spec is that of graphs with float32 pictures of any size, whatever the file's own graph takes.
     """
     exported = read_exported(path)
     if exported.spec.precision != Precision.FP32:
         raise ModelError(
             f"{path}: its weights are {exported.spec.precision}, expected the fp32 model that `sanrt export` writes"
         )
-    return exported.spec, exported.weights()
+    return exported.spec.open, exported.weights()
 
 
 def read_exported(path: Path) -> ExportedModel:

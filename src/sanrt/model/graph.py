@@ -27,6 +27,7 @@ from sanrt.model.spec import (
     Attention,
     GraphOptions,
     ModelSpec,
+    PixelLayout,
     Precision,
     QuantisedType,
     description_digest,
@@ -150,6 +151,25 @@ class GraphWriter:
         """An array as an initializer."""
         self.initializers[name] = numpy_helper.from_array(array, name)
         return name
+
+    # --- pictures of bytes ----------------------------------------------------------------------------------------
+
+    def pixels_of_bytes(self, x: str) -> str:
+        """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), 0..value_range."""
+        planes = self.op(
+            "Transpose", [self.op("Cast", [x], f"{x}.wide", to=TensorProto.FLOAT)], f"{x}.planes", perm=[0, 3, 1, 2]
+        )
+        if self.arch.value_range == 255:
+            return planes
+        return self.op("Mul", [planes, self.constant(self.arch.value_range / 255, np.float32)], f"{x}.scaled")
+
+    def bytes_of_pixels(self, x: str, out: str) -> str:
+        """float32 (B, 3, H, W), 0..value_range -> uint8 (B, H, W, 3), clipped and rounded to the nearest."""
+        if self.arch.value_range != 255:
+            x = self.op("Mul", [x, self.constant(255 / self.arch.value_range, np.float32)], f"{x}.scaled")
+        x = self.op("Clip", [x, self.constant(0, np.float32), self.constant(255, np.float32)], f"{x}.clipped")
+        x = self.op("Cast", [self.op("Round", [x], f"{x}.rounded")], f"{x}.bytes", to=TensorProto.UINT8)
+        return self.op("Transpose", [x], out, perm=[0, 2, 3, 1])
 
     # --- the network, part by part --------------------------------------------------------------------------------
 
@@ -411,12 +431,14 @@ def quantised_weight(weight: Array, scales: Array, kind: QuantisedType) -> Array
 def san_model(spec: ModelSpec, weights: Weights, options: GraphOptions | None = None) -> onnx.ModelProto:
     """The whole network: `input` (B, 3, H, W) float32 0..value_range -> `output` (B, 3, sH, sW) float32, not clipped.
 
+    With the spec's layout UINT8_NHWC it is uint8 (B, H, W, 3) -> uint8 (B, sH, sW, 3); the spec's shape fixes B, H and W.
     The metadata is the spec's, with the options' precision and regions, and digests by which later edits are seen.
     """
     options = options or GraphOptions()
     arch = spec.architecture
     w = GraphWriter(spec, weights, options)
-    first = w.head("input", "first")
+    bytes_in_out = spec.layout is PixelLayout.UINT8_NHWC
+    first = w.head(w.pixels_of_bytes("input") if bytes_in_out else "input", "first")
     shared = w.attention(first, "attention.in", "shared")
     x = shared
     for g in range(arch.groups):
@@ -427,13 +449,15 @@ def san_model(spec: ModelSpec, weights: Weights, options: GraphOptions | None = 
             gate = w.gate(w.covariance(features, f"groups.{g}.soca"), g, f"groups.{g}.gate")
         x = w.join(features, gate, x, shared, g, f"groups.{g}.out")
     trunk = w.op("Add", [w.attention(x, "attention.out", "attended"), first], "trunk")
-    w.tail(trunk, "output")
-    floats = TensorProto.FLOAT
-    model = w.model(
-        arch.name,
-        {"input": (floats, ["batch", 3, "height", "width"])},
-        {"output": (floats, ["batch", 3, "out_height", "out_width"])},
-    )
+    if bytes_in_out:
+        w.bytes_of_pixels(w.tail(trunk, "pixels"), "output")
+    else:
+        w.tail(trunk, "output")
+    kind = TensorProto.UINT8 if bytes_in_out else TensorProto.FLOAT
+    batch, height, width = spec.shape or ("batch", "height", "width")
+    large = [spec.shape[1] * arch.scale, spec.shape[2] * arch.scale] if spec.shape else ["out_height", "out_width"]
+    taken, given = ([batch, *sides, 3] if bytes_in_out else [batch, 3, *sides] for sides in ([height, width], large))
+    model = w.model(arch.name, {"input": (kind, taken)}, {"output": (kind, given)})
     metadata = {**spec.to_metadata(), "sanrt.precision": f'"{options.precision}"', "sanrt.regions": str(options.regions)}
     metadata["sanrt.min_side"] = str(options.regions * MIN_SIDE // 2)
     weights_written = {name: numpy_helper.to_array(t) for name, t in w.initializers.items() if made_of_weights(name)}

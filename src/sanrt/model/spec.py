@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -81,6 +81,15 @@ class Attention(StrEnum):
     """MatMul, Softmax, MatMul on 4-D tensors: standard operators, and the form that TensorRT fuses."""
     MULTI_HEAD = "multi-head"
     """ONNX Runtime's com.microsoft.MultiHeadAttention, which forms no L x L matrix."""
+
+
+class PixelLayout(StrEnum):
+    """How an exported graph takes and gives pictures."""
+
+    FLOAT_NCHW = "float32-nchw"
+    """float32 (B, 3, H, W), 0..value_range; not clipped where it comes out."""
+    UINT8_NHWC = "uint8-nhwc"
+    """uint8 (B, H, W, 3); clipped and rounded to the nearest byte where it comes out."""
 
 
 @dataclass(frozen=True)
@@ -212,8 +221,17 @@ class ModelSpec:
     """The sanrt that wrote it."""
     quantisation: Quantisation | None = None
     """Convolutions in 8 bits, in every graph written for this model; the others are in `precision`."""
+    layout: PixelLayout = PixelLayout.FLOAT_NCHW
+    """How the exported file's own graph takes pictures; backends run its weights in graphs of float32."""
+    shape: tuple[int, int, int] | None = None
+    """Batch, height and width that the exported file's own graph is fixed to; None leaves them open."""
     report: Mapping[str, Any] = field(default_factory=dict)
     """The measurements made at export (parity, square root, quantisation); `sanrt info` shows them."""
+
+    @property
+    def open(self) -> ModelSpec:
+        """The same network with float32 pictures of any size, as the graphs that backends run take them."""
+        return replace(self, layout=PixelLayout.FLOAT_NCHW, shape=None)
 
     @property
     def coarsest(self) -> Precision | QuantisedType:
@@ -242,6 +260,8 @@ class ModelSpec:
             known = {f.name: json.loads(metadata[PREFIX + f.name]) for f in fields(cls) if PREFIX + f.name in metadata}
             known["architecture"] = Architecture(**known["architecture"])
             known["precision"] = Precision(known.get("precision", Precision.FP32))
+            known["layout"] = PixelLayout(known.get("layout", PixelLayout.FLOAT_NCHW))
+            known["shape"] = tuple(known["shape"]) if known.get("shape") else None
             if quantised := known.get("quantisation"):
                 known["quantisation"] = Quantisation(
                     QuantisedType(quantised["type"]), quantised["ranges"], quantised["outputs"]
@@ -264,6 +284,9 @@ def require_sensible(spec: ModelSpec) -> None:
         raise ValueError(f"{spec.regions} x {spec.regions} regions")
     if type(spec.iterations) is not int or not 0 <= spec.iterations <= MOST:
         raise ValueError(f"{spec.iterations} square-root steps in the graph")
+    sides = spec.shape or (1, spec.min_side, spec.min_side)
+    if len(sides) != 3 or any(type(side) is not int or side < 1 for side in sides) or min(sides[1:]) < spec.min_side:
+        raise ValueError(f"a fixed shape of {sides}")
     words = (spec.weights_digest, spec.weights_origin, spec.version)
     if not all(isinstance(text, str) for text in words) or not isinstance(spec.report, Mapping):
         raise ValueError("texts or a report of another kind")
