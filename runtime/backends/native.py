@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,7 +38,11 @@ from sanrt.version import __version__
 if TYPE_CHECKING:
     from sanrt.kernels.cpu.network import Network
 
+log = logging.getLogger(__name__)
+
 NAME = "native"
+WIDEST = 2048
+"""A weight so many times as large as the mean of its output channel's others leaves these 4 of 16 bits."""
 
 
 def status() -> BackendStatus:
@@ -64,6 +69,21 @@ def chosen_precision() -> Precision:
     return Precision.INT16 if fast else Precision.FP32
 
 
+def too_wide(weights: Mapping[str, Array]) -> str | None:
+    """The first convolution in whose weights one is so large that 16 bits leave nothing of the others; None without any.
+
+    Training makes no such weights: a damaged file has them.
+    """
+    for name, weight in weights.items():
+        if weight.ndim == 4 and weight.shape[-1] > 1:
+            magnitudes = np.abs(weight.reshape(len(weight), -1))
+            largest = magnitudes.max(1)
+            others = (magnitudes.sum(1, dtype=np.float64) - largest) / (magnitudes.shape[1] - 1)
+            if ((others > 0) & (largest > WIDEST * others)).any():
+                return name
+    return None
+
+
 class NativeBackend:
     """The network on the CPU, whole, by strips or in stages.
 
@@ -84,9 +104,17 @@ class NativeBackend:
             raise BackendError(
                 f"{model}: native runs no {spec.quantisation.type} model; expected the fp32 one it was made of"
             )
-        precision = options.precision or chosen_precision()
-        self.spec = replace(spec, precision=precision, regions=k, min_side=k * MIN_SIDE // 2)
         self.weights, self.threads = derived_weights(model), options.threads or machine.cores()
+        precision = options.precision or chosen_precision()
+        if precision is Precision.INT16 and (name := too_wide(self.weights)):
+            problem = (
+                f"{model}: {name} has a weight more than {WIDEST} times as large as the others; 16 bits do not hold both"
+            )
+            if options.precision:
+                raise BackendError(f"{problem}; take --precision fp32, or make the model again if it is damaged")
+            log.warning("%s; computed in fp32", problem)
+            precision = Precision.FP32
+        self.spec = replace(spec, precision=precision, regions=k, min_side=k * MIN_SIDE // 2)
         self.network = self.network_in(precision)
 
     def network_in(self, precision: Precision) -> Network:

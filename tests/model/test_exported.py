@@ -250,3 +250,54 @@ def test_the_described_parameters_are_the_reference_network_s(live_network):
     for scale in (2, 3, 4, 8):
         net = live_network(scale)
         assert dict(net.arch.parameters()) == {name: tuple(t.shape) for name, t in net.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def bundled_x2(tmp_path_factory):
+    from sanrt.export.onnx import ExportOptions, export_onnx
+    from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
+
+    path = tmp_path_factory.mktemp("bundled") / "san_x2.onnx"
+    return export_onnx(load_checkpoint(bundled_checkpoint(2)), path, ExportOptions(check=False)).path
+
+
+@pytest.mark.parametrize("convert", [lambda model: None, stored_in_fp16], ids=["fp32", "fp16"])
+def test_bundled_weights_that_moved_are_seen_without_digests_too(convert, bundled_x2, tmp_path):
+    for moved in (False, True):
+        model = onnx.load(bundled_x2)
+        without_digests(model)
+        if moved:
+            change(model, "groups.1.blocks.0.conv1.weight", lambda array: array * np.float32(1.01))
+        convert(model)
+        path = saved(model, tmp_path)
+        if moved:
+            with pytest.raises(
+                ModelError, match=r"tensor groups\.1\.blocks\.0\.conv1\.weight is not that of the bundled weights"
+            ):
+                read_exported(path)
+        else:
+            assert read_exported(path).spec.architecture.scale == 2
+
+
+def test_weights_that_16_bits_do_not_hold_are_no_int16(tiny_model, tmp_path, caplog, monkeypatch):
+    from sanrt.errors import BackendError
+    from sanrt.runtime.backends import native
+
+    model = onnx.load(tiny_model(2))
+    without_digests(model)
+
+    def flipped(array):
+        array = array.copy()
+        array.reshape(-1)[7] = 2.0**16  # as by a bit of its exponent
+        return array
+
+    change(model, "groups.0.blocks.0.conv1.weight", flipped)
+    path = saved(model, tmp_path)
+    with pytest.raises(BackendError, match=r"groups\.0\.blocks\.0\.conv1\.weight has a weight more than 2048 times"):
+        load_backend("native", path, RunOptions(threads=1, precision=Precision.INT16))
+    monkeypatch.setattr(native, "chosen_precision", lambda: Precision.INT16)
+    with load_backend("native", path, RunOptions(threads=1)) as backend:
+        assert backend.spec.precision == Precision.FP32
+    assert "computed in fp32" in caplog.text
+    with load_backend("native", tiny_model(2), RunOptions(threads=1)) as backend:
+        assert backend.spec.precision == Precision.INT16

@@ -77,6 +77,14 @@ def shipped() -> str:
     return "; ".join(f"{kind} for {scales}" for kind, scales in found.items() if scales) or "none"
 
 
+def shipped_weights(digest: str) -> Weights | None:
+    """The bundled weights with this SHA-256 of their file; None if sanrt ships none such."""
+    for path in sorted(FOLDER.glob(f"*{SUFFIX}")):
+        if hashlib.sha256(path.read_bytes()).hexdigest() == digest:
+            return read_weights(path)
+    return None
+
+
 def read_weights(path: Path) -> Weights:
     """A network from a safetensors file that sanrt wrote; its graph has the root's steps that it was trained with.
 

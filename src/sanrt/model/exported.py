@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from sanrt.errors import ModelError, first_line, system_reason
+from sanrt.model.bundled import shipped_weights
 from sanrt.model.contract import STAGE_INPUTS
 from sanrt.model.graph import Array, Weights, made_of_weights, san_model, stage_model, tensors_digest
 from sanrt.model.spec import (
@@ -137,12 +138,15 @@ def read_exported(path: Path) -> ExportedModel:
         )
         if TENSORS_DIGEST in metadata and not halved and metadata[TENSORS_DIGEST] != json.dumps(tensors_digest(tensors)):
             raise Unlike("its weights are not those that it was exported with")
+        converted = halved or any(casts_to(node) == TensorProto.FLOAT16 for node in model.graph.node)
+        exported = ExportedModel(spec, tensors, halved, Precision.FP16 if converted else spec.precision)
+        if TENSORS_DIGEST not in metadata or halved:
+            require_shipped(exported, metadata)
+        return exported
     except Unlike as error:
         raise ModelError(f"{path}: {error}; {REMEDY}") from error
     except Exception as error:  # onnx has many kinds for what is no valid graph, and no public base
         raise ModelError(f"{path}: not a valid ONNX graph ({first_line(error)}); {REMEDY}") from error
-    converted = halved or any(casts_to(node) == TensorProto.FLOAT16 for node in model.graph.node)
-    return ExportedModel(spec, tensors, halved, Precision.FP16 if converted else spec.precision)
 
 
 def read_interface(path: Path) -> Interface:
@@ -182,6 +186,15 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     except Exception as error:
         raise ModelError(f"{path}: its external data cannot be read ({first_line(error)}); {REMEDY}") from error
     return model
+
+
+def require_shipped(exported: ExportedModel, metadata: Mapping[str, str]) -> None:
+    """Raise Unlike for weights that no digest vouches for and that are not the bundled ones that the description names."""
+    spec = exported.spec
+    if spec.precision is not Precision.FP32 or STAGE in metadata or not (shipped := shipped_weights(spec.weights_digest)):
+        return
+    if shipped.spec.architecture == spec.architecture and (name := exported.differing(shipped.tensors)):
+        raise Unlike(f"tensor {name} is not that of the bundled weights, of which it says it is made")
 
 
 def require_description(spec: ModelSpec, metadata: Mapping[str, str]) -> None:
