@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -74,6 +76,32 @@ class Running:
         return self.queue.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
+class Complaints(logging.Handler):
+    """What asyncio and uvicorn have to say of the application."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+@contextmanager
+def no_complaints() -> Iterator[None]:
+    """Fail for exceptions that nobody took, and for tracebacks."""
+    found, loggers = Complaints(), [logging.getLogger(name) for name in ("asyncio", "uvicorn.error")]
+    for logger in loggers:
+        logger.addHandler(found)
+    try:
+        yield
+        gc.collect()  # asyncio tells of an exception when its future is freed
+    finally:
+        for logger in loggers:
+            logger.removeHandler(found)
+    assert not found.lines, found.lines
+
+
 def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """Wait for something that must come about."""
     end = time.monotonic() + seconds
@@ -101,7 +129,7 @@ def serving(models, tmp_path_factory) -> Callable[..., AbstractContextManager[Ru
         networks = Networks()
         networks.start(choice)
         app = application(ServeOptions(choice, Limits(**limits), None, folder, token, hosts), networks)
-        with listen("127.0.0.1", 0) as listening:
+        with listen("127.0.0.1", 0) as listening, no_complaints():
             made = server(app)
             thread = threading.Thread(target=made.run, kwargs={"sockets": [listening]}, name="server")
             thread.start()

@@ -100,6 +100,16 @@ def test_a_deleted_job_ends_and_frees_its_place(serving, gate):
         assert ended(running, start(running))["state"] == "done"
 
 
+def test_a_deleted_job_that_is_streamed_ends_between_two_tiles(serving):
+    with serving() as running:
+        place = start(running, encoded(".png", width=300, height=300), "tiling=exact&tile=16")
+        until(lambda: running.ask("GET", place).json["progress"] > 0)
+        assert running.ask("DELETE", place).status == 204
+        until(lambda: running.queue.pictures == 0)
+        assert running.metric("sanrt_pictures_total") == 0
+        assert ended(running, start(running))["state"] == "done"
+
+
 def test_results_are_kept_for_a_while_and_no_more_than_there_is_room_for(serving):
     with serving(keep=1.0, results=1) as running:
         place = start(running)

@@ -110,7 +110,7 @@ class Queue:
             except asyncio.CancelledError:
                 abandoned.set()
                 if not running.cancel():
-                    await asyncio.wait([result])
+                    await asyncio.gather(result, return_exceptions=True)
                 raise
 
         options = PipelineOptions(part.recipe, request.encoding)
