@@ -32,10 +32,11 @@ OPTIONAL = (
     "uvicorn",
     "multipart",
     "prometheus_client",
+    "tritonclient",
 )
 NEEDS = {
     "sanrt.serve": {"starlette", "uvicorn", "multipart", "prometheus_client"},
-    "sanrt.export": {"torch", "safetensors", "onnx"},
+    "sanrt.export": {"torch", "safetensors", "onnx", "tritonclient"},
     "sanrt.kernels.cpu": {"llvmlite", "threadpoolctl"},
     "sanrt.kernels.cuda": {"torch"},
     "sanrt.model": {"torch", "safetensors", "onnx"},

@@ -19,6 +19,7 @@ from sanrt.cli.plan import plan
 from sanrt.cli.run import RunCommand, run
 from sanrt.cli.serve import serve
 from sanrt.cli.streams import tell
+from sanrt.cli.triton import triton
 from sanrt.cli.usage import usage_context, usage_words
 from sanrt.cli.validate import validate
 from sanrt.cli.verify import verify
@@ -40,6 +41,7 @@ app.command(cls=PanelCommand)(build)
 app.command(cls=RunCommand)(run)
 app.command(cls=PanelCommand)(plan)
 app.command(cls=PanelCommand)(serve)
+app.command(cls=PanelCommand)(triton)
 app.command()(info)
 app.command()(bench)
 app.command(cls=PanelCommand)(validate)
