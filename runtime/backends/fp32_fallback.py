@@ -18,7 +18,7 @@ import numpy as np
 from sanrt.arrays import Array
 from sanrt.errors import BackendError
 from sanrt.model.spec import Precision
-from sanrt.runtime.backends.protocol import Backend, DeviceMaps, Stages, Strips, fork_error
+from sanrt.runtime.backends.protocol import Backend, DeviceMaps, Progress, ReportsProgress, Stages, Strips, fork_error
 from sanrt.runtime.host import call_after_fork
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,12 @@ class FP32Fallback:
     def infer_with_regions(self) -> Callable[[Array, int], Array] | None:
         infer = self.backend.infer_with_regions
         return infer and (lambda pictures, regions: self.finite(infer(pictures, regions), pictures, regions))
+
+    def infer_reporting(self, pictures: Array, regions: int, progress: Progress) -> Array:
+        """With progress where the backend tells it; without other regions than its own where it takes none."""
+        if isinstance(self.backend, ReportsProgress):
+            return self.finite(self.backend.infer_reporting(pictures, regions, progress), pictures, regions)
+        return infer(pictures, regions) if (infer := self.infer_with_regions) else self.infer(pictures)
 
     def finite(self, output: Array, pictures: Array, regions: int) -> Array:
         """The output where it is finite, or the fp32 backend's."""

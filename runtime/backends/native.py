@@ -133,10 +133,16 @@ class NativeBackend:
         return self.infer_with_regions(pictures, self.spec.regions)
 
     def infer_with_regions(self, pictures: Array, regions: int) -> Array:
+        return self.infer_reporting(pictures, regions, lambda share: None)
+
+    def infer_reporting(self, pictures: Array, regions: int, progress: Progress) -> Array:
         from sanrt.kernels.cpu.passes import upscale
 
+        def told(share: float) -> None:
+            progress(share / len(pictures))
+
         with out_of_memory_errors(self.network):
-            return np.concatenate([upscale(self.network, picture, regions) for picture in pictures[:, None]])
+            return np.concatenate([upscale(self.network, picture, regions, told) for picture in pictures[:, None]])
 
     @property
     def strips(self) -> NativeStrips:

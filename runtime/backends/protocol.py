@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, require_number
@@ -134,6 +134,15 @@ class Backend(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+@runtime_checkable
+class ReportsProgress(Protocol):
+    """What a backend has besides if it can say how far it is within a picture."""
+
+    def infer_reporting(self, pictures: Array, regions: int, progress: Progress) -> Array:
+        """`infer` with k x k attention regions; `progress` is told each share of the work that was done, to 1 at most."""
+        ...
 
 
 @dataclass(frozen=True)

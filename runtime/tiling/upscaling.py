@@ -16,7 +16,7 @@ import numpy.typing as npt
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.geometry import Box, TileAxis, pad
-from sanrt.runtime.backends.protocol import Backend, PixelSink, PixelSource, Progress, StripOptions
+from sanrt.runtime.backends.protocol import Backend, PixelSink, PixelSource, Progress, ReportsProgress, StripOptions
 from sanrt.runtime.pictures.codec import PictureInfo, SourcePicture
 from sanrt.runtime.pictures.scratch import ScratchPicture
 from sanrt.runtime.tiling.featuremaps import FeatureStore
@@ -134,11 +134,19 @@ class NetworkRunner:
             return infer_tiled(partial(infer_padded, self.backend), x, self.scale, plan.tile, plan.overlap, progress)
         if by_stages(plan, self.backend):
             return self.stream_array(plan, x, progress, folder)
-        if infer := self.backend.infer_with_regions:
+        told: list[float] = []
+
+        def tell(share: float) -> None:
+            told.append(share)
+            progress(share)
+
+        if isinstance(reporting := self.backend, ReportsProgress):
+            y = infer_padded(self.backend, x, lambda pictures: reporting.infer_reporting(pictures, plan.regions, tell))
+        elif infer := self.backend.infer_with_regions:
             y = infer_padded(self.backend, x, lambda pictures: infer(pictures, plan.regions))
         else:
             y = infer_padded(self.backend, x)
-        progress(1.0)
+        progress(1 - sum(told))
         return y
 
     def stream_array(self, plan: TilingPlan, x: Array, progress: Progress, folder: Path | None) -> Array:

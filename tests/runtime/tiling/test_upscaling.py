@@ -281,3 +281,23 @@ def test_regions_that_do_not_fit_a_side_leave_tiles_and_memory_as_asked_for():
     backend.streams = True
     asked = UpscaleOptions(tile=64, tiling=Tiling.EXACT, regions=1000, memory=2**30)
     assert plan_tiling(backend, 1500, 4000, asked) == TilingPlan(Tiling.EXACT, 64, 2)
+
+
+@pytest.mark.parametrize("name", ["native", "onnxruntime"])
+@pytest.mark.parametrize("self_ensemble", [False, True])
+def test_a_whole_picture_tells_its_progress_within_itself_where_the_backend_can(live_network, tmp_path, name, self_ensemble):
+    from sanrt.model.graph import san_model
+
+    net = live_network(2, groups=3)
+    weights = {key: tensor.detach().numpy() for key, tensor in net.state_dict().items()}
+    path = tmp_path / "model.onnx"
+    path.write_bytes(san_model(replace(SPEC, architecture=net.arch), weights).SerializeToString())
+    shares: list[float] = []
+    with load_backend(name, path, RunOptions(threads=1)) as backend:
+        picture = noise(20, 30)
+        result = upscale(backend, picture, UpscaleOptions(self_ensemble=self_ensemble), shares.append)
+        assert np.array_equal(result, upscale(backend, picture, UpscaleOptions(self_ensemble=self_ensemble)))
+    assert sum(shares) == pytest.approx(1)
+    assert all(share >= -1e-9 for share in shares)
+    passes = 8 if self_ensemble else 1
+    assert max(shares) < 0.5 / passes if name == "native" else len(shares) == passes
