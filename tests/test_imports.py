@@ -156,3 +156,17 @@ def test_the_help_names_every_backend_in_the_order_of_auto(command):
     words = " ".join(python("import sanrt.cli; sanrt.cli.main()", command, "--help").stdout.split())
     assert f"{', '.join(AUTO_ORDER[:-1])} or {AUTO_ORDER[-1]}; auto takes the first of these" in words
     assert set(AUTO_ORDER) == set(BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("library", "told"), [("pyvips", "pyvips[binary] does not load here ("), ("llvmlite", "llvmlite does not load here (")]
+)
+def test_a_library_that_does_not_load_on_a_system_is_told_in_one_line(library, told, tmp_path):
+    pyvips.Image.new_from_array(np.zeros((8, 8, 3), np.uint8)).write_to_file(str(tmp_path / "a.png"))
+    code = f"import sys\nsys.modules[{library!r}] = None\nimport sanrt.cli\nsys.argv[0] = 'sanrt'\nsanrt.cli.main()"
+    done = python(code, "run", tmp_path / "a.png", tmp_path / "b.png", "--backend", "native")
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert len(lines) == 1, done.stderr
+    assert told in lines[0]
+    assert "docs/systems.md" in lines[0]

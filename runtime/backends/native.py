@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError
-from sanrt.extras import install_command
+from sanrt.extras import required
 from sanrt.geometry import Box
 from sanrt.model.spec import MIN_SIDE, Precision
 from sanrt.runtime import host as machine
@@ -53,11 +53,13 @@ def status() -> BackendStatus:
         reason = f"runs on the CPU ({vectors[0] if vectors else 'vectors of 128 bits, slower and not measured'})"
         return BackendStatus(NAME, __version__, True, reason, automatic=bool(vectors))
     missing = "threadpoolctl" if installed else "llvmlite"
-    return BackendStatus(NAME, __version__, False, f"{missing} is not installed", install_command("cpu"))
+    return BackendStatus(NAME, __version__, False, f"{missing} is not installed", f"pip install {missing}")
 
 
 def load(model: Path, options: RunOptions) -> NativeBackend:
     """Load an exported fp32 ONNX: its weights, not its graph."""
+    with required("llvmlite"):
+        import sanrt.kernels.cpu.ir  # noqa: F401
     return NativeBackend(model, options)
 
 

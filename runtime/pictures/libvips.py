@@ -17,6 +17,7 @@ from threading import Condition, Lock, local
 from typing import Any, TypeVar
 
 from sanrt.errors import PictureError
+from sanrt.extras import required
 from sanrt.runtime.host import call_after_fork
 
 T = TypeVar("T")
@@ -85,7 +86,8 @@ class DamagedError(Exception):
 @cache
 def vips() -> Any:
     """pyvips, its process-wide settings made once: no cache of operations (it would hold files and pixels), two threads."""
-    import pyvips
+    with required("pyvips[binary]"):
+        import pyvips
 
     logger = logging.getLogger("pyvips")
     logger.addHandler(WARNINGS)

@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from shlex import quote
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
-from sanrt.errors import MissingPackageError
+from sanrt.errors import MissingPackageError, first_line
 
 
 @contextmanager
@@ -21,6 +21,18 @@ def extra(name: str, purpose: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise MissingPackageError(
             f"{purpose} needs {error.name}, which is not installed; {install_command(name)}"
+        ) from error
+
+
+@contextmanager
+def required(library: str) -> Iterator[None]:
+    """Around imports of what every install brings: what is missing, or does not load on this system, becomes one line."""
+    try:
+        yield
+    except (ImportError, OSError) as error:
+        raise MissingPackageError(
+            f"{library} does not load here ({first_line(error)}); pip install --force-reinstall {quote(library)}, "
+            "which has ready-made files for the systems named in docs/systems.md"
         ) from error
 
 
@@ -40,6 +52,7 @@ def origin() -> tuple[Path | str, bool]:
     pip writes it down (PEP 610). A clone that is merely on the path is found by its place.
     """
     from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.request import url2pathname
 
     with suppress(PackageNotFoundError, ValueError, KeyError):
         if text := distribution("sanrt").read_text("direct_url.json"):
@@ -49,6 +62,6 @@ def origin() -> tuple[Path | str, bool]:
             url = urlsplit(facts["url"])
             if url.scheme != "file":
                 return str(facts["url"]), False
-            return Path(unquote(url.path)), bool(facts.get("dir_info", {}).get("editable"))
+            return Path(url2pathname(url.path)), bool(facts.get("dir_info", {}).get("editable"))
     clone = Path(__file__).resolve().parents[2]
     return (clone if (clone / "pyproject.toml").is_file() else ""), False
