@@ -17,6 +17,7 @@ SELECTION = (
     "tests/runtime/pictures/test_provenance.py",
     "tests/kernels/cpu/test_workers.py",
     "tests/kernels/cpu/test_ir.py",
+    "tests/test_imports.py::test_the_runtime_and_the_command_line_can_be_imported_without_any_extra",
     "tests/test_imports.py::test_with_the_base_install_alone_bundled_weights_upscale_and_nothing_is_written_but_the_result",
 )
 

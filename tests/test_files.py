@@ -173,9 +173,10 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place_and_its_name_afterwards
 
     monkeypatch.setattr(os, "fsync", fsync)
     write_whole(path, b"content")
-    (is_folder, size, exists), (is_folder_then, _, exists_then) = seen
+    (is_folder, size, exists), *then = seen
     assert (is_folder, size, exists) == (False, 7, False)
-    assert (is_folder_then, exists_then) == (True, True)
+    folders = [(is_folder, exists) for is_folder, _, exists in then]
+    assert folders == ([] if files.sys.platform == "win32" else [(True, True)])
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
