@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -29,9 +30,9 @@ def rows(out: str, size: str) -> dict[tuple[str, str], list[str]]:
     return {(row[1], row[2]): row[3:] for row in found}
 
 
-def test_a_row_holds_times_rates_memory_and_accuracy(bench, tiny_model):
+def test_a_row_holds_times_rates_memory_and_accuracy(bench, tiny_model, tmp_path):
     words = ["--backend", "native", "--precision", "fp32", "--backend", "onnxruntime", "--size", "20x16", "--size", "8x8"]
-    status, out, err = bench(tiny_model(2), *words)
+    status, out, err = bench(tiny_model(2), *words, "--json", tmp_path / "figures.json")
     assert (status, err) == (0, "")
     assert str(tiny_model(2)) in out
     small, large = rows(out, "8x8"), rows(out, "20x16")
@@ -42,6 +43,9 @@ def test_a_row_holds_times_rates_memory_and_accuracy(bench, tiny_model):
     assert megapixels == pytest.approx(rate * 320 / 1e6, abs=0.001)
     assert memory > 16
     assert psnr > 80
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    (found,) = [each for each in figures if each["name"] == "native fp32" and each["size"]["width"] == 20]
+    assert found["timing"]["p50"]["value"] == pytest.approx(median / 1e3, abs=1e-4)
 
 
 def test_without_names_every_backend_that_is_usable_takes_part_and_the_others_are_told(bench, tiny_model, monkeypatch):
@@ -70,10 +74,11 @@ def test_a_backend_that_fails_is_a_row_and_a_reason_and_the_exit_status(bench, t
         (["--backend", "tensorflow"], "unknown backend 'tensorflow'"),
         (["--scale", "3"], "is for x2"),
         (["--weights", "fast"], "has its own"),
+        (["--json", f"{__file__}/figures.json"], "choose another place for --json"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_measured(bench, tiny_model, words, told):
     status, out, err = bench(tiny_model(2), *words)
-    assert (status, out) == (2, "")
+    assert (status, out) == (1 if "--json" in words else 2, "")
     assert told in err
     assert len(err.splitlines()) == 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ import typer
 from sanrt.cli.models import KindOption, known_scale, precision_name
 from sanrt.cli.streams import tell
 from sanrt.errors import UsageError
+from sanrt.files import require_writable, write_whole
 from sanrt.model.bundled import WeightsKind
 from sanrt.model.spec import Precision
 from sanrt.runtime.artifacts.models import MODELS, default_model, model_title, require_own_weights, require_scale
@@ -51,6 +53,7 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0, help="Of measured runs, in all.")] = 20,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if left out.")] = None,
     models: Annotated[Path, typer.Option(help="The folder that `sanrt export` wrote to.")] = MODELS,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
 ) -> None:
     """Time every backend that is usable here, in turns, and compare its output with fp32; exit 1 when one of them fails.
 
@@ -64,6 +67,8 @@ def bench(
     from sanrt.runtime.runs.timing import Size
 
     require_own_weights(model, weights)
+    if json_:
+        require_writable(json_, "choose another place for --json")
     path = model or default_model(models, scale, weights or WeightsKind.CLEAN)
     arch = model_spec(path).architecture
     require_scale(path, arch.scale, scale)
@@ -87,6 +92,9 @@ def bench(
         ):
             results += found
     console.print(table(results, exact.name))
+    if json_:
+        figures = json.dumps([asdict(result) for result in results], indent=2)
+        write_whole(json_, (figures + "\n").encode(), "choose another place for --json")
     for result in results:
         if result.reason:
             console.print(f"{result.size} {result.name}: {result.reason}")
