@@ -104,10 +104,11 @@ def bench(
 def chosen(model: Path, names: list[str] | None, precisions: list[Precision], threads: int | None) -> list[Contender]:
     """The named backends in each precision; without names all that are usable here for a model, the others are told."""
     from sanrt.runtime.backends.protocol import RunOptions
-    from sanrt.runtime.backends.registry import candidates, other_backends, status
+    from sanrt.runtime.backends.registry import candidates, is_described, other_backends, status
     from sanrt.runtime.runs.latency import in_precision, own_precisions
 
-    possible = names or [*candidates(model, RunOptions(threads)), *other_backends()]
+    others = other_backends() if is_described(model) else ()
+    possible = names or [*candidates(model, RunOptions(threads)), *others]
     for each in [status(name) for name in possible]:  # an unknown name is told here
         if not names and not each.usable:
             tell(f"left out: {each.name}, {each.reason}")
@@ -122,7 +123,7 @@ def reference() -> Contender:
     from sanrt.runtime.backends.registry import status
     from sanrt.runtime.runs.latency import in_precision
 
-    name, precision = next(each for each in REFERENCES if status(each[0]).usable)
+    name, precision = next((each for each in REFERENCES if status(each[0]).usable), REFERENCES[0])
     return replace(in_precision(name, precision), name=f"{name} in fp32")
 
 
