@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -143,3 +145,11 @@ def test_mypy_sees_the_types_of_an_editable_install_from_another_folder(tmp_path
     done = run(sys.executable, "-m", "mypy", "--cache-dir", tmp_path / "cache", "use.py", cwd=tmp_path)
     assert "Overload" in done.stdout, done.stdout
     assert "ndarray" in done.stdout
+
+
+def test_extras_that_build_engines_bring_no_torch_and_those_that_compile_kernels_have_nvrtc():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {extra: {re.match(r"[\w-]+", line)[0] for line in lines} for extra, lines in extras.items()}
+    assert {extra for extra, found in names.items() if "torch" in found} == {"export", "kernels"}
+    assert {"rtx", "trt"} == {extra for extra, found in names.items() if "polygraphy" in found}
+    assert all("nvidia-cuda-nvrtc" in names[extra] for extra in ("kernels", "trt"))

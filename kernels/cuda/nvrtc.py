@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sanrt.errors import BackendError, first_line
-from sanrt.extras import install_command
 from sanrt.files import cache_folder, cached_file
 
 if TYPE_CHECKING:
@@ -26,6 +25,8 @@ PTX_VERSION = "8.3"
 NVRTC states its own, and a driver refuses PTX of a version that is newer than itself.
 """
 
+INSTALL = "pip install 'nvidia-cuda-nvrtc>=13,<14' 'cuda-bindings>=13,<14'"
+"""Both are in the kernels and trt extras, of which the first has torch besides."""
 HEADERS = ("primitives.cuh", "formats.cuh")
 
 
@@ -89,7 +90,7 @@ def import_nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
-        raise BackendError(f"CUDA kernels: NVRTC is not installed ({error}); {install_command('kernels')}") from error
+        raise BackendError(f"CUDA kernels: NVRTC is not installed ({error}); {INSTALL}") from error
     return nvrtc
 
 
@@ -99,9 +100,7 @@ def nvrtc_version() -> tuple[int, int]:
         _, major, minor = nvrtc.nvrtcVersion()
     except RuntimeError as error:
         # cuda-bindings finds the library when it is first called, and lists the places where it is not, a line each.
-        raise BackendError(
-            f"CUDA kernels: the NVRTC library cannot be loaded ({first_line(error)}); {install_command('kernels')}"
-        ) from error
+        raise BackendError(f"CUDA kernels: the NVRTC library cannot be loaded ({first_line(error)}); {INSTALL}") from error
     return major, minor
 
 
