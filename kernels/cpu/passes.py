@@ -7,7 +7,7 @@ from the same numbers in the same order: the result depends neither on the memor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,7 +21,7 @@ from sanrt.kernels.cpu.schedule import ConvolutionSchedule, Step, moments_of
 from sanrt.kernels.cpu.tail import TAPS
 from sanrt.kernels.cpu.windows import MapWindow
 from sanrt.kernels.cpu.winograd import PaddedMap, whole, whole_vectors, winograd_transform
-from sanrt.model.contract import TAIL_HALO, RowFile
+from sanrt.model.contract import TAIL_HALO, Needs, RowFile
 
 TAIL_BAND_ROWS, TAIL_BAND_PIXELS = 256, 2**21
 """Rows of features that go through the tail at a time, and pixels where that would be more: with 3 s s channels its result
@@ -79,19 +79,13 @@ def stream(
 def new_trunk(network: Network, height: int, width: int, bands: Bands | None) -> Trunk:
     """Maps and schedules for pictures of a size."""
     trunk = without_memory(network, height, width, bands)
-    least = least_rows(trunk)
-    trunk.moments.allocate(max(schedule.band_strips or schedule.count for schedule in trunk.schedules))
-    row, all_rows = trunk.x.map.row_bytes, trunk.x.map.rows_in_all
-    left = bands.memory - needed(network, height, width, bands.rows) if bands else 0
-    trunk.hidden.allocate(least[id(trunk.hidden.map)])
-    for each in trunk.features, trunk.x, trunk.shared:  # the first ones are read and written most
-        more = (all_rows - least[id(each.map)]) * row
-        if bands is None or more <= left:
-            left -= more
-            each.allocate(all_rows)
-        else:
-            each.allocate(least[id(each.map)], bands.new_file(all_rows, row))
-    if bands is None or all_rows * row <= left:
+    all_rows, row = trunk.x.map.rows_in_all, trunk.x.map.row_bytes
+    plan = plan_memory(network, trunk, bands.memory if bands else 0)
+    trunk.moments.allocate(strips_at_once(trunk))
+    for each in trunk.windows:
+        file = bands.new_file(all_rows, row) if bands and id(each.map) in plan.in_files else None
+        each.allocate(plan.rows[id(each.map)], file)
+    if plan.first:
         trunk = replace(trunk, first=PaddedMap.zeros(height, width, network.arch.channels, trunk.x.map.transform))
     return trunk
 
@@ -128,26 +122,59 @@ def least_rows(trunk: Trunk) -> dict[int, int]:
     return {each: min(rows, all_rows) for each, rows in least.items()}
 
 
-def needed(network: Network, height: int, width: int, rows: int | None) -> int:
-    """Bytes that a picture takes in memory, at most, beside itself and its result: whole, or in bands of so many rows.
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Which maps are whole in memory, and what all of it takes."""
 
-    In bands that is the least; with more memory fewer maps are kept in files.
-    """
-    trunk = without_memory(network, height, width, Bands(rows, 0, no_files) if rows else None)
-    arch, x = network.arch, trunk.x.map
-    held = sum(least_rows(trunk).values()) + (0 if rows else x.rows_in_all)
-    step, head_step = (min(rows or most, height) + 2 * x.transform.tile for most in (height, HEAD_ROWS))
+    rows: Mapping[int, int]
+    """By the identity of a map, rows in memory."""
+    in_files: Collection[int]
+    """Maps that are kept in files."""
+    first: bool
+    """Whether the head's features are kept."""
+    needs: Needs
+
+
+def plan_memory(network: Network, trunk: Trunk, memory: int) -> MemoryPlan:
+    """Whole maps where bands are not wanted or the memory suffices, first those that are read and written most."""
+    rows, all_rows, row = least_rows(trunk), trunk.x.map.rows_in_all, trunk.x.map.row_bytes
+    used, in_files = sum(rows.values()) * row + buffer_bytes(network, trunk), []
+    for each in trunk.features, trunk.x, trunk.shared:
+        more = (all_rows - rows[id(each.map)]) * row
+        if trunk.bands is None or used + more <= memory:
+            used, rows[id(each.map)] = used + more, all_rows
+        else:
+            in_files.append(id(each.map))
+    first = trunk.bands is None or used + all_rows * row <= memory
+    needs = Needs(used + first * all_rows * row, len(in_files) * all_rows * row)
+    return MemoryPlan(rows, in_files, first, needs)
+
+
+def buffer_bytes(network: Network, trunk: Trunk) -> int:
+    """What is in memory beside the trunk's maps, at most."""
+    arch, x, (height, width) = network.arch, trunk.x.map, trunk.size
+    rows = min(trunk.bands.rows if trunk.bands else height, height) + 2 * x.transform.tile
     tail = min(tail_rows(width), height) + 2 * TAIL_HALO
-    per_row = {
-        "the head's input, and the same shifted": head_step * (3 + whole_vectors(3)),
-        "its features, made again": step * x.array.shape[2] if rows else 0,
-        "queries, keys, values and what they give": step * 6 * arch.attention_channels,
+    per_column = {
+        "the head's input, and the same shifted": min(rows, HEAD_ROWS + 2 * x.transform.tile) * (3 + whole_vectors(3)),
+        "its features, made again": rows * x.array.shape[2] if trunk.bands else 0,
+        "queries, keys, values and what they give": rows * 6 * arch.attention_channels,
         "the tail's input and result": tail * (x.array.shape[2] + whole_vectors(3 * arch.scale**2)),
         "finished rows, in turn as float32 and as the result's type": tail * 3 * 3 * arch.scale**2,
     }
-    strips = max(schedule.band_strips or schedule.count for schedule in trunk.schedules)
-    buffers: int = sum(per_row.values()) * (width + x.transform.tile) * np.dtype(np.float32).itemsize
-    return held * x.row_bytes + buffers + trunk.moments.needed(strips)
+    made: int = sum(per_column.values()) * (width + x.transform.tile) * np.dtype(np.float32).itemsize
+    return made + trunk.moments.needed(strips_at_once(trunk))
+
+
+def strips_at_once(trunk: Trunk) -> int:
+    """Most strips of which a schedule finds the moments at once."""
+    return max(schedule.band_strips or schedule.count for schedule in trunk.schedules)
+
+
+def needed(network: Network, height: int, width: int, rows: int | None, memory: int = 0) -> Needs:
+    """What a picture takes: whole, or in bands of so many rows, the least of them or more within `memory` bytes."""
+    trunk = without_memory(network, height, width, Bands(rows, memory, no_files) if rows else None)
+    return plan_memory(network, trunk, memory).needs
 
 
 def no_files(rows: int, row_bytes: int) -> RowFile:

@@ -17,6 +17,7 @@ from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError
 from sanrt.extras import required
 from sanrt.geometry import Box
+from sanrt.model.contract import Needs
 from sanrt.model.spec import MIN_SIDE, Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.models import read_spec
@@ -173,10 +174,10 @@ class NativeStrips:
 
     network: Network
 
-    def needed(self, height: int, width: int, rows: int | None) -> int:
+    def needed(self, height: int, width: int, rows: int | None, memory: int = 0) -> Needs:
         from sanrt.kernels.cpu.passes import needed
 
-        return needed(self.network, height, width, rows)
+        return needed(self.network, height, width, rows, memory)
 
     def run(self, source: PixelSource, sink: PixelSink, options: StripOptions, progress: Progress) -> None:
         from sanrt.kernels.cpu.network import Bands

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 from sanrt.arrays import Array
 from sanrt.errors import BackendError, require_number
 from sanrt.geometry import Box
-from sanrt.model.contract import RowFile
+from sanrt.model.contract import Needs, RowFile
 from sanrt.model.spec import MAX_REGIONS, ModelSpec, Precision
 from sanrt.runtime.artifacts.sizes import Limits
 
@@ -67,8 +67,8 @@ class StripOptions:
 class Strips(Protocol):
     """A network that goes over a picture in strips of full width by itself."""
 
-    def needed(self, height: int, width: int, rows: int | None) -> int:
-        """Bytes of memory that a picture takes beside itself and its result: whole, or at least in strips of such height."""
+    def needed(self, height: int, width: int, rows: int | None, memory: int = 0) -> Needs:
+        """What a picture takes whole (None), or in strips of such height: the least, or more within `memory` bytes."""
         ...
 
     def run(self, source: PixelSource, sink: PixelSink, options: StripOptions, progress: Progress) -> None:

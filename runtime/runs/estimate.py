@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,19 +22,18 @@ from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.storage import fetched
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.orientations import ORIENTATIONS
-from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, by_stages, network_bytes, result_bytes
+from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, choose_regions, network_bytes, result_bytes
 from sanrt.runtime.tiling.upscaling import NetworkRunner
 
 SIDES = (64, 192)
 """Sides of the two pictures that a backend's speed is measured on: attention's share is small in one, large in the other."""
-
+LARGE = 448
+"""Side of a third one, whose maps exceed the caches as those of photographs do."""
 ROUNDS = 3
-
+"""Runs of the small ones, after one that is not counted."""
 
 CODE = ("sanrt.model", "sanrt.runtime", "sanrt.kernels")
 """The packages whose speed is measured."""
-BY_STAGES = " by stages"
-"""Behind a backend's name: its speed where that is another than of whole pictures."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,18 @@ class Speed:
     """How long a backend takes, measured once on this machine."""
 
     pixel: float
-    """Seconds per input pixel, of all convolutions."""
+    """Seconds per input pixel of a small picture, of all convolutions."""
+    large: float
+    """The same of a large one."""
     pair: float
     """Seconds per pair of a query and a key."""
 
     def seconds(self, height: int, width: int, plan: TilingPlan, arch: Architecture) -> float:
         """An estimate for one picture, the halos of its tiles included."""
-        halo = 0 if plan.tiling is Tiling.WHOLE else 2 * arch.body_halo
+        halo = 0 if plan.tiling is Tiling.WHOLE or plan.strips else 2 * arch.body_halo
         grown = (1 + halo / plan.tile) ** 2
-        return height * width * self.pixel * grown + pairs(height, width, plan.regions) * self.pair
+        pixel = float(np.interp(height * width, [SIDES[1] ** 2, LARGE**2], [self.pixel, self.large]))
+        return height * width * pixel * grown + pairs(height, width, plan.regions) * self.pair
 
 
 @dataclass(frozen=True)
@@ -80,42 +82,45 @@ def estimates(
     jobs: Sequence[Job], backend: Backend, model: Path, loading: RunOptions, upscaling: UpscaleOptions, encoding: Encoding
 ) -> Iterator[PictureEstimate]:
     """A plan for every picture on a backend with a model loaded so; a picture's header alone is read."""
-    speeds = {backend.name: speed_of(backend, model, loading)}
+    speed = speed_of(backend, model, loading)
     for job in jobs:
-        yield picture_estimate(job, backend, speeds, upscaling, encoding)
+        yield picture_estimate(job, backend, speed, upscaling, encoding)
 
 
 def picture_estimate(
-    job: Job, backend: Backend, speeds: Mapping[str, Speed], options: UpscaleOptions, encoding: Encoding
+    job: Job, backend: Backend, speed: Speed, options: UpscaleOptions, encoding: Encoding
 ) -> PictureEstimate:
     """What becomes of one picture."""
     try:
         with fetched(job.source) as path, open_picture(path) as source:
             plan_output(source.info, job.destination, backend.spec.architecture.scale, encoding)
-            return replace(estimate(backend, speeds, source.info, options), path=job.source)
+            return replace(estimate(backend, speed, source.info, options), path=job.source)
     except SanrtError as error:
         return PictureEstimate(job.source, str(error) if str(job.source) in str(error) else f"{job.source}: {error}")
 
 
-def estimate(backend: Backend, speeds: Mapping[str, Speed], info: PictureInfo, options: UpscaleOptions) -> PictureEstimate:
+def estimate(backend: Backend, speed: Speed, info: PictureInfo, options: UpscaleOptions) -> PictureEstimate:
     """What a picture takes, by its header; raises as `NetworkRunner.decide` does."""
     arch, height, width = backend.spec.architecture, info.height, info.width
     plan = NetworkRunner(backend, options).decide(info)
-    speed = speeds[backend.name]
-    if by_stages(plan, backend):
-        speed = speeds.get(backend.name + BY_STAGES, speed)
     passes = len(ORIENTATIONS) if options.self_ensemble else 1
     found = PictureEstimate(info.path, "", width, height, backend.name, plan)
     found = replace(found, seconds=passes * speed.seconds(height, width, plan, arch))
     tile = min(height, plan.tile) * min(width, plan.tile) * network_bytes(arch)
     if plan.tiling is Tiling.WHOLE and backend.limits.activations:
         tile = backend.limits.activations(Size(1, height, width))
+    if plan.tiling is Tiling.WHOLE and backend.strips:
+        tile = backend.strips.needed(height, width, None).memory
     if plan.tiling is not Tiling.EXACT:
         return replace(found, memory=tile + height * width * result_bytes(arch))
-    colours = 3 * info.dtype.itemsize
-    maps = height * width * (3 * 4 * arch.channels + colours)
-    beyond = max(0, maps - sum(MemoryBudget.of(backend, options).maps(arch, plan.tile)))
-    return replace(found, memory=tile + maps - beyond, scratch=beyond + height * width * arch.scale**2 * colours)
+    colours, budget = 3 * info.dtype.itemsize, MemoryBudget.of(backend, options)
+    pixels, result = height * width * colours, height * width * arch.scale**2 * colours
+    if strips := backend.strips:
+        needs = strips.needed(height, width, plan.tile, budget.host - pixels)
+        return replace(found, memory=needs.memory + pixels, scratch=needs.files + result)
+    maps = height * width * 3 * 4 * arch.channels + pixels
+    beyond = max(0, maps - sum(budget.maps(arch, plan.tile)))
+    return replace(found, memory=tile + maps - beyond, scratch=beyond + result)
 
 
 def speed_of(backend: Backend, model: Path, options: RunOptions) -> Speed:
@@ -130,23 +135,33 @@ def speed_of(backend: Backend, model: Path, options: RunOptions) -> Speed:
 
 
 def measured(backend: Backend) -> Speed:
-    """Solve the times of two square pictures for the cost of a pixel and of a pair."""
+    """Solve the times of two square pictures for the cost of a pixel and of a pair; a third one tells that of large ones."""
     k = backend.spec.regions
     times = [best_time(backend, side) for side in SIDES]
     costs = np.array([[side**2, pairs(side, side, k)] for side in SIDES], np.float64)
     pixel, pair = np.linalg.solve(costs, times)
     if pair < 0 or pixel < 0:  # noise: one of the two is too small to be seen here
         pixel, pair = times[1] / costs[1, 0], 0.0
-    return Speed(float(pixel), float(pair))
+    large = (seconds(backend, LARGE) - pairs(LARGE, LARGE, regions_of(backend)) * pair) / LARGE**2
+    return Speed(float(pixel), float(max(large, pixel)), float(pair))
+
+
+def regions_of(backend: Backend) -> int:
+    """k for the large picture: that of `--regions auto`, where the backend can; attention is then not most of its time."""
+    return choose_regions(LARGE, LARGE) if backend.infer_with_regions else backend.spec.regions
 
 
 def best_time(backend: Backend, side: int) -> float:
     """Seconds of the fastest of a few runs, after one that is not counted."""
+    return min([seconds(backend, side) for _ in range(ROUNDS + 1)][1:])
+
+
+def seconds(backend: Backend, side: int) -> float:
+    """What a square picture takes."""
     picture = np.zeros((1, 3, side, side), np.float32)
-    backend.infer(picture)
-    times = []
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
+    infer, started = backend.infer_with_regions, time.perf_counter()
+    if side == LARGE and infer:
+        infer(picture, regions_of(backend))
+    else:
         backend.infer(picture)
-        times.append(time.perf_counter() - started)
-    return min(times)
+    return time.perf_counter() - started

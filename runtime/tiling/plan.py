@@ -214,7 +214,7 @@ def choose_regions(height: int, width: int) -> int:
 def choose_exact_tile(backend: Backend, height: int, width: int, budget: MemoryBudget) -> int:
     """The side of exact tiles, or the height of strips: the largest with which they take at most half of the memory."""
     if strips := backend.strips:
-        heights = (rows for rows in STRIP_HEIGHTS if strips.needed(height, width, rows) <= budget.host // 2)
+        heights = (rows for rows in STRIP_HEIGHTS if strips.needed(height, width, rows).memory <= budget.host // 2)
         return next(heights, STRIP_HEIGHTS[-1])
     return choose_tile(backend.spec.architecture, budget.network)
 
@@ -240,7 +240,7 @@ def fits_whole(backend: Backend, height: int, width: int, budget: MemoryBudget) 
     arch = backend.spec.architecture
     network, result = height * width * network_bytes(arch), height * width * result_bytes(arch)
     if strips := backend.strips:
-        network = strips.needed(height, width, None)
+        network = strips.needed(height, width, None).memory
     if budget.device is None:
         return network + result <= budget.host
     return network <= budget.device and result <= budget.host

@@ -1,6 +1,5 @@
 import json
 from inspect import signature
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,7 @@ from sanrt.cli.plan import plan
 from sanrt.cli.run import run
 from sanrt.errors import ModelError, UsageError
 from sanrt.files import keep
-from sanrt.runtime.pictures.codec import PictureInfo
-from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.codec import open_picture
 from sanrt.runtime.runs.estimate import Speed
 from sanrt.runtime.tiling.options import Tiling
 from sanrt.runtime.tiling.plan import TilingPlan
@@ -43,7 +41,7 @@ def test_plan_tells_a_line_for_each_picture_and_keeps_its_measurement(folder, ti
     )
     assert total.startswith("2 to write, about ")
     (kept,) = (model.parent / ".derived").glob("*-speed-onnxruntime.json")
-    keep([kept.parent], kept.name, json.dumps({"pixel": 1.0, "pair": 0.0}).encode())
+    keep([kept.parent], kept.name, json.dumps({"pixel": 1.0, "large": 1.0, "pair": 0.0}).encode())
     assert "whole, 2 x 2 regions, 0.01 GiB of memory, about 80 min" in CliRunner().invoke(app, arguments).output
     kept.unlink()
 
@@ -114,10 +112,13 @@ def test_an_estimate_grows_with_pixels_halos_and_pairs(tiny_model):
 
     arch = read_spec(tiny_model(2)).architecture
     whole, tiled = TilingPlan(Tiling.WHOLE, 400, 2), TilingPlan(Tiling.EXACT, 100, 2)
-    speed = Speed(1e-6, 0.0)
-    assert speed.seconds(400, 400, whole, arch) == pytest.approx(0.16)
-    assert speed.seconds(400, 400, tiled, arch) == pytest.approx(0.16 * 1.04**2)
-    assert Speed(0.0, 1e-9).seconds(400, 400, whole, arch) == pytest.approx(2 * 400**4 / 16 * 1e-9)
+    strips = TilingPlan(Tiling.EXACT, 100, 2, strips=True)
+    speed = Speed(1e-6, 2e-6, 0.0)
+    assert speed.seconds(100, 100, whole, arch) == pytest.approx(0.01)
+    assert speed.seconds(500, 500, whole, arch) == speed.seconds(500, 500, strips, arch) == pytest.approx(0.5)
+    assert speed.seconds(500, 500, tiled, arch) == pytest.approx(0.5 * 1.04**2)
+    assert 0.16 < speed.seconds(400, 400, whole, arch) < 0.32
+    assert Speed(0.0, 0.0, 1e-9).seconds(400, 400, whole, arch) == pytest.approx(2 * 400**4 / 16 * 1e-9)
 
 
 def test_a_picture_that_the_backend_cannot_do_is_refused_in_its_words(folder, tiny_model):
@@ -132,22 +133,38 @@ def test_a_picture_that_the_backend_cannot_do_is_refused_in_its_words(folder, ti
     job = Job(folder / "small.png", folder / "out.png")
     with load_backend("torch", tiny_model(2), RunOptions(threads=1)) as backend:
         backend.limits = Limits((Profile(Size(1, 4, 4), Size(1, 8, 8), Size(1, 16, 16)),))
-        found = picture_estimate(job, backend, {"torch": Speed(1.0, 0)}, UpscaleOptions(tiling=Tiling.WHOLE), Encoding())
+        found = picture_estimate(job, backend, Speed(1.0, 1.0, 0), UpscaleOptions(tiling=Tiling.WHOLE), Encoding())
     assert found.refusal.startswith(f"{job.source}: torch: 80 x 60 pixels as a whole, its engine takes 4 x 4 to 16 x 16")
 
 
-@pytest.mark.parametrize(("tiling", "measured"), [(Tiling.WHOLE, "torch"), (Tiling.EXACT, "torch by stages")])
-def test_streamed_pictures_are_planned_at_the_speed_of_the_stages(tiny_model, tiling, measured):
+def test_the_scratch_files_of_native_s_plan_are_those_that_the_run_makes(tmp_path, tiny_model, monkeypatch):
     from sanrt.runtime.backends.protocol import RunOptions
     from sanrt.runtime.backends.registry import load_backend
-    from sanrt.runtime.runs.estimate import BY_STAGES, estimate
-    from sanrt.runtime.tiling.options import UpscaleOptions
+    from sanrt.runtime.runs.estimate import estimate
+    from sanrt.runtime.tiling.featuremaps import ScratchRows
+    from sanrt.runtime.tiling.options import PROCESS_MEMORY, UpscaleOptions
+    from sanrt.runtime.tiling.upscaling import NetworkRunner
 
-    speeds = {"torch": Speed(1e-2, 0), "torch" + BY_STAGES: Speed(3e-2, 0)}
-    with load_backend("torch", tiny_model(2), RunOptions(threads=1)) as backend:
-        info = PictureInfo(Path("a.png"), Format.PNG, 10, 10)
-        found = estimate(backend, speeds, info, UpscaleOptions(tiling=tiling, tile=None if tiling is Tiling.WHOLE else 16))
-        assert found.seconds == speeds[measured].seconds(10, 10, found.plan, backend.spec.architecture)
+    path, files, made = tmp_path / "a.png", [], ScratchRows.__init__
+    pyvips.Image.black(300, 1500, bands=3).copy(interpretation="srgb").write_to_file(str(path))
+
+    def counted(rows, count, size, folder):
+        files.append(count * size)
+        made(rows, count, size, folder)
+
+    monkeypatch.setattr(ScratchRows, "__init__", counted)
+    numbers = []
+    with load_backend("native", tiny_model(2), RunOptions(threads=1)) as backend, open_picture(path) as source:
+        for memory in 2**22, PROCESS_MEMORY + 100 * 2**20, PROCESS_MEMORY + 2**28:
+            files.clear()
+            options = UpscaleOptions(tiling=Tiling.EXACT, memory=memory)
+            found = estimate(backend, Speed(1, 1, 1), source.info, options)
+            result, _ = NetworkRunner(backend, options).run_file(found.plan, source, tmp_path)
+            result.close()
+            assert found.scratch == sum(files) + 300 * 1500 * 4 * 3
+            assert memory == 2**22 or found.memory <= options.budget
+            numbers.append(len(files))
+    assert numbers[0] == 3 > numbers[1] > numbers[2] == 0
 
 
 def test_explain_tiles_shows_exact_as_whole_and_overlapped_as_different(folder, tiny_model):

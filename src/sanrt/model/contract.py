@@ -55,6 +55,15 @@ STAGE_MAPS = ("head", "attend", "body", "join")
 """Stages whose first output is a feature map; everything else that stages give is small, or the result."""
 
 
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a picture takes beside itself and its result."""
+
+    memory: int
+    files: int
+    """Of maps that exceed the memory."""
+
+
 class RowFile(Protocol):
     """Rows of one size, numbered from 0, outside of memory; threads may use it at once."""
 

@@ -103,7 +103,7 @@ def test_statistics_of_many_strips_are_merged_alike(network, arithmetic, monkeyp
 def test_maps_are_kept_in_memory_as_far_as_it_goes(network):
     net, pixels = network(ARITHMETIC[0]), picture(200, 40)
     whole = passes.upscale(net, pixels, 2)
-    least, everything = (passes.needed(net, 200, 40, rows) for rows in (16, None))
+    least, everything = (passes.needed(net, 200, 40, rows).memory for rows in (16, None))
     assert least < everything
     files = []
     for memory in 0, least + (everything - least) // 3, everything:
