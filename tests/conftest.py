@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -31,6 +30,7 @@ def shared() -> Path:
 @pytest.fixture
 def small_disk() -> Callable[[], AbstractContextManager[None]]:
     """`with small_disk():` no file grows beyond 4096 bytes, as on a full disk; not longer, as pytest's own log is a file."""
+    resource = pytest.importorskip("resource", reason="this system cannot limit the size of files")
 
     @contextmanager
     def limited() -> Iterator[None]:

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, ModuleType, SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ MODULES = {
 """What cannot be imported there."""
 LINUX = {
     "os": (
-        "sched_getaffinity sched_setaffinity posix_fallocate posix_fadvise fallocate memfd_create sendfile copy_file_range "
+        "sched_getaffinity sched_setaffinity posix_fallocate posix_fadvise fallocate memfd_create copy_file_range "
         "O_TMPFILE O_DIRECT getrandom eventfd pidfd_open setns unshare"
     ),
     "signal": "SIGRTMIN SIGRTMAX SIGPWR SIGPOLL SIGSTKFLT sigtimedwait sigwaitinfo",
@@ -40,7 +41,7 @@ UNIX = {
         "fork forkpty register_at_fork getuid geteuid getgid getegid getgroups getpgid getpgrp getsid setsid killpg nice "
         "getpriority setpriority chown fchown lchown fchmod mkfifo mknod statvfs fstatvfs uname wait wait3 wait4 WNOHANG "
         "pread pwrite preadv pwritev readv writev sched_yield pathconf sysconf confstr O_NOFOLLOW O_DIRECTORY O_NONBLOCK "
-        "O_CLOEXEC O_SYNC lockf tcgetpgrp ttyname openpty ctermid getloadavg sync posix_spawn EX_OK O_NOCTTY chroot fchdir"
+        "O_CLOEXEC O_SYNC lockf tcgetpgrp ttyname openpty ctermid getloadavg sync posix_spawn sendfile O_NOCTTY chroot fchdir"
     ),
     "signal": "SIGKILL SIGHUP SIGQUIT SIGUSR1 SIGUSR2 SIGALRM SIGCHLD SIGPIPE SIGXFSZ SIGXCPU SIGCONT SIGSTOP alarm "
     "setitimer pause sigwait pthread_kill pthread_sigmask siginterrupt",
@@ -99,7 +100,8 @@ def changed_values(module: str) -> dict[str, Any]:
 
 
 seen: dict[str, ModuleType] = {}
-real_import = builtins.__import__
+"""Modules as sanrt sees them, by name."""
+real_import, real_stat = builtins.__import__, os.stat
 
 
 def importing(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> ModuleType:
@@ -150,18 +152,15 @@ def require_elsewhere(path: Any) -> None:
 
 def in_use(path: Any) -> bool:
     """Whether this process has a file open."""
-    with_links = Path("/proc/self/fd")
     try:
         wanted = real_stat(path, follow_symlinks=False)
     except OSError:
         return False
-    for link in real_listdir(with_links):
-        try:
-            found = real_fstat(int(link))
-        except OSError:
-            continue
-        if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-            return True
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            found = os.fstat(int(descriptor.name))
+            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return True
     return False
 
 
@@ -176,8 +175,6 @@ def as_on_windows(function: Callable[..., Any]) -> Callable[..., Any]:
 
     return checked
 
-
-real_stat, real_fstat, real_listdir = os.stat, os.fstat, os.listdir
 
 if SYSTEM:
     sys.addaudithook(watch)

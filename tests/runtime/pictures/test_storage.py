@@ -6,7 +6,7 @@ import io
 import pickle
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PosixPath, WindowsPath
 
 import numpy as np
 import pytest
@@ -119,7 +119,7 @@ def test_a_result_that_cannot_be_read_to_its_end_leaves_the_object_as_it_was(s3,
     s3.put("unread", b"earlier")
     code = """
 import sys
-from pathlib import Path
+from pathlib import Path, PosixPath, WindowsPath
 from sanrt.errors import PictureError
 from sanrt.runtime.pictures.storage import located
 
@@ -265,3 +265,9 @@ def test_an_object_that_changes_while_it_is_copied_is_refused_and_else_known_by_
     monkeypatch.setattr(Changing, "metadata", lambda self: {"ETag": b"7"})
     path.download(tmp_path / "a.png")
     assert path.etag == "7"
+
+
+def test_urls_are_told_from_windows_drives_and_are_no_paths_of_one_system():
+    assert isinstance(located("s3://bucket/a.png"), RemotePath)
+    assert not isinstance(located("C:/photos/a.png"), RemotePath)
+    assert not issubclass(RemotePath, PosixPath | WindowsPath)  # which exist on one system alone
