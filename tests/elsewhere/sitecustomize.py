@@ -41,7 +41,7 @@ UNIX = {
         "fork forkpty register_at_fork getuid geteuid getgid getegid getgroups getpgid getpgrp getsid setsid killpg nice "
         "getpriority setpriority chown fchown lchown fchmod mkfifo mknod statvfs fstatvfs uname wait wait3 wait4 WNOHANG "
         "pread pwrite preadv pwritev readv writev sched_yield pathconf sysconf confstr O_NOFOLLOW O_DIRECTORY O_NONBLOCK "
-        "O_CLOEXEC O_SYNC lockf tcgetpgrp ttyname openpty ctermid getloadavg sync posix_spawn sendfile O_NOCTTY chroot fchdir"
+        "O_CLOEXEC O_SYNC lockf tcgetpgrp ttyname openpty ctermid getloadavg sync posix_spawn sendfile O_NOCTTY fchdir"
     ),
     "signal": "SIGKILL SIGHUP SIGQUIT SIGUSR1 SIGUSR2 SIGALRM SIGCHLD SIGPIPE SIGXFSZ SIGXCPU SIGCONT SIGSTOP alarm "
     "setitimer pause sigwait pthread_kill pthread_sigmask siginterrupt",
