@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -65,6 +66,30 @@ def test_a_backend_that_fails_is_a_row_and_a_reason_and_the_exit_status(bench, t
     assert "failed" in rows(out, "8x8")["onnxruntime", "int16"]
     assert "8x8 onnxruntime int16: backend onnxruntime runs in fp32" in out
     assert ("native", "int16") in rows(out, "8x8")
+
+
+def test_a_model_with_8_bit_parts_is_compared_with_the_one_it_was_made_of(bench, tiny_model, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    from sanrt.export.quantise.calibration import RangeMethod, measure_ranges
+    from sanrt.export.samples import Sample
+    from sanrt.export.scene import natural_scene
+    from sanrt.model.exported import read_model
+    from sanrt.model.graph import san_model
+    from sanrt.model.spec import Quantisation, QuantisedType
+
+    spec, weights = read_model(tiny_model(2))
+    ranges = measure_ranges(spec, weights, [Sample("scene", natural_scene(32, 32), None)], RangeMethod.MIN_MAX)
+    quantised = replace(spec, quantisation=Quantisation(QuantisedType.INT8, ranges.inputs, ranges.outputs))
+    onnx.save(san_model(quantised, weights), tmp_path / "san_x2.int8.onnx")
+    words = [tmp_path / "san_x2.int8.onnx", "--backend", "onnxruntime", "--size", "20x16"]
+    status, _, err = bench(*words)
+    assert status == 2
+    assert f"expected that as {tmp_path / 'san_x2.onnx'} beside it" in err
+    (tmp_path / "san_x2.onnx").write_bytes(tiny_model(2).read_bytes())
+    status, out, err = bench(*words)
+    assert (status, err) == (0, "")
+    assert "int8 in part" in out
+    assert 20 < float(rows(out, "20x16")["onnxruntime", "fp32"][-1]) < 80
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +22,8 @@ from sanrt.runtime.artifacts.models import MODELS, default_model, model_title, r
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sanrt.runtime.runs.latency import Contender, Result
+    from sanrt.model.spec import ModelSpec
+    from sanrt.runtime.runs.latency import Contender, Result, Running
 
 SIZES = ("160x90", "320x180")
 WIDTH = 100
@@ -70,14 +72,16 @@ def bench(
     if json_:
         require_writable(json_, "choose another place for --json")
     path = model or default_model(models, scale, weights or WeightsKind.CLEAN)
-    arch = model_spec(path).architecture
+    spec = model_spec(path)
+    arch = spec.architecture
     require_scale(path, arch.scale, scale)
     sizes = sorted({Case(each.width, each.height) for each in map(Size.parse, size or SIZES)}, key=lambda case: case.pixels)
     contenders = chosen(path, backend, precision or [], threads)
-    exact = reference()
+    exact = reference(path, spec)
     console = plain_console()
     console.width = max(console.width, WIDTH)
-    console.print(f"{model_title(path)}: {arch.name}; {machine.cpu_name()}, {threads or machine.cores()} threads")
+    what = f"{arch.name}, {spec.quantisation.type} in part" if spec.quantisation else arch.name
+    console.print(f"{model_title(path)}: {what}; {machine.cpu_name()}, {threads or machine.cores()} threads")
     results: list[Result] = []
     with console.status("measuring"):
         for found in race(
@@ -118,13 +122,29 @@ def chosen(model: Path, names: list[str] | None, precisions: list[Precision], th
     return [in_precision(name, each) for name in possible for each in precisions or own_precisions(name)]
 
 
-def reference() -> Contender:
-    """What outputs are compared with: the first of REFERENCES that is usable here."""
+def reference(model: Path, spec: ModelSpec) -> Contender:
+    """What outputs are compared with: the model in fp32, by the first of REFERENCES that is usable here.
+
+    For a model with 8-bit parts that is the one it was made of, which lies beside it; UsageError if it does not.
+    """
     from sanrt.runtime.backends.registry import status
     from sanrt.runtime.runs.latency import in_precision
 
     name, precision = next((each for each in REFERENCES if status(each[0]).usable), REFERENCES[0])
-    return replace(in_precision(name, precision), name=f"{name} in fp32")
+    exact = replace(in_precision(name, precision), name=f"{name} in fp32")
+    if spec.quantisation is None:
+        return exact
+    source = model.with_name(model.name.replace(f".{spec.quantisation.type}.", "."))
+    if source == model or not source.is_file():
+        raise UsageError(
+            f"{model}: is compared with the fp32 model that it was made of; expected that as {source} beside it"
+        )
+    return replace(exact, open=partial(open_other, exact, source))
+
+
+def open_other(contender: Contender, model: Path, _: Path, threads: int | None) -> Running:
+    """A contender that runs another model than the rest."""
+    return contender.open(model, threads)
 
 
 def table(results: list[Result], reference: str) -> Table:
