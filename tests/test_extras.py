@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from sanrt import extras
-from sanrt.extras import extra, install_command
+from sanrt.extras import extra, install_command, tracker
 
 CLONE = Path(extras.__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    extras.origin.cache_clear()
+    for known in (extras.origin, extras.tracker):
+        known.cache_clear()
     yield
-    extras.origin.cache_clear()
+    for known in (extras.origin, extras.tracker):
+        known.cache_clear()
 
 
 def installed_from(monkeypatch, facts: dict | None) -> None:
@@ -73,3 +76,25 @@ def test_a_missing_package_is_told_with_the_command():
     with pytest.raises(extras.MissingPackageError) as raised, extra("cpu", "a test"):
         import nothing_of_that_name  # noqa: F401
     assert str(raised.value) == (f"a test needs nothing_of_that_name, which is not installed; {install_command('cpu')}")
+
+
+def test_a_defect_is_reported_to_the_repository_that_sanrt_came_from(monkeypatch, tmp_path):
+    facts = {"url": "https://example.org/me/sanrt.git", "vcs_info": {"vcs": "git", "commit_id": "0" * 40}}
+    installed_from(monkeypatch, facts)
+    assert tracker() == "at https://example.org/me/sanrt"
+
+
+@pytest.mark.parametrize(
+    ("remote", "told"),
+    [
+        ("https://me:secret@example.org/me/sanrt.git", "at https://example.org/me/sanrt"),
+        ("/home/me/elsewhere", "where you have sanrt from"),
+        (None, "where you have sanrt from"),
+    ],
+)
+def test_a_defect_of_a_clone_is_reported_where_that_was_cloned_from_without_passwords(monkeypatch, tmp_path, remote, told):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    if remote:
+        subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", remote], check=True)
+    installed_from(monkeypatch, {"url": tmp_path.as_uri(), "dir_info": {"editable": True}})
+    assert tracker() == told

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sanrt.errors import PictureError, SanrtError
+from sanrt.extras import tracker
 from sanrt.files import file_digest, remove_leftovers
 from sanrt.runtime import host as machine
 from sanrt.runtime.pictures.codec import (
@@ -368,7 +369,7 @@ def reason(job: Job, error: Exception) -> str:
         return f"{job.source}: not enough memory for it; free some"
     log.debug("%s", job.source, exc_info=error)
     text = next(iter(str(error).splitlines()), "")
-    return f"{job.source}: unexpected {type(error).__name__} ({text}); please report it, with --verbose"
+    return f"{job.source}: unexpected {type(error).__name__} ({text}); please report it {tracker()}, with --verbose"
 
 
 def without_leftovers(jobs: Iterable[Job]) -> Iterator[Job]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -43,6 +44,20 @@ def install_command(extra_name: str) -> str:
         place = "." if source == Path.cwd() else str(source)
         return f"pip install {'-e ' * editable}{quote(f'{place}[{extra_name}]')}"
     return f"pip install 'sanrt[{extra_name}]{f' @ {source}' if source else ''}'"
+
+
+@cache
+def tracker() -> str:
+    """Where to report a defect, for people: at the repository that this sanrt came from, if that is on the web."""
+    source, _ = origin()
+    if isinstance(source, Path):
+        command = ["git", "-C", str(source), "config", "--get", "remote.origin.url"]
+        with suppress(OSError):
+            source = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    url = urlsplit(str(source).removeprefix("git+"))
+    if url.scheme in ("http", "https") and url.hostname:  # not what may stand before the host: a password
+        return f"at {url.scheme}://{url.hostname}{url.path.removesuffix('.git')}"
+    return "where you have sanrt from"
 
 
 @cache
