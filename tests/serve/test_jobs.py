@@ -27,15 +27,18 @@ def ended(running, place):
     return running.ask("GET", place).json
 
 
-def followed(running, place):
-    """Every event's facts, until the last."""
+def followed(running, place, facts=None):
+    """Every event's facts, until the last; in the list as they come."""
+    facts = [] if facts is None else facts
     connection = http.client.HTTPConnection(running.host, running.port, timeout=60)
     connection.request("GET", place, headers={"Accept": "text/event-stream"})
     answer = connection.getresponse()
     assert answer.headers["content-type"].startswith("text/event-stream")
-    parts = answer.read().decode().split("\n\n")
+    for line in answer:
+        if line.startswith(b"data: "):
+            facts.append(json.loads(line[6:]))
     connection.close()
-    return [json.loads(part.partition("data: ")[2]) for part in parts if "data: " in part]
+    return facts
 
 
 @pytest.fixture
@@ -88,8 +91,9 @@ def test_a_deleted_job_ends_and_frees_its_place(serving, gate):
         assert running.ask("POST", "/v1/jobs", PICTURE).status == 503
         assert running.ask("GET", f"{places[0]}/result").status == 409
         followers = []
-        follower = threading.Thread(target=lambda: followers.extend(followed(running, places[2])))
+        follower = threading.Thread(target=followed, args=(running, places[2], followers))
         follower.start()
+        until(lambda: bool(followers))
         for place in places[1:]:
             assert running.ask("DELETE", place).status == 204
         follower.join()
@@ -139,9 +143,9 @@ def test_a_server_that_stops_ends_its_jobs_and_their_followers(serving, gate):
     followers = []
     with serving() as running:
         place = start(running)
-        follower = threading.Thread(target=lambda: followers.extend(followed(running, place)))
+        follower = threading.Thread(target=followed, args=(running, place, followers))
         follower.start()
-        until(lambda: running.queue.pictures == 1)
+        until(lambda: bool(followers))
         threading.Timer(1.0, gate.set).start()
     follower.join()
     assert followers[-1]["state"] == "failed"
