@@ -81,9 +81,8 @@ def screenshot(page: webdriver.Chrome, name: str) -> None:
 def test_a_dropped_picture_is_enlarged_compared_and_downloaded_as_sanrt_run_makes_it(page, running: Running, downloads):
     picture = encoded(".png", height=60, width=90)
     drop(page, "a cat.png", picture)
-    until(lambda: states(page) != [] and "enlarged in" in states(page)[0])
-    assert states(page)[0].startswith("90 x 60 to 180 x 120, enlarged in")
-    assert page.find_element(By.ID, "title").text == "a cat_x2.png"
+    until(lambda: states(page) != [] and "enlarged 2 times" in states(page)[0])
+    until(lambda: page.find_element(By.ID, "title").text == "a cat_x2.png, 180 x 120")
     until(lambda: page.execute_script("return document.getElementById('after').naturalWidth") == 180)
     before = page.find_element(By.ID, "before").rect
     assert before == page.find_element(By.ID, "after").rect
@@ -120,10 +119,10 @@ def test_several_pictures_go_in_a_row_and_a_bad_one_is_told_in_one_line(page):
     drop(page, "first.png", encoded(".png"))
     drop(page, "bad.png", encoded(".png")[:200])
     drop(page, "third.png", encoded(".png", bands=4), "paste")
-    until(lambda: len(states(page)) == 3 and "enlarged in" in states(page)[2])
+    until(lambda: len(states(page)) == 3 and "enlarged 2 times" in states(page)[2])
     first, bad, third = states(page)
-    assert "enlarged in" in first
-    assert "enlarged in" in third
+    assert "enlarged 2 times" in first
+    assert "enlarged 2 times" in third
     assert bad.startswith("picture: damaged PNG file")
     screenshot(page, "several")
     for _ in range(3):
@@ -147,7 +146,7 @@ def test_the_keyboard_alone_suffices(page, tmp_path, downloads):
     tab_to("e.id === 'files'")
     assert page.execute_script("return getComputedStyle(document.getElementById('drop')).outlineStyle") == "solid"
     page.switch_to.active_element.send_keys(str(tmp_path / "key.png"))  # what the system's dialog would do
-    until(lambda: states(page) != [] and "enlarged in" in states(page)[0])
+    until(lambda: states(page) != [] and "enlarged 2 times" in states(page)[0])
     tab_to("e.textContent === 'Compare'")
     ActionChains(page).send_keys(Keys.ENTER).perform()
     assert page.switch_to.active_element.get_attribute("id") == "split"
@@ -171,7 +170,7 @@ def test_on_a_phone_nothing_is_cut_off(page):
     )
     try:
         drop(page, "a photograph with a rather long name that somebody gave it in summer.png", encoded(".png", height=90))
-        until(lambda: states(page) != [] and "enlarged in" in states(page)[0])
+        until(lambda: states(page) != [] and "enlarged 2 times" in states(page)[0])
         wide = page.execute_script("return document.documentElement.scrollWidth")
         assert wide <= 360
         small = page.execute_script(
@@ -195,7 +194,7 @@ def test_a_token_is_asked_for_and_then_used(serving, browser):
             browser.find_element(By.ID, "token").send_keys(typed, Keys.ENTER)
             until(lambda typed=typed: browser.find_element(By.ID, "door").is_displayed() == (typed != token))
         drop(browser, "a.png", encoded(".png"))
-        until(lambda: states(browser) != [] and "enlarged in" in states(browser)[0])
+        until(lambda: states(browser) != [] and "enlarged 2 times" in states(browser)[0])
 
 
 def test_the_page_asks_nobody_else_and_is_small(running):

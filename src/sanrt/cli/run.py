@@ -92,7 +92,7 @@ class Manner:
 
 
 class RunCommand(PanelCommand):
-    """`sanrt run`, whose `--ray` may stand without an address."""
+    """`sanrt run` and `sanrt serve`, whose `--ray` may stand without an address."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """A local Ray where no address follows."""

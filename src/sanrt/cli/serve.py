@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sanrt.cli.models import known_scale
 from sanrt.cli.panels import panel
 from sanrt.cli.request import (
+    ELSEWHERE,
     BackendOption,
     DeviceOption,
     MemoryOption,
@@ -21,8 +22,12 @@ from sanrt.cli.request import (
     byte_count,
 )
 from sanrt.cli.streams import tell
+from sanrt.errors import UsageError
 from sanrt.extras import extra
 from sanrt.runtime.artifacts.models import MODELS
+
+if TYPE_CHECKING:
+    from sanrt.serve.options import ServeOptions
 
 LIMITS = "Limits"
 
@@ -60,6 +65,13 @@ def serve(
         panel(LIMITS)(parser=byte_count, metavar="SIZE", help="Of jobs' results, kept together."),
     ] = "2G",  # type: ignore[assignment]
     keep: Annotated[float, panel(LIMITS)(min=1, metavar="SECONDS", help="For which a job's result is kept.")] = 3600.0,
+    ray: Annotated[
+        str | None,
+        panel(ELSEWHERE)(metavar="[ADDRESS]", help="Replicas on the Ray cluster there; on a local Ray if left out."),
+    ] = None,
+    workers: Annotated[
+        int | None, panel(ELSEWHERE)(min=1, help="Replicas at most; one per GPU or node if left out.")
+    ] = None,
 ) -> None:
     """Serve a page for people and an API for programs; docs/serve.md describes both."""
     with extra("serve", "sanrt serve"):
@@ -77,9 +89,30 @@ def serve(
     loading = RunOptions(threads=threads, precision=precision, device=device or 0)
     choice = ModelChoice(model, models, scale, backend, loading, weights).absolute()
     limits = Limits(max_bytes, int(max_pixels * 1e6), queue, seconds, results, keep)
+    options = ServeOptions(choice, limits, memory, folder, secret, hosts)
+    if ray:
+        return serve_by_ray(options, ray, workers, host, port)
+    if workers:
+        raise UsageError(f"--workers {workers}: changes nothing without --ray; add it, or leave --workers out")
     networks = Networks()
     with listen(host, port) as listening:
         networks.start(choice)
-        app = application(ServeOptions(choice, limits, memory, folder, secret, hosts), networks)
         tell(f"serving on {url(listening)}; Ctrl-C ends it")
-        run(app, listening)
+        run(application(options, networks), listening)
+    return None
+
+
+def serve_by_ray(options: ServeOptions, address: str, workers: int | None, host: str, port: int) -> None:
+    """The same on a cluster."""
+    with extra("ray-serve", "sanrt serve --ray"):
+        import ray.serve  # noqa: F401
+
+        from sanrt.serve.ray_deployment import run
+    from sanrt.runtime.runs.ray_pool import connected
+
+    with connected(address, workers, options.choice.options.threads) as share:
+
+        def ready() -> None:
+            tell(f"serving on http://{host}:{port}/, Ray {address}: {share}; Ctrl-C ends it")
+
+        run(options, share, host, port, ready)

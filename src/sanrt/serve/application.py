@@ -62,10 +62,7 @@ def application(options: ServeOptions, networks: Networks) -> Starlette:
     made = Starlette(
         routes=[
             Route("/v1/upscale", upscale, methods=["POST"]),
-            Route("/v1/jobs", start_job, methods=["POST"]),
-            Route("/v1/jobs/{id}", follow_job, methods=["GET"]),
-            Route("/v1/jobs/{id}", delete_job, methods=["DELETE"]),
-            Route("/v1/jobs/{id}/result", job_result, methods=["GET"]),
+            *(JOBS if options.jobs else ()),
             Route("/v1/about", about),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
@@ -138,6 +135,14 @@ async def delete_job(request: Request) -> Response:
     return Response(status_code=204)
 
 
+JOBS = (
+    Route("/v1/jobs", start_job, methods=["POST"]),
+    Route("/v1/jobs/{id}", follow_job, methods=["GET"]),
+    Route("/v1/jobs/{id}", delete_job, methods=["DELETE"]),
+    Route("/v1/jobs/{id}/result", job_result, methods=["GET"]),
+)
+
+
 async def about(request: Request) -> Response:
     """GET /v1/about: what can be asked for."""
     options = state(request).service.options
@@ -147,6 +152,7 @@ async def about(request: Request) -> Response:
             "scale": options.choice.scale or DEFAULT_SCALE,
             "weights": available_weights(options.choice),
             "limits": asdict(options.limits),
+            "jobs": options.jobs,
         }
     )
 

@@ -59,6 +59,8 @@ class ServeOptions:
     """What every request must show; None asks for none."""
     hosts: tuple[str, ...] = ("*",)
     """Host names under which the server answers."""
+    jobs: bool = True
+    """Whether there are jobs, which only the process that has them knows."""
 
 
 def read_token(path: Path) -> str:

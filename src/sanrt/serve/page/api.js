@@ -28,16 +28,25 @@ async function ask(path, options = {}) {
 export const about = async () => (await ask("v1/about")).json();
 
 // A picture waits for a place where the server has none.
-export async function startJob(file, options, signal) {
+async function send(path, file, options, signal) {
   for (;;) {
     try {
-      return await (await ask(`v1/jobs?${new URLSearchParams(options)}`, { method: "POST", body: file, signal })).json();
+      return await ask(`${path}?${new URLSearchParams(options)}`, { method: "POST", body: file, signal });
     } catch (error) {
       if (error.status !== 503) throw error;
       await new Promise((done) => setTimeout(done, 2000));
       signal.throwIfAborted();
     }
   }
+}
+
+export const startJob = async (...picture) => (await send("v1/jobs", ...picture)).json();
+
+// For servers of several processes, which have no jobs.
+export async function upscale(...picture) {
+  const response = await send("v1/upscale", ...picture);
+  const note = response.headers.get("Sanrt-Note");
+  return [await response.blob(), note ? [note] : []];
 }
 
 export async function* events(id, signal) {

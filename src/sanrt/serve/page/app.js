@@ -6,6 +6,7 @@ const $ = (id) => document.getElementById(id);
 const viewer = new Viewer();
 const row = [];
 let working = false;
+let jobs = true;
 
 class Picture {
   constructor(file, options) {
@@ -47,38 +48,39 @@ class Picture {
     this.bar.hidden = false;
     this.bar.removeAttribute("value");
     try {
-      const job = await api.startJob(this.file, this.options, this.abort.signal);
-      this.job = job.id;
-      let last = job;
-      for await (const facts of api.events(job.id, this.abort.signal)) {
-        last = facts;
-        words = facts.state === "running" ? "is enlarged" : "waits in the server's line";
-        if (facts.progress > 0) this.bar.value = facts.progress;
-      }
-      if (last.problem) throw new api.Problem(last.problem);
-      words = "is fetched";
-      const blob = await api.result(job.id, this.abort.signal);
+      const [blob, notes] = jobs ? await this.asJob((now) => (words = now)) : await api.upscale(this.file, this.options, this.abort.signal);
       clearInterval(clock);
-      this.finish(blob, last, started);
-      await api.forget(job.id);
+      this.finish(blob, notes, started);
     } catch (error) {
       clearInterval(clock);
-      if (this.job) api.forget(this.job).catch(() => {});
       if (this.state === "running") this.fail(error);
     } finally {
+      if (this.job) api.forget(this.job).catch(() => {});
       this.bar.hidden = true;
     }
   }
 
-  finish(blob, facts, started) {
+  async asJob(tell) {
+    const job = await api.startJob(this.file, this.options, this.abort.signal);
+    this.job = job.id;
+    let last = job;
+    for await (const facts of api.events(job.id, this.abort.signal)) {
+      last = facts;
+      tell(facts.state === "running" ? "is enlarged" : "waits in the server's line");
+      if (facts.progress > 0) this.bar.value = facts.progress;
+    }
+    if (last.problem) throw new api.Problem(last.problem);
+    tell("is fetched");
+    return [await api.result(job.id, this.abort.signal), last.result.notes];
+  }
+
+  finish(blob, noted, started) {
     this.state = "done";
     this.after = URL.createObjectURL(blob);
     const ending = blob.type.replace("image/", "").replace("jpeg", "jpg").replace("tiff", "tif");
     this.result = `${this.name.replace(/\.[^.]*$/, "")}_x${this.options.scale}.${ending}`;
-    this.size = [facts.width, facts.height];
-    const notes = facts.result.notes.length ? `; ${facts.result.notes.join("; ")}` : "";
-    const [before, after] = [1, this.options.scale].map((times) => `${facts.width * times} x ${facts.height * times}`);
-    this.tell(`${before} to ${after}, enlarged in ${seconds(started)}, ${bytes(blob.size)}${notes}`, true);
+    const notes = noted.length ? `; ${noted.join("; ")}` : "";
+    this.tell(`enlarged ${this.options.scale} times in ${seconds(started)}, ${bytes(blob.size)}${notes}`, true);
     const link = Object.assign(document.createElement("a"), { href: this.after, download: this.result, textContent: "Download" });
     link.className = "button main";
     link.setAttribute("aria-label", `Download ${this.result}`);
@@ -156,6 +158,7 @@ function askForToken(words) {
 async function start() {
   try {
     const about = await api.about();
+    jobs = about.jobs;
     const scales = Object.keys(about.weights);
     const kinds = () => fill($("weights"), about.weights[$("scale").value] ?? ["auto"], $("weights").value);
     fill($("scale"), scales.length ? scales : [about.scale], about.scale, (scale) => `${scale} times`);

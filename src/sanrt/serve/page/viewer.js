@@ -32,6 +32,7 @@ export class Viewer {
     }
     $("after").addEventListener("load", () => {
       this.size = [$("after").naturalWidth, $("after").naturalHeight];
+      $("title").textContent = `${this.shown.result}, ${this.size.join(" x ")}`;
       this.zoom(this.fitting);
     });
     addEventListener("resize", () => this.shown && this.zoom(this.scale));
@@ -44,7 +45,7 @@ export class Viewer {
 
   show(picture, focus) {
     this.shown = picture;
-    this.size = picture.size;
+    this.size = [1, 1];
     $("viewer").hidden = false;
     this.tell("");
     $("title").textContent = picture.result;
