@@ -157,7 +157,7 @@ class Arguments:
 
 
 def build(arguments: dict[str, Any]) -> Application:
-    """What `import_path` names in a configuration file of Ray Serve's; TypeError for arguments that are none of Arguments."""
+    """What `import_path` names in a configuration file of Ray Serve; TypeError for arguments that are none of Arguments."""
     from sanrt.runtime.runs.ray_pool import Share
 
     said = Arguments(**arguments)
