@@ -75,7 +75,8 @@ def activation_estimate(arch: Architecture, precision: Precision, size: Size) ->
     TensorRT-RTX 1.7 states 39 to 42 for C = 32 and 64, and for x2 and x3 a few less than this; of maps of more than 2^31
     values it holds fewer. In fp32 attention is not fused, and its scores come on top.
     """
-    values = arch.channels * (2 * arch.scale**2 + 11)
+    large = 3 if precision == Precision.BF16 else 2  # bf16 graphs end in fp32
+    values = arch.channels * (large * arch.scale**2 + 11)
     return values * (4 if precision == Precision.FP32 else 2) * size.batch * size.height * size.width
 
 

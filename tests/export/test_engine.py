@@ -334,6 +334,7 @@ def test_ctrl_c_stops_the_build_and_leaves_no_file(exported: Path, tmp_path: Pat
     command = [sys.executable, "-c", code, "build", str(model), "--flavor", "rtx", *profiles]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
+        assert process.stdout.readline().startswith("up to 1x1080x1920 (--max): about ")
         assert process.stdout.readline() == "building\n"
         time.sleep(0.3)
         os.kill(process.pid, signal.SIGINT)
