@@ -1,6 +1,7 @@
 """Time and peak memory over picture size, whole and exact, with the fitted growth: `python benchmarks/scaling.py`.
 
-Every picture is measured in a process of its own, from 64 x 64 on, each with twice the pixels of the one before.
+Every picture is measured in a process of its own, from 64 x 64 on, each with twice the pixels of the one before. Several
+backends in one run, and a plot of them all: `--backend native:int16 --backend native:fp32 --plot FILE.png`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path 
 
 from benchmarks.measure import console, environment, found_model, picture, run_command
 from sanrt.errors import BackendError, UsageError
+from sanrt.extras import extra
+from sanrt.model.spec import parse_precision
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_unguarded
 from sanrt.runtime.runs.timing import Size, Worker, peak_memory
@@ -32,6 +36,7 @@ from sanrt.runtime.tiling.upscaling import upscale
 
 SMALLEST = 64
 TILINGS = (Tiling.WHOLE, Tiling.EXACT)
+AUTO = ["auto"]
 LEAST_POINTS = 3
 """Fewest pictures that a growth is fitted to."""
 
@@ -68,12 +73,13 @@ def scaling(
     model: Annotated[Path | None, typer.Option(help="Exported ONNX; else models/'s, else the bundled weights.")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="The paper's network (G=20, m=10), random weights.")] = False,
     scale: Annotated[int, typer.Option(help="Of the network, where --model is left out.")] = 4,
-    backend: Annotated[str, typer.Option(help="What runs it.")] = "auto",
+    backend: Annotated[list[str], typer.Option(help="NAME or NAME:PRECISION of what runs it; may be repeated.")] = AUTO,
     largest: Annotated[str, typer.Option(help="WIDTHxHEIGHT: stop at more pixels.")] = "4096x4096",
     seconds: Annotated[float, typer.Option(help="Stop a tiling before a picture that would take longer.")] = 30,
     regions: Annotated[int | None, typer.Option(min=1, help="k of the regions; by the picture's size if left out.")] = None,
     tile: Annotated[int | None, typer.Option(min=16, help="Side of exact tiles; by the memory if left out.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if left out.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of time and memory per pixel, to be written.")] = None,
 ) -> None:
     """Print a line per picture, and the fitted growth of time and memory."""
     limit = Size.parse(largest).pixels
@@ -81,14 +87,36 @@ def scaling(
         raise UsageError(f"--seconds {seconds}: expected more than 0")
     for name, value in environment(threads).items():
         print(f"{name:<10}{value}")
+    found: dict[str, list[Point]] = {}
     with found_model(model, scale, paper) as path:
-        for tiling in TILINGS:
+        for each, tiling in product(backend, TILINGS):
+            name, _, precision = each.partition(":")
             options = UpscaleOptions(tiling=tiling, tile=tile if tiling is Tiling.EXACT else None, regions=regions)
-            run_options = RunOptions(threads=threads, regions=regions or PAPER_REGIONS)
-            make = partial(Upscaling, backend, path, run_options, options)
-            points, end = measure(make, tiling, limit, seconds)
-            console().print(table(points), Text(f"{end}; {growth(points)}\n"))
-    raise typer.Exit(int(not points))
+            run_options = RunOptions(threads, parse_precision(precision) if precision else None, regions or PAPER_REGIONS)
+            points, end = measure(partial(Upscaling, name, path, run_options, options), tiling, limit, seconds)
+            found[f"{each}, {tiling}"] = points
+            console().print(Text(each), table(points), Text(f"{end}; {growth(points)}\n"))
+    if plot:
+        draw(found, plot)
+    raise typer.Exit(int(not all(found.values())))
+
+
+def draw(found: dict[str, list[Point]], path: Path) -> None:
+    """Time and memory per input pixel over the number of pixels, a line for each backend and tiling."""
+    with extra("training", f"{path}: a plot"):
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels: dict[str, Callable[[Point], float]] = {
+        "microseconds per pixel": lambda point: point.seconds / point.size.pixels * 1e6,
+        "bytes per pixel above idle": lambda point: (point.peak - point.idle) / point.size.pixels,
+    }
+    for axes, (label, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name, points in found.items():
+            axes.plot([each.size.pixels for each in points], list(map(value, points)), marker=".", label=name)
+        axes.set(xscale="log", yscale="log", xlabel="input pixels", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def measure(make: Callable[[], Upscaling], tiling: Tiling, limit: int, seconds: float) -> tuple[list[Point], str]:

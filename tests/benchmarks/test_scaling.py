@@ -89,3 +89,10 @@ def test_bad_arguments_are_told_in_one_line(command, arguments, told):
     assert status == 1
     assert shown.err.count("\n") == 1
     assert told in shown.err
+
+
+def test_the_plot_has_a_line_for_each_backend_and_tiling(tmp_path):
+    pytest.importorskip("matplotlib")
+    points = [Point(Tiling.WHOLE, size, 1e-6 * size.pixels, 0, 100 * size.pixels) for size in islice(sizes(), 5)]
+    scaling.draw({"native:int16, whole": points, "native:fp32, exact": points[:2]}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -160,7 +160,10 @@ PrecisionOption = Annotated[
 ThreadsOption = Annotated[int | None, panel(NETWORK)(min=1, help="CPU threads of the network; all if left out.")]
 DeviceOption = Annotated[int | None, panel(NETWORK)(min=0, help="Number of the GPU; 0 if left out.")]
 TilingOption = Annotated[Tiling, panel(LARGE)(help="auto is whole if memory suffices, else exact.")]
-TileOption = Annotated[int | None, panel(LARGE)(min=16, help="Cut larger pictures into tiles of this many pixels.")]
+TileOption = Annotated[
+    int | None,
+    panel(LARGE)(min=16, help="Cut larger pictures into tiles of this side; with native, exact strips of this height."),
+]
 OverlapOption = Annotated[int | None, panel(LARGE)(min=0, help="Pixels that overlapped tiles share.")]
 MemoryOption = Annotated[
     int | None,
