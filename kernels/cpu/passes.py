@@ -23,7 +23,7 @@ from sanrt.kernels.cpu.windows import MapWindow
 from sanrt.kernels.cpu.winograd import PaddedMap, whole, whole_vectors, winograd_transform
 from sanrt.model.contract import TAIL_HALO, Needs, RowFile
 
-TAIL_BAND_ROWS, TAIL_BAND_PIXELS = 256, 2**21
+TAIL_BAND_ROWS, TAIL_BAND_PIXELS = 256, 2**20
 """Rows of features that go through the tail at a time, and pixels where that would be more: with 3 s s channels its result
 is large. The result depends on them a little, so they depend on the picture's size alone."""
 BORDER = 1

@@ -115,6 +115,17 @@ def test_maps_are_kept_in_memory_as_far_as_it_goes(network):
     assert files[2] == 0
 
 
+def test_pictures_of_great_width_go_through_the_tail_in_lower_bands(network, monkeypatch):
+    assert passes.tail_rows(4096) == 256 == 2 * passes.tail_rows(8192)
+    net, pixels = network(ARITHMETIC[0]), picture(61, 70)
+    whole = passes.upscale(net, pixels, 2)
+    monkeypatch.setattr(passes, "TAIL_BAND_PIXELS", 70 * 20)
+    lower = passes.upscale(net, pixels, 2)
+    np.testing.assert_allclose(lower, whole, atol=0.01)
+    for rows in 16, 64:
+        np.testing.assert_array_equal(streamed(net, pixels, 2, rows, 0), lower)
+
+
 @pytest.mark.parametrize("rows", [16, 1000])
 def test_progress_adds_up_to_one_and_comes_in_parts(network, rows):
     shares = []
