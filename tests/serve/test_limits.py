@@ -186,13 +186,18 @@ def test_paths_lead_nowhere(running):
         assert answer.status == 404, (path, answer)
 
 
-def test_without_the_token_nothing_is_done(serving):
+def test_without_the_token_nothing_is_done(serving, monkeypatch):
     token = "a-token-that-is-long-enough"
+    monkeypatch.setattr("sanrt.serve.options.is_loopback", lambda host: False)  # so that any Host is answered
     with serving(token=token) as running:
         for headers in ({}, {"Authorization": "Bearer another-token-of-that-length"}, {"Authorization": f"Basic {token}"}):
             answer = running.upscale(PICTURE, **headers)
             assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
             assert answer.headers["content-type"] == "application/problem+json"
+        for host in ("a/b?", "a?b", "a#b", "a@b/healthz?"):  # which would make another path of the request's URL
+            assert running.upscale(PICTURE, Host=host).status in (400, 401), host
+        for path in ("/v1%2fupscale", "/%76%31/upscale", "//v1/upscale", "/page/../v1/upscale", "/v1/upscale/"):
+            assert running.ask("POST", path, PICTURE).status in (401, 404, 405), path
         assert running.ask("GET", "/metrics").status == 401
         assert running.ask("GET", "/healthz").status == 200
         assert running.upscale(PICTURE, Authorization=f"Bearer {token}").status == 200

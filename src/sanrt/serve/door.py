@@ -32,7 +32,7 @@ class Door(AuthenticationBackend):
     token: str | None
 
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser] | None:
-        if not conn.url.path.startswith(GUARDED):
+        if not conn.scope["path"].startswith(GUARDED):  # not of the URL, of which Host is a part
             return None
         if conn.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             raise AuthenticationError("another site's page asked; only pages of this server may")
