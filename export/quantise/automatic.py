@@ -49,7 +49,7 @@ def build_every_engine(model: Path, quantised: Sequence[Path], progress: BuildPr
     unbuilt = {}
     for path, precision in [*((model, p) for p in GRAPH_PRECISIONS), *((path, Precision.FP16) for path in quantised)]:
         try:
-            profile = default_profile(read_spec(path).architecture, precision)
+            profile = default_profile(replace(read_spec(path), precision=precision))
             build_engine(path, BuildOptions(choose_flavor(), precision, (profile,)), None, progress)
         except SanrtError as error:
             unbuilt[f"{precision} engine of {path.name}"] = str(error)

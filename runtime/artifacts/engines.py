@@ -164,7 +164,7 @@ class EngineInfo:
 
     def activations(self, size: Size) -> int:
         """About the bytes of activations for pictures of a size; no more than TensorRT stated for the largest."""
-        estimate = activation_estimate(self.spec.architecture, self.identity.options.precision, size)
+        estimate = activation_estimate(self.spec, size)
         return min(estimate, self.proof.memory or estimate)
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sanrt.errors import UsageError
-from sanrt.model.spec import Architecture, Precision
+from sanrt.model.spec import ModelSpec, Precision
 
 
 class Size(NamedTuple):
@@ -68,21 +68,24 @@ class Profile:
         return max(ratio, 1 / ratio)
 
 
-def activation_estimate(arch: Architecture, precision: Precision, size: Size) -> int:
-    """An upper estimate of a network's activations in an engine, bytes.
+def activation_estimate(spec: ModelSpec, size: Size) -> int:
+    """An upper estimate of a network's activations in an engine of the spec's precision, bytes.
 
-    Eleven maps of C channels and two of the tail's C * s^2 are held between body and tail: 43 C values a pixel at x4, where
-    TensorRT-RTX 1.7 states 39 to 42 for C = 32 and 64, and for x2 and x3 a few less than this; of maps of more than 2^31
-    values it holds fewer. In fp32 attention is not fused, and its scores come on top.
+    Between body and tail eleven maps of C channels and two of the tail's C * s^2 are held: 43 C values of two bytes a pixel
+    at x4 in fp16, where TensorRT-RTX 1.7 states 39 to 42, and at x2 and x3 a few less. bf16 graphs end in fp32, and 8-bit
+    convolutions put out fp32: a third map of the tail. Of maps of more than 2^31 values TensorRT holds fewer. In fp32
+    attention is not fused, and its scores come on top.
     """
-    large = 3 if precision == Precision.BF16 else 2  # bf16 graphs end in fp32
-    values = arch.channels * (large * arch.scale**2 + 11)
-    return values * (4 if precision == Precision.FP32 else 2) * size.batch * size.height * size.width
+    arch, large, small = spec.architecture, 2, 11
+    if spec.quantisation or spec.precision == Precision.BF16:
+        large, small = 3, 12
+    values = arch.channels * (large * arch.scale**2 + small)
+    return values * (4 if spec.precision == Precision.FP32 else 2) * size.batch * size.height * size.width
 
 
-def default_profile(arch: Architecture, precision: Precision) -> Profile:
+def default_profile(spec: ModelSpec) -> Profile:
     """The profile of an engine for which no sizes were named: single pictures, as large as common GPUs can hold."""
-    fits = (size for size in LARGEST_SIZES if activation_estimate(arch, precision, size) <= DEFAULT_BYTES)
+    fits = (size for size in LARGEST_SIZES if activation_estimate(spec, size) <= DEFAULT_BYTES)
     return Profile(max=next(fits, LARGEST_SIZES[-1]))
 
 

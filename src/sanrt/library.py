@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from sanrt.export.engine import BuildProgress
     from sanrt.export.onnx import ExportReport
     from sanrt.export.validate import Validation
-    from sanrt.model.spec import Architecture
-    from sanrt.runtime.artifacts.engines import BuildOptions, EngineInfo
+    from sanrt.model.spec import ModelSpec
+    from sanrt.runtime.artifacts.engines import EngineInfo
     from sanrt.runtime.artifacts.sizes import Profile
     from sanrt.runtime.runs.pipeline import Listener, Outcome
 
@@ -166,9 +167,9 @@ def build_engine(
     target = Path(output) if output else None
     check_engine_path(target, path, stages)
     kind, sizes = choice(Precision, precision), profiles(smallest, best, largest, TILES if stages else Profile())
-    architecture = read_spec(path).architecture
+    spec = replace(read_spec(path), precision=kind)
     if not (stages or smallest or best or largest):
-        sizes = (default_profile(architecture, kind),)
+        sizes = (default_profile(spec),)
     options = BuildOptions(
         flavor=engine.choose_flavor(device) if flavor == "auto" else choice(Flavor, flavor),
         precision=kind,
@@ -183,17 +184,17 @@ def build_engine(
         stages=stages,
     )
     if not stages:
-        say(memory_words(architecture, options))
+        say(memory_words(spec, sizes))
     return engine.build_engine(path, options, target, progress, device)
 
 
-def memory_words(architecture: Architecture, options: BuildOptions) -> str:
+def memory_words(spec: ModelSpec, sizes: Sequence[Profile]) -> str:
     """What the largest size of an engine takes, for people."""
     from sanrt.runtime.artifacts.sizes import activation_estimate
 
-    largest = max((profile.max for profile in options.profiles), key=prod)
-    memory = activation_estimate(architecture, options.precision, largest) / 2**30
-    scores = ", attention's scores not counted, which TensorRT does not fuse in fp32" * (options.precision == Precision.FP32)
+    largest = max((profile.max for profile in sizes), key=prod)
+    memory = activation_estimate(spec, largest) / 2**30
+    scores = ", attention's scores not counted, which TensorRT does not fuse in fp32" * (spec.precision == Precision.FP32)
     return (
         f"up to {largest} (--max): about {memory:.1f} GiB of a GPU's memory for a picture of that size{scores}; two are"
         " under way at once, smaller ones take less, larger ones go by stages or tiles"
