@@ -33,6 +33,9 @@ MIN_TILE = 64
 STRIP_HEIGHTS = (512, 384, 256, 192, 128, 96, 64, 32, 16)
 """Heights of strips that are chosen from: the lower they are, the more rows are moved and the more often threads meet."""
 
+HIGH_STRIP = 128
+"""Height above which strips gain little: the memory is then better used for whole maps."""
+
 MIN_RETRY_TILE = 16
 """Side below which tiles are not made smaller after an out-of-memory."""
 
@@ -212,9 +215,10 @@ def choose_regions(height: int, width: int) -> int:
 
 
 def choose_exact_tile(backend: Backend, height: int, width: int, budget: MemoryBudget) -> int:
-    """The side of exact tiles, or the height of strips: the largest with which they take at most half of the memory."""
+    """The side of exact tiles, or the height of strips: the largest that the memory takes; of high ones, half of it."""
     if strips := backend.strips:
-        heights = (rows for rows in STRIP_HEIGHTS if strips.needed(height, width, rows).memory <= budget.host // 2)
+        room = {rows: budget.host // (2 if rows > HIGH_STRIP else 1) for rows in STRIP_HEIGHTS}
+        heights = (rows for rows, most in room.items() if strips.needed(height, width, rows).memory <= most)
         return next(heights, STRIP_HEIGHTS[-1])
     return choose_tile(backend.spec.architecture, budget.network)
 

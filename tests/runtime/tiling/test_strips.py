@@ -13,7 +13,7 @@ from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.pictures.codec import open_picture
 from sanrt.runtime.tiling.options import PROCESS_MEMORY, Tiling, UpscaleOptions
-from sanrt.runtime.tiling.plan import STRIP_HEIGHTS, TilingPlan, plan_tiling
+from sanrt.runtime.tiling.plan import HIGH_STRIP, STRIP_HEIGHTS, TilingPlan, plan_tiling
 from sanrt.runtime.tiling.upscaling import NetworkRunner, upscale
 
 INT16 = pytest.param(Precision.INT16, marks=pytest.mark.skipif(not this_processor().pmadd, reason="no int16 here"))
@@ -83,19 +83,17 @@ def test_the_self_ensemble_goes_by_strips_too(precision, tiny_model, tmp_path):
         np.testing.assert_array_equal(upscale(backend, picture, UpscaleOptions(32, None, True, Tiling.EXACT)), whole)
 
 
-def test_pictures_that_do_not_fit_go_in_the_highest_strips_of_which_half_the_memory_takes_one(tiny_model):
+def test_pictures_that_do_not_fit_go_in_the_highest_strips_that_leave_half_of_the_memory_or_are_low(tiny_model):
     options = UpscaleOptions(memory=PROCESS_MEMORY + 2**28)
     with load_backend("native", tiny_model(2), RunOptions(threads=1)) as backend:
-
-        def needed(*size):
-            return backend.strips.needed(*size).memory
-
         assert plan_tiling(backend, 300, 200, options).tiling is Tiling.WHOLE
         for height, width in (2400, 1000), (9000, 300):
             plan = plan_tiling(backend, height, width, options)
             assert str(plan).startswith(f"exact in strips of {plan.tile} rows")
-            higher = [rows for rows in STRIP_HEIGHTS if rows > plan.tile]
-            assert needed(height, width, plan.tile) <= 2**27 < min(needed(height, width, rows) for rows in (*higher, None))
+            needed = {rows: backend.strips.needed(height, width, rows).memory for rows in (*STRIP_HEIGHTS, None)}
+            assert needed[plan.tile] <= 2**28 < needed[None]
+            assert needed[plan.tile] <= 2**27 or plan.tile <= HIGH_STRIP
+            assert all(needed[rows] > 2**27 for rows in STRIP_HEIGHTS if rows > plan.tile)
 
 
 def test_after_an_out_of_memory_strips_are_lower(tiny_model, monkeypatch):
