@@ -7,6 +7,7 @@ twice does no harm.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import threading
 from collections.abc import Callable
@@ -173,6 +174,7 @@ def run(options: ServeOptions, share: Share, host: str, port: int, ready: Callab
 
     ended = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
         serve.run(deployment(options, share), name="sanrt", logging_config={"log_level": "ERROR"})
