@@ -14,6 +14,7 @@ from sanrt.arrays import psnr
 from sanrt.errors import BackendError
 from sanrt.kernels.cpu import ir
 from sanrt.kernels.cpu.network import Network
+from sanrt.kernels.cpu.passes import upscale
 from sanrt.kernels.cpu.winograd import Arithmetic
 from sanrt.model.bundled import bundled_checkpoint, read_weights
 from tests.kernels.cpu.references import INT16
@@ -31,7 +32,7 @@ def upscaled(arithmetic, scale=4):
     weights = read_weights(bundled_checkpoint(scale))
     network = Network(weights.spec, weights.tensors, 2, arithmetic)
     try:
-        return network.upscale(picture(), 2)
+        return upscale(network, picture(), 2)
     finally:
         network.close()
 

@@ -11,6 +11,7 @@ import pytest
 import pyvips
 
 from sanrt.errors import PictureError
+from sanrt.runtime import host
 from sanrt.runtime.pictures import libvips
 from sanrt.runtime.pictures.codec import open_picture, upscale_alpha
 from sanrt.runtime.pictures.libvips import LOCKS, SharedLock
@@ -59,6 +60,7 @@ def test_text_that_is_not_utf_8_in_the_buffer_fails_no_other_picture():
     assert upscale_alpha(np.zeros((2, 3), np.uint8), 2).shape == (4, 6)
 
 
+@pytest.mark.skipif(host.sys.platform == "win32", reason="Windows forks no process")
 def test_a_process_that_is_forked_while_a_thread_reads_can_read(tmp_path):
     path = tmp_path / "a.png"
     pyvips.Image.black(8, 8).write_to_file(str(path))
