@@ -42,12 +42,13 @@ def replicas() -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def two(models):
+def two(models, tmp_path_factory):
     """Two replicas behind an entrance."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("pictures")
     choice = ModelChoice(None, models, 2, "onnxruntime", RunOptions(threads=1))
-    options = ServeOptions(choice.absolute(), Limits(bytes=100_000), None, None, TOKEN)
+    options = ServeOptions(choice.absolute(), Limits(bytes=100_000), None, folder, TOKEN)
     with connected(LOCAL, 2, 1):
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
@@ -55,6 +56,7 @@ def two(models):
             yield Running("127.0.0.1", port, None)
         finally:
             serve.shutdown()
+    assert len(list(folder.iterdir())) <= 1, "only the killed replica's folder stays"
 
 
 def test_the_application_answers_through_ray_as_it_does_alone(two, running):

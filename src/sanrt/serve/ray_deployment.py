@@ -57,6 +57,10 @@ class Replica:
         self.lifespan = self.app.router.lifespan_context(self.app)
         await self.lifespan.__aenter__()
 
+    async def __del__(self) -> None:
+        """Remove the folder for pictures; Ray Serve awaits it where it ends a replica."""
+        await self.lifespan.__aexit__(None, None, None)
+
     async def __call__(self, scope: dict[str, Any], body: bytes) -> Answer:
         """The application's answer to a request whose body is there."""
         incoming: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
