@@ -217,11 +217,17 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def fetched(path: Path) -> Iterator[Path]:
-    """A local file with the content of `path`: itself, or a copy for as long as the context lasts."""
+    """A local file with the content of `path`: itself, or a copy for as long as the context lasts.
+
+    On Windows an error about it may still have it open, and the copy stays.
+    """
     if not isinstance(path, RemotePath):
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="sanrt-") as folder, named_as(path, Path(folder)) as local:
+    with (
+        tempfile.TemporaryDirectory(prefix="sanrt-", ignore_cleanup_errors=True) as folder,
+        named_as(path, Path(folder)) as local,
+    ):
         path.download(local)
         yield local
 
@@ -232,7 +238,10 @@ def delivered(path: Path) -> Iterator[Path]:
     if not isinstance(path, RemotePath):
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="sanrt-") as folder, named_as(path, Path(folder)) as local:
+    with (
+        tempfile.TemporaryDirectory(prefix="sanrt-", ignore_cleanup_errors=True) as folder,
+        named_as(path, Path(folder)) as local,
+    ):
         yield local
         path.upload(local)
 

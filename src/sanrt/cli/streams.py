@@ -55,7 +55,7 @@ def standard_streams(paths: Sequence[str], naming: Naming) -> Iterator[tuple[Seq
     (source,) = inputs
     if (source == STREAM and sys.stdin is None) or (output == STREAM and sys.stdout is None):
         raise UsageError("-: that standard stream is closed; name files")
-    with tempfile.TemporaryDirectory(prefix="sanrt-") as folder:
+    with tempfile.TemporaryDirectory(prefix="sanrt-", ignore_cleanup_errors=True) as folder:
         if source == STREAM:
             source = str(Path(folder, "standard input"))
             with Path(source).open("wb") as file:
