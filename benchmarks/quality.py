@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Annotated
 
 import numpy as np
@@ -178,13 +178,11 @@ def reduced(high: Path, scale: int, folder: Path) -> Path:
 
 def as_jpeg(pictures: PictureSet, quality: int, folder: Path) -> PictureSet:
     """The same set with its low resolution saved as JPEG."""
-    name = f"{pictures.name} JPEG {quality}"
-    place = folder / name
-    place.mkdir(parents=True)
+    place = Path(mkdtemp(dir=folder))
     pairs = [replace(pair, low=place / f"{pair.low.stem}.jpg") for pair in pictures.pairs]
     for pair, clean in zip(pairs, pictures.pairs, strict=True):
         pair.low.write_bytes(jpeg(read_rgb(clean.low), quality))
-    return replace(pictures, name=name, pairs=tuple(pairs))
+    return replace(pictures, name=f"{pictures.name} JPEG {quality}", pairs=tuple(pairs))
 
 
 def pictures_by_name(folder: Path) -> dict[str, Path]:

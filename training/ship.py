@@ -1,4 +1,4 @@
-"""Turn a state of training into the weights that ship: `python -m training.ship RUN/decayed.safetensors --scale 4`."""
+"""Turn a state of training into the weights that ship: `python -m training.ship STATE --scale 4 --weights photo`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 
 from sanrt.arrays import psnr
 from sanrt.errors import CheckpointError, ParityError
+from sanrt.model.bundled import SUFFIX, WeightsKind, bundled_name
 from sanrt.model.checkpoint import load_checkpoint, save_checkpoint
 from sanrt.model.san import SAN
 from training.command import run
@@ -33,15 +34,16 @@ ORIGIN = "trained by sanrt's recipe on 110 free photographs (training/README.md,
 def ship(
     checkpoint: Annotated[Path, typer.Argument(help="decayed.safetensors of `python -m training.train`.")],
     scale: Annotated[int, typer.Option(help="The scale it must be of; names the output.")],
+    weights: Annotated[WeightsKind, typer.Option(help="What it is for; names the output.")] = WeightsKind.CLEAN,
     origin: Annotated[str, typer.Option(help="What the file says of itself.")] = ORIGIN,
-    out: Annotated[Path | None, typer.Option(help="[default: src/sanrt/model/weights/san_xSCALE.safetensors]")] = None,
+    out: Annotated[Path | None, typer.Option(help="[default: in src/sanrt/model/weights]")] = None,
     picture: Annotated[Path | None, typer.Option(help="Picture to verify on. [default: a generated one]")] = None,
 ) -> None:
     """Write the network as fp16 safetensors, load that file again and compare both on a picture."""
     net = trained_network(checkpoint)
     if net.arch.scale != scale:
         raise CheckpointError(f"{checkpoint}: {net.arch.name}; expected scale {scale}")
-    path = out or WEIGHTS / f"san_x{scale}.safetensors"
+    path = out or WEIGHTS / f"{bundled_name(scale, weights)}{SUFFIX}"
     partial = path.with_suffix(".partial")
     try:
         save_checkpoint(partial, net, origin)
