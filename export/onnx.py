@@ -72,11 +72,11 @@ class ExportReport:
 def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None = None) -> ExportReport:
     """Write a checkpoint as fp32 ONNX with dynamic batch, height and width, standard operators only.
 
-    Raises ModelError before any work where `out` is something else than an earlier export of the same weights, and
+    Raises ModelError before any work where `out` is something else than an earlier export of the same weights and steps, and
     ParityError when ONNX Runtime's output differs from PyTorch's; then what was there is left as it was.
     """
     options = options or ExportOptions()
-    replaced = describe_replaced(out, checkpoint, options.overwrite)
+    replaced = describe_replaced(out, checkpoint, options)
     require_writable(out, REMEDY)
     if options.shape and min(options.shape[1:]) < MIN_SIDE:
         raise UsageError(f"--shape {options.shape}: expected a height and width of {MIN_SIDE} or more")
@@ -104,10 +104,11 @@ def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None
     return ExportReport(out, spec, root, parity, replaced)
 
 
-def describe_replaced(out: Path, checkpoint: Checkpoint, overwrite: bool) -> str:
+def describe_replaced(out: Path, checkpoint: Checkpoint, options: ExportOptions) -> str:
     """A description of the file that an export to `out` replaces; empty where none is there.
 
-    Raises ModelError for what is not an export of the same weights, unless that may be overwritten.
+    Raises ModelError for what is not an export of the same weights, with as many steps if these are given, unless that may
+    be overwritten.
     """
     if not out.exists():
         return ""
@@ -119,7 +120,8 @@ def describe_replaced(out: Path, checkpoint: Checkpoint, overwrite: bool) -> str
         found = f"{spec.architecture.name}, {spec.iterations} Newton-Schulz steps, {spec.weights_origin}"
         same = spec.weights_digest == checkpoint.digest and spec.coarsest == Precision.FP32
         found += f" ({'the same weights' if same else f'other weights: sha256 {spec.weights_digest[:12]}'})"
-    if same or overwrite:
+        same = same and options.iterations in (None, spec.iterations)
+    if same or options.overwrite:
         return found
     raise ModelError(
         f"{out}: is there already and would be lost: {found}; choose another place with -o PATH, or add --overwrite"

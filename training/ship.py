@@ -34,10 +34,10 @@ ORIGIN = "trained by sanrt's recipe on 110 free photographs (training/README.md,
 def ship(
     checkpoint: Annotated[Path, typer.Argument(help="decayed.safetensors of `python -m training.train`.")],
     scale: Annotated[int, typer.Option(help="The scale it must be of; names the output.")],
-    weights: Annotated[WeightsKind, typer.Option(help="What it is for; names the output.")] = WeightsKind.CLEAN,
     origin: Annotated[str, typer.Option(help="What the file says of itself.")] = ORIGIN,
     out: Annotated[Path | None, typer.Option(help="[default: in src/sanrt/model/weights]")] = None,
     picture: Annotated[Path | None, typer.Option(help="Picture to verify on. [default: a generated one]")] = None,
+    weights: Annotated[WeightsKind, typer.Option(help="What it is for; names the output.")] = WeightsKind.CLEAN,
 ) -> None:
     """Write the network as fp16 safetensors, load that file again and compare both on a picture."""
     net = trained_network(checkpoint)

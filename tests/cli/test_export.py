@@ -69,6 +69,16 @@ def test_a_checkpoint_and_the_bundled_weights_keep_apart(sanrt, weights, bundled
     assert origins == {"own.onnx": "seeded [not] markup", "san_x2.onnx": "the bundled ones"}
 
 
+def test_an_experiment_does_not_take_the_default_s_place_unasked(sanrt, bundled, tmp_path):
+    assert sanrt("export", "--scale", 2, "--no-check")[0] == 0
+    status, _, err = sanrt("export", "--scale", 2, "--no-check", "--sqrt-iterations", 8)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "would be lost" in err
+    assert read_spec(tmp_path / "models" / "san_x2.onnx").iterations == 5
+    assert sanrt("export", "--scale", 2, "--no-check", "--sqrt-iterations", 8, "--overwrite")[0] == 0
+    assert read_spec(tmp_path / "models" / "san_x2.onnx").iterations == 8
+
+
 @pytest.mark.parametrize("name", ["san_x2.pt", "san_x4.safetensors", "SAN_X2.pth", "san_x4_photo.pt"])
 def test_a_checkpoint_with_a_name_of_bundled_weights_takes_none_of_theirs(sanrt, weights, tmp_path, name):
     shutil.copy(weights, tmp_path / name)

@@ -228,6 +228,8 @@ def tell_model(choice: ModelChoice, network: Backend | Ready, reporter: Reporter
     spec, path = network.spec, choice.path
     others = other_models(choice.models) if path.suffix == WEIGHTS_SUFFIX and not choice.named else ""
     what = f"{spec.architecture.name}, {spec.computes}, {network.name} on {network.device}"
+    if spec.architecture.sqrt_iterations not in (None, spec.iterations):
+        what += f", {spec.iterations} Newton-Schulz steps where it was trained with {spec.architecture.sqrt_iterations}"
     reporter.say(f"{model_title(path)}{others}: {what}")
     if path.suffix == WEIGHTS_SUFFIX and network.name in GRAPH_BACKENDS:
         reporter.say("its graph was written here and not compared with PyTorch; `sanrt export` compares")
