@@ -451,7 +451,14 @@ def test_the_cluster_file_of_the_documentation_is_one_that_ray_takes_once_filled
 
     page = Path(__file__).parents[3].joinpath("docs", "ray.md").read_text()
     text = textwrap.dedent(re.search(r"^    cluster_name:.*?(?=\n\n)", page, re.DOTALL | re.MULTILINE)[0])
-    filled = {"NODES": "2", "REGION": "us-west-2", "MODEL": __file__, "IMAGE": "ami-0", "EXTRA": "cpu"}
+    filled = {
+        "NODES": "2",
+        "REGION": "us-west-2",
+        "MODEL": __file__,
+        "IMAGE": "ami-0",
+        "EXTRA": "cpu",
+        "SOURCE": "sanrt.whl",
+    }
     filled |= dict.fromkeys(("HEAD_TYPE", "WORKER_TYPE"), "m5.large")
     for name, value in filled.items():
         text, count = re.subn(rf"\b{name}\b(?!:)", value, text)
