@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sanrt import extras
+from sanrt.errors import MissingPackageError
 from sanrt.extras import extra, install_command, tracker
 
 CLONE = Path(extras.__file__).resolve().parents[2]
@@ -30,6 +31,11 @@ def installed_from(monkeypatch, facts: dict | None) -> None:
             return None if facts is None else json.dumps(facts)
 
     monkeypatch.setattr("importlib.metadata.distribution", lambda name: Distribution())
+
+
+def test_a_missing_module_is_told_by_the_name_that_pip_knows():
+    with pytest.raises(MissingPackageError, match="reading BMP needs Pillow, which"), extra("formats", "a.bmp: reading BMP"):
+        raise ModuleNotFoundError(name="PIL")
 
 
 @pytest.mark.parametrize(

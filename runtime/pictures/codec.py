@@ -207,7 +207,8 @@ def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> SourcePicture:
     head = _head(path)
     form = Format.of_file(head, path)
     if form is None:
-        raise PictureError(f"{path}: {_unknown(head)}; expected {', '.join(form.upper() for form in Format)}")
+        expected = ", ".join(form.upper() for form in Format if form.is_readable)
+        raise PictureError(f"{path}: {_unknown(head)}; expected {expected}")
     if form is Format.TIFF:
         tiff.check(path)
     return SourcePicture(libvips.read(_damaged(path, form), lambda: _header(path, form, max_pixels)))
@@ -315,7 +316,7 @@ def _resolution(image: pyvips.Image) -> tuple[float, float]:
 
 def _notes(path: Path, form: Format, image: pyvips.Image) -> Iterator[str]:
     if form is Format.JPEG and (reasons := dict.fromkeys(repair.reason for repair in jpeg.repairs(path))):
-        yield f"read in spite of {', '.join(reasons)}: no pixel is missing"
+        yield f"odd JPEG ({', '.join(reasons)}): read only if no pixel is missing"
     if image.interpretation == "cmyk":
         yield "CMYK converted to sRGB"
     if form is Format.TIFF and (more := tiff.other_channels(path)):
@@ -356,7 +357,10 @@ def plan_output(
         )
     alpha = source.alpha and encoding.background is None
     if alpha and not form.facts.alpha:
-        raise PictureError(f"{path}: {form.upper()} holds no transparency, {source.path} has it; choose PNG or a background")
+        raise PictureError(
+            f"{path}: {form.upper()} holds no transparency, {source.path} has it; lay it onto a colour "
+            "with --flatten white, or write a PNG (--format png, or OUTPUT with such an ending)"
+        )
     wanted = bits or source.bits
     written = min(wanted, form.facts.max_bits)
     grey = source.grey and form.facts.grey and encoding.background is None

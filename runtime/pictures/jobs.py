@@ -92,6 +92,8 @@ def find_pictures(
         _check_file(output, one, naming)
         jobs = [Job(inputs[0], output, named=True)]
     else:
+        if not into_folder:
+            _check_expansion(inputs, output)
         jobs = [job for given in inputs for job in _jobs_of(given, output, naming, recursive)]
         jobs = _without_results(_once(jobs)) if naming.suffix else _once(jobs)
         jobs = jobs if naming.format else _told_apart(jobs)
@@ -154,7 +156,8 @@ def _check_file(output: Path, one: bool, naming: Naming) -> None:
     if not one:
         what = "is a file" if output.exists() else "is named like one picture"
         raise UsageError(
-            f"{output}: {what}; several pictures need a folder as OUTPUT (the last argument), such as {output}/"
+            f"no folder for the results of several pictures: {output}, the last argument, {what}; "
+            "add a folder, such as `sanrt run ... upscaled/`"
         )
     form = Format.of_suffix(output)
     if form is None or form.written_as is not form:
@@ -164,6 +167,25 @@ def _check_file(output: Path, one: bool, naming: Naming) -> None:
         )
     if naming.format not in (None, form):
         raise UsageError(f"{output}: its ending does not stand for --format {naming.format}; leave one of them out")
+
+
+def _check_expansion(inputs: Sequence[Path], output: Path) -> None:
+    """UsageError where OUTPUT is likely none, but the last of all that a shell made of `*`.
+
+    So it is where the inputs are all else that lies beside it, and it holds pictures, none of them a result.
+    """
+    beside: set[Path] = set()
+    with suppress(OSError):
+        if inputs[1:] and output.is_dir() and not isinstance(output, RemotePath):
+            beside = {_place(path) for path in output.parent.iterdir() if not path.name.startswith(".")}
+    if {_place(path) for path in (*inputs, output)} != beside:
+        return
+    pictures = list(_pictures_in(output, recursive=False, skipped=output.resolve()))
+    if pictures and not any(map(is_result, pictures)):
+        raise UsageError(
+            f"{output}: is the last of all that lies there, as `*` names it, and holds pictures that sanrt did not make "
+            f"({some_of(pictures)}); nothing was done; name the folder of the results, such as upscaled/, or {output}/"
+        )
 
 
 def _once(jobs: list[Job]) -> list[Job]:

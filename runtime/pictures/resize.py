@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sanrt.errors import PictureError, UsageError
+from sanrt.errors import LargeEnoughError, PictureError, UsageError
 from sanrt.model.spec import SCALES
 
 if TYPE_CHECKING:
@@ -61,13 +61,20 @@ class ResultSize:
         return next((scale for scale in SCALES if self.outscale and scale >= self.outscale), None)
 
     def checked(self, width: int, height: int, scale: int) -> tuple[int, int]:
-        """The same as `of`; PictureError where that is no enlargement, or more than the network makes."""
+        """The same as `of`; LargeEnoughError where that is no enlargement, PictureError where it is more than the
+        network makes.
+        """
         wide, high = self.of(width, height, scale)
         if self.size and (self.size[0] <= width or self.size[1] <= height):
-            raise PictureError(f"{width} x {height} already fills --size {self}; sanrt only enlarges, ask for more")
+            raise LargeEnoughError(f"{width} x {height} already fills --size {self}; sanrt only enlarges, ask for more")
         if wide > scale * width or high > scale * height:
             least = self.least_scale(width, height)
-            remedy = f"take --scale {least}" if least else f"ask for less, x{SCALES[-1]} is the most"
+            most = SCALES[-1]
+            remedy = (
+                f"take --scale {least}"
+                if least
+                else f"x{most} is the most: --scale {most} without --size makes {most * width} x {most * height}"
+            )
             raise PictureError(f"{width} x {height} becomes {wide} x {high} by {self}, the network is x{scale}; {remedy}")
         return wide, high
 

@@ -211,7 +211,7 @@ def reason(error: Exception) -> str:
     """What went wrong, without what only the store's owner could use."""
     if isinstance(error, FileNotFoundError):
         return "No such file or directory"
-    text = " ".join(str(error).split())
+    text = " ".join(((error.strerror if isinstance(error, OSError) else "") or str(error)).split())
     return re.sub(r"^.*?(?=AWS Error)|( \(Request ID: .*)$", "", text)
 
 

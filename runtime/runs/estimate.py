@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sanrt.errors import SanrtError
+from sanrt.errors import LargeEnoughError, SanrtError
 from sanrt.model.spec import Architecture
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.sizes import Size
@@ -62,6 +62,8 @@ class PictureEstimate:
     path: Path
     refusal: str = ""
     """Why nothing would come of it; the other fields are then empty."""
+    needless: bool = False
+    """Whether that is since the picture is as large already as was asked for."""
     width: int = 0
     height: int = 0
     backend: str = ""
@@ -96,7 +98,8 @@ def picture_estimate(
             plan_output(source.info, job.destination, backend.spec.architecture.scale, encoding)
             return replace(estimate(backend, speed, source.info, options), path=job.source)
     except SanrtError as error:
-        return PictureEstimate(job.source, str(error) if str(job.source) in str(error) else f"{job.source}: {error}")
+        refusal = str(error) if str(job.source) in str(error) else f"{job.source}: {error}"
+        return PictureEstimate(job.source, refusal, isinstance(error, LargeEnoughError))
 
 
 def estimate(backend: Backend, speed: Speed, info: PictureInfo, options: UpscaleOptions) -> PictureEstimate:
@@ -104,7 +107,7 @@ def estimate(backend: Backend, speed: Speed, info: PictureInfo, options: Upscale
     arch, height, width = backend.spec.architecture, info.height, info.width
     plan = NetworkRunner(backend, options).decide(info)
     passes = len(ORIENTATIONS) if options.self_ensemble else 1
-    found = PictureEstimate(info.path, "", width, height, backend.name, plan)
+    found = PictureEstimate(info.path, "", False, width, height, backend.name, plan)
     found = replace(found, seconds=passes * speed.seconds(height, width, plan, arch))
     tile = min(height, plan.tile) * min(width, plan.tile) * network_bytes(arch)
     if plan.tiling is Tiling.WHOLE and backend.limits.activations:

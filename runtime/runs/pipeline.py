@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sanrt.errors import PictureError, SanrtError
+from sanrt.errors import LargeEnoughError, PictureError, SanrtError
 from sanrt.extras import tracker
 from sanrt.files import file_digest, remove_leftovers
 from sanrt.runtime import host as machine
@@ -123,9 +123,11 @@ class Planned:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A picture whose result was there already."""
+    """A picture whose result was there already, or that needs none."""
 
     job: Job
+    reason: str = ""
+    """One line that names the source, where its result is not there."""
 
 
 @dataclass(frozen=True)
@@ -324,7 +326,7 @@ def overlapped(
 
 def preview(
     jobs: Iterable[Job], runner: NetworkRunner | None, options: PipelineOptions
-) -> Generator[Planned | Failed, None, None]:
+) -> Generator[Planned | Skipped | Failed, None, None]:
     """What `run` would do, as far as the pictures' headers tell; without a runner nothing is said of tiles."""
     for job in jobs:
         yield guarded(job, partial(planned, job, runner, options))
@@ -353,10 +355,12 @@ def then(picture: Loaded | Skipped | Failed, step: Callable[[Loaded], R]) -> R |
     return guarded(picture.job, lambda: step(picture)) if isinstance(picture, Loaded) else picture
 
 
-def guarded(job: Job, step: Callable[[], R]) -> R | Failed:
-    """The step's result, or its failure in one line: a bad picture never stops the others."""
+def guarded(job: Job, step: Callable[[], R]) -> R | Skipped | Failed:
+    """The step's result, or in one line why there is none: a bad picture never stops the others."""
     try:
         return step()
+    except LargeEnoughError as error:
+        return Skipped(job, f"{reason(job, error)}; left as it is")
     except Exception as error:
         return Failed(job, reason(job, error))
 

@@ -37,6 +37,10 @@ class TooManyPixelsError(PictureError):
     """A picture whose header claims more pixels than are allowed."""
 
 
+class LargeEnoughError(PictureError):
+    """A picture that is as large already as was asked for."""
+
+
 class BackendError(SanrtError):
     """A backend that is not installed, not usable here, or failed while running."""
 

@@ -13,6 +13,9 @@ from urllib.parse import urlsplit
 
 from sanrt.errors import MissingPackageError, first_line
 
+DISTRIBUTIONS = {"PIL": "Pillow", "pillow_heif": "pillow-heif"}
+"""What modules are called by people and pip, where that is another name."""
+
 
 @contextmanager
 def extra(name: str, purpose: str) -> Iterator[None]:
@@ -20,9 +23,8 @@ def extra(name: str, purpose: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"{purpose} needs {error.name}, which is not installed; {install_command(name)}"
-        ) from error
+        package = DISTRIBUTIONS.get(str(error.name), error.name)
+        raise MissingPackageError(f"{purpose} needs {package}, which is not installed; {install_command(name)}") from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sanrt.errors import PictureError, SanrtError, UsageError
+from sanrt.errors import FileError, PictureError, SanrtError, UsageError
 from sanrt.model.bundled import PHOTO_QUALITY, WeightsKind, has_bundled
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE, default_model, photo_model, require_own_weights, require_scale
 from sanrt.runtime.pictures.formats import Format
@@ -121,6 +121,7 @@ class Request:
         beside = [] if named[1:] else [output_beside(named[0], label, self.naming)]
         *inputs, output = named + beside
         jobs = find_pictures(inputs, output, self.naming, into_folder=self.paths[-1].endswith(("/", os.sep)))
+        require_there(jobs)
         require_effect(self.encoding, {Format.of_suffix(job.destination) or Format.PNG for job in jobs})
         asked: list[tuple[ModelChoice, Part]] = []
         recipes: dict[Job, Recipe] = {}
@@ -137,7 +138,7 @@ class Request:
             if its_jobs := [to_do[job.source] for job in part.jobs if job.source in to_do]:
                 reason = "" if choice.weights else its_choice.reason(its_jobs)
                 parts.append(replace(part, jobs=its_jobs, reason=reason))
-        return Work(parts, found, passed_over(inputs, output) + results_line(found))
+        return Work(parts, found, passed_over(inputs, output) + results_line(found), output)
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,14 @@ class Work:
     """What is done already, and what is in the way."""
     passed_over: Sequence[str]
     """Lines on pictures in folders that sanrt does not read, or has made itself."""
+    output: Path
+    """The folder of the results, or the file of the only one."""
+
+    @property
+    def place(self) -> str:
+        """Where the results are, for people: the file of one, the folder of several."""
+        jobs = [*self.found.to_do, *self.found.done, *self.found.occupied]
+        return str(jobs[0].destination) if len(jobs) == 1 else os.path.join(self.output, "")  # noqa: PTH118
 
     @property
     def total(self) -> int:
@@ -202,6 +211,8 @@ def outcomes(
     from sanrt.runtime.tiling.upscaling import NetworkRunner
 
     listener = listener or pipeline.nobody
+    if not conduct.ray:
+        require_place(work)
     yield from map(pipeline.Skipped, work.found.done)
     yield from (pipeline.Failed(job, line) for job, line in occupied_lines(work.found))
     for part in work.parts:
@@ -289,6 +300,27 @@ def require_others(inputs: Sequence[Path], found: Findings) -> None:
     """Raise PictureError where the only pictures in the folders are results."""
     if found.results and not (found.to_do or found.done or found.occupied):
         raise PictureError(f"{', '.join(map(str, inputs))}: nothing to enlarge; {results_line(found)[0]}")
+
+
+def require_there(jobs: Sequence[Job]) -> None:
+    """Raise PictureError where no picture exists, which needs no model; one missing among others fails in its turn."""
+    from sanrt.runtime.pictures.jobs import some_of
+
+    if not any(isinstance(job.source, RemotePath) or os.path.exists(job.source) for job in jobs):  # noqa: PTH110
+        raise PictureError(f"{some_of([job.source for job in jobs])}: cannot be read (No such file or directory)")
+
+
+def require_place(work: Work) -> None:
+    """Raise FileError where nothing can be written at the place of the results, before any work."""
+    if not work.found.to_do or isinstance(work.output, RemotePath):
+        return
+    folder = work.found.to_do[0].destination.parent if work.total == 1 else work.output
+    there = next((path for path in (folder, *folder.parents) if path.is_dir()), folder)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise FileError(
+            f"{work.place}: cannot be written, {there.absolute()} allows no new files; nothing was done; "
+            "name another OUTPUT (the last argument)"
+        )
 
 
 def by_scale(jobs: Sequence[Job], choice: ModelChoice, size: ResultSize) -> dict[int | None, list[Job]]:

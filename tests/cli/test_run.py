@@ -173,12 +173,63 @@ def test_a_refusal_needs_no_model(sanrt, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_the_place_of_the_results_is_told_the_file_of_one_the_folder_of_several(sanrt, tmp_path):
+    for name in "in/a.png", "in/b.png":
+        noise(tmp_path / name)
+    assert sanrt("in/a.png")[1].splitlines()[-1].endswith(": in/a_x2.png")
+    assert sanrt("in/a.png", "in/b.png", "out")[1].splitlines()[-1].endswith(": out/")
+    assert sanrt("in/a.png", "in/b.png", "out")[1].splitlines()[-1] == "0 written, 2 skipped: out/"
+    (tmp_path / "bad.png").touch()
+    assert "bad_x2.png" not in sanrt("bad.png")[1]
+
+
+def test_pictures_that_are_not_there_are_told_before_a_model_is_loaded(sanrt, tmp_path):
+    status, out, err = sanrt("nosuch.jpg", "neither.png", "out")
+    assert (status, out) == (1, "")
+    assert err == "sanrt: nosuch.jpg, neither.png: cannot be read (No such file or directory)\n"
+    noise(tmp_path / "a.png")
+    status, out, err = sanrt("nosuch.jpg", "a.png", "out")
+    assert (status, err) == (1, "sanrt: nosuch.jpg: cannot be read (No such file or directory)\n")
+    assert files(tmp_path / "out") == ["a.png"]
+
+
+@pytest.mark.parametrize("arguments", [["in"], ["in", "--dry-run"], ["in/a.png"], ["in", "new/out"]])
+def test_a_place_where_nothing_can_be_written_is_refused_once_before_any_work(sanrt, tmp_path, arguments, monkeypatch):
+    noise(tmp_path / "in" / "a.png")
+    noise(tmp_path / "in" / "b.png")
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)  # root may write everywhere
+    status, out, err = sanrt(*arguments)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "allows no new files; nothing was done; name another OUTPUT" in err
+    assert files(tmp_path) == ["in/a.png", "in/b.png"]
+
+
+def test_a_dry_run_claims_nothing_of_pixels_that_it_did_not_decode(sanrt, tmp_path):
+    path = noise(tmp_path / "a.jpg", 64, 64)
+    path.write_bytes(path.read_bytes()[:-400])
+    status, out, _ = sanrt("a.jpg", "b.jpg", "--dry-run")
+    assert status == 0
+    assert "odd JPEG (no end marker): read only if no pixel is missing" in out
+    assert out.splitlines()[-1] == "1 to write, by the headers"
+    assert sanrt("a.jpg", "b.jpg")[0] == 1
+
+
+def test_no_option_of_a_run_replaces_its_own_sources(sanrt, tmp_path):
+    for name in "in/a.png", "in/b.png", "out/a.png":
+        noise(tmp_path / name, seed=len(name))
+    before = digests(tmp_path)
+    for arguments in (["in", "in"], ["in/a.png", "in/b.png", "in"], ["in", "out/a.png", "out"], ["in/a.png", "in/a.png"]):
+        status, _, err = sanrt(*arguments, "--overwrite")
+        assert (status, err.count("\n")) == (2, 1)
+    assert digests(tmp_path) == before
+
+
 def test_a_list_of_pictures_without_an_output_is_refused(sanrt, tmp_path):
     names = [noise(tmp_path / f"{name}.png", seed=seed).name for seed, name in enumerate("abc")]
     before = digests(tmp_path)
     status, _, err = sanrt(*names)
     assert status == 2
-    assert "c.png: is a file; several pictures need a folder as OUTPUT (the last argument)" in err
+    assert "no folder for the results of several pictures: c.png, the last argument, is a file; add a folder" in err
     assert digests(tmp_path) == before
 
 

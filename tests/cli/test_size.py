@@ -85,7 +85,7 @@ def test_size_takes_for_each_picture_the_smallest_network_that_suffices(sanrt):
     assert out.splitlines()[-1].startswith("4 written in ")
     sizes = {path.name: picture(path).shape[:2] for path in Path("in_100x100").iterdir()}
     assert sizes == {"two.png": (100, 100), "three.png": (100, 100), "four.png": (100, 100), "wide.png": (50, 100)}
-    assert sanrt("run", "in", "--size", "100x100")[1].splitlines()[-1] == "0 written, 4 skipped"
+    assert sanrt("run", "in", "--size", "100x100")[1].splitlines()[-1] == "0 written, 4 skipped: in_100x100/"
 
 
 def test_a_second_run_skips_results_of_the_same_size_alone(sanrt):
@@ -127,9 +127,8 @@ def test_a_plan_and_a_dry_run_tell_of_every_network(sanrt):
         (["--outscale", "2.5", "--scale", "2"], 2, "take --scale 3"),
         (["--size", "90"], 2, "3840x2160"),
         (["--size", "0x90"], 2, "3840x2160"),
-        (["--size", "30x90"], 1, "already fills"),
         (["--size", "90x90", "--scale", "2"], 1, "take --scale 3"),
-        (["--size", "900x900"], 1, "x8 is the most"),
+        (["--size", "900x900"], 1, "x8 is the most: --scale 8 without --size makes 240 x 160"),
     ],
 )
 def test_sizes_that_cannot_be_are_told_in_one_line(sanrt, arguments, status, told):
@@ -139,6 +138,19 @@ def test_sizes_that_cannot_be_are_told_in_one_line(sanrt, arguments, status, tol
     assert told in found[2]
     assert len(found[2].splitlines()) == 1
     assert not Path("b.png").exists()
+
+
+def test_a_picture_that_fills_the_size_already_is_told_and_left_at_every_run(sanrt):
+    noise(Path("in/full.png"), 20, 100)
+    noise(Path("in/small.png"), 40, 50)
+    for command, *more in ("plan",), ("run", "--dry-run"), ("run",), ("run",):
+        status, out, err = sanrt(command, "in", "--size", "100x90", *more)
+        assert (status, err) == (0, "")
+        assert "in/full.png: 100 x 20 already fills --size 100x90" in out
+        assert "left as it is" in out
+    assert out.splitlines()[-1] == "0 written, 2 skipped: in_100x90/"
+    assert [path.name for path in Path("in_100x90").iterdir()] == ["small.png"]
+    assert "1 skipped\n" in sanrt("run", "in/full.png", "--size", "100x90")[1]
 
 
 def test_pictures_in_an_object_store_need_their_scale_said(tmp_path):

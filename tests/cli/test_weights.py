@@ -116,8 +116,8 @@ def test_weights_beside_a_named_model_are_wrong_usage(run, folder, tmp_path):
 
 def test_weights_that_are_not_shipped_are_refused_with_what_there_is(run, folder, tmp_path):
     status, _, err = run(folder, tmp_path / "out", "--weights", "fast")
-    assert (status, err.count("\n")) == (1, 1)
-    assert "no fast weights for x2: sanrt ships clean for x2; photo for x2" in err
+    assert (status, err.count("\n")) == (2, 1)
+    assert "no fast weights for x2; sanrt ships clean for x2; photo for x2" in err
 
 
 def test_plan_says_which_pictures_go_through_which_weights(sanrt, folder):

@@ -207,6 +207,9 @@ def test_other_sites_pages_and_other_names_of_the_machine_are_refused(running):
     assert running.upscale(PICTURE, Sec_Fetch_Site="cross-site").status == 403
     assert running.upscale(PICTURE, Sec_Fetch_Site="same-site").status == 403
     assert running.upscale(PICTURE, Sec_Fetch_Site="same-origin").status == 200
+    for origin in ("http://evil.com", "https://evil.com:8000", "null", "http://127.0.0.1:1", ""):
+        assert running.upscale(PICTURE, Origin=origin).status == 403, origin
+    assert running.upscale(PICTURE, Origin=f"http://{running.host}:{running.port}").status == 200
     assert running.upscale(PICTURE, Host="rebound.example").status == 400
     assert running.upscale(PICTURE, Host="localhost:8000").status == 200
 

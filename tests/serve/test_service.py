@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sanrt.errors import CheckpointError, UsageError
+from sanrt.errors import UsageError
 from sanrt.model import bundled
 from sanrt.model.bundled import WeightsKind
 from sanrt.request import ModelChoice
@@ -42,7 +42,7 @@ def test_weights_are_chosen_by_the_content_as_run_chooses_them(choice, tmp_path)
     assert examined(choice, tmp_path, good) == (None, 2, "")
     assert examined(choice, tmp_path, poor, weights="clean") == (WeightsKind.CLEAN, 2, "")
     assert examined(choice, tmp_path, poor, scale="4") == (None, 4, "")
-    with pytest.raises(CheckpointError, match="no fast weights for x2"):
+    with pytest.raises(UsageError, match="no fast weights for x2"):
         examined(choice, tmp_path, poor, weights="fast")
 
 

@@ -160,6 +160,7 @@ def test_unknown_paths_and_methods_are_problems(running):
     for method, path, status in [("GET", "/v1/upscale", 405), ("GET", "/v1/nothing", 404), ("PUT", "/healthz", 405)]:
         answer = running.ask(method, path)
         assert (answer.status, answer.json["status"]) == (status, status)
+        assert answer.json["kind"] == ("not_found" if status == 404 else "usage")
         assert answer.headers["content-type"] == "application/problem+json"
 
 

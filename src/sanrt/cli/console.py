@@ -36,14 +36,16 @@ class Reporter(logging.Handler):
         passed_over: Sequence[str] = (),
         again: Mapping[Job, str] | None = None,
         hidden: str = "",
+        place: str = "",
     ) -> None:
         """passed_over: lines that are told at the end, also to those who want to see nothing but errors.
 
         again: why some results are made again. hidden: what paths of temporary files begin with, which is not told.
+        place: where the results are.
         """
         super().__init__(logging.DEBUG if verbose else logging.WARNING)
         self.quiet, self.verbose, self.passed_over, self.hidden = quiet, verbose, passed_over, hidden
-        self.again = again or {}
+        self.again, self.place = again or {}, place.replace(hidden, "")
         self.progress = RunProgress(total)
 
     def __enter__(self) -> Self:
@@ -84,15 +86,17 @@ class Reporter(logging.Handler):
         """Tell every outcome as it comes, and sum them up at the end."""
         self.progress.started = time.monotonic()
         told: dict[type[Outcome], dict[Job, str]] = {Written: {}, Planned: {}}
+        made = False
         with self.bar():
             for outcome in outcomes:
+                made |= isinstance(outcome, Written) or (isinstance(outcome, Skipped) and not outcome.reason)
                 self.hear(Finished(outcome))
                 self.tell(outcome)
                 if type(outcome) in told and (why := self.again.get(outcome.job)):
                     told[type(outcome)][outcome.job] = why
         for line in (*reasons(told[Written], "made again"), *reasons(told[Planned], "would be made again")):
             self.say(line)
-        self.say(self.progress.summary())
+        self.say(self.progress.summary() + f": {self.place}" * (made and bool(self.place)))
         for line in self.passed_over:
             self.warn(line)
 
@@ -101,6 +105,8 @@ class Reporter(logging.Handler):
         match outcome:
             case Failed():
                 tell(f"sanrt: {outcome.reason.replace(self.hidden, '')}", error=True)
+            case Skipped() if outcome.reason:
+                self.say(outcome.reason)
             case Planned():
                 self.say(f"{outcome.job.source} -> {outcome.job.destination} ({outcome.width} x {outcome.height})")
             case _ if self.verbose:
@@ -207,7 +213,7 @@ class RunProgress:
     def summary(self) -> str:
         """All in one line."""
         counts = self.counts
-        parts = [f"{counts[Planned]} to write" if counts[Planned] else f"{counts[Written]} written"]
+        parts = [f"{counts[Planned]} to write, by the headers" if counts[Planned] else f"{counts[Written]} written"]
         parts += [f"{counts[kind]} {name}" for kind, name in ((Skipped, "skipped"), (Failed, "failed")) if counts[kind]]
         seconds = time.monotonic() - self.started
         return ", ".join(parts) + (f" in {seconds:.1f} s ({self.rates()})" if counts[Written] else "")

@@ -94,7 +94,7 @@ def plan(
     encoding = Encoding(quality, lossless, background, outscale, within)
     request = Request(paths, choice, upscaling, encoding, Naming(suffix, format))
     work = request.resolve(overwrite, include_results=include_results)
-    found, seconds, failed = work.found, 0.0, len(work.found.occupied)
+    found, seconds, failed, needless = work.found, 0.0, len(work.found.occupied), 0
     for reason in reasons(found.again, "would be made again"):
         tell(reason)
     if found.done:
@@ -107,14 +107,17 @@ def plan(
             tell(f"{model_title(chosen.path)}: {len(part.jobs)} of {len(found.to_do)} pictures")
         with load_unguarded(chosen.backend, chosen.path, chosen.options) as network:
             for each in estimates(part.jobs, network, chosen.path, chosen.options, upscaling, encoding):
-                if each.refusal:
+                if each.needless:
+                    tell(f"{each.refusal}; it would be left as it is")
+                elif each.refusal:
                     tell(f"sanrt: {each.refusal}", error=True)
                 elif not quiet:
                     tell(line(each))
                 seconds += each.seconds
-                failed += bool(each.refusal)
+                needless += each.needless
+                failed += bool(each.refusal) and not each.needless
     if found.to_do or failed:
-        count = len(found.to_do) + len(found.occupied) - failed
+        count = len(found.to_do) + len(found.occupied) - failed - needless
         tell(f"{count} to write, about {duration(seconds)}" + f", {failed} failed" * bool(failed))
     for line_passed in work.passed_over:
         tell(f"sanrt: {line_passed}", error=True)

@@ -177,7 +177,7 @@ def execute(request: Request, manner: Manner, device: int | None) -> int:
         overwrite = manner.overwrite or manner.explain_tiles
         work = replace(request, paths=paths).resolve(overwrite, bool(manner.ray), manner.include_results)
         told = work.passed_over, work.found.again
-        with Reporter(work.total, manner.quiet, manner.verbose, *told, hidden) as reporter:
+        with Reporter(work.total, manner.quiet, manner.verbose, *told, hidden, work.place) as reporter:
             for part in work.parts:
                 if part.reason:
                     reporter.say(f"{len(part.jobs)} of {work.total} pictures: {part.reason}")

@@ -60,9 +60,9 @@ def bundled_name(scale: int, kind: WeightsKind = WeightsKind.CLEAN) -> str:
 
 
 def bundled_checkpoint(scale: int, kind: WeightsKind = WeightsKind.CLEAN) -> Path:
-    """The weights that ship with sanrt for a scale (2, 3, 4 or 8) and a kind of pictures; CheckpointError without any."""
+    """The weights that ship with sanrt for a scale (2, 3, 4 or 8) and a kind of pictures; UsageError without any."""
     if not has_bundled(scale, kind):
-        raise CheckpointError(f"no {kind} weights for x{scale}: sanrt ships {shipped()}; pass --checkpoint PATH for others")
+        raise UsageError(f"no {kind} weights for x{scale}; sanrt ships {shipped()}, choose one of these")
     return FOLDER / f"{bundled_name(scale, kind)}{SUFFIX}"
 
 

@@ -6,7 +6,7 @@ import hmac
 from dataclasses import dataclass
 
 from starlette.authentication import AuthCredentials, AuthenticationBackend, AuthenticationError, SimpleUser
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,7 +34,7 @@ class Door(AuthenticationBackend):
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser] | None:
         if not conn.scope["path"].startswith(GUARDED):  # not of the URL, of which Host is a part
             return None
-        if conn.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        if is_foreign(conn.headers):
             raise AuthenticationError("another site's page asked; only pages of this server may")
         scheme, _, shown = conn.headers.get("authorization", "").partition(" ")
         if self.token and not (
@@ -42,6 +42,17 @@ class Door(AuthenticationBackend):
         ):
             raise AuthenticationError("a token is needed; send the header `Authorization: Bearer TOKEN`")
         return AuthCredentials(["pictures"]), SimpleUser("client")
+
+
+def is_foreign(headers: Headers) -> bool:
+    """Whether a browser says that another site's page asks: by Sec-Fetch-Site, and without it by Origin.
+
+    Browsers leave the former out where the server is neither HTTPS nor this machine, and proxies may change Host.
+    """
+    if site := headers.get("sec-fetch-site"):
+        return site not in ("none", "same-origin")
+    origin = headers.get("origin")
+    return origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
 
 
 class BrowserHeaders:

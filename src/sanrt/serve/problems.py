@@ -64,7 +64,7 @@ class TooLongError(RefusedError):
 
 
 class NotFoundError(RefusedError):
-    """A job that is not there."""
+    """A job, or a path, that is not there."""
 
     status, kind = HTTPStatus.NOT_FOUND, "not_found"
 
@@ -123,7 +123,8 @@ async def http_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     status = HTTPStatus(error.status_code)
     detail = error.detail if error.detail != status.phrase else f"{request.method} {request.url.path}: {status.phrase}"
-    content = {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail, "kind": "usage"}
+    kind = NotFoundError.kind if status is HTTPStatus.NOT_FOUND else RefusedError.kind
+    content = {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail, "kind": kind}
     return JSONResponse(content, int(status), error.headers, "application/problem+json")
 
 

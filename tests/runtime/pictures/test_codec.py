@@ -16,9 +16,11 @@ import pyvips
 from sanrt.errors import FileError, PictureError, ScratchError
 from sanrt.files import locked_file, remove_leftovers
 from sanrt.runtime import host
+from sanrt.runtime.pictures import formats
 from sanrt.runtime.pictures.codec import (
     Encoding,
     Output,
+    PictureInfo,
     open_picture,
     plan_output,
     upscale_alpha,
@@ -362,6 +364,19 @@ def test_a_side_that_the_format_cannot_hold_is_refused_before_any_work(tmp_path)
     path = png(tmp_path / "wide.png", 9000, 1, 8, 0, b"\0" + bytes(9000))
     with open_picture(path) as picture, pytest.raises(PictureError, match=r"16383.*18000 x 2"):
         plan_output(picture.info, tmp_path / "wide.webp", 2)
+
+
+def test_what_is_expected_of_unknown_content_is_what_can_be_read_here(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_text("no picture")
+    monkeypatch.setattr(formats, "find_spec", lambda package: None)
+    with pytest.raises(PictureError, match=r"expected PNG, JPEG, WEBP, TIFF, AVIF, GIF$"):
+        open_picture(tmp_path / "a.png")
+
+
+def test_transparency_that_a_format_does_not_hold_is_told_with_the_options_that_help(tmp_path):
+    info = PictureInfo(tmp_path / "a.png", Format.PNG, 8, 8, alpha=True)
+    with pytest.raises(PictureError, match=r"lay it onto a colour with --flatten white, or write a PNG \(--format png"):
+        plan_output(info, tmp_path / "out.jpg", 2)
 
 
 @pytest.mark.parametrize("name", ["out.gif", "out.bmp", "out"])

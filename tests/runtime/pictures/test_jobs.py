@@ -107,7 +107,7 @@ def test_one_picture_to_a_file_that_sanrt_does_not_write_is_refused_by_its_name(
 @pytest.mark.parametrize("name", ["one.png", "one.bmp", "in/a.PNG"])
 def test_several_pictures_to_what_is_or_looks_like_one_are_refused(folder, name):
     for inputs in (["in/b.jpg", "in/a.PNG"], ["in"]):
-        with pytest.raises(UsageError, match="several pictures need a folder as OUTPUT"):
+        with pytest.raises(UsageError, match="no folder for the results of several pictures"):
             plan(*inputs, output=name)
 
 
@@ -173,8 +173,21 @@ def test_a_source_is_never_taken_for_a_result_and_replaced(folder):
 
 def test_several_pictures_into_a_file_are_refused(folder):
     touch("out")
-    with pytest.raises(UsageError, match="need a folder"):
+    with pytest.raises(UsageError, match="no folder for the results"):
         plan("in")
+
+
+def test_the_last_of_all_that_a_shell_names_is_no_output_if_it_holds_pictures_of_the_users_own(folder, monkeypatch):
+    monkeypatch.chdir("in")
+    everything = sorted(path.name for path in Path().iterdir() if not path.name.startswith("."))
+    *inputs, last = sorted(everything, key=lambda name: name == "sub")
+    assert last == "sub"
+    with pytest.raises(UsageError, match=r"sub: is the last of all that lies there.*c\.tiff.*or sub/$"):
+        plan(*inputs, output=last)
+    assert plan(*inputs, output=last, into_folder=True)
+    assert plan(*inputs[1:], output=last)
+    Path("sub/c.tiff").unlink()
+    assert plan(*inputs, output=last)
 
 
 def test_a_folder_without_pictures_is_told(folder):

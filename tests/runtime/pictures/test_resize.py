@@ -51,7 +51,11 @@ def test_a_size_that_no_result_has_is_refused(facts):
 
 @pytest.mark.parametrize(
     ("size", "told"),
-    [((20, 30), "already fills"), ((200, 200), "take --scale 8"), ((2000, 2000), "x8 is the most")],
+    [
+        ((20, 30), "already fills"),
+        ((200, 200), "take --scale 8"),
+        ((2000, 2000), "x8 is the most: --scale 8 without --size makes 240 x 240"),
+    ],
 )
 def test_a_picture_that_the_network_cannot_bring_to_that_size_is_refused(size, told):
     with pytest.raises(PictureError, match=told):
