@@ -141,7 +141,7 @@ def test_a_second_run_does_nothing_unless_told_to(sanrt, tmp_path):
     noise(tmp_path / "in" / "a.png")
     sanrt("in", "out")
     before = (tmp_path / "out" / "a.png").stat().st_mtime_ns
-    assert sanrt("in", "out")[1].splitlines()[-1] == "0 written, 1 skipped"
+    assert sanrt("in", "out")[1].splitlines()[-1] == "0 written, 1 skipped: out/a.png"
     assert (tmp_path / "out" / "a.png").stat().st_mtime_ns == before
     assert "1 written" in sanrt("in", "out", "--overwrite")[1]
     assert (tmp_path / "out" / "a.png").stat().st_mtime_ns > before
