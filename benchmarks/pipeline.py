@@ -49,8 +49,9 @@ class Stopwatch:
     seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        # Where there is the second, the first one calls it.
-        name = "infer_with_regions" if self.backend.infer_with_regions else "infer"
+        # Where there is an earlier one of these, the later ones call it.
+        names = ("infer_reporting", "infer_with_regions", "infer")
+        name = next(name for name in names if getattr(self.backend, name, None))
         setattr(self.backend, name, partial(self.timed, getattr(self.backend, name)))
 
     def timed(self, infer: Callable[..., Array], *arguments: Any) -> Array:

@@ -29,6 +29,9 @@ BEGIN, END = "<!-- scores -->\n", "<!-- end of scores -->\n"
 PAPER = {2: (38.31, 34.07), 3: (34.75, 30.59), 4: (32.64, 28.92), 8: (27.22, 25.14)}
 """Set5 and Set14 of the paper's SAN, by scale (its table 3), dB."""
 
+JPEG_SCALES = 2, 4
+"""Scored on JPEG sources too."""
+
 Scores = Mapping[str, float]
 """Mean Y-PSNR in dB by `WHAT SET SCALE`, such as `clean Set5 x4` or `photo Set5 x4 JPEG 60`."""
 
@@ -58,17 +61,17 @@ def scores(sets: Path, scale: int, backend: str) -> Iterator[tuple[str, float]]:
 
 
 def test_sets(sets: Path, scale: int, folder: Path) -> Iterator[PictureSet]:
-    """Set5 and Set14, and Set5 saved as JPEG at x4, which is written into a folder."""
+    """Set5 and Set14, and at some scales Set5 saved as JPEG, which is written into a folder."""
     for name in ("Set5", "Set14"):
         place = sets / name / f"x{scale}"
         clean = picture_set(f"{name} x{scale}", place / "HR", place / "LR")
         yield clean
-        if name == "Set5" and scale == 4:
+        if name == "Set5" and scale in JPEG_SCALES:
             yield from (as_jpeg(clean, quality, folder) for quality in DEV_QUALITIES)
 
 
 def rendered(found: Scores) -> str:
-    """Two tables in Markdown: every scale on clean pictures, and x4 on JPEG sources."""
+    """Tables in Markdown: every scale on clean pictures, and some on JPEG sources."""
     names = ["bicubic", *(kind for kind in WeightsKind if any(key.startswith(f"{kind} ") for key in found))]
     heads = [f"x{scale}" for scale in SCALES]
     lines = [f"| Set5 / Set14 | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
@@ -76,11 +79,12 @@ def rendered(found: Scores) -> str:
         cells = [" / ".join(cell(found, f"{name} {each} {head}") for each in ("Set5", "Set14")) for head in heads]
         lines.append(f"| {label(name)} | {' | '.join(cells)} |")
     lines.append(f"| the paper's SAN | {' | '.join(f'{a:.2f} / {b:.2f}' for a, b in PAPER.values())} |")
-    lines += ["", "| Set5 x4, saved first as | " + " | ".join(f"JPEG {q}" for q in DEV_QUALITIES) + " |"]
-    lines.append("|---" * (len(DEV_QUALITIES) + 1) + "|")
-    for name in names:
-        cells = [cell(found, f"{name} Set5 x4 JPEG {quality}") for quality in DEV_QUALITIES]
-        lines.append(f"| {label(name)} | {' | '.join(cells)} |")
+    for scale in JPEG_SCALES:
+        lines += ["", f"| Set5 x{scale}, saved first as | " + " | ".join(f"JPEG {q}" for q in DEV_QUALITIES) + " |"]
+        lines.append("|---" * (len(DEV_QUALITIES) + 1) + "|")
+        for name in names:
+            cells = [cell(found, f"{name} Set5 x{scale} JPEG {quality}") for quality in DEV_QUALITIES]
+            lines.append(f"| {label(name)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

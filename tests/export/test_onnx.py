@@ -150,7 +150,7 @@ def test_an_export_forgets_what_was_made_of_the_model_that_it_replaces_and_nothi
     for name in ("a", "a-b"):
         export_onnx(checkpoint, tmp_path / f"{name}.onnx", replace(QUICK, check=False, iterations=len(name)))
     other = next((tmp_path / ".derived").glob("a-b-*"))
-    export_onnx(checkpoint, tmp_path / "a.onnx", replace(QUICK, check=False, iterations=2))
+    export_onnx(checkpoint, tmp_path / "a.onnx", replace(QUICK, check=False, iterations=2, overwrite=True))
     assert len(list((tmp_path / ".derived").iterdir())) == 2
     assert other.exists()
 
@@ -191,7 +191,7 @@ def test_an_exact_root_out_of_reach_is_told_with_the_steps_that_come_nearest(che
 
 
 def test_asked_for_steps_are_what_the_graph_has_and_more_come_nearer_to_the_exact_root(checkpoint, tmp_path):
-    few, many = (export_onnx(checkpoint, tmp_path / "a.onnx", replace(QUICK, iterations=n)).square_root for n in (2, 12))
+    few, many = (export_onnx(checkpoint, tmp_path / f"{n}.onnx", replace(QUICK, iterations=n)).square_root for n in (2, 12))
     assert (few.iterations, many.iterations) == (2, 12)
     assert many.difference.psnr > few.difference.psnr
     for rough, fine in zip(few.groups, many.groups, strict=True):
