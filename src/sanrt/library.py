@@ -163,6 +163,7 @@ def build_engine(
     from sanrt.runtime.artifacts.flavors import Flavor
     from sanrt.runtime.artifacts.sizes import TILES, Profile, default_profile
 
+    chosen = engine.choose_flavor(device) if flavor == "auto" else choice(Flavor, flavor)
     path = model_to_build(model, models, scale, weights)
     target = Path(output) if output else None
     check_engine_path(target, path, stages)
@@ -171,7 +172,7 @@ def build_engine(
     if not (stages or smallest or best or largest):
         sizes = (default_profile(spec),)
     options = BuildOptions(
-        flavor=engine.choose_flavor(device) if flavor == "auto" else choice(Flavor, flavor),
+        flavor=chosen,
         precision=kind,
         profiles=sizes,
         gpus=tuple(gpus),

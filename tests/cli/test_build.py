@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from sanrt.cli import app, quantise
-from sanrt.errors import UsageError
+from sanrt.errors import BackendError, UsageError
 from sanrt.export import engine
 from sanrt.export.quantise.trials import BackendTrial
 from sanrt.model.checkpoint import save_checkpoint
@@ -64,6 +64,17 @@ def model_of(monkeypatch, tmp_path, live_network):
         return taken.pop(), "\n".join(said)
 
     return call
+
+
+def test_without_tensorrt_nothing_is_exported(monkeypatch, tmp_path):
+    def missing(device=0):
+        raise BackendError("neither is here")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engine, "choose_flavor", missing)
+    result = CliRunner().invoke(app, ["build", "--fp16"])
+    assert isinstance(result.exception, BackendError)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_name_it_takes_what_run_takes_and_not_what_was_written_last(model_of, tiny_model, tmp_path):

@@ -80,13 +80,15 @@ def build(
 ) -> None:
     """Build an exported ONNX into a TensorRT engine, and prove that it is what was asked for."""
     with extra("rtx", "sanrt build"):
-        import sanrt.export.engine  # noqa: F401 - told before anything is exported or quantised
+        from sanrt.export.engine import choose_flavor
     from sanrt.cli.console import BuildProgressBar
     from sanrt.library import build_engine, check_engine_path, model_to_build
     from sanrt.runtime.artifacts.flavors import Flavor, installed_version
 
     precision = only_one(fp32=fp32, fp16=fp16, bf16=bf16)
     eight_bit = only_one(int8=int8, fp8=fp8, auto=auto)
+    if flavor == "auto" and not eight_bit:
+        flavor = choose_flavor(device)  # told before anything is exported
     model = model_to_build(model, models, scale, weights, print)
     check_engine_path(output, model, stages)
     if eight_bit:
