@@ -395,7 +395,7 @@ def test_auto_takes_openvino_only_where_it_will_run_in_bf16(
     )
     monkeypatch.setattr(openvino_module, "chosen_precision", lambda *_: precision or Precision.FP32)
     options = RunOptions(precision=Precision.BF16 if precision is None else None)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "sanrt")
     assert backends.automatic_choice(AUTO_ORDER, tiny_model(), options).name == taken
     assert ("openvino passed over" in caplog.text) == (taken == "native")
 
