@@ -241,8 +241,6 @@ class ModelSpec:
     @property
     def computes(self) -> str:
         """The types that it computes in, for people: `fp32`, `int8 + fp16`."""
-        if self.precision is Precision.INT16:
-            return "int16 (fp32 by stages)"
         return f"{self.quantisation.type} + {self.precision}" if self.quantisation else str(self.precision)
 
     def to_metadata(self) -> dict[str, str]:
