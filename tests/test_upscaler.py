@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
@@ -311,6 +312,7 @@ def test_dropped_upscalers_leave_no_threads_behind(tiny_model):
     for _ in range(8):
         Upscaler.load(tiny_model(2), backend="native", threads=3)(np.zeros((16, 16, 3), np.uint8))
     left = set(threading.enumerate()) - before
+    deadline = time.monotonic() + 60
     for thread in left:
-        thread.join(timeout=60)
+        thread.join(max(0, deadline - time.monotonic()))
     assert not any(thread.is_alive() for thread in left)

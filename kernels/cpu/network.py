@@ -156,11 +156,6 @@ class Network:
             held = self.maps[name] = PaddedMap.zeros(height, width, channels, winograd_transform(self.arithmetic, taps))
         return held.with_height(height)
 
-    def by_rows(self, count: int, work: Callable[[slice], object]) -> None:
-        """Call work(rows) on every thread, each with its share of `count` rows."""
-        threads = self.workers.count
-        self.workers.run(lambda t: work(slice(count * t // threads, count * (t + 1) // threads)))
-
     # --- parts of the network ---------------------------------------------------------------------------------------
 
     def head_features(self, picture: Array, out: PaddedMap, top: int = 0, height: int | None = None) -> None:
@@ -195,7 +190,7 @@ class Network:
             np.matmul(pixels[rows], weight, out=made[rows])
             np.add(made[rows], bias, out=made[rows])
 
-        self.by_rows(len(made), work)
+        self.workers.by_rows(len(made), work)
         return made
 
     def attended(self, query: Array, key: Array, value: Array) -> Array:
@@ -213,7 +208,7 @@ class Network:
             np.add(out[rows], bias, out=out[rows])
             np.add(out[rows], x[rows], out=out[rows])
 
-        self.by_rows(len(y), work)
+        self.workers.by_rows(len(y), work)
 
     def body_steps(
         self, group: int, x: PaddedMap, hidden: PaddedMap, features: PaddedMap, moments: StripMoments | None
@@ -273,7 +268,7 @@ class Network:
         """Shuffle blocks (h, w, 3 s s) into pixels (3, sh, sw)."""
         height, width, scale = *blocks.shape[:2], self.arch.scale
         target = picture.reshape(3, height, scale, width, scale).transpose(1, 3, 0, 2, 4)
-        self.by_rows(height, partial(copy_blocks, blocks, target))
+        self.workers.by_rows(height, partial(copy_blocks, blocks, target))
 
     # --- stage by stage ---------------------------------------------------------------------------------------------
 

@@ -105,7 +105,7 @@ def without_memory(network: Network, height: int, width: int, bands: Bands | Non
     # Between two gates: a group's last convolution, gated, and the next group's blocks.
     steps = [bodies[0], *([join, *body] for join, body in zip(joins[:-1], bodies[1:], strict=True)), joins[-1:]]
     schedules = [ConvolutionSchedule(each, network.workers, bands.rows if bands else None) for each in steps]
-    windows = [MapWindow(each, network.by_rows) for each in maps]
+    windows = [MapWindow(each, network.workers.by_rows) for each in maps]
     return Trunk(None, windows[0], windows[1], windows[2], windows[3], gates, moments, schedules, bands)
 
 
@@ -274,7 +274,7 @@ class Passes:
         shared.rewind()
         first, end = shared.move(top + BORDER, bottom + BORDER)
         kept = shared.map.rows(top, bottom)
-        self.network.by_rows(len(x), lambda rows: np.multiply(x[rows], gamma, out=kept[rows]))
+        self.network.workers.by_rows(len(x), lambda rows: np.multiply(x[rows], gamma, out=kept[rows]))
         shared.save(first, end)
 
     # --- the tail ---------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ class Passes:
                 part = held[top - halo.top : bottom - halo.top]
                 attention(top, bottom, part)
                 part, first = (each[..., : network.arch.channels] for each in (part, self.first_rows(top, bottom)))
-                network.by_rows(len(part), partial(add, first, part))
+                network.workers.by_rows(len(part), partial(add, first, part))
             done = halo.bottom
             crop = band.inside(halo)
             yield band, network.tail_blocks(x)[crop.top : crop.bottom]

@@ -86,6 +86,10 @@ class Workers:
         for error in filter(None, [*errors, *outcomes]):
             raise error
 
+    def by_rows(self, count: int, work: Callable[[slice], object]) -> None:
+        """Call work(rows) on every thread, each with its share of `count` rows."""
+        self.run(lambda t: work(slice(count * t // self.count, count * (t + 1) // self.count)))
+
     def buffer(self, name: str, size: int) -> npt.NDArray[np.float32]:
         """Scratch memory of the calling thread, of at least `size` float32; the same at every call, never cleared."""
         held: npt.NDArray[np.float32] | None = getattr(self.scratch, name, None)
