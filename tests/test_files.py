@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from threading import Timer
 
 import pytest
 
@@ -45,6 +46,18 @@ def test_threads_that_write_one_file_at_once_do_not_meet(tmp_path):
         list(pool.map(lambda content: write_whole(tmp_path / "new" / "a.onnx", content), contents))
     assert [each.name for each in (tmp_path / "new").iterdir()] == ["a.onnx"]
     assert (tmp_path / "new" / "a.onnx").read_bytes() in contents
+
+
+def test_a_file_that_another_program_has_open_for_a_moment_is_replaced_all_the_same(tmp_path):
+    """Windows refuses to while it is open; a virus scanner opens what was just written."""
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"before")
+    scanner = path.open("rb")
+    closing = Timer(0.2, scanner.close)
+    closing.start()
+    write_whole(path, b"after")
+    closing.join()
+    assert path.read_bytes() == b"after"
 
 
 def test_names_of_any_length_can_be_written(tmp_path):

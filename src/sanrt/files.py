@@ -28,6 +28,8 @@ LEFTOVER = re.compile(r"\..*\.sanrt-([0-9a-f]{8}|[0-9a-f]{16})\.partial")
 """Names of files that a killed process left half-written."""
 RENAME_SECONDS = 60
 """Age at which a leftover counts as abandoned on Windows, where a file is closed just before it is renamed."""
+BUSY_SECONDS = 5
+"""How long a file that another program has open on Windows is waited for."""
 SOURCES = (".py", ".cu", ".cuh")
 SEAL = hashlib.sha256().digest_size
 """Bytes of the digest at the beginning of a kept file: damaged code, or a damaged model, would be wrong without a word."""
@@ -50,7 +52,7 @@ def replacing(path: Path, remedy: str = "choose another place") -> Iterator[IO[b
                 to_disk(file.fileno())  # else a power cut could leave the name with nothing behind it
                 if sys.platform == "win32":  # which renames no open file
                     file.close()
-                unfinished.replace(path)
+                take_place(unfinished, path)
         finally:
             with suppress(OSError):  # it took its place; or the body failed, which is to be told
                 unfinished.unlink()
@@ -59,6 +61,23 @@ def replacing(path: Path, remedy: str = "choose another place") -> Iterator[IO[b
         if sys.platform == "win32" and isinstance(error, PermissionError) and path.exists():
             remedy = f"close what has it open, or {remedy}"
         raise FileError(f"{path}: cannot be written ({system_reason(error)}); {remedy}") from error
+
+
+def take_place(unfinished: Path, path: Path) -> None:
+    """Rename a file to `path`; on Windows, wait `BUSY_SECONDS` for whoever has one of the two open before PermissionError.
+
+    Virus scanners do for a moment, and so do other threads that rename to the same place.
+    """
+    give_up = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            unfinished.replace(path)
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() > give_up:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def to_disk(descriptor: int) -> None:
