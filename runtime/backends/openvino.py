@@ -49,7 +49,7 @@ MIN_GAIN = 1.1
 
 
 def status() -> BackendStatus:
-    """Whether OpenVINO is installed; `auto` takes it on processors with AMX, where bf16 is several times as fast as fp32."""
+    """Whether OpenVINO is installed; `auto` may take it on processors with AMX, where bf16 is far faster than fp32."""
     if installed := library_version("openvino"):
         features = {"AMX-BF16", "AVX512-BF16"} & set(machine.cpu_features())
         reason = f"runs on the CPU ({', '.join(sorted(features)) or 'no bf16'})"
@@ -63,7 +63,7 @@ def load(model: Path, options: RunOptions) -> OpenVinoBackend:
 
 
 def refusal(model: Path, options: RunOptions) -> str | None:
-    """Why `auto` should not take it for a model: bf16 is all that makes it the fastest here, but for 8-bit models."""
+    """Why `auto` should not take it for a model: bf16 is all that can make it the fastest here, but for 8-bit models."""
     if read_spec(model).quantisation:
         return None
     precision = options.precision or chosen_precision(graph_of(model, options), model, options)

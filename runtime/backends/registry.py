@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -23,6 +23,7 @@ from sanrt.runtime.artifacts.engines import STAGES_SUFFIX, SUFFIX, engines_of, r
 from sanrt.runtime.artifacts.models import model_title, read_spec
 from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import Backend, BackendStatus, RunOptions
+from sanrt.runtime.backends.speed_trial import fastest
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ EIGHT_BIT_BACKENDS = ("tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime")
 
 AUTO_ORDER = ("tensorrt", "torch-cuda", "onnxruntime-cuda", "openvino", "native", "onnxruntime", "torch")
 """The order in which `auto` looks for a usable backend."""
+
+MEASURED = ("openvino", "native")
+"""Of these either may be the faster one, by processor and network: where `auto` may take several, it measures them once."""
 
 OPEN_STAGES = 4
 """Stages to keep open: the widest pass over a picture takes turns between so many (head, keys and values, attention)."""
@@ -193,18 +197,25 @@ def computes_in_8_bits(model: Path) -> bool:
 def automatic_choice(
     names: Iterable[str], model: Path | None = None, options: RunOptions | None = None
 ) -> BackendStatus | None:
-    """The first of these backends that `auto` prefers here, for a model if one is given; why others are not is logged.
+    """The first of these backends that `auto` prefers here, of those in MEASURED the fastest for the model if one is given.
 
-    Where none of those is usable, it is the last one that is.
+    Where `auto` prefers none that is usable, it is the last one that is. Why others are not taken is logged.
     """
-    options, chosen = options or RunOptions(), None
+    options, last, fit = options or RunOptions(), None, list[BackendStatus]()
     for found in (status(name, options.device) for name in names):
+        if fit and not {fit[0].name, found.name} <= set(MEASURED):
+            break
         others = model and model.suffix != SUFFIX  # an engine's own refusal is told when it is loaded
         if found.usable and not (model and others and passed_over(found.name, model, options)):
-            chosen = found
-            if found.automatic:
-                break
-    return chosen
+            last = found
+            fit += [found] if found.automatic else []
+    if model is None or len(fit) < 2:
+        return fit[0] if fit else last
+    loaders = {each.name: partial(backend_module(each.name).load, model, options) for each in fit}
+    machinery = machine.cpu_name(), *machine.cpu_features(), str(machine.cores())
+    identity = *machinery, *(f"{each.name} {each.version}" for each in fit), str(options)
+    name = fastest(loaders, model, identity)
+    return next(each for each in fit if each.name == name)
 
 
 def passed_over(name: str, model: Path, options: RunOptions) -> bool:

@@ -7,9 +7,11 @@ import logging
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +30,7 @@ from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts import variants
 from sanrt.runtime.artifacts.variants import derived_model, derived_weights
 from sanrt.runtime.backends import registry as backends
+from sanrt.runtime.backends import speed_trial
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions
 from sanrt.runtime.backends.registry import AUTO_ORDER, BACKENDS, load_unguarded, status
 from sanrt.runtime.host import Gpu, Gpus
@@ -385,7 +388,7 @@ def test_auto_takes_the_first_usable_backend_that_pays_here(monkeypatch):
 def test_auto_takes_openvino_only_where_it_will_run_in_bf16(
     precision, taken, tiny_model, openvino_module, monkeypatch, caplog
 ):
-    """With AMX its bf16 is the fastest; where the trial refuses that, its fp32 would take several times native's time."""
+    """With AMX its bf16 can be the fastest; where the trial refuses that, its fp32 takes several times native's time."""
     statuses(monkeypatch, {"torch", "native"})
     usable = backends.status
     monkeypatch.setattr(
@@ -394,10 +397,57 @@ def test_auto_takes_openvino_only_where_it_will_run_in_bf16(
         lambda name, device=0: replace(usable(name), usable=name in ("openvino", "native"), automatic=True),
     )
     monkeypatch.setattr(openvino_module, "chosen_precision", lambda *_: precision or Precision.FP32)
+    monkeypatch.setattr(backends, "fastest", lambda loaders, *_: next(iter(loaders)))
     options = RunOptions(precision=Precision.BF16 if precision is None else None)
     caplog.set_level(logging.INFO, "sanrt")
     assert backends.automatic_choice(AUTO_ORDER, tiny_model(), options).name == taken
     assert ("openvino passed over" in caplog.text) == (taken == "native")
+
+
+@pytest.mark.parametrize("faster", ["openvino", "native"])
+def test_auto_takes_what_was_measured_fastest_and_measures_it_once(faster, tiny_model, openvino_module, monkeypatch):
+    statuses(monkeypatch, {"native", "onnxruntime"})
+    usable = backends.status
+    monkeypatch.setattr(
+        backends,
+        "status",
+        lambda name, device=0: replace(usable(name), usable=name in ("openvino", "native", "onnxruntime"), automatic=True),
+    )
+    measured = []
+
+    class Timed(nullcontext):
+        def __init__(self, name):
+            super().__init__(self)
+            self.name = name
+
+        def infer(self, picture):
+            measured.append(self.name)
+            time.sleep(0.001 if self.name == faster else 0.02)
+
+    class Module:
+        def __init__(self, name):
+            self.load = lambda model, options: Timed(name)
+
+    monkeypatch.setattr(backends, "backend_module", Module)
+    monkeypatch.setattr(backends, "passed_over", lambda *_: False)
+    model, options = tiny_model(scale=3), RunOptions(threads=1, regions=3)
+    names = "openvino", "native", "onnxruntime"
+    assert backends.automatic_choice(names, model, options).name == faster
+    assert set(measured) == {"openvino", "native"}
+    measured.clear()
+    assert backends.automatic_choice(names, model, options).name == faster
+    assert not measured
+    for kept in (model.parent / ".derived").glob("*-fastest.json"):
+        kept.unlink()
+
+
+def test_auto_leaves_out_of_the_measurement_what_does_not_load(tiny_model):
+    def refuse():
+        raise BackendError("no such precision")
+
+    load = partial(load_unguarded, "native", tiny_model(), ONE_THREAD)
+    assert set(speed_trial.seconds({"openvino": refuse, "native": load})) == {"native"}
+    assert speed_trial.seconds({"openvino": refuse}) == {}
 
 
 def test_auto_knows_every_backend():

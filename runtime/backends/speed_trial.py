@@ -1,0 +1,58 @@
+"""Which of several backends is the fastest for a model on this machine: measured once, in a second or two, and kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from sanrt.errors import SanrtError
+from sanrt.runtime.artifacts.variants import cached_for
+from sanrt.runtime.backends.protocol import Backend
+
+log = logging.getLogger(__name__)
+
+SIDE, ROUNDS = 192, 3
+"""Side of the picture, in pixels, and runs in turns of which each backend's fastest counts, after one that does not."""
+CODE = ("sanrt.model", "sanrt.runtime.backends", "sanrt.kernels")
+"""The packages whose speed is measured."""
+
+
+def fastest(loaders: Mapping[str, Callable[[], Backend]], model: Path, identity: Iterable[str]) -> str:
+    """Name of the backend that takes least time; the first one where none loads, so that its error is told.
+
+    loaders: by name what loads the model. identity: all that the times depend on beside the model and sanrt's code.
+    """
+
+    def trial() -> bytes:
+        return json.dumps(seconds(loaders)).encode()
+
+    found: dict[str, float] = json.loads(cached_for(model, "fastest.json", identity, CODE, trial))
+    log.info("a picture of %d x %d takes %s", SIDE, SIDE, ", ".join(f"{name} {s:.3f} s" for name, s in found.items()))
+    return min(found, key=found.__getitem__, default=next(iter(loaders)))
+
+
+def seconds(loaders: Mapping[str, Callable[[], Backend]]) -> dict[str, float]:
+    """Each backend's time for one picture, those left out that do not load as they are asked to."""
+    picture = np.zeros((1, 3, SIDE, SIDE), np.float32)
+    with ExitStack() as stack:
+        loaded = {}
+        for name, load in loaders.items():
+            try:
+                loaded[name] = stack.enter_context(load())
+            except SanrtError as error:
+                log.info("%s is not measured: %s", name, error)
+        rounds = [{name: timed(backend, picture) for name, backend in loaded.items()} for _ in range(ROUNDS + 1)][1:]
+    return {name: min(each[name] for each in rounds) for name in loaded}
+
+
+def timed(backend: Backend, picture: np.ndarray) -> float:
+    """Seconds of one run."""
+    started = time.perf_counter()
+    backend.infer(picture)
+    return time.perf_counter() - started
