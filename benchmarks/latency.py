@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,40 +38,14 @@ LIKE = {Precision.INT16: Precision.BF16}
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One contender on one size."""
-
-    precision: str
-    on: str
-    p50: Interval
-    """Seconds, as the next two."""
-    p90: Interval
-    p99: Interval
-    runs: int
-    turns: int
-    """Turns that these runs were made in."""
-    rate: float
-    """Operations per second at p50."""
-    share: float | None
-    """Rate over the measured limit of the CPU or GPU it ran on, in this precision; None where that is not known."""
-    peak: int
-    """Bytes resident at most, of the whole process."""
-    gpu_memory: int | None
-    """Bytes taken of the GPU's memory; None on a CPU."""
-    psnr: float | None
-    """dB against PyTorch in fp32, of the value range; None where they are equal."""
-
-
-@dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """A line of the table: what came of a contender, and how fast that is."""
 
-    size: Case
-    name: str
-    measured: Measured | None
-    reason: str = ""
-    """Why nothing was measured."""
-    failed: bool = False
+    result: Result
+    rate: float | None = None
+    """Operations per second at p50; None where nothing was measured, as the next."""
+    share: float | None = None
+    """Rate over the measured limit of the CPU or GPU it ran on, in this precision; None also where that is not known."""
 
 
 def latency(
@@ -112,7 +86,7 @@ def latency(
         json_.write_text(json.dumps(report(subject, stamp, limits, rows), indent=2) + "\n")
     if plot:
         draw(rows, subject, plot)
-    raise typer.Exit(int(any(row.failed for row in rows)))
+    raise typer.Exit(int(any(row.result.failed for row in rows)))
 
 
 def case(size: str, regions: str) -> Case:
@@ -142,15 +116,15 @@ def race(
     contenders: list[Contender], model: Path, arch: Architecture, sizes: list[Case], seconds: float, threads: int | None
 ) -> tuple[list[Row], dict[str, float]]:
     """Every contender on every size, from the smallest, and this machine's limits."""
-    rows = []
+    found: list[Result] = []
     with Worker(partial(Limits, threads)) as limit:
         limits = measure_limits(limit)
         reference = runs.in_precision("torch", None)
         for results in runs.race(contenders, reference, model, arch.value_range, picture, sizes, seconds, threads):
             # Again after the turns: the better of all is nearest to the machine's limit.
             limits = {name: max(value, limits[name]) for name, value in measure_limits(limit).items()}
-            rows += [row(result, arch) for result in results]
-    return [with_share(each, limits) for each in rows], limits
+            found += results
+    return [row(result, arch, limits) for result in found], limits
 
 
 def measure_limits(worker: Worker) -> dict[str, float]:
@@ -163,25 +137,15 @@ def measure_limits(worker: Worker) -> dict[str, float]:
     return limits
 
 
-def row(result: Result, arch: Architecture) -> Row:
-    """The table's row of a result."""
+def row(result: Result, arch: Architecture, limits: dict[str, float]) -> Row:
+    """The table's row of a result, given the limits of what it may have run on."""
     size, found = result.size, result.timing
     if found is None:
-        return Row(size, result.name, None, result.reason, result.failed)
+        return Row(result)
     rate = operations(arch, size, size.regions) / found.p50.value
-    facts = {name: getattr(found, name) for name in ("precision", "on", "p50", "p90", "p99", "runs", "turns")}
-    measured = Measured(**facts, rate=rate, share=None, peak=found.peak, gpu_memory=found.gpu_memory, psnr=found.psnr)
-    return Row(size, result.name, measured)
-
-
-def with_share(row: Row, limits: dict[str, float]) -> Row:
-    """The row with its share of the limit of what it ran on."""
-    found = row.measured
-    if found is None:
-        return row
     place = "" if found.on.endswith("CPU") else GPU
-    limit = limits.get(place + LIKE.get(Precision(found.precision), found.precision))
-    return replace(row, measured=replace(found, share=found.rate / limit)) if limit else row
+    limit = limits.get(f"{place}{LIKE.get(found.precision, found.precision)}")
+    return Row(result, rate, rate / limit if limit else None)
 
 
 def show(subject: str, stamp: dict[str, str], limits: dict[str, float], rows: list[Row]) -> None:
@@ -194,8 +158,8 @@ def show(subject: str, stamp: dict[str, str], limits: dict[str, float], rows: li
     out.print(Text(f"{'limits':<10}{products} (matrix product), {copies} (read and written)\n"))
     out.print(table(subject, rows))
     for each in rows:
-        if each.reason:
-            out.print(Text(f"{each.size} {each.name}: {each.reason}"))
+        if (result := each.result).reason:
+            out.print(Text(f"{result.size} {result.name}: {result.reason}"))
 
 
 def table(subject: str, rows: list[Row]) -> Table:
@@ -206,29 +170,30 @@ def table(subject: str, rows: list[Row]) -> Table:
     rates = "pictures/s", "Mpx/s", "GFLOP/s", "of limit"
     for heading in ("p50, ms", "p90", "p99", *rates, "MiB", "GPU", "PSNR, dB", "x auto"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    base = {row.size: row.measured.p50.value for row in rows if row.name == AUTO and row.measured}
+    results = [row.result for row in rows]
+    base = {each.size: each.timing.p50.value for each in results if each.name == AUTO and each.timing}
     for each, following in zip(rows, [*rows[1:], None], strict=True):
-        last = following is None or following.size != each.size
-        shown.add_row(*map(Text, cells(each, base.get(each.size))), end_section=last)
+        last = following is None or following.result.size != each.result.size
+        shown.add_row(*map(Text, cells(each, base.get(each.result.size))), end_section=last)
     return shown
 
 
 def cells(row: Row, auto: float | None) -> list[str]:
     """A row's texts."""
-    found = row.measured
-    if found is None:
-        return [str(row.size), row.name, "failed" if row.failed else "left out"]
+    size, name, found = row.result.size, row.result.name, row.result.timing
+    if found is None or row.rate is None:
+        return [str(size), name, "failed" if row.result.failed else "left out"]
     return [
-        str(row.size),
-        row.name,
+        str(size),
+        name,
         f"{found.on.removesuffix(' on CPU')}, {found.precision}",
         f"{found.p50.value * 1e3:.1f} ({found.p50.low * 1e3:.1f}-{found.p50.high * 1e3:.1f})",
         f"{found.p90.value * 1e3:.1f}",
         f"{found.p99.value * 1e3:.1f}",
         f"{1 / found.p50.value:.2f}",
-        f"{row.size.pixels / found.p50.value / 1e6:.3f}",
-        f"{found.rate / 1e9:.0f}",
-        f"{found.share:.0%}" if found.share is not None else "",
+        f"{size.pixels / found.p50.value / 1e6:.3f}",
+        f"{row.rate / 1e9:.0f}",
+        f"{row.share:.0%}" if row.share is not None else "",
         f"{found.peak >> 20}",
         f"{found.gpu_memory >> 20}" if found.gpu_memory is not None else "",
         "equal" if found.psnr is None else f"{found.psnr:.1f}",
@@ -238,8 +203,20 @@ def cells(row: Row, auto: float | None) -> list[str]:
 
 def report(subject: str, stamp: dict[str, str], limits: dict[str, float], rows: list[Row]) -> dict[str, Any]:
     """Everything, for --json."""
-    listed = [{**asdict(row), "size": str(row.size)} for row in rows]
-    return {"subject": subject, "environment": stamp, "limits": limits, "rows": listed}
+    return {"subject": subject, "environment": stamp, "limits": limits, "rows": list(map(listed, rows))}
+
+
+def listed(row: Row) -> dict[str, Any]:
+    """A row for --json."""
+    result = row.result
+    measured = {**asdict(result.timing), "rate": row.rate, "share": row.share} if result.timing else None
+    return {
+        "size": str(result.size),
+        "name": result.name,
+        "measured": measured,
+        "reason": result.reason,
+        "failed": result.failed,
+    }
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -258,7 +235,8 @@ def comparison(subject: str, rows: list[Row], old: dict[str, Any]) -> Table:
     """
     titles = "p50 then, ms", "p50 now, ms", "now / then", "", "x auto then", "x auto now", ""
     shown = Table("size", "backend", *titles, title=Text(f"then: {old['subject']}"))
-    now = {(str(row.size), row.name): row.measured.p50 for row in rows if row.measured}
+    results = [row.result for row in rows]
+    now = {(str(each.size), each.name): each.timing.p50 for each in results if each.timing}
     then = {key: Interval(**row["measured"]["p50"]) for key, row in old["rows"].items() if row["measured"]}
     for key in filter(then.__contains__, now):
         autos = now.get((key[0], AUTO)), then.get((key[0], AUTO))
@@ -289,8 +267,9 @@ def draw(rows: list[Row], subject: str, path: Path) -> None:
 
     figure = Figure(figsize=(9, 6))
     axes = figure.subplots()
-    for name in dict.fromkeys(row.name for row in rows):
-        points = [(row.size.pixels, row.measured.p50.value) for row in rows if row.name == name and row.measured]
+    results = [row.result for row in rows]
+    for name in dict.fromkeys(each.name for each in results):
+        points = [(each.size.pixels, each.timing.p50.value) for each in results if each.name == name and each.timing]
         if points:
             axes.loglog(*zip(*points, strict=True), marker="o", label=name)
     axes.set(xlabel="input pixels", ylabel="seconds, median", title=subject)

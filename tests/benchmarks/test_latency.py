@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmarks.measure
 from benchmarks import latency
 from benchmarks.contenders import centred_by_matrix
-from benchmarks.latency import Measured, Row, comparison, read_report, with_share
+from benchmarks.latency import Row, comparison, read_report
 from benchmarks.measure import Limits, operations, picture, run_command
 from sanrt.arrays import psnr
 from sanrt.errors import UsageError
 from sanrt.model.spec import Architecture, Precision
 from sanrt.runtime.runs import latency as runs
-from sanrt.runtime.runs.latency import Contender, Session, open_backend
+from sanrt.runtime.runs.latency import Case, Contender, Result, Session, Timing, open_backend
 from sanrt.runtime.runs.timing import Interval, Size
 from sanrt.runtime.tiling.upscaling import network_input
 from tests.benchmarks.broken import dying, failing
@@ -154,9 +153,13 @@ def test_a_baseline_computes_the_network(tiny_model, name):
     assert psnr(session.warm_up(x, 0), reference) > (40 if session.facts()[0] == "bf16" else 80)
 
 
-def row(seconds, spread=0.0, on="torch on CPU", name="torch"):
+def result(seconds, spread=0.0, on="torch on CPU", name="torch", precision=Precision.FP32):
     p50 = Interval(seconds, seconds - spread, seconds + spread)
-    return Row(SMALL, name, Measured("fp32", on, p50, p50, p50, 3, 3, 1e9, None, 2**20, None, None))
+    return Result(Case(SMALL.width, SMALL.height), name, Timing(precision, on, p50, p50, p50, 3, 3, 2**20, None, None))
+
+
+def row(*arguments, **options):
+    return Row(result(*arguments, **options), 1e9)
 
 
 def test_comparison_tells_ratios_and_whether_intervals_are_apart(tmp_path):
@@ -186,12 +189,15 @@ def test_limits_are_those_of_this_machine(monkeypatch):
 
 
 def test_a_share_is_of_the_limit_of_what_it_ran_on():
-    assert with_share(row(1.0), {"fp32": 4e9}).measured.share == 0.25
-    assert with_share(row(1.0, on="torch-cuda on H100"), {"fp32": 4e9}).measured.share is None
-    assert with_share(row(1.0, on="torch-cuda on H100"), {"fp32": 4e9, "gpu fp32": 1e10}).measured.share == 0.1
-    found = row(1.0)
-    int16 = replace(found, measured=replace(found.measured, precision="int16"))
-    assert with_share(int16, {"fp32": 4e9, "bf16": 5e9}).measured.share == 0.2
+    on_gpu, rate = "torch-cuda on H100", operations(ARCH, SMALL)
+
+    def share(limits, **options):
+        return latency.row(result(1.0, **options), ARCH, limits).share
+
+    assert share({"fp32": 4 * rate}) == 0.25
+    assert share({"fp32": 4 * rate}, on=on_gpu) is None
+    assert share({"fp32": 4 * rate, "gpu fp32": 10 * rate}, on=on_gpu) == pytest.approx(0.1)
+    assert share({"fp32": 4 * rate, "bf16": 5 * rate}, precision=Precision.INT16) == pytest.approx(0.2)
 
 
 def test_a_gpu_s_limits_are_measured_where_there_is_one():
