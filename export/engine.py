@@ -43,6 +43,7 @@ from sanrt.runtime.artifacts.variants import model_digest
 from sanrt.runtime.backends.tensorrt.device import Device, open_device
 from sanrt.runtime.backends.tensorrt.library import TensorRTLog, import_flavor
 from sanrt.version import __version__
+from sanrt.wording import option
 
 FUSED_WIDTH = 16
 """Fewest inner attention channels for which TensorRT has one kernel for the whole attention."""
@@ -169,7 +170,10 @@ def typed_graphs(model: Path, options: BuildOptions) -> tuple[ModelSpec, dict[st
 def register_kernels(trt: Any, flavor: Flavor) -> None:
     """Make sanrt's plugins known to TensorRT; raises UsageError for TensorRT-RTX, which has no plugins in Python."""
     if flavor != Flavor.TENSORRT:
-        raise UsageError("--kernels fused: TensorRT-RTX takes no plugins; use --flavor tensorrt, or --kernels none")
+        raise UsageError(
+            f"{option('kernels', 'fused')}: TensorRT-RTX takes no plugins; use {option('flavor', 'tensorrt')}, or "
+            f"{option('kernels', 'none')}"
+        )
     from sanrt.kernels.cuda.plugins import register
 
     register(trt)
@@ -179,14 +183,16 @@ def target(trt: Any, options: BuildOptions, device: int) -> str:
     """The GPU part of an engine's identity; raises UsageError for targets that the flavour does not build for."""
     if options.flavor == Flavor.TENSORRT:
         if options.gpus:
-            raise UsageError("--gpu: TensorRT builds for the GPU it runs on; only --flavor rtx takes targets")
+            raise UsageError(
+                f"{option('gpu')}: TensorRT builds for the GPU it runs on; only {option('flavor', 'rtx')} takes targets"
+            )
         with open_device(device) as gpu:
             return f"{gpu.name} {gpu.capability}"
     if options.timing_cache:
-        raise UsageError("--timing-cache: TensorRT-RTX has no timing cache; leave it out")
+        raise UsageError(f"{option('timing-cache')}: TensorRT-RTX has no timing cache; leave it out")
     known = sorted((n.lower() for n in dir(trt.ComputeCapability) if RTX_TARGETS.fullmatch(n)), key=lambda n: int(n[2:]))
     if unknown := [gpu for gpu in options.gpus if gpu not in known]:
-        raise UsageError(f"--gpu {unknown[0]!r}: TensorRT-RTX builds for {', '.join(known)} (comma-separated)")
+        raise UsageError(f"{option('gpu')} {unknown[0]!r}: TensorRT-RTX builds for {', '.join(known)} (comma-separated)")
     return ",".join(options.gpus or RTX_GPUS)
 
 
@@ -316,7 +322,7 @@ def timings_file(options: BuildOptions, identity: Identity) -> str | None:
         return None
     name = re.sub(r"[^\w.]+", "-", f"{identity.gpu}-{identity.version}.cache")
     path = options.timing_cache or cache_folder() / "timings" / name
-    require_writable(path, "choose another place with --timing-cache")
+    require_writable(path, f"choose another place with {option('timing-cache')}")
     return str(path)
 
 

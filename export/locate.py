@@ -24,6 +24,7 @@ from sanrt.model.soca import covariance
 from sanrt.model.spec import Precision, Quantisation, QuantisedType
 from sanrt.runtime.artifacts.models import read_spec
 from sanrt.runtime.tiling.upscaling import network_input
+from sanrt.wording import option
 
 JUMP = 10.0
 """A stage is to blame when its error is this many times that of every stage before it."""
@@ -66,7 +67,9 @@ def locate(artifact: Path, picture: Picture, checkpoint: Path | None = None) -> 
         )
     spec = read_spec(artifact)
     if spec != spec.open:
-        raise UsageError(f"{artifact}: --locate needs float32 pictures of any size; export without --io and --shape")
+        raise UsageError(
+            f"{artifact}: --locate needs float32 pictures of any size; export without {option('io')} and {option('shape')}"
+        )
     net = reference_network(source_checkpoint(spec, artifact, checkpoint), spec)
     if spec.quantisation:
         round_alike(net, spec.quantisation)

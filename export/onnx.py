@@ -29,9 +29,9 @@ from sanrt.runtime.backends.onnxruntime import CPU_FORM, open_session
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.tiling.upscaling import network_input
 from sanrt.version import __version__
+from sanrt.wording import option
 
 REPORT = "nothing was written; check the checkpoint's values, or report it"
-REMEDY = "choose another folder with --models"
 CHECKED_SIZES = ((1, 4, 4), (2, 5, 7), (1, 17, 23), (2, 32, 24))
 """Batch, height and width of the pictures on which an export is checked; a black one and the whole scene come on top."""
 
@@ -77,9 +77,10 @@ def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None
     """
     options = options or ExportOptions()
     replaced = describe_replaced(out, checkpoint, options)
-    require_writable(out, REMEDY)
+    remedy = f"choose another folder with {option('models')}"
+    require_writable(out, remedy)
     if options.shape and min(options.shape[1:]) < MIN_SIDE:
-        raise UsageError(f"--shape {options.shape}: expected a height and width of {MIN_SIDE} or more")
+        raise UsageError(f"{option('shape', options.shape)}: expected a height and width of {MIN_SIDE} or more")
     arch = checkpoint.architecture
     pixels = torch.from_numpy(network_input(options.picture, arch.value_range))
     try:
@@ -99,7 +100,7 @@ def export_onnx(checkpoint: Checkpoint, out: Path, options: ExportOptions | None
     if replaced:
         forget(out)
     # The same nodes as those just checked: only the metadata gained the measurements.
-    write_whole(out, san_model(spec, weights).SerializeToString(), REMEDY)
+    write_whole(out, san_model(spec, weights).SerializeToString(), remedy)
     derived_model(out, CPU_FORM)
     return ExportReport(out, spec, root, parity, replaced)
 
@@ -124,7 +125,8 @@ def describe_replaced(out: Path, checkpoint: Checkpoint, options: ExportOptions)
     if same or options.overwrite:
         return found
     raise ModelError(
-        f"{out}: is there already and would be lost: {found}; choose another place with -o PATH, or add --overwrite"
+        f"{out}: is there already and would be lost: {found}; choose another place with {option('output')}, or add "
+        f"{option('overwrite', True)}"
     )
 
 

@@ -14,6 +14,7 @@ import onnx
 from sanrt.errors import BuildError
 from sanrt.model.spec import Precision
 from sanrt.runtime.artifacts.engines import Proof
+from sanrt.wording import option
 
 DATATYPES = {
     "Half": "fp16",
@@ -208,7 +209,9 @@ def check_proof(proof: Proof, precision: Precision, allow_precision: bool, allow
         (proof.unlisted, f"convolutions and products that its list of {proof.layers} layers ({proof.source}) does not name"),
     ):
         if layers and not allow_precision:
-            raise BuildError(f"the engine has {len(layers)} {what}: {shorten(layers)}; accept them with --allow-precision")
+            raise BuildError(
+                f"the engine has {len(layers)} {what}: {shorten(layers)}; accept them with {option('allow-precision', True)}"
+            )
         remarks += [f"{len(layers)} {what} (allowed)"] if layers else []
     if proof.unfused_attention:
         unfused = f"{len(proof.unfused_attention)} of {proof.attention} attention regions are not one fused kernel"
@@ -216,8 +219,9 @@ def check_proof(proof: Proof, precision: Precision, allow_precision: bool, allow
             remarks.append(f"{unfused}: TensorRT has none for fp32")
         elif not allow_unfused_attention:
             raise BuildError(
-                f"{unfused}: {shorten(proof.unfused_attention)}; TensorRT fuses only large ones: give a larger --max, "
-                f"or accept the memory they need with --allow-unfused-attention"
+                f"{unfused}: {shorten(proof.unfused_attention)}; TensorRT fuses only large ones: give a larger "
+                f"{option('max')}, "
+                f"or accept the memory they need with {option('allow-unfused-attention', True)}"
             )
         else:
             remarks.append(f"{unfused} (allowed)")

@@ -14,6 +14,7 @@ from sanrt.model.checkpoint import Checkpoint
 from sanrt.model.san import SAN
 from sanrt.model.soca import SOCA, covariance, exact_sqrt, newton_schulz_sqrt
 from sanrt.model.spec import MAX_SQRT_ITERATIONS
+from sanrt.wording import option
 
 GATE_TOLERANCE = 1e-3
 """Largest error of a gate, which lies in (0, 1), with the number of steps that an exact-root checkpoint is given."""
@@ -126,6 +127,6 @@ def iterations_for(checkpoint: Checkpoint, pixels: Tensor) -> int:
         best = min(worst, key=lambda n: worst[n])
         raise UsageError(
             f"{checkpoint.path}: trained with the exact root; {best} Newton-Schulz steps come nearest, with gates"
-            f" {worst[best]:.2g} off, expected {GATE_TOLERANCE:g}; accept that with --sqrt-iterations {best}"
+            f" {worst[best]:.2g} off, expected {GATE_TOLERANCE:g}; accept that with {option('sqrt-iterations', best)}"
         )
     return enough

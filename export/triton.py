@@ -13,7 +13,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as schema
 
 from sanrt.errors import FileError, ModelError, UsageError, system_reason
-from sanrt.files import file_digest, write_whole
+from sanrt.files import file_digest, require_folder_of, write_whole
 from sanrt.model.exported import read_exported, read_interface
 from sanrt.model.spec import ModelSpec
 from sanrt.runtime.artifacts.engines import SUFFIX, EngineInfo, read_engine, read_engine_bytes
@@ -88,6 +88,7 @@ def write_repository(repository: Path, model: Path, options: TritonOptions = Tri
     name = options.name or model.name.removesuffix(model.suffix)
     if not name.strip() or set(name) & set('/\\:*?"<>|') or name.startswith("."):
         raise UsageError(f"--name {name!r}: expected a name for a folder")
+    require_folder_of(repository)
     config = configuration(name, served, options)
     folder = repository / name
     existing = versions(folder)

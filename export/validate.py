@@ -35,6 +35,7 @@ from sanrt.runtime.backends.registry import load_unguarded
 from sanrt.runtime.pictures.codec import Output, write_picture
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.tiling.upscaling import infer_padded, network_input, network_output
+from sanrt.wording import option
 
 Infer = Callable[[Array], Array]
 """float32 (1, 3, H, W) -> (1, 3, sH, sW)."""
@@ -129,7 +130,7 @@ class Validation:
             raise ParityError(
                 f"{self.artifact}: its {self.wrong} is not what {self.checkpoint} has; make it again with `sanrt export`"
             )
-        remedy = "`--locate` names the stage where it begins"
+        remedy = "`sanrt validate --locate` names the stage where it begins"
         if self.own_graph:
             subject = f"{self.artifact} ({self.own_graph.type}), its own graph"
             require(self.own_graph.difference, self.own_graph.tolerance, subject, remedy)
@@ -190,7 +191,10 @@ def validate(artifact: Path, pictures: Callable[[int], Iterable[Sample]], option
         limits = partial(tolerance_for, net, spec, middle(first), options)
         exported = exported_model(artifact)
         if options.polygraphy and exported and exported.spec != exported.spec.open:
-            raise UsageError(f"{artifact}: --polygraphy needs float32 pictures of any size; export without --io and --shape")
+            raise UsageError(
+                f"{artifact}: {option('polygraphy')} needs float32 pictures of any size; export without {option('io')} "
+                f"and {option('shape')}"
+            )
         own = None
         if exported and artifact.suffix == ".onnx":
             kind = exported.spec.coarsest if exported.spec.quantisation else exported.precision
@@ -229,7 +233,7 @@ def write_replay(
     folder: Path,
 ) -> None:
     """Write pictures and what PyTorch makes of them as Polygraphy has it, with the commands that replay them."""
-    with extra("rtx", "--polygraphy"):
+    with extra("rtx", option("polygraphy")):
         from sanrt.export.polygraphy import Replay
 
     value_range = spec.architecture.value_range
@@ -294,7 +298,7 @@ def source_checkpoint(spec: ModelSpec, artifact: Path, named: Path | None) -> Ch
         which = "is" if named else "(bundled) is"
         raise UsageError(
             f"{artifact}: made of weights with the digest {spec.weights_digest[:12]}, {checkpoint.path} {which}"
-            f" {checkpoint.digest[:12]}; name the file that it was exported from with --checkpoint"
+            f" {checkpoint.digest[:12]}; name the file that it was exported from with {option('checkpoint')}"
         )
     return checkpoint
 

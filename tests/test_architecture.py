@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    ("sanrt.version", "sanrt.arrays", "sanrt.errors", "sanrt.extras", "sanrt.files", "sanrt.geometry"),
+    ("sanrt.version", "sanrt.arrays", "sanrt.errors", "sanrt.extras", "sanrt.files", "sanrt.geometry", "sanrt.wording"),
     ("sanrt.model", "sanrt.runtime.host"),
     ("sanrt.kernels",),
     ("sanrt.runtime.pictures",),

@@ -104,3 +104,9 @@ def test_a_defect_of_a_clone_is_reported_where_that_was_cloned_from_without_pass
         subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", remote], check=True)
     installed_from(monkeypatch, {"url": tmp_path.as_uri(), "dir_info": {"editable": True}})
     assert tracker() == told
+
+
+def test_what_serve_lacks_is_named_as_pip_knows_it():
+    told = r"sanrt serve needs python-multipart, .*\[serve\]"
+    with pytest.raises(MissingPackageError, match=told), extra("serve", "sanrt serve"):
+        raise ModuleNotFoundError("No module named 'python_multipart'", name="python_multipart")

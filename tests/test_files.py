@@ -8,13 +8,24 @@ import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Timer
 
 import pytest
 
 from sanrt import files
 from sanrt.errors import FileError
-from sanrt.files import cached_file, keep, kept, remove_leftovers, replacing, require_writable, source_digest, write_whole
+from sanrt.files import (
+    cached_file,
+    keep,
+    kept,
+    remove_leftovers,
+    replacing,
+    require_writable,
+    source_digest,
+    temporary_folder,
+    write_whole,
+)
 
 
 def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path, small_disk):
@@ -221,3 +232,42 @@ def test_an_error_of_the_system_in_a_librarys_words_is_told_in_these(tmp_path):
         files.replacing(tmp_path / "a"),
     ):
         raise OSError("its own words")
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from sanrt.files import temporary_folder
+with temporary_folder(Path(sys.argv[1]), "sanrt-serve") as folder:
+    (folder / "picture").write_bytes(b"x")
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_process_s_temporary_folder_is_removed_by_the_next_and_a_living_one_s_never(tmp_path):
+    (tmp_path / "sanrt-serve-photos").mkdir()
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as living:
+        try:
+            spared = Path(living.stdout.readline().strip())
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
+                left = Path(killed.stdout.readline().strip())
+                killed.kill()
+            assert (left / "picture").exists()
+            with temporary_folder(tmp_path, "sanrt-serve") as own:
+                assert not left.exists()
+                assert (spared / "picture").exists()
+                assert own.stat().st_mode & 0o777 == 0o700 or sys.platform == "win32"
+            assert not own.exists()
+        finally:
+            living.kill()
+    with temporary_folder(tmp_path, "sanrt-serve"):
+        assert not spared.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["sanrt-serve-photos"]
+
+
+def test_a_folder_whose_lock_another_process_cleared_away_is_removed_too(tmp_path):
+    (tmp_path / "sanrt-serve-0123456789abcdef").mkdir()
+    with temporary_folder(tmp_path, "sanrt-serve") as own:
+        assert [path for path in tmp_path.iterdir() if path.is_dir()] == [own]

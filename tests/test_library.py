@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 import sanrt
 from sanrt import Failed, Skipped, Upscaler, Written
 from sanrt.cli import app
-from sanrt.errors import MissingPackageError, ModelError, PictureError, UsageError
+from sanrt.errors import FileError, MissingPackageError, ModelError, PictureError, UsageError
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 
@@ -205,4 +206,35 @@ def test_an_engine_is_built_with_the_options_of_the_command(tiny_model, tmp_path
 
 def test_an_upscaler_says_what_it_is(models):
     with Upscaler.load(models / "san_x3.onnx", backend="onnxruntime") as upscaler:
-        assert repr(upscaler) == "<Upscaler SAN x3 (G=1 m=1 C=16 r=4), fp32, onnxruntime on CPU>"
+        assert repr(upscaler).endswith(": SAN x3 (G=1 m=1 C=16 r=4), fp32, onnxruntime on CPU>")
+
+
+@pytest.mark.parametrize("scale", [2.0, True, 5, "2"])
+def test_a_scale_that_san_does_not_have_is_told_by_every_function(scale, tmp_path):
+    told = f"scale {scale}: expected 2, 3, 4, 8"
+    for call in (
+        lambda: sanrt.export_model(scale=scale, models=tmp_path),
+        lambda: sanrt.build_engine(scale=scale, models=tmp_path, flavor="rtx"),
+        lambda: sanrt.upscale_files(tmp_path, scale=scale),
+    ):
+        with pytest.raises(UsageError, match=re.escape(told)):
+            call()
+
+
+def test_no_function_makes_a_folder_for_a_place_that_was_probably_mistyped(models, tmp_path):
+    model, picture, nowhere = models / "san_x2.onnx", tmp_path / "a.png", tmp_path / "nowhere"
+    pyvips.Image.black(9, 8, bands=3).write_to_file(str(picture))
+    for call in (
+        lambda: sanrt.export_model(scale=2, output=nowhere / "a.onnx"),
+        lambda: sanrt.export_model(scale=2, models=nowhere / "models"),
+        lambda: sanrt.build_engine(model, nowhere / "a.engine", flavor="rtx"),
+        lambda: sanrt.validate_model(model, heatmaps=nowhere / "heat"),
+        lambda: sanrt.validate_model(model, polygraphy=nowhere / "replay"),
+        lambda: sanrt.upscale_files(picture, nowhere / "b.png"),
+        lambda: sanrt.upscale_files(picture, f"{nowhere}/results/"),
+    ):
+        with pytest.raises(FileError, match=f"there is no folder {re.escape(str(nowhere))}; make it, or name"):
+            call()
+    assert not nowhere.exists()
+    (outcome,) = sanrt.upscale_files(picture, f"{nowhere}/", scale=2, models=models, backend="onnxruntime", threads=1)
+    assert outcome.job.destination == nowhere / "a.png"

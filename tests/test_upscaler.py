@@ -12,7 +12,7 @@ import pytest
 
 import sanrt
 from sanrt import Upscaler
-from sanrt.errors import UsageError
+from sanrt.errors import BackendError, UsageError
 from sanrt.model.spec import Precision
 from sanrt.runtime.backends.registry import BACKENDS, status
 from sanrt.runtime.tiling.options import Tiling
@@ -201,7 +201,7 @@ def test_options_that_make_no_sense_are_usage_errors(tiny_model, options, told):
 
 
 def test_a_scale_that_san_does_not_have_is_told_without_advice_to_export_it():
-    with pytest.raises(UsageError, match="scale 5: expected 2, 3, 4, 8, or a model's path"):
+    with pytest.raises(UsageError, match=r"^scale 5: expected 2, 3, 4, 8$"):
         Upscaler.load(5)
 
 
@@ -209,7 +209,8 @@ def test_options_are_what_the_command_line_takes(tiny_model, tmp_path):
     options = {"precision": "fp32", "regions": "auto", "memory": 2**30, "scratch": str(tmp_path), "backend": "onnxruntime"}
     with Upscaler.load(tiny_model(2), threads=1, **options) as upscaler:
         assert (upscaler.options.memory, upscaler.options.scratch, upscaler.options.regions) == (2**30, tmp_path, None)
-        assert repr(upscaler) == f"<Upscaler {upscaler.spec.architecture.name}, fp32, onnxruntime on CPU>"
+        name = upscaler.spec.architecture.name
+        assert repr(upscaler) == f"<Upscaler {tiny_model(2)}: {name}, fp32, onnxruntime on CPU>"
 
 
 def test_the_types_of_choices_name_all_choices():
@@ -223,8 +224,10 @@ def test_a_scale_finds_what_export_wrote_else_the_bundled_weights(tiny_model, tm
     with Upscaler.load(3, models=folder, threads=1) as upscaler:
         assert upscaler.scale == 3
         assert upscaler.spec.weights_origin == "seeded random weights"
+        assert repr(upscaler).startswith(f"<Upscaler {folder}/san_x3.onnx: ")
     with Upscaler.load(3, models=tmp_path, threads=1) as upscaler:
         assert upscaler.spec.architecture.channels == 32
+        assert repr(upscaler).startswith("<Upscaler bundled weights san_x3: ")
 
 
 @pytest.mark.parametrize(
@@ -242,11 +245,29 @@ def test_a_scale_finds_what_export_wrote_else_the_bundled_weights(tiny_model, tm
         ({"overlap": -1}, "overlap -1"),
         ({"model": 5}, "scale 5: expected 2, 3, 4, 8"),
         ({"model": True}, "scale True"),
+        ({"model": 2.0}, "scale 2.0: expected 2, 3, 4, 8"),
+        ({"model": None}, "scale None"),
     ],
 )
 def test_numbers_that_make_no_sense_are_told_with_what_does(wrong, told):
     with pytest.raises(UsageError, match=re.escape(told)):
         Upscaler.load(**{"model": 2, "backend": "torch", **wrong})
+
+
+def test_whole_numbers_of_numpy_are_scales(tiny_model):
+    with Upscaler.load(np.int64(3), models=tiny_model(3).parent, threads=1) as upscaler:
+        assert upscaler.scale == 3
+
+
+@pytest.mark.parametrize("backend", ["native", "onnxruntime", "openvino", "torch"])
+def test_a_closed_upscaler_says_so(tiny_model, backend, photo):
+    if not status(backend).usable:
+        pytest.skip(f"{backend}: {status(backend).reason}")
+    upscaler = Upscaler.load(tiny_model(2), backend=backend, threads=1)
+    upscaler.close()
+    upscaler.close()
+    with pytest.raises(BackendError, match=f"^backend {backend}: the model was closed; load it again$"):
+        upscaler(in_type(photo, np.uint8))
 
 
 def test_tiling_reaches_the_network_and_unknown_ones_are_refused(tiny_model, photo):

@@ -32,6 +32,7 @@ from sanrt.kernels.cpu.winograd import (
 from sanrt.kernels.cpu.workers import Workers
 from sanrt.model.contract import TAIL_HALO, Moments, RowFile
 from sanrt.model.spec import ModelSpec
+from sanrt.wording import option
 
 MOMENTS_ROWS = 32
 """Rows of a tile whose moments are taken by one thread, then merged: float32 sums over many more would lose digits."""
@@ -93,7 +94,9 @@ class Network:
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Array], threads: int, arithmetic: Arithmetic) -> None:
         if arithmetic is Arithmetic.INT16 and not this_processor().pmadd:
-            raise BackendError("native has no int16 on this processor (on x86-64 it needs AVX-512BW); use --precision fp32")
+            raise BackendError(
+                f"native has no int16 on this processor (on x86-64 it needs AVX-512BW); use {option('precision', 'fp32')}"
+            )
         self.spec, self.arch, self.weights, self.arithmetic = spec, spec.architecture, weights, arithmetic
         # NumPy is called on every thread with its share of the rows; BLAS threads besides would only compete for the cores.
         self.single_threaded_blas = partial(ThreadpoolController().limit, limits=1, user_api="blas")

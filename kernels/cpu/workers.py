@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from sanrt.errors import BackendError
 from sanrt.kernels.cpu.ir import aligned
+from sanrt.wording import option
 
 Outcomes = list[BaseException | None]
 """What became of a thread's share: its error, or None."""
@@ -52,7 +53,7 @@ class Workers:
                 self.orders.append(orders)
         except RuntimeError as error:
             self.close()
-            raise BackendError(f"{others + 1} threads cannot be started ({error}); use fewer --threads") from error
+            raise BackendError(f"{others + 1} threads cannot be started ({error}); use fewer {option('threads')}") from error
 
     @property
     def count(self) -> int:

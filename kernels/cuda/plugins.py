@@ -17,6 +17,7 @@ import numpy as np
 from sanrt.errors import BackendError
 from sanrt.kernels.cuda.nvrtc import ARCHITECTURES, CudaSource
 from sanrt.kernels.cuda.soca import CHANNELS, GATE_THREADS, max_merged_rows, partial_size
+from sanrt.wording import option
 
 NAMESPACE = "sanrt"
 
@@ -29,13 +30,14 @@ def register(trt: Any) -> None:
     """
     if not hasattr(trt, "QuickPluginCreationRequest") or not hasattr(trt, "IPluginV3QuickAOTBuild"):
         raise BackendError(
-            f"--kernels fused: {trt.__name__} {getattr(trt, '__version__', '')} has no ahead-of-time plugins; "
-            "expected TensorRT 10.13 or later, not TensorRT-RTX; build with --kernels none"
+            f"{option('kernels', 'fused')}: {trt.__name__} {getattr(trt, '__version__', '')} has no ahead-of-time plugins; "
+            f"expected TensorRT 10.13 or later, not TensorRT-RTX; build with {option('kernels', 'none')}"
         )
     if trt_lacks_numpy(trt.__version__, np.__version__):
         raise BackendError(
-            f"--kernels fused: TensorRT {trt.__version__} cannot give plugins their numbers with NumPy {np.__version__}; "
-            "pip install 'numpy<2.4', or TensorRT 11.2 or later, or build with --kernels none"
+            f"{option('kernels', 'fused')}: TensorRT {trt.__version__} cannot give plugins their numbers with NumPy "
+            f"{np.__version__}; "
+            f"pip install 'numpy<2.4', or TensorRT 11.2 or later, or build with {option('kernels', 'none')}"
         )
     import tensorrt.plugin as trtp
 
@@ -55,8 +57,9 @@ def soca_source(trt: Any, dtype: Any, channels: int) -> CudaSource:
     scalars = {trt.DataType.HALF: "Half", trt.DataType.BF16: "BFloat", trt.DataType.FLOAT: "float"}
     if dtype not in scalars or channels not in CHANNELS:
         raise BackendError(
-            f"--kernels fused: SOCA over {channels} channels of {dtype}; expected {', '.join(map(str, CHANNELS))} channels "
-            "of fp16, bf16 or fp32; build with --kernels none"
+            f"{option('kernels', 'fused')}: SOCA over {channels} channels of {dtype}; expected "
+            f"{', '.join(map(str, CHANNELS))} channels "
+            f"of fp16, bf16 or fp32; build with {option('kernels', 'none')}"
         )
     return CudaSource("soca", (f"SCALAR={scalars[dtype]}", f"CHANNELS={channels}"))
 

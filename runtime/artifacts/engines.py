@@ -18,6 +18,7 @@ from sanrt.model.spec import PREFIX, ModelSpec, Precision
 from sanrt.runtime.artifacts.flavors import TITLES, Flavor, installed_version
 from sanrt.runtime.artifacts.sizes import TILES, Profile, Size, activation_estimate
 from sanrt.runtime.artifacts.variants import model_digest
+from sanrt.wording import option
 
 SUFFIX = ".engine"
 STAGES_SUFFIX = ".stages"
@@ -59,9 +60,15 @@ class BuildOptions:
         if not self.stages:
             return
         if len(self.profiles) != 1 or self.profiles[0].max.batch != 1 or self.profiles[0].min != TILES.min:
-            raise UsageError("--stages: expected tiles as --opt 1xHxW and --max 1xHxW, each once; the smallest is one pixel")
+            raise UsageError(
+                f"{option('stages')}: expected tiles as {option('opt')} 1xHxW and {option('max')} 1xHxW, each once; the "
+                "smallest is one pixel"
+            )
         if self.kernels:
-            raise UsageError("--stages with --kernels fused: stages merge SOCA's statistics; leave one of the two out")
+            raise UsageError(
+                f"{option('stages')} with {option('kernels', 'fused')}: stages merge SOCA's statistics; leave one of the "
+                "two out"
+            )
 
     def arguments(self) -> list[str]:
         """The command line's spelling of these options."""

@@ -15,6 +15,7 @@ from sanrt.model.bundled import FOLDER as BUNDLED_FOLDER
 from sanrt.model.bundled import PHOTO_QUALITY, WeightsKind, bundled_checkpoint, bundled_name, has_bundled, read_weights
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
 from sanrt.model.spec import SCALES, ModelSpec, QuantisedType
+from sanrt.wording import option
 
 MODELS = Path("models")
 """The folder, in the working folder, that export, build and run share by default."""
@@ -78,13 +79,16 @@ def model_title(path: Path) -> str:
 def require_own_weights(model: Path | None, kind: WeightsKind | None) -> None:
     """Raise UsageError for a named model or checkpoint with a kind of bundled weights besides."""
     if model and kind:
-        raise UsageError(f"--weights {kind}: {model} is named, and has its own; leave one of the two out")
+        raise UsageError(f"{option('weights', kind)}: {model} is named, and has its own; leave one of the two out")
 
 
 def require_scale(path: Path, found: int, asked: int | None) -> None:
     """Raise UsageError when a model or checkpoint is of another scale than was asked for."""
     if asked not in (None, found):
-        raise UsageError(f"{path}: is for x{found}, but --scale {asked} was asked for; leave --scale out, or pass {found}")
+        raise UsageError(
+            f"{path}: is for x{found}, but {option('scale', asked)} was asked for; leave {option('scale')} out, or pass "
+            f"{found}"
+        )
 
 
 def read_spec(path: Path) -> ModelSpec:

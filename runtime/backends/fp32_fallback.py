@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NoReturn, Self, cast
 from weakref import WeakSet
 
@@ -49,7 +49,7 @@ class FP32Fallback:
         self.loaded.clear()
         if self.name not in SURVIVES_FORK:
             never_free(self.backend)
-            self.backend = cast(Backend, LostBackend(self.name))
+            self.backend = cast(Backend, UnusableBackend(partial(fork_error, self.name)))
 
     def fp32(self, regions: int) -> Backend:
         """The fp32 backend for k x k regions; raises BackendError where this one is in fp32 already."""
@@ -103,6 +103,7 @@ class FP32Fallback:
     def close(self) -> None:
         self.backend.close()
         self.close_fp32()
+        self.backend = cast(Backend, UnusableBackend(partial(closed_error, self.name)))
 
     def __enter__(self) -> Self:
         return self
@@ -111,17 +112,23 @@ class FP32Fallback:
         self.close()
 
 
-class LostBackend:
-    """In the place of a backend that a process has from before it was forked: every use raises BackendError."""
+class UnusableBackend:
+    """In the place of a backend that was closed, or that a process has from before it was forked: every use raises."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, error: Callable[[], BackendError]) -> None:
+        """`error` makes what is raised."""
+        self.error = error
 
     def __getattr__(self, _: str) -> NoReturn:
-        raise fork_error(self.name)
+        raise self.error()
 
     def close(self) -> None:
-        """Does nothing: what there was is not freed."""
+        """Does nothing: there is nothing to free, or nothing that may be."""
+
+
+def closed_error(name: str) -> BackendError:
+    """For the use of a backend after `close`."""
+    return BackendError(f"backend {name}: the model was closed; load it again")
 
 
 LOADED: WeakSet[FP32Fallback] = WeakSet()

@@ -35,6 +35,7 @@ from sanrt.runtime.backends.protocol import (
     require_precision,
 )
 from sanrt.version import __version__
+from sanrt.wording import option
 
 if TYPE_CHECKING:
     from sanrt.kernels.cpu.network import Network
@@ -114,7 +115,9 @@ class NativeBackend:
                 f"{model}: {name} has a weight more than {WIDEST} times as large as the others; 16 bits do not hold both"
             )
             if options.precision:
-                raise BackendError(f"{problem}; take --precision fp32, or make the model again if it is damaged")
+                raise BackendError(
+                    f"{problem}; take {option('precision', 'fp32')}, or make the model again if it is damaged"
+                )
             log.warning("%s; computed in fp32", problem)
             precision = Precision.FP32
         self.spec = replace(spec, precision=precision, regions=k, min_side=k * MIN_SIDE // 2)

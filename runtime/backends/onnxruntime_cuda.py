@@ -22,6 +22,7 @@ from sanrt.runtime.artifacts.variants import derived_model
 from sanrt.runtime.backends.gpu import cuda_of, gpu_status
 from sanrt.runtime.backends.onnxruntime import OnnxRuntimeStages, run_error, session_on
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version, require_precision
+from sanrt.wording import option
 
 NAME = "onnxruntime-cuda"
 PROVIDER = "CUDAExecutionProvider"
@@ -97,7 +98,9 @@ class OnnxRuntimeCudaBackend:
     def stages(self) -> Stages:
         """As every backend's; feature maps live on the host, so every stage copies its tile to the GPU and back."""
         if not self.streams:
-            raise BackendError(f"{NAME} streams in fp32 only, {self.options.precision} was asked for; use --precision fp32")
+            raise BackendError(
+                f"{NAME} streams in fp32 only, {self.options.precision} was asked for; use {option('precision', 'fp32')}"
+            )
         return OnnxRuntimeStages(self.model, self.options, self.form, open_cuda_session)
 
     def close(self) -> None:

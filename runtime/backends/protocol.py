@@ -14,6 +14,7 @@ from sanrt.geometry import Box
 from sanrt.model.contract import Needs, RowFile
 from sanrt.model.spec import MAX_REGIONS, ModelSpec, Precision
 from sanrt.runtime.artifacts.sizes import Limits
+from sanrt.wording import option
 
 
 class Stages(Protocol):
@@ -192,7 +193,8 @@ def require_precision(name: str, options: RunOptions, *known: Precision) -> None
     """Raise BackendError when a precision is asked for that a backend does not have."""
     if options.precision not in (None, *known):
         raise BackendError(
-            f"backend {name} runs in {' or '.join(known)}, {options.precision} was asked for; use --precision {known[0]}"
+            f"backend {name} runs in {' or '.join(known)}, {options.precision} was asked for; use "
+            f"{option('precision', known[0])}"
         )
 
 

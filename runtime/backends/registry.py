@@ -24,6 +24,7 @@ from sanrt.runtime.artifacts.models import model_title, read_spec
 from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import Backend, BackendStatus, RunOptions
 from sanrt.runtime.backends.speed_trial import fastest
+from sanrt.wording import option
 
 log = logging.getLogger(__name__)
 
@@ -146,15 +147,17 @@ def require_kind(backend: str, model: Path) -> None:
     if not model.exists():
         return
     if model.suffix == SUFFIX and backend != "tensorrt":
-        raise UsageError(f"{model}: an engine, which only tensorrt runs; leave --backend {backend} out, or name its ONNX")
+        raise UsageError(
+            f"{model}: an engine, which only tensorrt runs; leave {option('backend', backend)} out, or name its ONNX"
+        )
     if model.suffix == WEIGHTS_SUFFIX and backend == "tensorrt":
         raise UsageError(
             f"{model_title(model)}: tensorrt runs engines alone; `sanrt export` the weights, then `sanrt build`"
         )
     if model.suffix != SUFFIX and not is_described(model) and backend not in CHECKPOINT_BACKENDS:
-        command = f"sanrt export --checkpoint {shlex.quote(str(model))}"
+        command = f"`sanrt export --checkpoint {shlex.quote(str(model))}`"
         raise UsageError(
-            f"{model}: no exported model, which {backend} needs; if it is a checkpoint, make one with `{command}`"
+            f"{model}: no exported model, which {backend} needs; if it is a checkpoint, make one with {command}"
         )
 
 

@@ -26,6 +26,7 @@ from sanrt.runtime.pictures.libvips import vips
 from sanrt.runtime.pictures.provenance import Provenance, seal
 from sanrt.runtime.pictures.resize import ResultSize, reduced
 from sanrt.runtime.pictures.scratch import ScratchPicture
+from sanrt.wording import option
 
 if TYPE_CHECKING:
     import pyvips
@@ -255,7 +256,14 @@ def _loaded(path: Path, form: Format, max_pixels: int = sys.maxsize) -> pyvips.I
     image = image if _orientation(image) in (1, 2) else opened("random")
     if form is Format.TIFF and (more := image.bands - _COLOURS.get(image.interpretation, image.bands)) > 0:
         return image.extract_band(0, n=image.bands - more + tiff.first_extra_is_opacity(path))
+    if form is Format.GIF and image.hasalpha() and image.width * image.height <= max_pixels and _is_opaque(opened("random")):
+        return image.extract_band(0, n=image.bands - 1)
     return image
+
+
+def _is_opaque(image: pyvips.Image) -> bool:
+    """Whether no pixel is transparent. A GIF has no channel that says so, but a colour that need not occur."""
+    return bool(image.extract_band(image.bands - 1).min() == 255)
 
 
 def _orientation(image: pyvips.Image) -> int:
@@ -359,7 +367,7 @@ def plan_output(
     if alpha and not form.facts.alpha:
         raise PictureError(
             f"{path}: {form.upper()} holds no transparency, {source.path} has it; lay it onto a colour "
-            "with --flatten white, or write a PNG (--format png, or OUTPUT with such an ending)"
+            f"with {option('flatten', 'white')}, or write a PNG ({option('format', 'png')}, or a name with such an ending)"
         )
     wanted = bits or source.bits
     written = min(wanted, form.facts.max_bits)

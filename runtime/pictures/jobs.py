@@ -22,6 +22,7 @@ from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.kinds import by_kind, kind_of_suffix
 from sanrt.runtime.pictures.provenance import is_result
 from sanrt.runtime.pictures.storage import RemotePath
+from sanrt.wording import option
 
 ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}$")
 """Of file names; `v1.2` has none."""
@@ -63,7 +64,9 @@ class Naming:
 
     def __post_init__(self) -> None:
         if set(self.suffix) & {"/", os.sep, "\0"}:
-            raise UsageError(f"--suffix {self.suffix!r}: expected a part of a file name, such as _x4; folders are OUTPUT's")
+            raise UsageError(
+                f"{option('suffix')} {self.suffix!r}: expected a part of a file name, such as _x4, without folders"
+            )
 
     def of(self, source: Path) -> str:
         """The result's file name; an ending that stands for no format is replaced by that of the content (PNG, if none)."""
@@ -166,7 +169,7 @@ def _check_file(output: Path, one: bool, naming: Naming) -> None:
             f"{output}: sanrt writes no such files; expected a name ending in one of {endings}, or a folder: {output}/"
         )
     if naming.format not in (None, form):
-        raise UsageError(f"{output}: its ending does not stand for --format {naming.format}; leave one of them out")
+        raise UsageError(f"{output}: its ending does not stand for {option('format', naming.format)}; leave one of them out")
 
 
 def _check_expansion(inputs: Sequence[Path], output: Path) -> None:
@@ -267,11 +270,11 @@ def _check_conflicts(jobs: list[Job]) -> None:
     for job in jobs:
         place = _place(job.destination)
         if place in (_place(job.source), _place(job.source.resolve())):
-            raise UsageError(f"{job.source}: the result would replace it; choose another output or --suffix")
+            raise UsageError(f"{job.source}: the result would replace it; choose another output or {option('suffix')}")
         if place in sources:
             raise UsageError(
                 f"{sources[place]}: is to be upscaled, and the result of {job.source} would replace it; "
-                "choose another output or --suffix"
+                f"choose another output or {option('suffix')}"
             )
         other = taken.setdefault(place, job.source)
         if other is not job.source:

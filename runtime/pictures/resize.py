@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sanrt.errors import LargeEnoughError, PictureError, UsageError
 from sanrt.model.spec import SCALES
+from sanrt.wording import option
 
 if TYPE_CHECKING:
     import pyvips
@@ -26,13 +27,14 @@ class ResultSize:
 
     def __post_init__(self) -> None:
         if self.outscale and self.size:
-            raise UsageError("--outscale and --size: both say how large results are; leave one out")
+            raise UsageError(f"{option('outscale')} and {option('size')}: both say how large results are; leave one out")
         if self.outscale is not None and not 1 < self.outscale <= SCALES[-1]:
             raise UsageError(
-                f"--outscale {self.outscale:g}: expected more than 1, up to {SCALES[-1]}, which the largest network makes"
+                f"{option('outscale', self.outscale)}: expected more than 1, up to {SCALES[-1]}, which the largest "
+                "network makes"
             )
         if self.size is not None and min(self.size) < 1:
-            raise UsageError(f"--size {self}: expected a width and a height of at least 1 pixel")
+            raise UsageError(f"{option('size', self.size)}: expected a width and a height of at least 1 pixel")
 
     def __str__(self) -> str:
         """`x3.5` or `3840x2160`, as it stands in the names of results; nothing where the network's size is kept."""
@@ -66,14 +68,17 @@ class ResultSize:
         """
         wide, high = self.of(width, height, scale)
         if self.size and (self.size[0] <= width or self.size[1] <= height):
-            raise LargeEnoughError(f"{width} x {height} already fills --size {self}; sanrt only enlarges, ask for more")
+            raise LargeEnoughError(
+                f"{width} x {height} already fills {option('size', self.size)}; sanrt only enlarges, ask for more"
+            )
         if wide > scale * width or high > scale * height:
             least = self.least_scale(width, height)
             most = SCALES[-1]
             remedy = (
-                f"take --scale {least}"
+                f"take {option('scale', least)}"
                 if least
-                else f"x{most} is the most: --scale {most} without --size makes {most * width} x {most * height}"
+                else f"x{most} is the most: {option('scale', most)} without {option('size')} makes {most * width} x "
+                f"{most * height}"
             )
             raise PictureError(f"{width} x {height} becomes {wide} x {high} by {self}, the network is x{scale}; {remedy}")
         return wide, high

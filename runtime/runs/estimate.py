@@ -20,6 +20,7 @@ from sanrt.runtime.backends.registry import status
 from sanrt.runtime.pictures.codec import Encoding, PictureInfo, open_picture, plan_output
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.storage import fetched
+from sanrt.runtime.runs.pipeline import picture_notes
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.orientations import ORIENTATIONS
 from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, choose_regions, network_bytes, result_bytes
@@ -73,6 +74,8 @@ class PictureEstimate:
     scratch: int = 0
     """Bytes of scratch files, the result before it is encoded included."""
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+    """What would not be taken over from it, one line each."""
 
 
 def pairs(height: int, width: int, regions: int) -> float:
@@ -95,8 +98,9 @@ def picture_estimate(
     """What becomes of one picture."""
     try:
         with fetched(job.source) as path, open_picture(path) as source:
-            plan_output(source.info, job.destination, backend.spec.architecture.scale, encoding)
-            return replace(estimate(backend, speed, source.info, options), path=job.source)
+            output = plan_output(source.info, job.destination, backend.spec.architecture.scale, encoding)
+            found = estimate(backend, speed, source.info, options)
+            return replace(found, path=job.source, notes=picture_notes(source.info, path, output))
     except SanrtError as error:
         refusal = str(error) if str(job.source) in str(error) else f"{job.source}: {error}"
         return PictureEstimate(job.source, refusal, isinstance(error, LargeEnoughError))

@@ -27,6 +27,7 @@ from sanrt.runtime import host as machine
 from sanrt.runtime.pictures.codec import (
     Encoding,
     Output,
+    PictureInfo,
     Pixels,
     open_picture,
     plan_output,
@@ -194,15 +195,16 @@ def read(job: Job, runner: NetworkRunner, options: PipelineOptions, listener: Li
         alpha = source.alpha() if source.info.alpha and not streams else None
         if rgb is not None and alpha is not None and not runner.options.keep_hidden:
             rgb = fill_hidden(rgb, alpha)
-        notes = source.info.notes + result_note(path) + output.notes
+        notes = picture_notes(source.info, path, output)
         require_unchanged(identity, path, job.source)
         return Loaded(job, identity, output, rgb, alpha, notes, plan, pixels, {"read": since(started)})
 
 
-def result_note(path: Path) -> tuple[str, ...]:
-    """A note on a source that sanrt made: enlarging a result again is seldom meant."""
+def picture_notes(info: PictureInfo, path: Path, output: Output) -> tuple[str, ...]:
+    """What is not taken over from a source, as its header tells, and that sanrt made it: a result is seldom meant."""
     mark = read_mark(path)
-    return (f"its source is itself a result of sanrt, made at x{mark.provenance.scale}",) if mark else ()
+    again = (f"its source is itself a result of sanrt, made at x{mark.provenance.scale}",) if mark else ()
+    return info.notes + again + output.notes
 
 
 def tiling_note(plan: TilingPlan) -> tuple[str, ...]:
@@ -336,7 +338,7 @@ def planned(job: Job, runner: NetworkRunner | None, options: PipelineOptions) ->
     """The result that a picture's header promises; raises as `read` does."""
     with fetched(job.source) as path, open_picture(path) as source:
         output = plan_output(source.info, job.destination, options.scale, options.encoding)
-        notes = source.info.notes + result_note(path) + output.notes
+        notes = picture_notes(source.info, path, output)
         notes += tiling_note(runner.decide(source.info)) if runner else ()
         return Planned(job, output.width, output.height, notes)
 
@@ -373,7 +375,8 @@ def reason(job: Job, error: Exception) -> str:
         return f"{job.source}: not enough memory for it; free some"
     log.debug("%s", job.source, exc_info=error)
     text = next(iter(str(error).splitlines()), "")
-    return f"{job.source}: unexpected {type(error).__name__} ({text}); please report it {tracker()}, with --verbose"
+    unexpected = f"unexpected {type(error).__name__} ({text})"
+    return f"{job.source}: {unexpected}; please report it {tracker()}, with what `sanrt run --verbose` tells"
 
 
 def without_leftovers(jobs: Iterable[Job]) -> Iterator[Job]:

@@ -23,6 +23,7 @@ from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
+from sanrt import wording
 from sanrt.errors import BackendError, PictureError, SanrtError, UsageError, system_reason
 from sanrt.extras import extra
 from sanrt.files import locked_file, remove_leftovers
@@ -42,6 +43,7 @@ from sanrt.runtime.runs.record import Entry, Recorder, open_record, write_entry
 from sanrt.runtime.runs.results import Recipe
 from sanrt.runtime.tiling.options import PROCESS_MEMORY, UpscaleOptions
 from sanrt.runtime.tiling.upscaling import NetworkRunner
+from sanrt.wording import Wording, option
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +119,9 @@ class Ready:
 class Worker:
     """A process of the cluster with the model in it; Ray makes an actor of it."""
 
-    def __init__(self, task: Task, files: Files, share: Share, level: int, probe: Path | None) -> None:
+    def __init__(self, task: Task, files: Files, share: Share, level: int, probe: Path | None, words: Wording) -> None:
         self.task, self.files, self.share, self.probe = task, files, share, probe
+        wording.wording = words
         self.records: SimpleQueue[logging.LogRecord] = SimpleQueue()
         logger = logging.getLogger("sanrt")
         logger.setLevel(level)
@@ -353,7 +356,7 @@ class Pool:
     def start_worker(self) -> WorkerHandle:
         """A new worker, loading the model as soon as a node has room for it."""
         level = logging.getLogger("sanrt").getEffectiveLevel()
-        actor = self.kind.remote(self.task, self.files, self.share, level, self.probe)
+        actor = self.kind.remote(self.task, self.files, self.share, level, self.probe, wording.wording)
         return WorkerHandle(actor, actor.load.remote())
 
 
@@ -428,9 +431,11 @@ def connected(address: str, workers: int | None = None, threads: int | None = No
     LOCAL starts a Ray on this machine and stops it in the end.
     """
     if address.startswith("ray://"):
-        raise UsageError(f"--ray {address}: Ray's client is not supported; run on a node: ray job submit -- sanrt run ...")
+        raise UsageError(
+            f"{option('ray', address)}: Ray's client is not supported; run on a node: ray job submit -- sanrt run ..."
+        )
     os.environ.update(RAY_ENVIRONMENT)
-    with extra("ray", "--ray"):
+    with extra("ray", option("ray")):
         import ray
     local = {"num_cpus": max(machine.cores(), (workers or 0) * (threads or 1)), "include_dashboard": False}
     try:
@@ -449,9 +454,9 @@ def connected(address: str, workers: int | None = None, threads: int | None = No
 def no_cluster(address: str, why: str) -> str:
     """Without a cluster: what was tried, why it failed, what to do."""
     if address == LOCAL:
-        return f"--ray: a Ray could not be started here ({why}); free some CPU and memory, and try again"
+        return f"{option('ray')}: a Ray could not be started here ({why}); free some CPU and memory, and try again"
     remedy = "start one with ray start, or set RAY_AUTH_MODE and the token as they are there"
-    return f"--ray {address}: no Ray cluster to be reached there ({why}); {remedy}"
+    return f"{option('ray', address)}: no Ray cluster to be reached there ({why}); {remedy}"
 
 
 def check_reachable(address: str) -> None:
@@ -487,7 +492,7 @@ def shared_out(nodes: Sequence[Mapping[str, float]], workers: int | None, thread
     if not cpus:
         raise BackendError("the Ray cluster has no CPUs to give; start a node with ray start")
     if threads and threads > max(cpus):
-        raise UsageError(f"--threads {threads}: the cluster's largest node has {max(cpus)} CPUs; ask for no more")
+        raise UsageError(f"{option('threads', threads)}: the cluster's largest node has {max(cpus)} CPUs; ask for no more")
     if sum(gpus) and workers is None:
         return Share(sum(gpus), threads or 1, 1, max(gpus))
     each = threads or (max(1, min(sum(cpus) // workers, max(cpus))) if workers else min(cpus))

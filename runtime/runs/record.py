@@ -30,6 +30,7 @@ from sanrt.runtime.runs.results import Recipe
 from sanrt.runtime.tiling.options import PROCESS_MEMORY, Tiling, UpscaleOptions
 from sanrt.runtime.tiling.upscaling import NetworkRunner
 from sanrt.version import __version__
+from sanrt.wording import option
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,9 @@ def open_record(path: Path) -> IO[str]:
             record.write("\n")
         return record
     except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({system_reason(error)}); choose another --record file") from None
+        raise UsageError(
+            f"{path}: cannot be written ({system_reason(error)}); choose another file for {option('record')}"
+        ) from None
 
 
 def require_record(path: Path) -> None:
@@ -192,7 +195,7 @@ def require_record(path: Path) -> None:
         if first.strip():
             read_entry(first.decode())
     except (ValueError, TypeError, KeyError):
-        raise UsageError(f"{path}: is there and no record of sanrt's; choose another --record file") from None
+        raise UsageError(f"{path}: is there and no record of sanrt's; choose another file for {option('record')}") from None
 
 
 def write_entry(record: IO[str], entry: Entry) -> None:
@@ -203,7 +206,7 @@ def write_entry(record: IO[str], entry: Entry) -> None:
         with suppress(OSError):  # what could not be written is tried again on closing
             record.close()
         raise UsageError(
-            f"{record.name}: cannot be written ({system_reason(error)}); choose another --record file"
+            f"{record.name}: cannot be written ({system_reason(error)}); choose another file for {option('record')}"
         ) from None
 
 

@@ -26,6 +26,7 @@ from sanrt.runtime.pictures.provenance import (
 )
 from sanrt.runtime.pictures.storage import RemotePath, translate_errors
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
+from sanrt.wording import option
 
 THREADS = 16
 """Files that are looked at together: an object store answers each after some milliseconds."""
@@ -199,7 +200,7 @@ def refuse(found: Mapping[Job, str]) -> None:
         places = [job.destination for job, other in found.items() if other == what]
         raise UsageError(
             f"{some_of(places)}: already there and {what}; nothing was done; "
-            "name another OUTPUT (the last argument), or replace what is there with --overwrite"
+            f"name another output, or replace what is there with {option('overwrite', True)}"
         )
 
 

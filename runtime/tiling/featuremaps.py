@@ -18,6 +18,7 @@ from sanrt.errors import OutOfMemoryError, ScratchError, system_reason
 from sanrt.geometry import Box
 from sanrt.runtime.backends.protocol import DeviceMaps, FeatureMap
 from sanrt.runtime.host import reserve
+from sanrt.wording import option
 
 Array = npt.NDArray[Any]
 
@@ -173,7 +174,7 @@ def scratch_error(folder: Path, size: int, error: OSError) -> ScratchError:
     """A scratch file that cannot be made or written."""
     return ScratchError(
         f"{folder}: no scratch file of {size / 1e9:.1f} GB ({system_reason(error)}); "
-        "free some space, name a folder with more by --scratch, or raise --memory"
+        f"free some space, name a folder with more by {option('scratch')}, or raise {option('memory')}"
     )
 
 

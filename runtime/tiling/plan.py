@@ -12,6 +12,7 @@ from sanrt.geometry import padded_side
 from sanrt.model.spec import Architecture
 from sanrt.runtime.backends.protocol import Backend
 from sanrt.runtime.tiling.options import MEMORY_SHARE, Tiling, UpscaleOptions
+from sanrt.wording import option
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,8 @@ def plan_tiling(backend: Backend, height: int, width: int, options: UpscaleOptio
     if options.regions not in (None, spec.regions) and (tiling is Tiling.OVERLAP or not backend.streams):
         raise UsageError(
             f"{options.regions} x {options.regions} regions: this model has {spec.regions} x {spec.regions} in overlapped "
-            f"tiles and on backends without stages, such as {backend.name}; leave --regions out, or change one of the two"
+            f"tiles and on backends without stages, such as {backend.name}; leave {option('regions')} out, or change one "
+            "of the two"
         )
     match Tiling.WHOLE if too_small else tiling:
         case Tiling.WHOLE:
@@ -138,7 +140,7 @@ def check_result_size(arch: Architecture, height: int, width: int, options: Upsc
     if (needed := height * width * result_bytes(arch)) > options.budget:
         raise PictureError(
             f"its {arch.scale * width} x {arch.scale * height} result takes {needed >> 20} MiB of the allowed "
-            f"{options.budget >> 20}; --tiling exact on a file holds less, --memory allows more"
+            f"{options.budget >> 20}; {option('tiling', 'exact')} on a file holds less, {option('memory')} allows more"
         )
 
 
@@ -156,20 +158,22 @@ def within_limits(plan: TilingPlan, backend: Backend, height: int, width: int, o
     if plan.tiling is Tiling.WHOLE and not streams and not takes_whole(backend, height, width, options):
         raise BackendError(
             f"{backend.name}: {width} x {height} pixels as a whole, its engine takes {limits}; "
-            "use --tiling auto, another --backend, or rebuild with other --min and --max"
+            f"use {option('tiling', 'auto')}, another {option('backend')}, or rebuild with other {option('min')} and "
+            f"{option('max')}"
         )
     keys = -(-height // plan.regions) * -(-width // plan.regions) // 4
     if streams and limits.keys and keys > limits.keys:
         raise UsageError(
             f"{plan.regions} x {plan.regions} regions: {keys} keys each, the stage engines take {limits.keys}; "
-            "use --regions auto"
+            f"use {option('regions', 'auto')}"
         )
     most = limits.tile if streams else limits.side if plan.tiling is Tiling.OVERLAP else None
     if most is None or plan.tile <= most:
         return plan
     if options.tile and plan.tiling is not Tiling.WHOLE:
         raise UsageError(
-            f"tiles of {options.tile} pixels: the engines take {most}; use --tile {most}, or rebuild with --max"
+            f"tiles of {options.tile} pixels: the engines take {most}; use {option('tile', most)}, or rebuild with "
+            f"{option('max')}"
         )
     return replace(plan, tile=most, overlap=options.overlap_of(most) if plan.tiling is Tiling.OVERLAP else 0)
 

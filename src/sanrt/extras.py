@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from sanrt.errors import MissingPackageError, first_line
 
-DISTRIBUTIONS = {"PIL": "Pillow", "pillow_heif": "pillow-heif"}
+DISTRIBUTIONS = {"PIL": "Pillow", "pillow_heif": "pillow-heif", "python_multipart": "python-multipart"}
 """What modules are called by people and pip, where that is another name."""
 
 

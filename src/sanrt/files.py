@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,16 @@ def write_whole(path: Path, content: bytes | memoryview, remedy: str = "choose a
         file.write(content)
 
 
+def require_folder_of(*named: Path | None) -> None:
+    """Raise FileError for a file or folder that a person named as a place for results where its own folder is not there.
+
+    A folder that is named is made; one above it that is not there is more likely mistyped.
+    """
+    for path in named:
+        if path and not path.parent.is_dir():
+            raise FileError(f"{path}: there is no folder {path.parent}; make it, or name another place")
+
+
 def require_writable(path: Path, remedy: str = "choose another place") -> None:
     """Raise FileError, ending in `remedy`, where a file cannot be written, before the work that it is for."""
     try:
@@ -162,6 +173,37 @@ def remove_abandoned(leftover: Path) -> None:
         with leftover.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink()
+
+
+@contextmanager
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A new folder `NAME-...` in `parent` for this user alone, removed in the end; before, those of killed processes.
+
+    A locked file beside each, made before it and removed after it, says that its process lives.
+    """
+    remove_abandoned_folders(parent, name)
+    lock, file = locked_file(parent / name)
+    folder = parent / f"{name}-{LEFTOVER.fullmatch(lock.name)[1]}"  # type: ignore[index]
+    with file:
+        folder.mkdir(0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            if sys.platform == "win32":  # which removes no open file
+                file.close()
+            lock.unlink(missing_ok=True)
+
+
+def remove_abandoned_folders(parent: Path, name: str) -> None:
+    """Remove what `temporary_folder` made by that name and a killed process left."""
+    for folder in parent.glob(f"{name}-*"):
+        if (found := re.fullmatch(rf"{re.escape(name)}-([0-9a-f]{{16}})", folder.name)) and not folder.is_symlink():
+            lock = parent / f".{name}.sanrt-{found[1]}.partial"
+            with suppress(OSError):  # its process lives, or it is another user's
+                if lock.exists():
+                    remove_abandoned(lock)
+                shutil.rmtree(folder)
 
 
 def cache_folder() -> Path:

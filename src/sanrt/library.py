@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 from sanrt.errors import ModelError, UsageError
 from sanrt.extras import extra
+from sanrt.files import require_folder_of
 from sanrt.model.bundled import WeightsKind
-from sanrt.model.spec import PixelLayout, Precision, parse_precision
+from sanrt.model.spec import PixelLayout, Precision, parse_precision, parse_scale
 from sanrt.runtime.artifacts.models import (
     MODELS,
     checkpoint_path,
@@ -28,6 +29,7 @@ from sanrt.runtime.artifacts.sizes import Size
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.upscaler import BackendName, PrecisionName, TilingName, WeightsName, choice
+from sanrt.wording import option
 
 if TYPE_CHECKING:
     from sanrt.export.engine import BuildProgress
@@ -86,10 +88,13 @@ def export_model(
     from sanrt.export.samples import read_scene
     from sanrt.export.scene import natural_scene
 
+    scale = known_scale(scale)
     folder, source = Path(models), None if checkpoint is None else Path(checkpoint)
     kind = kind_of_weights(source, weights)
     if output and Path(output).suffix.lower() != ".onnx":
-        raise UsageError(f"-o {output}: expected a name that ends in .onnx, by which `sanrt run` and `build` know it")
+        raise UsageError(
+            f"{option('output', output)}: expected a name that ends in .onnx, by which `sanrt run` and `build` know it"
+        )
     layout, fixed = choice(PixelLayout, io), Size.parse(shape) if shape else None
     if source is None:
         assert scale is not None
@@ -98,6 +103,7 @@ def export_model(
         loaded = load_checkpoint(source)
         require_scale(source, loaded.architecture.scale, scale)
         default = checkpoint_path(folder, source, loaded.digest)
+    require_folder_of(Path(output) if output else folder)
     options = ExportOptions(
         iterations=sqrt_iterations,
         picture=read_scene(Path(picture)) if picture else natural_scene(),
@@ -110,6 +116,11 @@ def export_model(
     marks = [f"-{layout}"] * (layout is not PixelLayout.FLOAT_NCHW) + [f"-{fixed}"] * (fixed is not None)
     default = default.with_stem(default.stem + "".join(marks))
     return export_onnx(loaded, Path(output) if output else default, options)
+
+
+def known_scale(scale: int | None) -> int | None:
+    """A scale that was asked for, if one was; UsageError for one that SAN does not have."""
+    return None if scale is None else parse_scale(scale)
 
 
 def kind_of_weights(source: Path | None, weights: WeightsName | WeightsKind | None) -> WeightsKind:
@@ -166,6 +177,7 @@ def build_engine(
     chosen = engine.choose_flavor(device) if flavor == "auto" else choice(Flavor, flavor)
     path = model_to_build(model, models, scale, weights)
     target = Path(output) if output else None
+    require_folder_of(target, Path(timing_cache) if timing_cache else None)
     check_engine_path(target, path, stages)
     kind, sizes = choice(Precision, precision), profiles(smallest, best, largest, TILES if stages else Profile())
     spec = replace(read_spec(path), precision=kind)
@@ -197,7 +209,8 @@ def memory_words(spec: ModelSpec, sizes: Sequence[Profile]) -> str:
     memory = activation_estimate(spec, largest) / 2**30
     scores = ", attention's scores not counted, which TensorRT does not fuse in fp32" * (spec.precision == Precision.FP32)
     return (
-        f"up to {largest} (--max): about {memory:.1f} GiB of a GPU's memory for a picture of that size{scores}; two are"
+        f"up to {largest} ({option('max')}): about {memory:.1f} GiB of a GPU's memory for a picture of that "
+        f"size{scores}; two are"
         " under way at once, smaller ones take less, larger ones go by stages or tiles"
     )
 
@@ -213,7 +226,7 @@ def model_to_build(
 
     Raises UsageError where a named one is of another scale than was asked for, or weights are asked for besides.
     """
-    named = None if model is None else Path(model)
+    named, scale = None if model is None else Path(model), known_scale(scale)
     kind = kind_of_weights(named, weights)
     if named is None:
         return exported_default(Path(models), scale, kind, say)
@@ -242,9 +255,11 @@ def check_engine_path(output: Path | None, model: Path, stages: bool) -> None:
         return
     suffix = STAGES_SUFFIX if stages else SUFFIX
     if output.suffix != suffix:
-        raise UsageError(f"-o {output}: expected a name that ends in {suffix}, by which `sanrt run` knows it")
+        raise UsageError(f"{option('output', output)}: expected a name that ends in {suffix}, by which `sanrt run` knows it")
     if stages and output.parent.resolve() != model.parent.resolve():
-        raise UsageError(f"-o {output}: stage engines are looked for beside their model; expected a file in {model.parent}")
+        raise UsageError(
+            f"{option('output', output)}: stage engines are looked for beside their model; expected a file in {model.parent}"
+        )
     if not output.exists():
         return
     try:
@@ -252,7 +267,9 @@ def check_engine_path(output: Path | None, model: Path, stages: bool) -> None:
     except ModelError:
         same = False
     if not same:
-        raise UsageError(f"-o {output}: is there already, and no engine of {model}; choose another place, or remove it")
+        raise UsageError(
+            f"{option('output', output)}: is there already, and no engine of {model}; choose another place, or remove it"
+        )
 
 
 def profiles(smallest: Sequence[str], best: Sequence[str], largest: Sequence[str], default: Profile) -> tuple[Profile, ...]:
@@ -262,7 +279,8 @@ def profiles(smallest: Sequence[str], best: Sequence[str], largest: Sequence[str
     count = max(1, len(smallest), len(best), len(largest))
     if any(len(sizes) not in (0, count) for sizes in (smallest, best, largest)):
         raise UsageError(
-            f"{len(smallest)} --min, {len(best)} --opt and {len(largest)} --max: expected one of each for every profile"
+            f"{len(smallest)} {option('min')}, {len(best)} {option('opt')} and {len(largest)} {option('max')}: expected "
+            "one of each for every profile"
         )
     columns = (
         [Size.parse(text) for text in sizes] or [standard] * count
@@ -298,15 +316,16 @@ def validate_model(
     with extra("export", "sanrt validate"):
         from sanrt.export.samples import samples
         from sanrt.export.validate import ValidateOptions, validate
-    low, high = (Path(folder) if folder else None for folder in (images, hr))
+    low, high, heat, replay = (Path(folder) if folder else None for folder in (images, hr, heatmaps, polygraphy))
+    require_folder_of(heat, replay)
     options = ValidateOptions(
         backend,
         None if precision is None else parse_precision(precision),
         Path(checkpoint) if checkpoint else None,
         tolerance,
         min_psnr,
-        Path(heatmaps) if heatmaps else None,
-        Path(polygraphy) if polygraphy else None,
+        heat,
+        replay,
     )
     return validate(Path(artifact), partial(samples, low, high), options)
 
@@ -378,7 +397,7 @@ def upscale_files(
     k, folder = None if regions == "auto" else regions, Path(scratch) if scratch else None
     request = Request(
         paths,
-        ModelChoice(Path(model) if model else None, Path(models), scale, backend, loading, kind),
+        ModelChoice(Path(model) if model else None, Path(models), known_scale(scale), backend, loading, kind),
         UpscaleOptions(tile, overlap, self_ensemble, choice(Tiling, tiling), k, memory, folder, keep_hidden),
         Encoding(quality, lossless, background, outscale, size),
         Naming(suffix, form),

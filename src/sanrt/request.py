@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sanrt.errors import FileError, PictureError, SanrtError, UsageError
+from sanrt.files import require_folder_of
 from sanrt.model.bundled import PHOTO_QUALITY, WeightsKind, has_bundled
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE, default_model, photo_model, require_own_weights, require_scale
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.storage import RemotePath, check_buckets, located
+from sanrt.wording import option
 
 if TYPE_CHECKING:
     from sanrt.model.spec import ModelSpec
@@ -211,8 +213,7 @@ def outcomes(
     from sanrt.runtime.tiling.upscaling import NetworkRunner
 
     listener = listener or pipeline.nobody
-    if not conduct.ray:
-        require_place(work)
+    require_place(work, here=not conduct.ray)
     yield from map(pipeline.Skipped, work.found.done)
     yield from (pipeline.Failed(job, line) for job, line in occupied_lines(work.found))
     for part in work.parts:
@@ -283,7 +284,7 @@ def photographs(jobs: Sequence[Job], scale: int) -> set[Job]:
 def occupied_lines(found: Findings) -> Iterator[tuple[Job, str]]:
     """Pictures of folders that have no result while the others have theirs, and why."""
     for job, what in found.occupied.items():
-        yield job, f"{job.destination}: already there and {what}; left as it is, replace it with --overwrite"
+        yield job, f"{job.destination}: already there and {what}; left as it is, replace it with {option('overwrite', True)}"
 
 
 def results_line(found: Findings) -> list[str]:
@@ -293,7 +294,10 @@ def results_line(found: Findings) -> list[str]:
     if not (sources := [job.source for job in found.results]):
         return []
     results = f"{len(sources)} result{'s' * (len(sources) > 1)} of sanrt"
-    return [f"passed over: {results} ({some_of(sources)}); to enlarge them again, name them or add --include-results"]
+    return [
+        f"passed over: {results} ({some_of(sources)}); to enlarge them again, name them or add "
+        f"{option('include-results', True)}"
+    ]
 
 
 def require_others(inputs: Sequence[Path], found: Findings) -> None:
@@ -310,13 +314,14 @@ def require_there(jobs: Sequence[Job]) -> None:
         raise PictureError(f"{some_of([job.source for job in jobs])}: cannot be read (No such file or directory)")
 
 
-def require_place(work: Work) -> None:
-    """Raise FileError where nothing can be written at the place of the results, before any work."""
+def require_place(work: Work, here: bool) -> None:
+    """Raise FileError where nothing can be written at the place of the results, before any work; `here`: by this process."""
     if not work.found.to_do or isinstance(work.output, RemotePath):
         return
+    require_folder_of(work.output)
     folder = work.found.to_do[0].destination.parent if work.total == 1 else work.output
-    there = next((path for path in (folder, *folder.parents) if path.is_dir()), folder)
-    if not os.access(there, os.W_OK | os.X_OK):
+    there = folder if folder.is_dir() else folder.parent
+    if here and not os.access(there, os.W_OK | os.X_OK):
         raise FileError(
             f"{work.place}: cannot be written, {there.absolute()} allows no new files; nothing was done; "
             "name another OUTPUT (the last argument)"
@@ -336,7 +341,10 @@ def by_scale(jobs: Sequence[Job], choice: ModelChoice, size: ResultSize) -> dict
     found: dict[int | None, list[Job]] = {}
     for job in jobs:
         if isinstance(job.source, RemotePath):
-            raise UsageError(f"{job.source}: its size is not known before it is fetched; say --scale beside --size {size}")
+            raise UsageError(
+                f"{job.source}: its size is not known before it is fetched; say {option('scale')} beside "
+                f"{option('size', size.size)}"
+            )
         found.setdefault(scale_for(job.source, size), []).append(job)
     return found
 
@@ -356,7 +364,8 @@ def require_large_enough(model: Path, scale: int, size: ResultSize) -> None:
     """Raise UsageError where a model enlarges less than --outscale asks for."""
     if size.outscale and size.outscale > scale:
         raise UsageError(
-            f"{model}: enlarges x{scale}, less than --outscale {size.outscale:g}; take --scale {size.outscale_network}"
+            f"{model}: enlarges x{scale}, less than {option('outscale', size.outscale)}; take "
+            f"{option('scale', size.outscale_network)}"
         )
 
 
@@ -364,6 +373,12 @@ def require_effect(encoding: Encoding, formats: set[Format]) -> None:
     """Raise UsageError for an option of files that changes nothing in any of the results' formats."""
     names = ", ".join(sorted(formats))
     if encoding.lossless and not any(form in (Format.WEBP, Format.AVIF) for form in formats):
-        raise UsageError(f"--lossless: changes nothing in {names} files; leave it out, or choose --format webp or avif")
+        raise UsageError(
+            f"{option('lossless')}: changes nothing in {names} files; leave it out, or choose {option('format', 'webp')} "
+            "or avif"
+        )
     if encoding.quality is not None and all(form.facts.quality is None for form in formats):
-        raise UsageError(f"--quality: changes nothing in {names} files; leave it out, or choose --format jpeg, webp or avif")
+        raise UsageError(
+            f"{option('quality')}: changes nothing in {names} files; leave it out, or choose {option('format', 'jpeg')}, "
+            "webp or avif"
+        )

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from sanrt.errors import ModelError, UsageError
 from sanrt.model.bundled import WeightsKind
-from sanrt.model.spec import SCALES, parse_precision
+from sanrt.model.spec import parse_precision, parse_scale
 from sanrt.picture_arrays import picture_array
-from sanrt.runtime.artifacts.models import MODELS, default_model
+from sanrt.runtime.artifacts.models import MODELS, default_model, model_title
 from sanrt.runtime.backends.default_variant import load_default
 from sanrt.runtime.backends.fp32_fallback import FP32Fallback
 from sanrt.runtime.backends.protocol import RunOptions
@@ -52,9 +52,9 @@ class Upscaler:
     the native backend, and raises BackendError with any other: load the model in the child, or start processes with spawn.
     """
 
-    def __init__(self, backend: Backend, options: UpscaleOptions, precision: Precision | None = None) -> None:
-        """`precision` is the one that was asked for; None left it to the backend."""
-        self.backend, self.options, self.precision = backend, options, precision
+    def __init__(self, backend: Backend, options: UpscaleOptions, precision: Precision | None, model: Path) -> None:
+        """`precision` is what was asked for, None where the backend chose; `model` is the file that was loaded."""
+        self.backend, self.options, self.precision, self.model = backend, options, precision, model
         self.locks: dict[int, Lock] = {}
 
     @property
@@ -65,7 +65,7 @@ class Upscaler:
     @classmethod
     def load(
         cls,
-        model: int | str | Path,
+        model: int | str | os.PathLike[str],
         *,
         weights: WeightsName = "clean",
         models: str | Path = MODELS,
@@ -84,6 +84,9 @@ class Upscaler:
     ) -> Self:
         """A scale (2, 3, 4 or 8), meaning what `sanrt export` wrote into `models`, else the bundled weights; or a path.
 
+        `models` is looked for in the working folder, so the same scale may be another model elsewhere: `upscaler.model` and
+        `repr` tell which file it is.
+
         `weights` are those for the scale: `clean`, `photo` for JPEG photographs, or `fast`, a smaller network; where sanrt
         has none of a kind, CheckpointError says what it has.
 
@@ -98,26 +101,26 @@ class Upscaler:
         Raises ModelError when the model is missing or damaged, BackendError when the backend cannot run here, UsageError
         for options that make no sense.
         """
-        if not isinstance(model, str | Path) and model not in SCALES:
-            raise UsageError(f"scale {model}: expected {', '.join(map(str, SCALES))}, or a model's path")
-        if not isinstance(model, int) and not Path(model).exists():
-            raise ModelError(f"{model}: no such model; expected its path, or a scale as a number for the bundled weights")
+        named = Path(model) if isinstance(model, str | os.PathLike) else None
+        if named and not named.exists():
+            raise ModelError(f"{named}: no such model; expected its path, or a scale as a number for the bundled weights")
         k = None if regions == "auto" else regions
         way, folder = choice(Tiling, tiling), Path(scratch) if scratch else None
         options = UpscaleOptions(tile, overlap, self_ensemble, way, k, memory, folder, keep_hidden)
         computed = None if precision is None else parse_precision(precision)
         run_options = RunOptions(threads, computed, k or PAPER_REGIONS, device)
         kind = choice(WeightsKind, weights)
-        if not isinstance(model, int) and kind is not WeightsKind.CLEAN:
-            raise UsageError(f"weights {weights!r}: {model} has its own; name a scale instead, or leave one of the two out")
-        path = default_model(Path(models), model, kind) if isinstance(model, int) else Path(model)
-        automatic = isinstance(model, int) and backend == "auto"
+        if named and kind is not WeightsKind.CLEAN:
+            raise UsageError(f"weights {weights!r}: {named} has its own; name a scale instead, or leave one of the two out")
+        path = named or default_model(Path(models), parse_scale(model), kind)
+        automatic = named is None and backend == "auto"
         network = load_default(path, run_options) if automatic else load_backend(backend, path, run_options)
-        return cls(network, options, computed)
+        return cls(network, options, computed, path)
 
     def __repr__(self) -> str:
         spec, network = self.spec, self.backend
-        return f"<Upscaler {spec.architecture.name}, {spec.computes}, {network.name} on {network.device}>"
+        what = f"{spec.architecture.name}, {spec.computes}, {network.name} on {network.device}"
+        return f"<Upscaler {model_title(self.model)}: {what}>"
 
     @property
     def spec(self) -> ModelSpec:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs sanrt for aarch64 on an x86-64 Debian under QEMU: the tests of its CPU kernels, and a picture by `sanrt run`, which is
-# held against the same on this machine. Nothing is installed here: all goes into FOLDER, about 700 MB.
+# held against the same on this machine. Nothing is installed here: all goes into FOLDER, about 860 MB.
 #     tests/aarch64/run.sh [FOLDER] [more arguments for pytest]
 # The Python that sanrt is installed for on this machine is .venv's, or PYTHON.
 set -euo pipefail

@@ -131,6 +131,7 @@ def built(monkeypatch, tmp_path, tiny_model):
 
 @pytest.mark.parametrize("words", [[], ["-o", "elsewhere/my engine.engine"], ["--bf16"]])
 def test_the_next_command_runs_the_very_engine_that_was_built(built, words):
+    Path("elsewhere").mkdir()
     line = built(*words)
     (command,) = re.findall(r"`(.*)`", line)
     path = Path(shlex.split(command)[shlex.split(command).index("--model") + 1])

@@ -117,7 +117,7 @@ def test_a_name_by_which_no_command_knows_a_model_is_refused(sanrt, weights, nam
     before = weights.read_bytes()
     status, _, err = sanrt("export", "--checkpoint", weights, "--no-check", "-o", name, "--overwrite")
     assert status == 2
-    assert f"-o {name}: expected a name that ends in .onnx" in err
+    assert f"--output {name}: expected a name that ends in .onnx" in err
     assert weights.read_bytes() == before
 
 
@@ -129,7 +129,8 @@ def test_the_same_weights_are_exported_anew_and_what_was_there_is_told(sanrt, we
     assert read_spec(tmp_path / "models" / "own.onnx").iterations == 5
 
 
-def test_verbose_shows_every_group_and_another_place_is_named_in_the_next_command(sanrt, weights):
+def test_verbose_shows_every_group_and_another_place_is_named_in_the_next_command(sanrt, weights, tmp_path):
+    (tmp_path / "sub").mkdir()
     status, out, _ = sanrt("export", "--checkpoint", weights, "-o", "sub/mine.onnx", "-v", "--no-check")
     assert status == 0
     assert "Matrix square roots" in out

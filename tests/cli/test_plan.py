@@ -175,3 +175,15 @@ def test_explain_tiles_shows_exact_as_whole_and_overlapped_as_different(folder, 
     assert rows["whole"] == 0
     assert rows["exact"] < 2e-4 * 255 < rows["overlap"]
     assert not (folder / "out.png").exists()
+
+
+def test_plan_tells_what_run_tells_of_a_picture(tmp_path, tiny_model):
+    pyvips.Image.black(30, 20, bands=3).copy(interpretation="srgb").write_to_file(str(tmp_path / "a.gif"))
+    pyvips.Image.black(30, 20, bands=4).copy(interpretation="cmyk").write_to_file(str(tmp_path / "b.tif"))
+    named = ["--model", str(tiny_model(2)), "--threads", "1", "--backend", "onnxruntime"]
+    planned = CliRunner().invoke(app, ["plan", str(tmp_path), *named]).output.splitlines()
+    assert planned[0].endswith(" s; GIF is written as PNG")
+    assert planned[1].endswith(" s; CMYK converted to sRGB")
+    previewed = CliRunner().invoke(app, ["run", "--dry-run", str(tmp_path), *named]).output
+    assert "GIF is written as PNG" in previewed
+    assert "CMYK converted to sRGB" in previewed

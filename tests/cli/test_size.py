@@ -155,5 +155,5 @@ def test_a_picture_that_fills_the_size_already_is_told_and_left_at_every_run(san
 
 def test_pictures_in_an_object_store_need_their_scale_said(tmp_path):
     job = Job(RemotePath("s3://bucket/a.png"), tmp_path / "b.png")
-    with pytest.raises(UsageError, match=r"s3://bucket/a\.png: its size is not known .* say --scale"):
+    with pytest.raises(UsageError, match=r"s3://bucket/a\.png: its size is not known .* say `scale` beside size=\("):
         by_scale([job], ModelChoice(None, tmp_path, None, "auto", RunOptions()), ResultSize(size=(9, 9)))

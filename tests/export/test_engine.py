@@ -196,8 +196,8 @@ def test_a_failed_proof_leaves_nothing(exported: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gpus": ("rtx4090",)}, "--gpu 'rtx4090': TensorRT-RTX builds for sm75, sm80"),
-        ({"gpus": ("sm89", "sm90")}, "--gpu 'sm90'"),
+        ({"gpus": ("rtx4090",)}, "`gpus` 'rtx4090': TensorRT-RTX builds for sm75, sm80"),
+        ({"gpus": ("sm89", "sm90")}, "`gpus` 'sm90'"),
         ({"timing_cache": Path("x")}, "TensorRT-RTX has no timing cache"),
     ],
 )

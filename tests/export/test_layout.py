@@ -154,7 +154,7 @@ def test_validate_runs_the_files_own_graph_and_finds_it_spoilt(checkpoint, tmp_p
     with pytest.raises(ModelError, match="its weights are not those"):
         validate(path, lambda scale: [next(pictures(scale))], options)
     fresh = export(checkpoint, tmp_path / "c.onnx", layout=BYTES)
-    with pytest.raises(UsageError, match="--polygraphy needs float32 pictures"):
+    with pytest.raises(UsageError, match="`polygraphy` needs float32 pictures"):
         validate(fresh, pictures, replace(options, polygraphy=tmp_path / "replay"))
     with pytest.raises(UsageError, match="--locate needs float32 pictures"):
         locate(fresh, SCENE, checkpoint)

@@ -17,7 +17,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as schema
 
 from sanrt.cli import main
-from sanrt.errors import ModelError, UsageError
+from sanrt.errors import FileError, ModelError, UsageError
 from sanrt.export.triton import TritonOptions, write_repository
 from sanrt.model.spec import Architecture, ModelSpec, Precision
 from sanrt.runtime.artifacts.engines import BuildOptions, EngineInfo, Identity, Proof, save_engine
@@ -138,3 +138,9 @@ def test_the_command_says_what_it_wrote_and_how_to_use_it(tiny_model, tmp_path, 
     assert (ended.value.code, err) == (0, "")
     assert "1/model.onnx is new" in out
     assert f"python {tmp_path}/upscale_by_triton.py san_x2 SOURCE RESULT" in out
+
+
+def test_a_repository_below_a_folder_that_is_not_there_is_refused(tiny_model, tmp_path):
+    with pytest.raises(FileError, match="there is no folder"):
+        write_repository(tmp_path / "nowhere" / "triton", tiny_model(2))
+    assert not list(tmp_path.iterdir())

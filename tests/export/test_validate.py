@@ -182,7 +182,7 @@ def test_other_weights_are_refused_by_digest(exported, folder):
         validate(exported.onnx, partial(samples, None, folder), ValidateOptions())
     other = exported.checkpoint.with_name("other.safetensors")
     other.write_bytes(exported.checkpoint.read_bytes().replace(b"seeded random", b"others random"))
-    with pytest.raises(UsageError, match=r"digest .* --checkpoint"):
+    with pytest.raises(UsageError, match=r"digest .* `checkpoint`"):
         validate(exported.onnx, partial(samples, None, folder), ValidateOptions(checkpoint=other))
 
 

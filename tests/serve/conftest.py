@@ -122,8 +122,10 @@ def serving(models, tmp_path_factory) -> Callable[..., AbstractContextManager[Ru
     """`with serving(queue=2) as running:` a server with other limits than the default ones."""
 
     @contextmanager
-    def started(token: str | None = None, named: Path | None = None, **limits: Any) -> Iterator[Running]:
-        choice = ModelChoice(named, models, None if named else 2, "onnxruntime", RunOptions(threads=1))
+    def started(
+        token: str | None = None, named: Path | None = None, backend: str = "onnxruntime", **limits: Any
+    ) -> Iterator[Running]:
+        choice = ModelChoice(named, models, None if named else 2, backend, RunOptions(threads=1))
         folder = tmp_path_factory.mktemp("pictures")
         hosts = allowed_hosts("127.0.0.1", token, False)
         networks = Networks()

@@ -74,6 +74,15 @@ def test_progress_comes_as_events_until_the_end(running):
     assert followed(running, place) == facts[-1:]
 
 
+def test_progress_moves_within_a_picture_that_goes_through_the_network_whole(serving):
+    with serving(backend="native") as running:
+        place = start(running, encoded(".png", width=200, height=150), "tiling=whole")
+        progress = [each["progress"] for each in followed(running, place)]
+        assert progress == sorted(progress)
+        assert progress[-1] == 1.0
+        assert len(set(progress)) > 3, "more than waiting, running and done"
+
+
 def test_what_cannot_be_done_is_told_at_once_or_as_the_job_s_problem(running, monkeypatch):
     assert running.ask("POST", "/v1/jobs", b"hello").status == 422
     assert running.ask("POST", "/v1/jobs?scale=7", PICTURE).status == 400

@@ -14,6 +14,7 @@ from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.serve.options import ServeOptions
 from sanrt.serve.parameters import read_parameters
 from sanrt.serve.service import Service, available_weights
+from sanrt.serve.uploads import Upload, clean_stem
 from tests.serve.conftest import encoded
 
 
@@ -32,7 +33,7 @@ def choice(tmp_path, monkeypatch) -> ModelChoice:
 def examined(choice: ModelChoice, folder: Path, picture: bytes, **parameters: str):
     """The weights and scale that a picture goes through, and why."""
     (folder / "picture").write_bytes(picture)
-    order = Service(ServeOptions(choice), None).examined(folder / "picture", list(parameters.items()))
+    order = Service(ServeOptions(choice), None).examined(Upload(folder / "picture", "picture", list(parameters.items())))
     return order.part.choice.weights, order.part.recipe.scale, order.part.reason
 
 
@@ -52,12 +53,31 @@ def test_the_size_that_is_asked_for_says_the_scale(choice, tmp_path):
     assert examined(choice, tmp_path, encoded(".png"), scale="4", outscale="1.5")[1] == 4
 
 
+@pytest.mark.parametrize(
+    ("sent", "stem"),
+    [
+        ("a.png", "a"),
+        ("../../etc/pass wd.jpg", "pass wd"),
+        ("C:\\pictures\\K\xe4tzchen.tar.webp", "K\xe4tzchen.tar"),
+        ('a"b\r\nSet-Cookie: x=1\x1b[31m.png', 'a"bSet-Cookie: x=1[31m'),
+        ("\u202egnp.exe", "gnp"),
+        ("\udce4a.png", "a"),
+        (".png", "png"),
+        ("...", "picture"),
+        ("", "picture"),
+        ("x" * 300 + ".png", "x" * 100),
+    ],
+)
+def test_a_sender_s_name_is_taken_without_folders_and_what_no_name_should_have(sent, stem):
+    assert clean_stem(sent) == stem
+
+
 def test_what_there_is_can_be_asked_for(choice):
     assert available_weights(choice) == {2: ["auto", "clean", "photo"], 4: ["auto", "clean"]}
 
 
 def test_a_value_is_never_taken_for_an_option():
-    with pytest.raises(UsageError, match="--format: --lossless"):
+    with pytest.raises(UsageError, match="format: --lossless"):
         read_parameters([("format", "--lossless")])
     with pytest.raises(UsageError, match="does not take a value"):
         read_parameters([("lossless=1 --scale", "2")])

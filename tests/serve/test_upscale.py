@@ -14,7 +14,7 @@ from sanrt import Written, upscale_files
 from sanrt.cli import app as command_line
 from sanrt.serve.openapi import EXAMPLES, description
 from sanrt.serve.parameters import options, read_parameters
-from tests.serve.conftest import Running, encoded
+from tests.serve.conftest import Running, encoded, until
 
 KINDS = {
     "rgb.png": encoded(".png"),
@@ -56,7 +56,7 @@ def test_parameters_mean_what_options_mean(running, models, tmp_path):
     answer = running.upscale(KINDS["alpha.png"], "format=webp&quality=70&flatten=red&outscale=1.5&self-ensemble")
     options = {"format": "webp", "quality": 70, "background": (255, 0, 0), "outscale": 1.5, "self_ensemble": True}
     assert answer.body == result_of_run(models, tmp_path, "a.png", KINDS["alpha.png"], **options)
-    assert answer.headers["content-disposition"] == 'inline; filename="picture.webp"'
+    assert answer.headers["content-disposition"] == 'inline; filename="picture_x1.5.webp"'
 
 
 def test_a_form_is_as_good_as_a_body(running):
@@ -69,6 +69,22 @@ def test_a_form_is_as_good_as_a_body(running):
     answer = running.upscale(body, Content_Type="multipart/form-data; boundary=x")
     assert (answer.status, answer.headers["content-type"]) == (200, "image/jpeg")
     assert answer.body == running.upscale(KINDS["rgb.png"], "format=jpeg").body
+    assert answer.headers["content-disposition"] == 'inline; filename="a_x2.jpg"'
+
+
+def test_a_result_has_the_sent_name_and_what_size_it_is(running):
+    form = '--x\r\nContent-Disposition: form-data; name="p"; filename="{}"\r\n\r\n{}\r\n--x--\r\n'
+    head, tail = form.format("K\xe4tz chen.png", "{}").split("{}")
+    body = head.encode() + KINDS["rgb.png"] + tail.encode()
+    answer = running.upscale(body, Content_Type="multipart/form-data; boundary=x")
+    assert answer.headers["content-disposition"] == "inline; filename*=utf-8''K%C3%A4tz%20chen_x2.png"
+    place = running.ask("POST", "/v1/jobs?size=50x50", body, Content_Type="multipart/form-data; boundary=x").headers[
+        "location"
+    ]
+    until(lambda: running.ask("GET", place).json["result"])
+    assert running.ask("GET", place).json["result"]["name"] == "K\xe4tz chen_50x50.png"
+    answer = running.ask("GET", f"{place}/result")
+    assert answer.headers["content-disposition"] == "inline; filename*=utf-8''K%C3%A4tz%20chen_50x50.png"
 
 
 def test_what_was_noted_is_in_headers(running):
@@ -81,22 +97,22 @@ def test_what_was_noted_is_in_headers(running):
 @pytest.mark.parametrize(
     ("query", "words"),
     [
-        ("scale=7", "--scale: 7: expected 2, 3, 4, 8"),
-        ("quality=0", "--quality: expected 1 or more"),
-        ("quality=a%0ab", "--quality: "),
-        ("format=bmp", "--format: bmp: sanrt reads it, and writes png instead"),
-        ("model=a.onnx", "there is no option --model"),
-        ("record=a.jsonl", "there is no option --record"),
-        ("scratch=a", "there is no option --scratch"),
-        ("scale=2&scale=4", "--scale: said twice"),
-        ("lossless=maybe", "--lossless: maybe; expected true or false"),
-        ("lossless=true", "--lossless: changes nothing in png files"),
-        ("size=1x1&outscale=2", "--outscale and --size: both say how large results are"),
+        ("scale=7", "scale: 7: expected 2, 3, 4, 8"),
+        ("quality=0", "quality: expected 1 or more"),
+        ("quality=a%0ab", "quality: "),
+        ("format=bmp", "format: bmp: sanrt reads it, and writes png instead"),
+        ("model=a.onnx", "there is no parameter model"),
+        ("record=a.jsonl", "there is no parameter record"),
+        ("scratch=a", "there is no parameter scratch"),
+        ("scale=2&scale=4", "scale: said twice"),
+        ("lossless=maybe", "lossless: maybe; expected true or false"),
+        ("lossless=true", "lossless: changes nothing in png files"),
+        ("size=1x1&outscale=2", "outscale and size: both say how large results are"),
         ("tile=32&tiling=whole", "tiles of 32 pixels with whole tiling"),
-        ("=1", "there is no option"),
+        ("=1", "there is no parameter"),
     ],
 )
-def test_wrong_parameters_are_told_in_the_command_line_s_words(query, words, running):
+def test_wrong_parameters_are_told_in_the_words_of_requests(query, words, running):
     answer = running.upscale(KINDS["rgb.png"], query)
     assert (answer.status, answer.headers["content-type"]) == (400, "application/problem+json")
     assert words in answer.json["detail"]
@@ -126,7 +142,7 @@ def test_what_is_no_picture_is_unprocessable_and_no_body_is_wrong_usage(running)
 def test_another_scale_than_a_named_model_s_is_refused_without_its_folder(serving, models):
     with serving(named=models / "san_x2.onnx") as running:
         answer = running.upscale(KINDS["rgb.png"], "scale=4")
-        assert answer.json["detail"].startswith("san_x2.onnx: is for x2, but --scale 4 was asked for")
+        assert answer.json["detail"].startswith("san_x2.onnx: is for x2, but scale=4 was asked for")
         assert running.upscale(KINDS["rgb.png"]).status == 200
 
 

@@ -37,6 +37,7 @@ from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, r
 from sanrt.runtime.backends.tensorrt.device import FLOAT_BYTES, Buffer, Device, HostBuffer, open_device
 from sanrt.runtime.backends.tensorrt.library import TensorRTLog, activation_bytes, engine_from_bytes, import_flavor
 from sanrt.runtime.backends.tensorrt.stages import TensorRTStages
+from sanrt.wording import option
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def fitting_engine(model: Path, options: RunOptions, device: Device) -> EngineIn
     if options.precision not in (None, info.spec.precision):
         raise BackendError(
             f"{info.path}: built in {info.spec.precision}, {options.precision} was asked for; "
-            f"build it with `sanrt build --{options.precision}`, or leave --precision out"
+            f"build it with `sanrt build --{options.precision}`, or leave {option('precision')} out"
         )
     return info
 
@@ -256,7 +257,7 @@ class TensorRTBackend:
         if not any(profile.takes(size) for profile in self.profiles):
             raise BackendError(
                 f"{self.info.path}: takes {', '.join(f'{p.min} to {p.max}' for p in self.profiles)}, not {size}; "
-                f"use smaller tiles, or rebuild with other --min and --max"
+                f"use smaller tiles, or rebuild with other {option('min')} and {option('max')}"
             )
         return size
 

@@ -25,6 +25,7 @@ from sanrt.cli.validate import validate
 from sanrt.cli.verify import verify
 from sanrt.errors import SanrtError, UsageError, system_reason
 from sanrt.version import __version__
+from sanrt.wording import on_command_line, worded
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as of a shell."""
@@ -58,11 +59,13 @@ def tell_version(wanted: bool) -> None:
 
 @app.callback()
 def sanrt(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=tell_version, is_eager=True)
     ] = False,
 ) -> None:
     """SAN super-resolution, from PyTorch to production."""
+    context.with_resource(worded(on_command_line))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import typer
 from sanrt.cli.models import KindOption, known_scale, precision_name
 from sanrt.cli.streams import tell
 from sanrt.errors import UsageError
-from sanrt.files import require_writable, write_whole
+from sanrt.files import require_folder_of, require_writable, write_whole
 from sanrt.model.bundled import WeightsKind
 from sanrt.model.spec import Precision
 from sanrt.runtime.artifacts.models import MODELS, default_model, model_title, require_own_weights, require_scale
@@ -69,6 +69,7 @@ def bench(
     from sanrt.runtime.runs.timing import Size
 
     require_own_weights(model, weights)
+    require_folder_of(json_)
     if json_:
         require_writable(json_, "choose another place for --json")
     path = model or default_model(models, scale, weights or WeightsKind.CLEAN)

@@ -129,7 +129,7 @@ def line(plan: PictureEstimate) -> str:
     scratch = f", {plan.scratch / 2**30:.2f} GiB of scratch files" if plan.scratch else ""
     return (
         f"{plan.path}: {plan.width} x {plan.height} on {plan.backend}: {plan.plan}, {plan.memory / 2**30:.2f} GiB of memory"
-        f"{scratch}, about {duration(plan.seconds)}"
+        f"{scratch}, about {duration(plan.seconds)}{''.join(f'; {note}' for note in plan.notes)}"
     )
 
 

@@ -75,7 +75,7 @@ def serve(
 ) -> None:
     """Serve a page for people and an API for programs; docs/serve.md describes both."""
     with extra("serve", "sanrt serve"):
-        import multipart as _  # noqa: F401 - Starlette tells its absence at the first form
+        import python_multipart  # noqa: F401 - Starlette tells its absence at the first form
 
         from sanrt.serve.application import application
         from sanrt.serve.networks import Networks
@@ -87,6 +87,8 @@ def serve(
     secret = read_token(token) if token else None
     hosts = allowed_hosts(host, secret, without_token)
     loading = RunOptions(threads=threads, precision=precision, device=device or 0)
+    if folder and not folder.is_dir():
+        raise UsageError(f"--folder {folder}: no such folder; make it, or leave --folder out")
     choice = ModelChoice(model, models, scale, backend, loading, weights).absolute()
     limits = Limits(max_bytes, int(max_pixels * 1e6), queue, seconds, results, keep)
     options = ServeOptions(choice, limits, memory, folder, secret, hosts)

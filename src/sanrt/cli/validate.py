@@ -11,7 +11,7 @@ import typer
 from sanrt.cli.models import precision_name
 from sanrt.cli.panels import panel
 from sanrt.errors import ModelError
-from sanrt.files import write_whole
+from sanrt.files import require_folder_of, write_whole
 from sanrt.model.spec import Precision
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def validate(
     from sanrt.cli.console import plain_console
     from sanrt.library import validate_model
 
+    require_folder_of(json_)
     console = plain_console()
     try:
         validation = validate_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
@@ -53,6 +54,17 @@ class QuantisedType(StrEnum):
     INT8 = "int8"
     FP8 = "fp8"
     """e4m3: four bits of exponent, three of mantissa, largest magnitude 448."""
+
+
+def parse_scale(value: object) -> int:
+    """A scale that SAN has, from any whole number, NumPy's included; UsageError names those that there are."""
+    try:
+        scale = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        scale = -1
+    if scale not in SCALES:
+        raise UsageError(f"scale {value}: expected {', '.join(map(str, SCALES))}")
+    return scale
 
 
 def parse_precision(name: str) -> Precision:

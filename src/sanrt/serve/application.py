@@ -24,17 +24,20 @@ from starlette.types import Receive, Scope, Send
 
 from sanrt.cli.streams import printable
 from sanrt.errors import SanrtError
+from sanrt.files import temporary_folder
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE
 from sanrt.serve.door import BrowserHeaders, Door
 from sanrt.serve.jobs import Jobs
 from sanrt.serve.networks import Networks
 from sanrt.serve.openapi import description
 from sanrt.serve.options import ServeOptions
+from sanrt.serve.parameters import in_request
 from sanrt.serve.problems import http_problem, problem, refused, status_and_kind
 from sanrt.serve.queue import Queue
 from sanrt.serve.service import Order, Result, Service, available_weights
 from sanrt.serve.uploads import Uploads, receive_picture, while_connected
 from sanrt.version import __version__
+from sanrt.wording import worded
 
 PAGE = Path(__file__).parent / "page"
 EVENTS = "text/event-stream"
@@ -47,10 +50,11 @@ def application(options: ServeOptions, networks: Networks) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        with tempfile.TemporaryDirectory(prefix="sanrt-serve-", dir=options.folder) as folder:
+        place = options.folder or Path(tempfile.gettempdir())
+        with worded(in_request), temporary_folder(place, "sanrt-serve") as folder:
             queue = Queue(options.limits, networks)
             app.state.service = Service(options, queue)
-            app.state.uploads = Uploads(Path(folder), options.limits)
+            app.state.uploads = Uploads(folder, options.limits)
             app.state.jobs = Jobs(app.state.service, options.limits)
             try:
                 yield
@@ -98,8 +102,7 @@ async def upscale(request: Request) -> Response:
 async def received(request: Request, place: Path) -> Order:
     """What a request asks for, its picture in a folder; raises SanrtError, before any pixel is decoded."""
     service: Service = state(request).service
-    file, pairs = await receive_picture(request, place, service.options.limits)
-    return await service.order(file, pairs)
+    return await service.order(await receive_picture(request, place, service.options.limits))
 
 
 async def start_job(request: Request) -> Response:
@@ -164,8 +167,7 @@ class ResultResponse(FileResponse):
         """`seconds` is the time that the client has to fetch it."""
         timing = ", ".join(f"{step};dur={1000 * took:.0f}" for step, took in result.seconds.items())
         headers = {"Server-Timing": timing, "Sanrt-Model": result.model}
-        name = f"picture{result.path.suffix}"
-        super().__init__(result.path, 200, headers, result.media_type, None, name, None, "inline")
+        super().__init__(result.path, 200, headers, result.media_type, None, result.name, None, "inline")
         for note in result.notes:
             self.headers.append("Sanrt-Note", printable(note).encode("ascii", "backslashreplace").decode())
         self.seconds, self.held = seconds, held

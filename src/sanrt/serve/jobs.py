@@ -44,7 +44,7 @@ class Job:
     """Not to be guessed: who knows it may see the result."""
     state: State = State.WAITING
     progress: float = 0.0
-    """Share of the picture that went through the network; it moves only where that is done in parts."""
+    """Share of the picture that went through the network, as far as its backend tells."""
     result: Result | None = None
     problem: SanrtError | None = None
     task: asyncio.Task[None] | None = None

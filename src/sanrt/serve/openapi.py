@@ -43,7 +43,14 @@ JOB = {
     "progress": 1.0,
     "width": 640,
     "height": 480,
-    "result": {"type": "image/png", "notes": [], "seconds": {"upscale": 2.1}, "model": "san_x4.onnx", "bytes": 7340032},
+    "result": {
+        "name": "a_x4.png",
+        "type": "image/png",
+        "notes": [],
+        "seconds": {"upscale": 2.1},
+        "model": "san_x4.onnx",
+        "bytes": 7340032,
+    },
     "problem": None,
 }
 REFUSALS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -36,6 +37,7 @@ from sanrt.request import ModelChoice, Request
 from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.jobs import Naming
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
+from sanrt.wording import on_command_line
 
 YES, NO = ("", "1", "true", "yes", "on"), ("0", "false", "no", "off")
 """What a parameter that is a flag may be."""
@@ -64,11 +66,11 @@ class Parameters:
 
 
 def read_parameters(pairs: Iterable[tuple[str, str]]) -> Parameters:
-    """The parameters of a request from its query and form fields; UsageError, in the command line's words, for others."""
+    """The parameters of a request from its query and form fields; UsageError, in a request's words, for others."""
     pairs = [(name.replace("_", "-"), value) for name, value in pairs]
     for name in {name for name, _ in pairs}:
         if sum(name == other for other, _ in pairs) > 1:
-            raise UsageError(f"--{name}: said twice; leave one out")
+            raise UsageError(f"{name}: said twice; leave one out")
     flags = {option.opts[0] for option in options() if option.is_flag}
     try:
         words = [word for name, value in pairs for word in argument(f"--{name}", value, flags)]
@@ -78,7 +80,8 @@ def read_parameters(pairs: Iterable[tuple[str, str]]) -> Parameters:
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own, of a click that typer may have inside itself
             raise
-        raise UsageError(usage_text(error)) from None
+        text = re.sub(r"^--|(?<=^there is no option )--|(?<=did you mean )--", "", usage_text(error))
+        raise UsageError(text.replace("there is no option", "there is no parameter", 1)) from None
     return found
 
 
@@ -87,13 +90,28 @@ def argument(option: str, value: str, flags: set[str]) -> Sequence[str]:
     if option not in flags:
         return [f"{option}={value}"]
     if value.lower() not in YES + NO:
-        raise UsageError(f"{option}: {value}; expected true or false")
+        raise UsageError(f"{option.removeprefix('--')}: {value}; expected true or false")
     return [option] if value.lower() in YES else []
 
 
 def options() -> Sequence[Any]:
     """The options that a request may have, as click describes them."""
     return list(parser().params)
+
+
+@cache
+def names() -> frozenset[str]:
+    """What those options are called on the command line."""
+    return frozenset(option.opts[0] for option in options())
+
+
+def in_request(name: str, value: object) -> str:
+    """`tile=64`, `lossless=true`, `tile`; `--memory of the server` for what only its owner can say."""
+    if f"--{name}" not in names():
+        return f"{on_command_line('folder' if name == 'scratch' else name, value)} of the server"
+    if value is True:
+        return f"{name}=true"
+    return on_command_line(name, value).removeprefix("--").replace(" ", "=", 1)
 
 
 @cache

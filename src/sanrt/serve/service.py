@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from sanrt.runtime.runs.pipeline import Listener, Written, nobody
 from sanrt.serve.options import ServeOptions
 from sanrt.serve.parameters import read_parameters
 from sanrt.serve.queue import Queue
+from sanrt.serve.uploads import Upload
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,15 @@ class Order:
 
     request: Request
     part: Part
+    stem: str
+    """Of the picture's name, as its sender has it."""
     width: int
     height: int
+
+    @property
+    def name(self) -> str:
+        """The result's name as a sender would write it, without its ending: `a_x4` for `a.png`."""
+        return f"{self.stem}_{str(self.request.encoding.result_size) or f'x{self.part.recipe.scale}'}"
 
     @property
     def source(self) -> Path:
@@ -42,6 +50,8 @@ class Result:
     """A result that is complete on disk."""
 
     path: Path
+    name: str
+    """What the sender would call it."""
     media_type: str
     notes: tuple[str, ...]
     seconds: dict[str, float]
@@ -49,7 +59,13 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Its facts, for clients."""
-        return {"type": self.media_type, "notes": self.notes, "seconds": self.seconds, "model": self.model}
+        return {
+            "name": self.name,
+            "type": self.media_type,
+            "notes": self.notes,
+            "seconds": self.seconds,
+            "model": self.model,
+        }
 
 
 @dataclass(frozen=True)
@@ -59,18 +75,18 @@ class Service:
     options: ServeOptions
     queue: Queue
 
-    async def order(self, file: Path, pairs: Iterable[tuple[str, str]]) -> Order:
+    async def order(self, upload: Upload) -> Order:
         """What is asked for a picture; raises SanrtError where it cannot be done, before any pixel is decoded."""
-        with self.without_paths(file.parent):
-            return await asyncio.to_thread(self.examined, file, list(pairs))
+        with self.without_paths(upload.file.parent):
+            return await asyncio.to_thread(self.examined, upload)
 
-    def examined(self, file: Path, pairs: list[tuple[str, str]]) -> Order:
+    def examined(self, upload: Upload) -> Order:
         """The same, blocking."""
-        parameters = read_parameters(pairs)
+        parameters, file = read_parameters(upload.pairs), upload.file
         info = open_picture(file, self.options.limits.pixels).info
         request = parameters.of(file, file.parent, self.options.choice, self.options.memory)
         (part,) = request.resolve().parts
-        return Order(request, part, info.width, info.height)
+        return Order(request, part, upload.stem, info.width, info.height)
 
     async def upscale(self, order: Order, listener: Listener = nobody) -> Result:
         """The result of an order, which has a place in line; raises as `Queue.upscale` does."""
@@ -83,7 +99,14 @@ class Service:
         path = written.job.destination
         reason = (f"by the weights for photographs: {order.part.reason}",) if order.part.reason else ()
         model = model_title(order.part.choice.path).rpartition("/")[2]
-        return Result(path, f"image/{Format.of_suffix(path)}", written.notes + reason, dict(written.seconds), model)
+        return Result(
+            path,
+            order.name + path.suffix,
+            f"image/{Format.of_suffix(path)}",
+            written.notes + reason,
+            dict(written.seconds),
+            model,
+        )
 
     @contextmanager
     def without_paths(self, place: Path) -> Iterator[None]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import tempfile
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
@@ -24,6 +25,10 @@ from sanrt.serve.problems import BusyError, SlowSenderError, TooLargeError
 FORM = "multipart/form-data"
 FIELDS = 32
 """Of a form, at most."""
+UNNAMED = "picture"
+"""What a picture is called that came without a name."""
+MOST_LETTERS = 100
+"""Of a result's name, before what says its size."""
 T = TypeVar("T")
 
 
@@ -57,8 +62,19 @@ class Uploads:
             shutil.rmtree(place, ignore_errors=True)
 
 
-async def receive_picture(request: Request, place: Path, limits: Limits) -> tuple[Path, Sequence[tuple[str, str]]]:
-    """The file of a request's picture, and its parameters: of the query, and of the form if the body is one.
+@dataclass(frozen=True)
+class Upload:
+    """A request's picture in a file, and what is asked of it."""
+
+    file: Path
+    stem: str
+    """Its name as the sender has it, without folders and ending; UNNAMED where there is none."""
+    pairs: Sequence[tuple[str, str]]
+    """Parameters: of the query, and of the form if the body is one."""
+
+
+async def receive_picture(request: Request, place: Path, limits: Limits) -> Upload:
+    """A request's picture.
 
     Raises TooLargeError, SlowSenderError, UsageError for a body without a picture, ClientDisconnect where the sender is
     gone.
@@ -66,19 +82,26 @@ async def receive_picture(request: Request, place: Path, limits: Limits) -> tupl
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limits.bytes:
         raise too_large(limits)
-    file, pairs = place / "picture", list(request.query_params.multi_items())
+    file, sent, pairs = place / "picture", "", list(request.query_params.multi_items())
     bounded = Request(request.scope, limited(request.receive, limits))
     try:
         async with asyncio.timeout(limits.seconds):
             if request.headers.get("content-type", "").startswith(FORM):
-                pairs += await save_form(bounded, file)
+                sent, fields = await save_form(bounded, file)
+                pairs += fields
             else:
                 await save_body(bounded, file)
     except TimeoutError:
         raise SlowSenderError(f"the picture did not arrive within {limits.seconds:g} s; send it again") from None
     if not file.stat().st_size:
         raise UsageError("the request has no picture; send one as the body, or as a file in a form")
-    return file, pairs
+    return Upload(file, clean_stem(sent), pairs)
+
+
+def clean_stem(sent: str) -> str:
+    """A file's name as a sender gave it, without folders, ending and what no terminal prints; UNNAMED if none is left."""
+    name = "".join(letter for letter in re.split(r"[/\\]", sent)[-1] if letter.isprintable())
+    return PurePosixPath(name).stem.strip(" .")[:MOST_LETTERS] or UNNAMED
 
 
 def too_large(limits: Limits) -> TooLargeError:
@@ -112,15 +135,15 @@ async def save_body(request: Request, path: Path) -> None:
                 await run_in_threadpool(file.write, piece)
 
 
-async def save_form(request: Request, path: Path) -> list[tuple[str, str]]:
-    """The one file of a form, and its other fields."""
+async def save_form(request: Request, path: Path) -> tuple[str, list[tuple[str, str]]]:
+    """The name of the one file of a form, which goes to `path`, and its other fields."""
     async with request.form(max_files=1, max_fields=FIELDS) as form:
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
         if len(files) != 1:
             raise UsageError("the form has no file; send the picture as a file, such as -F picture=@a.png")
         with path.open("wb") as target:
             await run_in_threadpool(partial(shutil.copyfileobj, files[0].file, target))
-        return [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+        return files[0].filename or "", [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -89,7 +89,7 @@ def test_int16_says_in_one_line_that_a_processor_has_none(monkeypatch):
 
     monkeypatch.setattr(network, "this_processor", lambda: ir.described("aarch64-unknown-linux-gnu", "", Features()))
     weights = read_weights(bundled_checkpoint(4))
-    with pytest.raises(BackendError, match=r"no int16 on this processor .*; use --precision fp32$"):
+    with pytest.raises(BackendError, match=r"no int16 on this processor .*; use precision='fp32'$"):
         Network(weights.spec, weights.tensors, 1, Arithmetic.INT16)
 
 

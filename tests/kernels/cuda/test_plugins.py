@@ -153,7 +153,7 @@ def test_bindings_that_make_numbers_of_arrays_are_refused_with_a_numpy_that_does
 
 
 def test_formats_the_kernels_do_not_take_are_refused(bindings: Bindings) -> None:
-    with pytest.raises(BackendError, match=r"64 channels of DataType\.INT8.*--kernels none"):
+    with pytest.raises(BackendError, match=r"64 channels of DataType\.INT8.*kernels=False"):
         plugins.soca_source(bindings.trt, DataType.INT8, 64)
     with pytest.raises(BackendError, match="24 channels"):
         plugins.soca_source(bindings.trt, DataType.HALF, 24)
@@ -171,7 +171,7 @@ def test_tensorrt_rtx_is_refused_by_name(shared: Path) -> None:
     recorded = json.loads((shared / "tensorrt_api" / "rtx.json").read_text())
     rtx = ModuleType("tensorrt_rtx")
     vars(rtx).update(dict.fromkeys(recorded))
-    with pytest.raises(BackendError, match=r"tensorrt_rtx.*no ahead-of-time plugins.*--kernels none"):
+    with pytest.raises(BackendError, match=r"tensorrt_rtx.*no ahead-of-time plugins.*kernels=False"):
         plugins.register(rtx)
 
 

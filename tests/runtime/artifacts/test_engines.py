@@ -102,9 +102,9 @@ def test_stage_engines_are_another_thing_than_a_whole_one_of_the_same_sizes(mode
 
 @pytest.mark.parametrize("sizes", [{"max": Size(2, 512, 512)}, {"min": Size(1, 8, 8)}])
 def test_stage_engines_take_one_tile_at_a_time_however_small(sizes: dict[str, Size]):
-    with pytest.raises(UsageError, match="--stages: expected tiles"):
+    with pytest.raises(UsageError, match="`stages`: expected tiles"):
         replace(RTX, profiles=(replace(TILES, **sizes),), stages=True)
-    with pytest.raises(UsageError, match="--stages: expected tiles"):
+    with pytest.raises(UsageError, match="`stages`: expected tiles"):
         replace(RTX, profiles=(TILES, TILES), stages=True)
 
 

@@ -215,7 +215,7 @@ def test_a_model_runs_where_nothing_can_be_written(name, tiny_model, tmp_path, m
 
 def test_an_engine_given_to_another_backend_is_called_what_it_is(tmp_path):
     (tmp_path / "a.engine").write_bytes(b"an engine")
-    with pytest.raises(UsageError, match=r"a\.engine: an engine, which only tensorrt runs; leave --backend torch out"):
+    with pytest.raises(UsageError, match=r"a\.engine: an engine, which only tensorrt runs; leave backend='torch' out"):
         load_unguarded("torch", tmp_path / "a.engine", ONE_THREAD)
 
 
@@ -309,14 +309,14 @@ def test_an_unusable_backend_is_not_replaced_by_another(tiny_model, monkeypatch)
 
 @pytest.mark.parametrize(("name", "known"), [("torch", "fp32"), ("onnxruntime", "fp32"), ("native", "fp32 or int16")])
 def test_a_precision_that_a_backend_has_not_is_refused(name, known, tiny_model):
-    with pytest.raises(BackendError, match=f"{name} runs in {known}, bf16 was asked for; use --precision fp32"):
+    with pytest.raises(BackendError, match=f"{name} runs in {known}, bf16 was asked for; use precision='fp32'"):
         load_unguarded(name, tiny_model(), replace(ONE_THREAD, precision=Precision.BF16))
 
 
 @pytest.mark.parametrize("name", ["torch", "onnxruntime", "openvino"])
 def test_int16_is_refused_where_it_is_not(name, tiny_model):
     with (
-        pytest.raises(BackendError, match=r"int16( was asked for)? .*fp32|int16 was asked for; use --precision fp32"),
+        pytest.raises(BackendError, match=r"int16( was asked for)? .*fp32|int16 was asked for; use precision='fp32'"),
         loaded(name, tiny_model(), replace(ONE_THREAD, precision=Precision.INT16)),
     ):
         pass

@@ -375,7 +375,7 @@ def test_what_is_expected_of_unknown_content_is_what_can_be_read_here(tmp_path, 
 
 def test_transparency_that_a_format_does_not_hold_is_told_with_the_options_that_help(tmp_path):
     info = PictureInfo(tmp_path / "a.png", Format.PNG, 8, 8, alpha=True)
-    with pytest.raises(PictureError, match=r"lay it onto a colour with --flatten white, or write a PNG \(--format png"):
+    with pytest.raises(PictureError, match=r"lay it onto a colour with background=.*, or write a PNG \(format='png'"):
         plan_output(info, tmp_path / "out.jpg", 2)
 
 
@@ -567,3 +567,22 @@ def test_mutated_pictures_are_read_or_refused_and_nothing_else(tmp_path, capfd):
     assert not [name for name in refused if "_intact_" in name and not name.endswith("float.tif")]
     assert capfd.readouterr() == ("", "")
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("transparent", [False, True])
+def test_a_gif_is_transparent_where_a_pixel_is(tmp_path, transparent):
+    image = pytest.importorskip("PIL.Image", reason="needs the formats extra")
+    indices = np.arange(48, dtype=np.uint8).reshape(6, 8)  # of 256 colours
+    picture = image.fromarray(indices).convert("P")
+    picture.putpalette(np.random.default_rng(0).integers(0, 255, 768, np.uint8).tobytes())
+    picture.save(tmp_path / "a.gif", transparency=3 if transparent else 200, optimize=False)
+    with open_picture(tmp_path / "a.gif") as source:
+        assert source.info.alpha is transparent
+        assert source.rgb().shape == (6, 8, 3)
+        assert (source.alpha() == np.where(transparent & (indices == 3), 0, 255)).all()
+
+
+def test_an_opaque_png_keeps_its_channel_for_transparency(tmp_path):
+    rgba = np.full((6, 8, 4), 255, np.uint8)
+    pyvips.Image.new_from_array(rgba).write_to_file(str(tmp_path / "a.png"))
+    assert open_picture(tmp_path / "a.png").info.alpha

@@ -137,7 +137,7 @@ def test_without_an_output_results_lie_beside_their_sources(folder, monkeypatch)
 
 
 def test_a_suffix_that_names_a_folder_is_refused():
-    with pytest.raises(UsageError, match="--suffix 'x/y'"):
+    with pytest.raises(UsageError, match="`suffix` 'x/y'"):
         Naming("x/y")
 
 
@@ -197,7 +197,7 @@ def test_a_folder_without_pictures_is_told(folder):
 
 
 def test_a_named_file_of_another_format_than_asked_for_is_an_error(tmp_path):
-    with pytest.raises(UsageError, match="--format webp"):
+    with pytest.raises(UsageError, match="format='webp'"):
         find_pictures([tmp_path / "a.png"], tmp_path / "b.png", Naming(format=Format.WEBP))
 
 

@@ -45,7 +45,7 @@ def test_the_network_is_the_smallest_that_makes_enough():
 
 @pytest.mark.parametrize("facts", [{"outscale": 1}, {"outscale": 8.1}, {"size": (0, 5)}, {"outscale": 2, "size": (9, 9)}])
 def test_a_size_that_no_result_has_is_refused(facts):
-    with pytest.raises(UsageError, match=r"--outscale|--size"):
+    with pytest.raises(UsageError, match=r"outscale|size"):
         Encoding(**facts)
 
 
@@ -53,8 +53,8 @@ def test_a_size_that_no_result_has_is_refused(facts):
     ("size", "told"),
     [
         ((20, 30), "already fills"),
-        ((200, 200), "take --scale 8"),
-        ((2000, 2000), "x8 is the most: --scale 8 without --size makes 240 x 240"),
+        ((200, 200), "take scale=8"),
+        ((2000, 2000), "x8 is the most: scale=8 without `size` makes 240 x 240"),
     ],
 )
 def test_a_picture_that_the_network_cannot_bring_to_that_size_is_refused(size, told):

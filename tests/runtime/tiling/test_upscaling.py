@@ -126,7 +126,7 @@ def test_a_picture_larger_than_an_engine_takes_goes_in_tiles_that_it_takes():
             BackendError,
             "nearest: 50 x 70 pixels as a whole, its engine takes 4 x 4 to 64 x 40",
         ),
-        ({"tile": 48}, UsageError, "tiles of 48 pixels: the engines take 40; use --tile 40"),
+        ({"tile": 48}, UsageError, "tiles of 48 pixels: the engines take 40; use tile=40"),
     ],
 )
 def test_what_an_engine_does_not_take_is_one_line_before_anything_runs(options, kind, message):
@@ -255,7 +255,7 @@ def test_tiles_and_overlaps_that_make_no_sense_are_refused(tile, overlap):
 
 @pytest.mark.parametrize("options", [UpscaleOptions(regions=3), UpscaleOptions(regions=3, tile=16)])
 def test_regions_that_a_backend_without_stages_has_not_are_refused_not_ignored(options):
-    with pytest.raises(UsageError, match=r"3 x 3 regions.*leave --regions out"):
+    with pytest.raises(UsageError, match=r"3 x 3 regions.*leave `regions` out"):
         upscale(Nearest(), noise(24, 24), options)
 
 

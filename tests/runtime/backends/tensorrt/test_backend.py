@@ -523,13 +523,13 @@ def test_device_arrays_never_touch_the_host(rig: Rig):
 
 
 def test_the_library_passes_device_arrays_through(rig: Rig):
-    with Upscaler(rig.open(), UpscaleOptions()) as upscaler:
+    with Upscaler(rig.open(), UpscaleOptions(), None, Path()) as upscaler:
         x = picture(8, 6)
         interface = (result := upscaler.on_device(OnDevice(rig.gpu, x))).__cuda_array_interface__
         assert np.array_equal(floats(interface["data"][0], result.shape), upscaled(x))
         assert rig.gpu.followed == [tensorrt.DEFAULT_STREAM]
     with pytest.raises(UsageError, match="backend torch takes no GPU arrays"):
-        Upscaler(SimpleNamespace(name="torch"), UpscaleOptions()).on_device(None)
+        Upscaler(SimpleNamespace(name="torch"), UpscaleOptions(), None, Path()).on_device(None)
 
 
 @pytest.mark.parametrize("facts", [{"typestr": "<f2"}, {"strides": (4, 4, 4, 4)}, {"shape": (3, 8, 6)}])

@@ -268,7 +268,7 @@ def test_a_picture_larger_than_the_engine_takes_is_streamed_in_tiles_that_the_st
         # Other regions than the engine's go through the stages, whole or not.
         upscale(backend, picture(), UpscaleOptions(memory=2**30, regions=3, tiling=Tiling.WHOLE))
         rig.monkeypatch.setattr("sanrt.runtime.artifacts.sizes.MAX_KEYS", 400)
-        with pytest.raises(UsageError, match="1 x 1 regions: 427 keys each, the stage engines take 400; use --regions auto"):
+        with pytest.raises(UsageError, match="1 x 1 regions: 427 keys each, the stage engines take 400; use regions='auto'"):
             upscale(backend, picture(), replace(EXACT, regions=1))
 
 
