@@ -32,7 +32,7 @@ check: $(STAMP)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[export,cpu,openvino,rtx,kernels,ray,ray-test,formats,serve,ray-serve,triton,page-test,training,docs,dev]'
+	$(BIN)/pip install --quiet --editable '.[export,cpu,openvino,rtx,kernels,ray,ray-test,formats,video,serve,ray-serve,triton,page-test,training,docs,dev]'
 	touch $@
 
 $(DEMO)/.installed: pyproject.toml

@@ -15,7 +15,7 @@ LAYERS = (
     ("sanrt.version", "sanrt.arrays", "sanrt.errors", "sanrt.extras", "sanrt.files", "sanrt.geometry", "sanrt.wording"),
     ("sanrt.model", "sanrt.runtime.host"),
     ("sanrt.kernels",),
-    ("sanrt.runtime.pictures",),
+    ("sanrt.runtime.pictures", "sanrt.runtime.video"),
     ("sanrt.runtime.artifacts",),
     ("sanrt.runtime.backends",),
     ("sanrt.runtime.tiling",),

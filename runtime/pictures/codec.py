@@ -26,6 +26,7 @@ from sanrt.runtime.pictures.libvips import vips
 from sanrt.runtime.pictures.provenance import Provenance, seal
 from sanrt.runtime.pictures.resize import ResultSize, reduced
 from sanrt.runtime.pictures.scratch import ScratchPicture
+from sanrt.runtime.video.formats import VideoEncoding
 from sanrt.wording import option
 
 if TYPE_CHECKING:
@@ -97,15 +98,24 @@ class Encoding:
     """Times the source's width and height, by a reduction of what the network makes; None keeps that."""
     size: tuple[int, int] | None = None
     """Width and height that the result fits inside, likewise."""
+    codec: str | None = None
+    """Of videos, as are the next two: see `VideoEncoding`."""
+    crf: int | None = None
+    preset: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise UsageError for sizes that no result has."""
-        self.result_size  # noqa: B018
+        """Raise UsageError for sizes that no result has, and for codecs that are none."""
+        self.result_size, self.video  # noqa: B018
 
     @property
     def result_size(self) -> ResultSize:
         """How large results are."""
         return ResultSize(self.outscale, self.size)
+
+    @property
+    def video(self) -> VideoEncoding:
+        """What was chosen about videos."""
+        return VideoEncoding(self.codec, self.crf, self.preset)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 
+from sanrt.runtime.video.formats import Container
+
 
 class Format(StrEnum):
     """A picture file format that sanrt reads, the last four with the `formats` extra; the first five are also written."""
@@ -116,3 +118,11 @@ _MAGIC = {
     b"\0\0\0\x0cjP  ": Format.JP2,
     b"\xff\x4f\xff\x51": Format.JP2,
 }
+
+ResultFormat = Format | Container
+"""What a result can be: a picture or a video."""
+
+
+def result_format(path: Path) -> ResultFormat | None:
+    """What a result of this name is; None for a name that stands for none."""
+    return Container.of_suffix(path) or Format.of_suffix(path)

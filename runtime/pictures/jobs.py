@@ -22,6 +22,14 @@ from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.kinds import by_kind, kind_of_suffix
 from sanrt.runtime.pictures.provenance import is_result
 from sanrt.runtime.pictures.storage import RemotePath
+from sanrt.runtime.video.formats import (
+    VIDEO_SUFFIXES,
+    WRITTEN_SUFFIXES,
+    Container,
+    is_video,
+    result_suffix,
+    videos_are_readable,
+)
 from sanrt.wording import option
 
 ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}$")
@@ -43,7 +51,7 @@ class Replaceable(Enum):
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to read and the file that its result goes to."""
+    """One picture or video to read and the file that its result goes to."""
 
     source: Path
     destination: Path
@@ -51,6 +59,11 @@ class Job:
     """What may be replaced at the destination; anything else there is an error."""
     named: bool = field(default=False, compare=False)
     """Whether the source was named itself, and not found in a folder."""
+
+    @property
+    def is_video(self) -> bool:
+        """Whether its result is a video; else it is a picture."""
+        return Container.of_suffix(self.destination) is not None
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class Naming:
     suffix: str = ""
     """Text between the stem and the ending, such as `_x4`."""
     format: Format | None = None
-    """The format of every result; None keeps each source's own (GIF becomes PNG)."""
+    """The format of every picture's result; None keeps each source's own (GIF becomes PNG)."""
 
     def __post_init__(self) -> None:
         if set(self.suffix) & {"/", os.sep, "\0"}:
@@ -71,7 +84,9 @@ class Naming:
     def of(self, source: Path) -> str:
         """The result's file name; an ending that stands for no format is replaced by that of the content (PNG, if none)."""
         form, ending = Format.of_suffix(source), source.suffix
-        if self.format is not None or form is None or form.written_as is not form:
+        if is_video(source):
+            ending = result_suffix(source)
+        elif self.format is not None or form is None or form.written_as is not form:
             ending = (self.format or (form or _format_of_content(source)).written_as).facts.suffixes[0]
         name = source.stem + self.suffix + ending
         if sys.platform == "win32" and NO_WINDOWS_NAME.fullmatch(name):
@@ -92,7 +107,7 @@ def find_pictures(
     """
     one = len(inputs) == 1 and not inputs[0].is_dir()
     if not into_folder and not output.is_dir() and _names_a_file(output, one):
-        _check_file(output, one, naming)
+        _check_file(inputs[0], output, one, naming)
         jobs = [Job(inputs[0], output, named=True)]
     else:
         if not into_folder:
@@ -101,7 +116,8 @@ def find_pictures(
         jobs = _without_results(_once(jobs)) if naming.suffix else _once(jobs)
         jobs = jobs if naming.format else _told_apart(jobs)
     if not jobs:
-        endings = " ".join(suffix for form in Format if form.is_readable for suffix in form.facts.suffixes)
+        suffixes = [suffix for form in Format if form.is_readable for suffix in form.facts.suffixes]
+        endings = " ".join([*suffixes, *(VIDEO_SUFFIXES if videos_are_readable() else ())])
         others = ", ".join(f"{len(files)} {kind}" for kind, files in _unread(inputs, output, recursive).items())
         found = f"only {others}" if others else "no pictures found"
         raise PictureError(f"{', '.join(map(str, inputs))}: {found}; expected files ending in {endings}")
@@ -131,7 +147,9 @@ def _unread(inputs: Sequence[Path], output: Path, recursive: bool) -> Mapping[st
 
 def _remedy(file: Path) -> str:
     form, kind = Format.of_suffix(file), kind_of_suffix(file)
-    return f"to read them: {install_command('formats')}" if form else kind.remedy if kind else ""
+    if form or is_video(file):
+        return f"to read them: {install_command('formats' if form else 'video')}"
+    return kind.remedy if kind else ""
 
 
 def output_beside(given: Path, size: str, naming: Naming) -> Path:
@@ -147,21 +165,29 @@ def output_beside(given: Path, size: str, naming: Naming) -> Path:
 def _names_a_file(output: Path, one: bool) -> bool:
     """Whether an output that is no folder yet is a file, or is named like one.
 
-    For several pictures that takes the ending of a picture; for one any that begins with a letter, so that no mistyped
-    ending makes a folder.
+    For several pictures that takes the ending of a picture or video; for one any that begins with a letter, so that no
+    mistyped ending makes a folder.
     """
-    picture = Format.of_suffix(output) or (mimetypes.guess_type(output.name)[0] or "").startswith("image/")
-    return bool(output.exists() or picture or (one and ENDING.search(output.name)))
+    kind = (mimetypes.guess_type(output.name)[0] or "").partition("/")[0]
+    known = Format.of_suffix(output) or is_video(output) or kind in ("image", "video")
+    return bool(output.exists() or known or (one and ENDING.search(output.name)))
 
 
-def _check_file(output: Path, one: bool, naming: Naming) -> None:
-    """UsageError unless one result can be written to a file of this name."""
+def _check_file(given: Path, output: Path, one: bool, naming: Naming) -> None:
+    """UsageError unless one result, that of `given`, can be written to a file of this name."""
     if not one:
         what = "is a file" if output.exists() else "is named like one picture"
         raise UsageError(
             f"no folder for the results of several pictures: {output}, the last argument, {what}; "
             "add a folder, such as `sanrt run ... upscaled/`"
         )
+    if is_video(given) or (Container.of_suffix(output) and not Format.of_suffix(given)):
+        if Container.of_suffix(output) is None:
+            raise UsageError(
+                f"{output}: the result of a video is one; expected a name ending in one of {' '.join(WRITTEN_SUFFIXES)}, "
+                f"or a folder: {output}/"
+            )
+        return
     form = Format.of_suffix(output)
     if form is None or form.written_as is not form:
         endings = " ".join(form.facts.suffixes[0] for form in Format if form.written_as is form)
@@ -216,7 +242,7 @@ def _pictures_in(folder: Path, recursive: bool, skipped: Path) -> Iterator[Path]
 
 def _is_read(file: Path) -> bool:
     form = Format.of_suffix(file)
-    return form is not None and form.is_readable
+    return videos_are_readable() if is_video(file) else form is not None and form.is_readable
 
 
 def _files_in(folder: Path, recursive: bool, skipped: Path) -> Iterator[Path]:
@@ -257,7 +283,7 @@ def _told_apart(jobs: list[Job]) -> list[Job]:
 
     def named(job: Job) -> Job:
         at, ending = job.destination, job.source.suffix
-        if shared[_place(at)] == 1 or ending == at.suffix or not Format.of_suffix(job.source):
+        if shared[_place(at)] == 1 or ending == at.suffix or not (Format.of_suffix(job.source) or is_video(job.source)):
             return job
         return replace(job, destination=at.with_name(at.stem + ending + at.suffix))
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sanrt.runtime.video.formats import VIDEO_SUFFIXES
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -29,7 +31,7 @@ KINDS = (
     Kind("raw photograph", (".cr3",), rb".{4}ftypcrx |FUJIFILMCCD-RAW|IIU\0|II(RO|RS)|.{8}CR\x02\0", DEVELOP),
     Kind("raw photograph", (".dng", ".cr2", ".nef", ".arw", ".orf", ".rw2", ".raf"), None, DEVELOP),
     Kind("raw photograph", (".pef", ".srw", ".3fr", ".raw"), None, DEVELOP),
-    Kind("video", (), rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI "),
+    Kind("video", VIDEO_SUFFIXES, rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI "),
     Kind("JPEG 2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf"), rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
     Kind("JPEG XL", (".jxl",), rb"\xff\x0a|\0\0\0\x0cJXL "),
     Kind("JPEG XR", (".jxr", ".wdp", ".hdp"), rb"II\xbc\x01"),

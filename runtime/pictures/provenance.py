@@ -1,8 +1,8 @@
 """What made a result, as digests inside the picture file: by them a later run knows its own results from other files.
 
 They lie where readers of the format pass over them and where a program that writes the picture anew leaves them out: in a
-private chunk of PNG and WebP, an application segment of JPEG, a `uuid` box of AVIF, behind the last byte of TIFF. No path,
-time or host is among them: the same source and options give the same bytes.
+private chunk of PNG and WebP, an application segment of JPEG, a `uuid` box of AVIF and MP4, an EBML `Void` element of
+Matroska, behind the last byte of TIFF. No path, time or host is among them: the same source and options give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import IO, Any
 from uuid import UUID
 
 from sanrt.errors import PictureError
-from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.formats import Format, ResultFormat, result_format
 from sanrt.runtime.pictures.storage import RemotePath, translate_errors
+from sanrt.runtime.video.formats import Container
 
 BEGINNING = b"sanrt-result:"
 WINDOW = 4096
@@ -27,7 +28,8 @@ WINDOW = 4096
 BLOCK = 1 << 20
 PNG_CHUNK, WEBP_CHUNK, JPEG_SEGMENT = b"saNT", b"SANR", b"\xff\xef"
 """PNG's capital T: a program that changes the picture and does not know the chunk must leave it out."""
-AVIF_BOX = UUID("7d2e3f0c-8a51-4c0b-9b0e-3f6a1d2c5e90").bytes
+BOX = UUID("7d2e3f0c-8a51-4c0b-9b0e-3f6a1d2c5e90").bytes
+EBML_VOID = b"\xec"
 PNG_END = 12
 """Bytes of the IEND chunk."""
 
@@ -123,7 +125,7 @@ def digests(file: IO[bytes]) -> tuple[str, str, int]:
     return sha256.hexdigest(), md5.hexdigest(), size
 
 
-def seal(file: IO[bytes], form: Format, made: Provenance) -> None:
+def seal(file: IO[bytes], form: ResultFormat, made: Provenance) -> None:
     """Put the mark of a result into its encoded file, which is open for reading and writing."""
     size = file.seek(0, os.SEEK_END)
     at = place(file, form, size)
@@ -154,7 +156,7 @@ def is_result(path: Path) -> bool:
 
 def is_intact(path: Path) -> bool:
     """Whether a file is, byte for byte, what sanrt wrote; PictureError if it cannot be read."""
-    form = Format.of_suffix(path)
+    form = result_format(path)
     with translate_errors(path, "cannot be read"), path.open("rb") as file:
         if form is None or not (found := find_mark(file, path)):
             return False
@@ -176,7 +178,7 @@ def find_mark(file: IO[bytes], path: Path) -> tuple[Mark, int] | None:
     return (mark, start + at) if mark else None
 
 
-def place(file: IO[bytes], form: Format, size: int) -> int:
+def place(file: IO[bytes], form: ResultFormat, size: int) -> int:
     """Where in an encoded file the mark goes."""
     if form is Format.PNG:
         return size - PNG_END
@@ -186,7 +188,7 @@ def place(file: IO[bytes], form: Format, size: int) -> int:
     return size
 
 
-def envelope(form: Format, text: bytes) -> bytes:
+def envelope(form: ResultFormat, text: bytes) -> bytes:
     """The text as the format holds it."""
     length = len(text)
     match form:
@@ -197,8 +199,10 @@ def envelope(form: Format, text: bytes) -> bytes:
             return JPEG_SEGMENT + (length + 2).to_bytes(2, "big") + text
         case Format.WEBP:
             return WEBP_CHUNK + length.to_bytes(4, "little") + text + bytes(length % 2)
-        case Format.AVIF:
-            return (length + 24).to_bytes(4, "big") + b"uuid" + AVIF_BOX + text
+        case Format.AVIF | Container.MP4 | Container.MOV:
+            return (length + 24).to_bytes(4, "big") + b"uuid" + BOX + text
+        case Container.MKV | Container.WEBM:
+            return EBML_VOID + (length | 1 << 28).to_bytes(4, "big") + text
         case _:
             return text
 

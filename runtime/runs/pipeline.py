@@ -110,6 +110,8 @@ class Written:
     """What each step took."""
     digest: str | None = field(default=None, compare=False)
     """SHA-256 of the result's file as it was written, where that was wanted."""
+    frames: int = 0
+    """Of a video, as far as this run made them."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ class Opened:
     job: Job
     pixels: int
     """Pixels of the source: what its work is measured by."""
+    frames: int = 0
+    """Of a video, as far as they are to be made."""
 
 
 @dataclass(frozen=True)

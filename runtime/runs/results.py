@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from sanrt.errors import PictureError, UsageError
 from sanrt.model.spec import ModelSpec, Precision
 from sanrt.runtime.pictures.codec import Encoding
-from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.formats import Format, ResultFormat, result_format
 from sanrt.runtime.pictures.jobs import Job, Replaceable, some_of
 from sanrt.runtime.pictures.provenance import (
     Provenance,
@@ -26,6 +26,7 @@ from sanrt.runtime.pictures.provenance import (
 )
 from sanrt.runtime.pictures.storage import RemotePath, translate_errors
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
+from sanrt.runtime.video.formats import Container
 from sanrt.wording import option
 
 THREADS = 16
@@ -36,6 +37,8 @@ WITHOUT_EFFECT = ("memory", "scratch")
 """Options of upscaling that no pixel depends on."""
 IN_TILES = ("tile", "overlap", "tiling")
 """Those that pixels depend on only where tiles overlap."""
+OF_PICTURES, OF_VIDEOS = ("quality", "lossless", "background"), ("codec", "crf", "preset")
+"""Options of Encoding that change nothing in the other kind."""
 UNREADABLE = "its source cannot be read"
 """A job that is left to fail when its turn comes."""
 T = TypeVar("T")
@@ -65,7 +68,7 @@ class Recipe:
         asked = {name: value for name, value in changed(upscaling).items() if name not in left_out}
         return cls(arch.scale, model, asked | ({"precision": precision} if precision else {}), changed(encoding))
 
-    def provenance(self, source: SourceIdentity, form: Format) -> Provenance:
+    def provenance(self, source: SourceIdentity, form: ResultFormat) -> Provenance:
         """That of the result of a source in a format."""
         encoding = {name: value for name, value in self.encoding.items() if has_effect(name, value, form)}
         return Provenance(source, self.scale, self.model, digest_of([self.upscaling, encoding]))
@@ -99,15 +102,17 @@ def changed(options: Any) -> dict[str, Any]:
     return {f.name: value for f in fields(options) if (value := getattr(options, f.name)) != f.default}
 
 
-def has_effect(option: str, value: Any, form: Format) -> bool:
+def has_effect(option: str, value: Any, form: ResultFormat) -> bool:
     """Whether an option of Encoding can change files of a format."""
+    if isinstance(form, Container):
+        return option not in OF_PICTURES
     match option:
         case "quality":
             return form.facts.quality not in (None, value)
         case "lossless":
             return form in (Format.WEBP, Format.AVIF)
         case _:
-            return True
+            return option not in OF_VIDEOS
 
 
 def sort_out(recipes: Mapping[Job, Recipe], overwrite: bool = False, include_results: bool = False) -> Findings:
@@ -166,7 +171,7 @@ def look_at(path: Path) -> Present | None:
 
 def difference(job: Job, made: Provenance, recipe: Recipe) -> str:
     """What a result was made from that this run would not make it from, for people; empty if there is nothing."""
-    now = recipe.provenance(made.source, Format.of_suffix(job.destination) or Format.PNG)
+    now = recipe.provenance(made.source, result_format(job.destination) or Format.PNG)
     if made.scale != now.scale:
         return f"made at x{made.scale} before"
     if made.model != now.model:

@@ -206,6 +206,27 @@ def remove_abandoned_folders(parent: Path, name: str) -> None:
                 shutil.rmtree(folder)
 
 
+@contextmanager
+def sole_user(lock: Path) -> Iterator[bool]:
+    """Hold a file, which is made where it is not there, against other processes; whether that worked: else another has it.
+
+    The system lets go of it when a process ends, however it ends. Raises OSError where the file cannot be made.
+    """
+    with lock.open("ab") as file:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                yield False
+                return
+        yield sys.platform == "win32" or bool(os.fstat(file.fileno()).st_nlink)  # else removed between the two calls
+
+
 def cache_folder() -> Path:
     """sanrt's part of the user's cache folder: `sanrt` in $XDG_CACHE_HOME, or in ~/.cache; all of it may be deleted."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")  # noqa: PTH111, PTH118

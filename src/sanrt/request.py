@@ -14,8 +14,9 @@ from sanrt.errors import FileError, PictureError, SanrtError, UsageError
 from sanrt.files import require_folder_of
 from sanrt.model.bundled import PHOTO_QUALITY, WeightsKind, has_bundled
 from sanrt.runtime.artifacts.models import DEFAULT_SCALE, default_model, photo_model, require_own_weights, require_scale
-from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.formats import Format, ResultFormat, result_format
 from sanrt.runtime.pictures.storage import RemotePath, check_buckets, located
+from sanrt.runtime.video.formats import Container, is_video
 from sanrt.wording import option
 
 if TYPE_CHECKING:
@@ -62,8 +63,10 @@ class ModelChoice:
         if self.named or not has_bundled(scale, WeightsKind.PHOTO) or scale not in PHOTO_QUALITY:
             return ""
         if self.weights is WeightsKind.PHOTO:
-            return f"JPEG of quality {PHOTO_QUALITY[scale]} or less"
-        if photo_model(self.models, scale) or all(Format.of_suffix(job.source) is not Format.JPEG for job in jobs):
+            jpeg = f"JPEG of quality {PHOTO_QUALITY[scale]} or less"
+            kinds = {"compressed video" if job.is_video else jpeg for job in jobs}
+            return " or ".join(sorted(kinds))
+        if photo_model(self.models, scale) or not any(Format.of_suffix(job.source) is Format.JPEG for job in jobs):
             return ""
         better = f"`sanrt export --scale {scale} --weights photo` makes a model for these"
         return f"{self.path} was exported, so JPEG photographs go through it too; {better}"
@@ -103,6 +106,7 @@ class Request:
         from sanrt.runtime.backends.registry import model_spec, require_known
         from sanrt.runtime.pictures.jobs import find_pictures, output_beside, passed_over
         from sanrt.runtime.runs.results import Recipe, sort_out
+        from sanrt.runtime.video.container import ffmpeg
 
         choice, named = self.choice, [located(path) for path in self.paths]
         if absolute:
@@ -124,7 +128,9 @@ class Request:
         *inputs, output = named + beside
         jobs = find_pictures(inputs, output, self.naming, into_folder=self.paths[-1].endswith(("/", os.sep)))
         require_there(jobs)
-        require_effect(self.encoding, {Format.of_suffix(job.destination) or Format.PNG for job in jobs})
+        if any(job.is_video for job in jobs):
+            ffmpeg()
+        require_effect(self.encoding, {result_format(job.destination) or Format.PNG for job in jobs})
         asked: list[tuple[ModelChoice, Part]] = []
         recipes: dict[Job, Recipe] = {}
         for (scale, weights), its_jobs in by_network(jobs, choice, size).items():
@@ -208,12 +214,19 @@ def outcomes(
     `listener` is told what happens to the pictures meanwhile. Close the iterator to stop early.
     """
     from sanrt.runtime.backends.registry import load_backend
-    from sanrt.runtime.runs import pipeline
+    from sanrt.runtime.runs import pipeline, videos
     from sanrt.runtime.runs.record import Recorder
     from sanrt.runtime.tiling.upscaling import NetworkRunner
+    from sanrt.runtime.video.segments import remove_others
 
     listener = listener or pipeline.nobody
+    for name, given in (("ray", conduct.ray), ("record", conduct.record)):
+        if given:
+            require_pictures(work, name)
     require_place(work, here=not conduct.ray)
+    for job in work.found.done:
+        if job.is_video and not conduct.preview:
+            remove_others(job.destination)
     yield from map(pipeline.Skipped, work.found.done)
     yield from (pipeline.Failed(job, line) for job, line in occupied_lines(work.found))
     for part in work.parts:
@@ -226,13 +239,13 @@ def outcomes(
             runner = NetworkRunner(network, upscaling)
             options = pipeline.PipelineOptions(part.recipe, encoding, digests=bool(conduct.record))
             if conduct.preview:
-                yield from pipeline.preview(jobs, runner, options)
+                yield from videos.preview(jobs, runner, options)
                 continue
             recorder = None
             if conduct.record:
                 loading = choice.options
                 recorder = Recorder(conduct.record, network, choice.path, loading, upscaling, encoding, part.recipe)
-            with closing(pipeline.run(jobs, runner, options, listener)) as done, recorder or nullcontext():
+            with closing(videos.run(jobs, runner, options, listener)) as done, recorder or nullcontext():
                 yield from recorder.follow(done) if recorder else done
 
 
@@ -352,12 +365,19 @@ def by_scale(jobs: Sequence[Job], choice: ModelChoice, size: ResultSize) -> dict
 def scale_for(picture: Path, size: ResultSize) -> int:
     """The smallest scale by which a picture gets so large; the default one where that is not known."""
     from sanrt.runtime.pictures.codec import open_picture
+    from sanrt.runtime.video.container import look
 
     try:
-        info = open_picture(picture).info
+        info = look(picture) if is_video(picture) else open_picture(picture).info
     except SanrtError:
         return DEFAULT_SCALE
     return size.least_scale(info.width, info.height) or DEFAULT_SCALE
+
+
+def require_pictures(work: Work, name: str) -> None:
+    """Raise UsageError where an option of this name is given, which videos do not have."""
+    if video := next((job.source for job in work.found.to_do if job.is_video), None):
+        raise UsageError(f"{option(name)}: is for pictures, {video} is a video; leave one of them out")
 
 
 def require_large_enough(model: Path, scale: int, size: ResultSize) -> None:
@@ -369,16 +389,21 @@ def require_large_enough(model: Path, scale: int, size: ResultSize) -> None:
         )
 
 
-def require_effect(encoding: Encoding, formats: set[Format]) -> None:
+def require_effect(encoding: Encoding, formats: set[ResultFormat]) -> None:
     """Raise UsageError for an option of files that changes nothing in any of the results' formats."""
     names = ", ".join(sorted(formats))
-    if encoding.lossless and not any(form in (Format.WEBP, Format.AVIF) for form in formats):
+    pictures = [form for form in formats if isinstance(form, Format)]
+    if encoding.lossless and not any(form in (Format.WEBP, Format.AVIF) for form in pictures):
         raise UsageError(
             f"{option('lossless')}: changes nothing in {names} files; leave it out, or choose {option('format', 'webp')} "
             "or avif"
         )
-    if encoding.quality is not None and all(form.facts.quality is None for form in formats):
+    if encoding.quality is not None and all(form.facts.quality is None for form in pictures):
         raise UsageError(
             f"{option('quality')}: changes nothing in {names} files; leave it out, or choose {option('format', 'jpeg')}, "
             "webp or avif"
         )
+    of_videos = {"codec": encoding.codec, "crf": encoding.crf, "preset": encoding.preset}
+    for name, value in of_videos.items():
+        if value is not None and not any(isinstance(form, Container) for form in formats):
+            raise UsageError(f"{option(name)}: changes nothing in {names} files, it is for videos; leave it out")

@@ -147,7 +147,8 @@ class Reporter(logging.Handler):
 class RunProgress:
     """How far a run is, by what its pictures told; for any thread.
 
-    Work is counted in pixels of the sources. Pictures that have not been opened count as the mean of those that were.
+    Work is counted in pixels of the sources, of videos in those of all frames. What has not been opened counts as the mean
+    of what was.
     """
 
     def __init__(self, total: int) -> None:
@@ -164,15 +165,19 @@ class RunProgress:
         """Pixels of each picture whose header was read and that has not failed."""
         self.shares: dict[Job, float] = {}
         """How much of each picture went through the network."""
+        self.frames: dict[Job, int] = {}
+        """Frames of each video that are to be made."""
 
     def hear(self, event: Event) -> None:
         """Take in what happened; an outcome counts once, however often it is told."""
         with self.lock:
             match event:
-                case Opened(job, pixels):
+                case Opened(job, pixels, frames):
                     if not self.opened:  # a model was loaded before
                         self.started = time.monotonic()
                     self.opened[job], self.shares[job] = pixels, 0.0
+                    if frames:
+                        self.frames[job] = frames
                 case Advanced(job, share) if job in self.shares:
                     self.shares[job] += share
                 case Finished(outcome) if outcome.job not in self.finished:
@@ -187,15 +192,23 @@ class RunProgress:
         if isinstance(outcome, Written):
             self.pixels += outcome.pixels
             self.shares[job] = 1.0
+            if job in self.frames:
+                self.frames[job] = outcome.frames
         else:
-            self.opened.pop(job, None)
-            self.shares.pop(job, None)
+            for facts in (self.opened, self.shares, self.frames):
+                facts.pop(job, None)
 
     @property
     def pixels_done(self) -> float:
         """Pixels of the sources that went through the network, of failed pictures none."""
         with self.lock:
             return sum(self.opened.get(job, 0) * share for job, share in self.shares.items())
+
+    @property
+    def frames_done(self) -> float:
+        """Frames of videos that went through the network, likewise."""
+        with self.lock:
+            return sum(frames * self.shares[job] for job, frames in self.frames.items())
 
     @property
     def pixels_in_all(self) -> float | None:
@@ -219,9 +232,12 @@ class RunProgress:
         return ", ".join(parts) + (f" in {seconds:.1f} s ({self.rates()})" if counts[Written] else "")
 
     def rates(self) -> str:
-        """Results and their pixels per second so far."""
+        """Results and their pixels per second so far; with videos their frames, as they are made."""
         seconds = max(time.monotonic() - self.started, 1e-9)
-        return f"{self.counts[Written] / seconds:.2f} pictures/s, {self.pixels / seconds / 1e6:.2f} Mpx/s of input"
+        number, what, pixels = float(self.counts[Written]), "pictures", float(self.pixels)
+        if self.frames:
+            number, what, pixels = self.frames_done, "frames", self.pixels_done
+        return f"{number / seconds:.2f} {what}/s, {pixels / seconds / 1e6:.2f} Mpx/s of input"
 
 
 class BuildProgressBar:

@@ -8,6 +8,8 @@ import typer
 
 from sanrt.cli.request import (
     BackendOption,
+    CodecOption,
+    CrfOption,
     DeviceOption,
     EnsembleOption,
     FlattenOption,
@@ -23,6 +25,7 @@ from sanrt.cli.request import (
     OverwriteOption,
     Paths,
     PrecisionOption,
+    PresetOption,
     QualityOption,
     RegionsOption,
     ScaleOption,
@@ -64,6 +67,9 @@ def plan(
     overwrite: OverwriteOption = False,
     include_results: IncludeResultsOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the sums and errors, not every picture.")] = False,
+    codec: CodecOption = None,
+    crf: CrfOption = None,
+    preset: PresetOption = None,
     models: ModelsOption = MODELS,
     backend: BackendOption = "auto",
     precision: PrecisionOption = None,
@@ -91,7 +97,7 @@ def plan(
     k = region_count(regions)
     upscaling = UpscaleOptions(tile, overlap, self_ensemble, tiling, k, memory, scratch, keep_hidden_colours)
     background, within = colour(flatten) if flatten else None, bounding_size(size) if size else None
-    encoding = Encoding(quality, lossless, background, outscale, within)
+    encoding = Encoding(quality, lossless, background, outscale, within, codec, crf, preset)
     request = Request(paths, choice, upscaling, encoding, Naming(suffix, format))
     work = request.resolve(overwrite, include_results=include_results)
     found, seconds, failed, needless = work.found, 0.0, len(work.found.occupied), 0

@@ -86,7 +86,7 @@ def bounding_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-LARGE, NETWORK, ELSEWHERE = "Large pictures", "Network", "Records and clusters"
+VIDEO, LARGE, NETWORK, ELSEWHERE = "Videos", "Large pictures", "Network", "Records and clusters"
 """Panels of the help, after the everyday options."""
 
 Paths = Annotated[
@@ -94,7 +94,7 @@ Paths = Annotated[
     typer.Argument(
         metavar="INPUTS... [OUTPUT]",
         show_default=False,
-        help="Pictures and folders of pictures, also s3://...; then the folder of the results, or the file of one. "
+        help="Pictures, videos and folders of them, also s3://...; then the folder of the results, or the file of one. "
         "One path alone: the result lies beside it, as a_x4.png or photos_x4/. - is standard input or output.",
     ),
 ]
@@ -132,6 +132,17 @@ LosslessOption = Annotated[bool, typer.Option("--lossless", help="WebP and AVIF 
 FlattenOption = Annotated[
     str | None, typer.Option(metavar="COLOUR", help="Lay transparency onto white, black, red, ... or #rrggbb.")
 ]
+CodecOption = Annotated[
+    str | None,
+    panel(VIDEO)(
+        metavar="[h264|hevc|av1|ffv1|prores]",
+        help="Or a hardware encoder's name such as h264_nvenc; the source's, or what suits the file, if left out.",
+    ),
+]
+CrfOption = Annotated[
+    int | None, panel(VIDEO)(help="Constant rate factor, smaller is better; h264 17, hevc 19, av1 23 if left out.")
+]
+PresetOption = Annotated[str | None, panel(VIDEO)(help="The encoder's speed, by its own names: slow, or 6 for av1.")]
 KeepHiddenOption = Annotated[
     bool,
     typer.Option(

@@ -15,6 +15,8 @@ from sanrt.cli.request import (
     ELSEWHERE,
     LARGE,
     BackendOption,
+    CodecOption,
+    CrfOption,
     DeviceOption,
     EnsembleOption,
     FlattenOption,
@@ -30,6 +32,7 @@ from sanrt.cli.request import (
     OverwriteOption,
     Paths,
     PrecisionOption,
+    PresetOption,
     QualityOption,
     RegionsOption,
     ScaleOption,
@@ -48,7 +51,7 @@ from sanrt.cli.streams import STREAM, standard_streams
 from sanrt.errors import UsageError
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
 from sanrt.model.spec import Precision
-from sanrt.request import Conduct, ModelChoice, Part, Request, Work, outcomes
+from sanrt.request import Conduct, ModelChoice, Part, Request, Work, outcomes, require_pictures
 from sanrt.runtime.artifacts.models import MODELS, model_title, other_models
 from sanrt.runtime.tiling.options import Tiling
 
@@ -121,6 +124,9 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every picture.")] = False,
+    codec: CodecOption = None,
+    crf: CrfOption = None,
+    preset: PresetOption = None,
     models: ModelsOption = MODELS,
     backend: BackendOption = "auto",
     precision: PrecisionOption = None,
@@ -144,7 +150,7 @@ def run(
     ] = None,
     workers: Annotated[int | None, panel(ELSEWHERE)(min=1, help="With --ray, instead of one per GPU (or node).")] = None,
 ) -> None:
-    """Upscale pictures: files, and folders with their tree kept; what is done already is skipped.
+    """Upscale pictures and videos: files, and folders with their tree kept; what is done already is skipped.
 
     Other files in the results' places are never replaced without --overwrite.
     """
@@ -155,11 +161,12 @@ def run(
 
     loading = RunOptions(threads=threads, precision=precision, device=device or 0)
     manner = Manner(overwrite, include_results, dry_run, explain_tiles, record, ray, workers, quiet, verbose)
+    background, within = colour(flatten) if flatten else None, bounding_size(size) if size else None
     request = Request(
         paths,
         ModelChoice(model, models, scale, backend, loading, weights),
         UpscaleOptions(tile, overlap, self_ensemble, tiling, region_count(regions), memory, scratch, keep_hidden_colours),
-        Encoding(quality, lossless, colour(flatten) if flatten else None, outscale, bounding_size(size) if size else None),
+        Encoding(quality, lossless, background, outscale, within, codec, crf, preset),
         Naming(suffix, format),
     )
     raise typer.Exit(execute(request, manner, device))
@@ -182,6 +189,7 @@ def execute(request: Request, manner: Manner, device: int | None) -> int:
                 if part.reason:
                     reporter.say(f"{len(part.jobs)} of {work.total} pictures: {part.reason}")
             if manner.explain_tiles:
+                require_pictures(work, "explain-tiles")
                 explain(work.parts[0], request.upscaling, reporter)
             else:
                 upscale_all(work, request, manner, device, reporter)

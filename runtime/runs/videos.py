@@ -1,0 +1,273 @@
+"""Videos through one network: decoded, enlarged and encoded at the same time, in segments that a killed run goes on from.
+
+`run` takes pictures and videos mixed, in order; pictures go the way of `pipeline.run`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, groupby, islice, repeat
+from pathlib import Path
+
+import numpy as np
+
+from sanrt.files import replacing
+from sanrt.runtime.pictures.jobs import Job
+from sanrt.runtime.pictures.provenance import identify, require_unchanged, seal
+from sanrt.runtime.pictures.resize import reduced
+from sanrt.runtime.pictures.storage import delivered, fetched, scratch_folder
+from sanrt.runtime.runs import pipeline
+from sanrt.runtime.runs.pipeline import (
+    Advanced,
+    AlreadyWrittenError,
+    Failed,
+    Finished,
+    Listener,
+    Opened,
+    Outcome,
+    PipelineOptions,
+    Planned,
+    Skipped,
+    Written,
+    ahead,
+    guarded,
+    nobody,
+    result_note,
+    tiling_note,
+)
+from sanrt.runtime.runs.results import appeared
+from sanrt.runtime.tiling.plan import TilingPlan
+from sanrt.runtime.tiling.upscaling import NetworkRunner
+from sanrt.runtime.video.container import VideoInfo, frames, look, picture_of
+from sanrt.runtime.video.encoding import SegmentEncoder, VideoOutput, plan_video
+from sanrt.runtime.video.frames import Pixels
+from sanrt.runtime.video.joining import Copying, join, plan_copying
+from sanrt.runtime.video.segments import Segment, WorkFolder, frames_in_segment, remove_others, work_folder
+
+WAITING = 2
+"""Enlarged frames that wait for the encoder, at most."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video whose result can be made and written."""
+
+    job: Job
+    info: VideoInfo
+    output: VideoOutput
+    copying: Copying
+    plan: TilingPlan
+    """How its frames go through the network."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its result lacks, one line each."""
+        return self.output.notes + self.copying.notes
+
+
+@dataclass(frozen=True)
+class SourcePicture:
+    """A frame as the network takes it."""
+
+    pts: int
+    duration: int
+    rgb: Pixels
+
+
+def run(
+    jobs: Iterable[Job], runner: NetworkRunner, options: PipelineOptions, listener: Listener = nobody
+) -> Generator[Outcome, None, None]:
+    """Every job's outcome, in order, as `pipeline.run` has them: pictures by it, videos one after another."""
+    for are_videos, group in groupby(jobs, lambda job: job.is_video):
+        if not are_videos:
+            yield from pipeline.run(group, runner, options, listener)
+            continue
+        for job in group:
+            outcome = guarded(job, partial(enlarge, job, runner, options, listener))
+            listener(Finished(outcome))
+            yield outcome
+
+
+def preview(
+    jobs: Iterable[Job], runner: NetworkRunner, options: PipelineOptions
+) -> Generator[Planned | Skipped | Failed, None, None]:
+    """What `run` would do, as far as headers and first frames tell."""
+    for are_videos, group in groupby(jobs, lambda job: job.is_video):
+        if not are_videos:
+            yield from pipeline.preview(group, runner, options)
+            continue
+        for job in group:
+            yield guarded(job, partial(planned, job, runner, options))
+
+
+def planned(job: Job, runner: NetworkRunner, options: PipelineOptions) -> Planned:
+    """The result that a video's header promises; raises as `settle` does."""
+    with fetched(job.source) as path:
+        video = settle(job, path, runner, options)
+        return Planned(job, video.output.width, video.output.height, video.notes + tiling_note(video.plan))
+
+
+def settle(job: Job, path: Path, runner: NetworkRunner, options: PipelineOptions) -> Video:
+    """How a video is enlarged and written, from its header and first frame; what cannot be done is refused here.
+
+    Raises PictureError, and BackendError or UsageError where the backend cannot take it.
+    """
+    info = look(path)
+    result = options.encoding.result_size
+    width, height = result.checked(info.width, info.height, options.scale)
+    if str(result):  # sides that any chroma divides
+        width, height = max(2, width - width % 2), max(2, height - height % 2)
+    output = plan_video(info, job.destination, (width, height), options.encoding.video)
+    output = replace(output, notes=result_note(path) + output.notes)
+    return Video(job, info, output, plan_copying(info, output), runner.decide_array(info.height, info.width))
+
+
+def enlarge(job: Job, runner: NetworkRunner, options: PipelineOptions, listener: Listener = nobody) -> Written | Skipped:
+    """A video from its file to the result's, which is there whole or not at all, unless another run wrote it meanwhile."""
+    if appeared(job, options.recipe):
+        return Skipped(job)
+    with suppress(AlreadyWrittenError):
+        return upscale(job, runner, options, listener)
+    return Skipped(job)
+
+
+def upscale(job: Job, runner: NetworkRunner, options: PipelineOptions, listener: Listener) -> Written:
+    """The same; AlreadyWrittenError where another run wrote it."""
+    with fetched(job.source) as path:
+        video = settle(job, path, runner, options)
+        source = identify(path, job.source)
+        made = options.recipe.provenance(source, video.output.container)
+        result = scratch_folder(job.destination) / job.destination.name
+        with work_folder(result, made) as work:
+            there = work.all()
+            plan = make_segments(video, work, there, runner, listener)
+            require_unchanged(source, path, job.source)
+            segments = work.all()
+            with delivered(job.destination) as local, replacing(local) as file:
+                join(video.info, video.output, video.copying, segments, file)
+                seal(file, video.output.container, made)
+                if appeared(job, options.recipe):
+                    raise AlreadyWrittenError
+        remove_others(result)
+    return written(video, plan, segments, len(there))
+
+
+def written(video: Video, plan: TilingPlan, segments: list[Segment], there: int) -> Written:
+    """The outcome of a video whose result is in its place; `there` segments were made by earlier runs."""
+    frames_in_all = sum(len(segment.times) for segment in segments)
+    fresh = sum(len(segment.times) for segment in segments[there:])
+    repeated = sum(segment.repeated for segment in segments)
+    notes = []
+    if repeated:
+        share = f"{100 * repeated / frames_in_all:.0f} %"
+        notes.append(f"{repeated} of {frames_in_all} frames ({share}) equal the one before and were not computed again")
+    if there:
+        notes.append(f"{frames_in_all - fresh} of {frames_in_all} frames were there of an earlier run")
+    pixels = video.info.width * video.info.height * fresh
+    return Written(video.job, pixels, (*video.notes, *notes, *tiling_note(plan)), plan, frames=fresh)
+
+
+def make_segments(
+    video: Video, work: WorkFolder, there: list[Segment], runner: NetworkRunner, listener: Listener
+) -> TilingPlan:
+    """Make the segments that are not there; how the frames really went through the network."""
+    info, plan = video.info, video.plan
+    length = frames_in_segment(info.rate)
+    done = sum(len(segment.times) for segment in there)
+    left = max(1, info.frames - done)
+    listener(Opened(video.job, info.width * info.height * left, left))
+    with ThreadPoolExecutor(1, "sanrt-read") as reader, ThreadPoolExecutor(1, "sanrt-write") as writer:
+        pictures = source_pictures(reader, info, done)
+        for number in range(len(there), 1 << 30):
+            segment = Enlarging(video, runner, plan, writer, lambda: listener(Advanced(video.job, 1 / left)))
+            if (first := next(pictures, None)) is None:
+                return plan
+            work.finished(segment.made(work.path(number), chain([first], islice(pictures, length - 1))))
+            plan = segment.plan
+    return plan
+
+
+def source_pictures(reader: ThreadPoolExecutor, info: VideoInfo, done: int) -> Iterator[SourcePicture]:
+    """The frames behind the first `done` ones, each decoded while the one before it is handled.
+
+    Those before are decoded as well, since only so the others are what they are in a run from the beginning.
+    """
+    decoded = islice(frames(info), done, None)
+
+    def read(_: object) -> SourcePicture | None:
+        found = next(decoded, None)
+        return SourcePicture(found.pts, found.duration, picture_of(found.frame, info)) if found else None
+
+    for reading in ahead(reader, read, repeat(None)):
+        if (picture := reading.result()) is None:
+            return
+        yield picture
+
+
+class Enlarging:
+    """A segment in the making: frames through the network in this thread, through the encoder in another."""
+
+    def __init__(
+        self, video: Video, runner: NetworkRunner, plan: TilingPlan, writer: ThreadPoolExecutor, advanced: Callable[[], None]
+    ) -> None:
+        """advanced: called for every frame."""
+        self.video, self.runner, self.plan, self.writer, self.advanced = video, runner, plan, writer, advanced
+        self.folder = scratch_folder(video.job.destination)
+
+    def made(self, path: Path, pictures: Iterator[SourcePicture]) -> Segment:
+        """The segment of these frames in a file of its own."""
+        times, repeated = [], 0
+        last: SourcePicture | None = None
+        with replacing(path) as file, SegmentEncoder(self.video.output, file) as encoder, waiting(self.writer) as later:
+            for picture in pictures:
+                if last is not None and np.array_equal(picture.rgb, last.rgb):
+                    repeated += 1
+                else:
+                    enlarged = self.enlarged(picture.rgb)
+                later(encoder.add, enlarged)
+                times.append((picture.pts, picture.duration))
+                last = picture
+                self.advanced()
+            later(encoder.finish)
+        return Segment(path, tuple(times), tuple(encoder.order), repeated)
+
+    def enlarged(self, rgb: Pixels) -> Pixels:
+        """A frame through the network, at the result's size; smaller tiles, once they were needed, are kept to."""
+        result, self.plan = self.runner.run_array(self.plan, rgb, folder=self.folder)
+        output = self.video.output
+        return sized(result, output.width, output.height)
+
+
+def sized(picture: Pixels, width: int, height: int) -> Pixels:
+    """A picture reduced to a size, where it is of another."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    from sanrt.runtime.pictures.libvips import vips
+
+    made: Pixels = reduced(vips().Image.new_from_array(picture), width, height).numpy()
+    return made
+
+
+@contextmanager
+def waiting(pool: ThreadPoolExecutor) -> Iterator[Callable[..., None]]:
+    """What hands work to a thread and waits while too much of it is begun; all is done, or called off, at the end."""
+    begun: deque[Future[None]] = deque()
+
+    def later(work: Callable[..., None], *arguments: object) -> None:
+        begun.append(pool.submit(work, *arguments))
+        while len(begun) > WAITING:
+            begun.popleft().result()
+
+    try:
+        yield later
+        while begun:
+            begun.popleft().result()
+    finally:
+        for future in begun:
+            future.cancel()
+        wait(begun)

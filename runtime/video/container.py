@@ -1,0 +1,339 @@
+"""What is in a video file: its streams, size, colours and times; what sanrt cannot enlarge is refused in one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from struct import unpack
+from typing import TYPE_CHECKING, Any
+
+from sanrt.errors import PictureError, TooManyPixelsError, first_line, system_reason
+from sanrt.extras import extra
+from sanrt.runtime.video.frames import (
+    FULL,
+    RGB,
+    UNSPECIFIED,
+    ColourTags,
+    Conversion,
+    PixelFormat,
+    Pixels,
+    guessed_matrix,
+    planes_of,
+    require_matrix,
+)
+
+if TYPE_CHECKING:
+    import av
+
+MAX_PIXELS = 1_000_000_000
+PROGRESSIVE = (0, 1)
+"""FFmpeg's field orders of streams that are not interlaced: unknown, progressive."""
+INTERMEDIATE = ("prores", "dnxhd", "cfhd")
+"""Lossy codecs of studios whose frames count as uncompressed."""
+CENTRED_CODECS = ("mjpeg", "mpeg1video")
+HDR_SIDE_DATA = {"DYNAMIC_HDR_PLUS": "HDR10+", "DOVI_METADATA": "Dolby Vision", "DYNAMIC_HDR_VIVID": "HDR Vivid"}
+"""What changes from frame to frame and belongs to the source's pixels."""
+DAMAGED = "copy it again, or cut the sound part out (ffmpeg -i IN -c copy OUT)"
+
+
+@dataclass(frozen=True)
+class MasteringDisplay:
+    """Metadata of HDR10 (SMPTE ST 2086, CTA-861.3)."""
+
+    primaries: tuple[Fraction, ...] = ()
+    """x and y of red, green, blue and white."""
+    luminance: tuple[Fraction, ...] = ()
+    """Least and most, in candelas per square metre."""
+    light_level: tuple[int, ...] = ()
+    """Of the brightest pixel, and of the brightest frame on average."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What the header and the first frame of a video say."""
+
+    path: Path
+    container: str
+    """FFmpeg's name of the format."""
+    stream: int
+    """Index of the video stream that is enlarged."""
+    codec: str
+    lossless: bool
+    """Whether its frames count as never compressed with loss."""
+    width: int
+    """Pixels, as they are stored: players turn them where there is a rotation."""
+    height: int
+    format: PixelFormat
+    tags: ColourTags
+    """As they stand in the stream."""
+    centred: bool
+    rate: Fraction
+    """Frames per second, on average."""
+    time_base: Fraction
+    """Seconds, in which the timestamps count."""
+    frames: int
+    """As the header says, or by duration and rate: an estimate."""
+    frames_said: int = 0
+    """As the header says; 0 where it does not."""
+    aspect: Fraction | None = None
+    """Width of a pixel by its height, where that is said."""
+    display_matrix: tuple[int, ...] = ()
+    """Nine numbers that say how players turn the frames, in FFmpeg's order; none where they do not."""
+    mastering: MasteringDisplay = MasteringDisplay()
+    notes: tuple[str, ...] = ()
+    """What is not taken over, one line each."""
+
+    @property
+    def conversion(self) -> Conversion:
+        """From its samples to RGB."""
+        matrix = self.tags.matrix
+        known = guessed_matrix(self.width, self.height) if matrix in (RGB, UNSPECIFIED) else matrix
+        return Conversion(self.format, known, self.tags.range == FULL, self.centred)
+
+
+@dataclass(frozen=True)
+class SourceFrame:
+    """A decoded frame."""
+
+    number: int
+    pts: int
+    """In the stream's time base."""
+    duration: int
+    """Likewise; 0 where it is not said."""
+    frame: av.VideoFrame = field(repr=False)
+
+
+@cache
+def ffmpeg() -> Any:
+    """PyAV; MissingPackageError without it."""
+    os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder's own: errors alone
+    with extra("video", "video"):
+        import av
+    return av
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """FFmpeg's errors as a PictureError of one line."""
+    av = ffmpeg()
+    try:
+        yield
+    except av.error.InvalidDataError as error:
+        raise PictureError(f"{path}: damaged or no video ({reason(error)}); {DAMAGED}") from None
+    except EOFError:
+        raise PictureError(f"{path}: no frames in it; expected a video") from None
+    except (av.FFmpegError, OSError) as error:
+        raise PictureError(f"{path}: cannot be read ({reason(error)})") from None
+
+
+def reason(error: BaseException) -> str:
+    """What FFmpeg or the system said."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[av.container.InputContainer]:
+    """A video file's streams and packets; PictureError where it is none."""
+    if not path.is_file():
+        what = "not a regular file; expected a video" if path.exists() else "cannot be read (No such file or directory)"
+        raise PictureError(f"{path}: {what}")
+    with reading(path), ffmpeg().open(os.fspath(path), metadata_errors="replace") as container:
+        yield container
+
+
+def video_stream(container: av.container.InputContainer, path: Path) -> av.video.stream.VideoStream:
+    """The one to enlarge: not a cover picture; PictureError without any."""
+    av = ffmpeg()
+    found = [stream for stream in container.streams.video if not stream.disposition & av.stream.Disposition.attached_pic]
+    if not found:
+        held = ", ".join(sorted({stream.type for stream in container.streams})) or "an empty container"
+        raise PictureError(f"{path}: no video stream in it, only {held}; expected a video")
+    best = container.streams.best("video")
+    stream = best if best in found else found[0]
+    if stream.codec_context is None:
+        raise PictureError(f"{path}: its video codec is unknown to FFmpeg {av.ffmpeg_version_info}; convert it first")
+    return stream
+
+
+def look(path: Path) -> VideoInfo:
+    """What is in a video; PictureError for what cannot be enlarged: damaged, truncated, empty, interlaced, transparent."""
+    require_complete(path)
+    with opened(path) as container:
+        stream = video_stream(container, path)
+        stream.thread_type = "NONE"  # a frame alone
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise PictureError(f"{path}: no frames in its video stream; expected at least one")
+        return described(path, container, stream, first)
+
+
+def described(
+    path: Path, container: av.container.InputContainer, stream: av.video.stream.VideoStream, first: av.VideoFrame
+) -> VideoInfo:
+    """The facts of an opened video and its first frame."""
+    context = stream.codec_context
+    if first.interlaced_frame or context.field_order not in PROGRESSIVE:
+        raise PictureError(f"{path}: interlaced; deinterlace it first (ffmpeg -i IN -vf bwdif -c:a copy OUT)")
+    if first.width * first.height > MAX_PIXELS:
+        raise TooManyPixelsError(f"{path}: claims {first.width} x {first.height} pixels a frame")
+    form = PixelFormat.of(first.format)
+    if form is None:
+        raise PictureError(
+            f"{path}: samples are {first.format.name}: transparency, or a kind that sanrt does not enlarge in videos; "
+            "convert it first (ffmpeg -i IN -pix_fmt yuv444p OUT)"
+        )
+    tags = ColourTags(int(first.colorspace), int(first.color_range), int(first.color_primaries), int(first.color_trc))
+    if first.format.name.startswith("yuvj"):
+        tags = ColourTags(tags.matrix, FULL, tags.primaries, tags.transfer)
+    require_matrix(str(path), tags.matrix)
+    rate = stream.average_rate or stream.guessed_rate or stream.base_rate or Fraction(25)
+    time_base = stream.time_base or 1 / rate
+    duration = stream.duration * time_base if stream.duration else Fraction(container.duration or 0, 1_000_000)
+    codec = context.codec.canonical_name
+    return VideoInfo(
+        path,
+        container.format.name,
+        stream.index,
+        codec,
+        bool(context.codec.lossless and not context.codec.lossy) or codec in INTERMEDIATE,
+        first.width,
+        first.height,
+        form,
+        tags,
+        codec in CENTRED_CODECS,
+        Fraction(rate),
+        time_base,
+        stream.frames or max(1, round(duration * rate)),
+        stream.frames,
+        stream.sample_aspect_ratio or None,
+        display_matrix(first),
+        mastering_display(first),
+        tuple(notes(container, stream, first)),
+    )
+
+
+def notes(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, first: av.VideoFrame
+) -> Iterator[str]:
+    """What of a source is not enlarged or not taken over."""
+    others = [other for other in container.streams.video if other is not stream and not other.disposition & 0x400]
+    if others:
+        yield f"{len(others)} more video stream{'s' * (len(others) > 1)}: copied as they are"
+    present = side_data(first)
+    if lost := [title for name, title in HDR_SIDE_DATA.items() if name in present]:
+        yield f"left out: {', '.join(lost)}, which is about each frame of the source"
+    if "A53_CC" in present:
+        yield "left out: closed captions within the picture data"
+
+
+def side_data(frame: Any) -> Mapping[str, bytes]:
+    """What FFmpeg tells of a frame beside its samples, as it lies in memory, by its own names."""
+    return {data.type.name: bytes(data) for data in frame.side_data}
+
+
+def display_matrix(first: av.VideoFrame) -> tuple[int, ...]:
+    """How players turn a frame."""
+    matrix = side_data(first).get("DISPLAYMATRIX", b"")
+    return unpack("=9i", matrix[:36]) if len(matrix) >= 36 else ()
+
+
+def mastering_display(first: av.VideoFrame) -> MasteringDisplay:
+    """The HDR10 metadata of a frame: libavutil's structures, as they lie in memory."""
+    found = side_data(first)
+    primaries: tuple[Fraction, ...] = ()
+    luminance: tuple[Fraction, ...] = ()
+    light: tuple[int, ...] = ()
+    if len(display := found.get("MASTERING_DISPLAY_METADATA", b"")) >= 88:
+        *numbers, has_primaries, has_luminance = unpack("=22i", display[:88])
+        ratios = [Fraction(top, bottom or 1) for top, bottom in zip(numbers[::2], numbers[1::2], strict=True)]
+        primaries = tuple(ratios[:8]) if has_primaries else ()
+        luminance = tuple(ratios[8:]) if has_luminance else ()
+    if len(level := found.get("CONTENT_LIGHT_LEVEL", b"")) >= 8:
+        light = unpack("=2I", level[:8])
+    return MasteringDisplay(primaries, luminance, light)
+
+
+def frames(info: VideoInfo) -> Iterator[SourceFrame]:
+    """Every frame in the order of its display, with times that always grow.
+
+    PictureError where the file is damaged, ends early, or changes its size on the way.
+    """
+    with opened(info.path) as container:
+        stream = next(stream for stream in container.streams.video if stream.index == info.stream)
+        stream.thread_type = "AUTO"
+        number, last = 0, None
+        for frame in container.decode(stream):
+            if (frame.width, frame.height) != (info.width, info.height):
+                raise PictureError(
+                    f"{info.path}: frame {number} is {frame.width} x {frame.height}, the first one {info.width} x "
+                    f"{info.height}; expected one size, cut the file where it changes"
+                )
+            pts = frame.pts if frame.pts is not None else frame.dts
+            if pts is None:
+                pts = last + max(1, round(1 / (info.rate * info.time_base))) if last is not None else 0
+            pts = pts if last is None else max(pts, last + 1)
+            yield SourceFrame(number, pts, frame.duration or 0, frame)
+            number, last = number + 1, pts
+    if number < info.frames_said:
+        raise PictureError(f"{info.path}: ends after {number} of {info.frames_said} frames; {DAMAGED}")
+
+
+def picture_of(frame: av.VideoFrame, info: VideoInfo) -> Pixels:
+    """A frame as RGB (H, W, 3), uint8 or uint16."""
+    return info.conversion.to_rgb(planes_of(frame, info.format))
+
+
+def require_complete(path: Path) -> None:
+    """Raise PictureError for a file whose own structure says that its end is missing: ISO media, Matroska, AVI."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(64)
+            if not head:
+                raise PictureError(f"{path}: empty file; expected a video")
+            end = 0
+            if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+                end = end_of_boxes(file, size)
+            elif head.startswith(b"\x1aE\xdf\xa3"):
+                end = end_of_segment(file)
+            elif head[:4] == b"RIFF":
+                end = 8 + int.from_bytes(head[4:8], "little")
+    except OSError as error:
+        raise PictureError(f"{path}: cannot be read ({system_reason(error)})") from None
+    if end > size:
+        raise PictureError(f"{path}: truncated, {size} bytes of {end}; {DAMAGED}")
+
+
+def end_of_boxes(file: Any, size: int) -> int:
+    """Where the last box of an ISO media file ends, by its own length."""
+    at = 0
+    while at + 8 <= size:
+        file.seek(at)
+        header = file.read(16)
+        length = int.from_bytes(header[:4], "big")
+        length = int.from_bytes(header[8:16], "big") if length == 1 else length or size - at
+        if length < 8:
+            break  # padding, or what FFmpeg is to complain of
+        at += length
+    return at
+
+
+def end_of_segment(file: Any) -> int:
+    """Where the segment of a Matroska file ends, by its own length; 0 where that is unknown, as in live recordings."""
+    at = 0
+    for name in (b"\x1aE\xdf\xa3", b"\x18S\x80g"):
+        file.seek(at)
+        head = file.read(12)
+        if not head.startswith(name) or len(head) < 12:
+            return 0
+        octets = 9 - head[4].bit_length()
+        length = int.from_bytes(head[4 : 4 + octets], "big") & ((1 << (7 * octets)) - 1)
+        if octets > 8 or length == (1 << (7 * octets)) - 1:
+            return 0
+        at += 4 + octets + length
+    return at

@@ -1,0 +1,395 @@
+"""`sanrt run` on videos: what results hold, read by FFmpeg, against what their sources hold."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pyvips
+
+from sanrt.cli import main
+from sanrt.runtime.backends.protocol import RunOptions
+from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.runs.suitable_weights import suits_photo
+from sanrt.runtime.video.container import ffmpeg, look, picture_of
+from sanrt.runtime.video.container import frames as source_frames
+from sanrt.runtime.video.frames import Conversion, PixelFormat
+from tests.clips import clip, frames, picture, tags, times
+
+av = pytest.importorskip("av")
+
+LOSSLESS = {"codec": "ffv1", "stored": "yuv420p"}
+VARIABLE = [0, 1, 4, 9, 10, 22, 23, 24, 40, 41, 42, 60]
+TURNED = (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+"""A display matrix: a quarter turn."""
+
+
+@pytest.fixture
+def models(tiny_model) -> Path:
+    """A folder with the tiny x2 model, already prepared for its backend."""
+    load_backend("onnxruntime", tiny_model(2), RunOptions()).close()
+    return tiny_model(2).parent
+
+
+@pytest.fixture
+def sanrt(models, tmp_path, monkeypatch, capfd):
+    """Calls `sanrt run ARGUMENTS` with the tiny model in `tmp_path`; returns exit status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, scale=2):
+        defaults = ["--models", models, "--scale", scale, "--backend", "onnxruntime"]
+        monkeypatch.setattr(sys, "argv", ["sanrt", "run", *map(str, [*defaults, *arguments])])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return ended.value.code or 0, out, err
+
+    return call
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov"])
+@pytest.mark.parametrize("variable", [False, True])
+def test_frames_times_and_tags_are_the_sources(sanrt, tmp_path, name, variable):
+    shown = {"times": VARIABLE, "time_base": Fraction(1, 50)} if variable else {"rate": Fraction(30000, 1001)}
+    if name == "a.mkv":
+        shown = {"times": VARIABLE, "time_base": Fraction(1, 1000)} if variable else {"rate": Fraction(25)}
+    source = clip(tmp_path / "in" / name, tags=(1, 1, 1, 1), aspect=Fraction(4, 3), **shown)
+    status, out, err = sanrt(source, name)
+    assert (status, err) == (0, "")
+    assert times(tmp_path / name) == times(source)
+    assert tags(tmp_path / name) == tags(source) == (1, 1, 1, 1)
+    with av.open(str(tmp_path / name)) as file:
+        stream = file.streams.video[0]
+        assert (stream.width, stream.height) == (64, 48)
+        assert stream.sample_aspect_ratio == Fraction(4, 3)
+        assert stream.codec_context.name == "h264"
+        assert len(list(file.decode(stream))) == 12
+    assert "frames/s" in out
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("codec", "stored", "colours"),
+    [
+        ("libx265", "yuv420p10le", (9, 1, 9, 16)),
+        ("libx264", "yuv420p", (6, 2, 1, 13)),
+        ("libx264", "yuv444p", (5, 1, 5, 6)),
+        ("ffv1", "yuv422p10le", (1, 1, 1, 1)),
+        ("ffv1", "gray", (2, 0, 2, 2)),
+        ("prores_ks", "yuv422p10le", (1, 1, 1, 1)),
+        ("libsvtav1", "yuv420p10le", (9, 1, 9, 18)),
+        ("libvpx-vp9", "yuv420p", (1, 1, 1, 1)),
+    ],
+)
+def test_depth_subsampling_and_colours_are_kept(sanrt, tmp_path, codec, stored, colours):
+    ending = ".mov" if codec == "prores_ks" else ".webm" if codec == "libvpx-vp9" else ".mkv"
+    options = {"x265-params": "log-level=error"} if codec == "libx265" else {}
+    source = clip(
+        tmp_path / f"in{ending}", range(3), codec=codec, stored=stored, options=options, tags=colours, size=(64, 64)
+    )
+    status, _, err = sanrt(source, f"out{ending}")
+    assert (status, err) == (0, "")
+    with av.open(str(tmp_path / f"out{ending}")) as file:
+        assert file.streams.video[0].format.name.replace("yuvj", "yuv") == stored
+    assert tags(tmp_path / f"out{ending}") == tags(source) == colours
+
+
+def test_sound_subtitles_chapters_metadata_rotation_and_fonts_are_copied(sanrt, tmp_path):
+    beside = {"metadata": {"title": "T", "artist": "somebody", "camera": "x"}, "chapters": True, "matrix": TURNED}
+    mkv = clip(tmp_path / "in.mkv", sound="flac", subtitles="srt", attachment=True, **beside)
+    mp4 = clip(tmp_path / "in.mp4", sound="aac", **beside)
+    assert sanrt(mkv, "out.mkv")[0] == sanrt(mp4, "out.mp4")[0] == 0
+    for name in ("mkv", "mp4"):
+        with av.open(f"in.{name}") as source, av.open(f"out.{name}") as result:
+            assert [each.type for each in result.streams] == [each.type for each in source.streams]
+            assert [each.language for each in result.streams] == [each.language for each in source.streams]
+            assert [each["metadata"] for each in result.chapters()] == [{"title": "first"}, {"title": "second"}]
+            assert [each["start"] * each["time_base"] for each in result.chapters()] == [0, Fraction(1, 5)]
+            kept = {
+                key.lower(): value
+                for key, value in source.metadata.items()
+                if key.lower() != "encoder" and "brand" not in key and key != "minor_version"
+            }
+            assert kept.items() <= {key.lower(): value for key, value in result.metadata.items()}.items()
+            assert "camera" in kept
+            assert next(result.decode(video=0)).rotation == next(source.decode(video=0)).rotation != 0
+        assert packets(f"out.{name}") == packets(f"in.{name}")
+    with av.open("out.mkv") as result:
+        assert [(each.name, each.data) for each in result.streams.attachments] == [("font.ttf", b"not a font at all")]
+
+
+def packets(path: str) -> list[tuple]:
+    """All that is not pictures: where, when, how long, and the bytes."""
+    with av.open(path) as file:
+        streams = [each for each in file.streams if each.type in ("audio", "subtitle")]
+        found = [
+            (each.stream_index, each.pts * each.time_base, (each.duration or 0) * each.time_base, bytes(each))
+            for each in file.demux(*streams)
+            if each.pts is not None
+        ]
+    assert len(found) > 3
+    return sorted(found)
+
+
+def test_what_a_container_does_not_hold_is_told(sanrt, tmp_path):
+    source = clip(tmp_path / "in.mkv", range(3), subtitles="srt", attachment=True)
+    status, out, _ = sanrt(source, "out.mp4")
+    assert status == 0
+    assert "out.mp4: left out: subtitle stream 1 (subrip), which MP4 does not hold" in out
+    assert "out.mp4: left out: attachment stream 2" in out
+    source = clip(tmp_path / "b.mp4", range(3), rate=Fraction(30000, 1001))
+    status, out, _ = sanrt(source, "b.mkv")
+    assert status == 0
+    assert "times are rounded to milliseconds" in out
+    source = clip(tmp_path / "c.mp4", range(3), sound="aac")
+    status, _, err = sanrt(source, "c.webm")
+    assert status == 1
+    assert "WebM holds no aac sound" in err
+    assert not (tmp_path / "c.webm").exists()
+
+
+def test_lossless_frames_are_what_run_makes_of_the_decoded_frames(sanrt, tmp_path):
+    source = clip(tmp_path / "in.mkv", range(4), tags=(6, 1, 6, 6), **LOSSLESS)
+    assert sanrt(source, "out.mkv")[0] == 0
+    info = look(source)
+    for number, frame in enumerate(source_frames(info)):
+        pyvips.Image.new_from_array(picture_of(frame.frame, info)).write_to_file(f"{number}.png")
+        assert sanrt(f"{number}.png", f"{number}_large.png")[0] == 0
+        large = pyvips.Image.new_from_file(f"{number}_large.png").numpy()
+        planes = Conversion(PixelFormat(8, (2, 2)), 6, False).from_picture(large)
+        assert all(np.array_equal(a, b) for a, b in zip(planes, frames(tmp_path / "out.mkv")[number], strict=True))
+
+
+def test_rgb_stays_rgb_where_nothing_is_lost(sanrt, tmp_path):
+    source = clip(tmp_path / "in.mkv", range(2), codec="ffv1", stored="bgr0", tags=(0, 2, 2, 2))
+    assert sanrt(source, "out.mkv")[0] == 0
+    pyvips.Image.new_from_array(picture(1)).write_to_file("1.png")
+    sanrt("1.png", "1_large.png")
+    large = pyvips.Image.new_from_file("1_large.png").numpy()
+    with av.open("out.mkv") as file:
+        found = [frame.reformat(format="rgb24").to_ndarray() for frame in file.decode(video=0)]
+    assert np.array_equal(found[1], large)
+
+
+def test_equal_frames_are_computed_once(sanrt, tmp_path):
+    source = clip(tmp_path / "in.mkv", [0, 0, 0, 1, 1, 2, 0, 0], **LOSSLESS)
+    status, out, _ = sanrt(source, "out.mkv")
+    assert status == 0
+    assert "out.mkv: 4 of 8 frames (50 %) equal the one before and were not computed again" in out
+    found = frames(tmp_path / "out.mkv")
+    assert np.array_equal(found[0][0], found[2][0])
+    assert np.array_equal(found[0][0], found[7][0])
+    assert not np.array_equal(found[2][0], found[3][0])
+
+
+def killed_run(models, source, destination, wait_for, tmp_path):
+    """Start a run in a process of its own and kill it once so many segments are there."""
+    arguments = ["--models", models, "--scale", 2, "--backend", "onnxruntime", source, destination]
+    process = subprocess.Popen([sys.executable, "-m", "sanrt", "run", *map(str, arguments)], cwd=tmp_path)
+    give_up = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < give_up:
+        if len(list(tmp_path.glob(".out*.work/*.json"))) >= wait_for:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    process.wait()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_killed_run_goes_on_and_gives_the_same_file(sanrt, models, tmp_path):
+    source = clip(tmp_path / "in.mp4", range(40), rate=Fraction(1), sound="aac")
+    assert sanrt(source, "whole.mp4")[0] == 0
+    killed_run(models, source, "out.mp4", 3, tmp_path)
+    assert not (tmp_path / "out.mp4").exists()
+    (folder,) = hidden(tmp_path)
+    there = len(list((tmp_path / folder).glob("*.json")))
+    (tmp_path / folder / ".000099.mkv.sanrt-0123456789abcdef.partial").write_bytes(b"half")
+    status, out, err = sanrt(source, "out.mp4")
+    assert (status, err) == (0, "")
+    assert f"out.mp4: {4 * there} of 40 frames were there of an earlier run" in out
+    assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc", "av1", "ffv1", "prores"])
+def test_segments_join_to_the_frames_of_one_stream(sanrt, tmp_path, codec):
+    name = "out.mov" if codec == "prores" else "out.mkv"
+    source = clip(tmp_path / "in.mp4", range(10), rate=Fraction(1), size=(64, 64))
+    status, _, err = sanrt(source, name, "--codec", codec)
+    assert (status, err) == (0, "")
+    assert times(tmp_path / name) == times(source) == list(range(10))
+    with av.open(name) as file:
+        shown = [frame.pts * frame.time_base for frame in file.decode(video=0)]
+        assert file.streams.video[0].codec_context.codec.canonical_name == codec
+    assert shown == times(source)
+    with av.open(name) as file:
+        decoded = [packet.dts for packet in file.demux(video=0) if packet.dts is not None]
+    assert decoded == sorted(set(decoded))
+
+
+def test_what_sanrt_made_is_known_and_nothing_else_is_replaced(sanrt, tmp_path):
+    source = clip(tmp_path / "in.mkv", range(3))
+    for name in ("out.mkv", "out.mp4"):
+        assert sanrt(source, name)[0] == 0
+        written = (tmp_path / name).read_bytes()
+        assert "1 skipped" in sanrt(source, name)[1]
+        status, out, _ = sanrt(source, name, "--crf", 30)
+        assert (status, "made with other options before; made again" in out) == (0, True)
+        assert len((tmp_path / name).read_bytes()) < len(written)
+        assert "1 skipped" in sanrt(source, name, "--crf", 30)[1]
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-700] + bytes(700))
+        for _ in range(2):
+            status, _, err = sanrt(source, name)
+            assert status
+            assert "not made by sanrt" in err
+            clip(tmp_path / name, range(2))
+        assert sanrt(source, name, "--overwrite")[0] == 0
+        assert (tmp_path / name).read_bytes() == written
+
+
+def test_folders_mix_pictures_and_videos(sanrt, tmp_path):
+    clip(tmp_path / "in" / "a.mkv", range(2))
+    clip(tmp_path / "in" / "sub" / "b.avi", range(2), codec="mpeg4")
+    pyvips.Image.new_from_array(picture(1)).write_to_file(str(tmp_path / "in" / "c.png"))
+    status, out, err = sanrt("in", "out")
+    assert (status, err) == (0, "")
+    found = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
+    assert found == ["a.mkv", "c.png", "sub/b.mkv"]
+    assert "3 written" in out
+    assert "3 skipped" in sanrt("in", "out")[1]
+    assert times(tmp_path / "out" / "sub" / "b.mkv") == times(tmp_path / "in" / "sub" / "b.avi")
+
+
+def test_sizes_between_the_networks_are_even(sanrt, tmp_path):
+    source = clip(tmp_path / "in.mkv", range(2))
+    assert sanrt(source, "out.mkv", "--outscale", 1.6)[0] == 0
+    with av.open("out.mkv") as file:
+        stream = file.streams.video[0]
+        assert (stream.width, stream.height) == (50, 38)
+
+
+def truncated(path: Path, share: float) -> Path:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    return path
+
+
+def only_sound(path: Path) -> Path:
+    whole = clip(path.with_name("with.mkv"), range(2), sound="flac")
+    with av.open(str(whole)) as source, av.open(str(path), "w") as out:
+        stream = out.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(source.streams.audio[0]):
+            if packet.pts is not None:
+                packet.stream = stream
+                out.mux(packet)
+    return path
+
+
+def empty_video(path: Path) -> Path:
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("ffv1", rate=25)
+        stream.width, stream.height = 32, 24
+        out.start_encoding()
+    return path
+
+
+BAD = {
+    "truncated.mp4": (lambda path: truncated(clip(path), 0.5), "truncated"),
+    "truncated.mkv": (lambda path: truncated(clip(path), 0.5), "truncated"),
+    "empty.mp4": (lambda path: path.write_bytes(b""), "empty file"),
+    "noise.mp4": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "damaged or no video"),
+    "text.mkv": (lambda path: path.write_text("not a video\n" * 99), "damaged or no video"),
+    "sound.mkv": (only_sound, "no video stream in it, only audio"),
+    "none.mkv": (empty_video, "no frames"),
+    "interlaced.mkv": (lambda path: clip(path, options={"flags": "+ildct+ilme", "x264-params": "tff=1"}), "interlaced"),
+    "alpha.mkv": (lambda path: clip(path, codec="ffv1", stored="yuva420p"), "transparency"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_enlarged_is_one_line_and_leaves_nothing(sanrt, tmp_path, name):
+    make, expected = BAD[name]
+    make(tmp_path / name)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    status, _, err = sanrt(name, "out.mkv")
+    assert status == 1
+    assert len(err.splitlines()) == 1
+    assert expected in err
+    assert name in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["out.webm", "--codec", "h264"], "WebM holds no h264"),
+        (["out.mp4", "--codec", "ffv1"], "MP4 holds no ffv1"),
+        (["out.mkv", "--codec", "h264"], "libx264 takes no 12-bit samples"),
+        (["out.mkv", "--codec", "h265"], "expected h264, hevc, av1, ffv1, prores"),
+        (["out.mkv", "--codec", "hevc", "--crf", "60"], "expected 0 to 51"),
+        (["out.mkv", "--codec", "ffv1", "--crf", "6"], "has no such thing"),
+        (["out.mkv", "--codec", "hevc", "--preset", "8"], "expected one of ultrafast"),
+        (["out.png"], "the result of a video is one"),
+        (["out.mkv", "--record", "r.jsonl"], "--record: is for pictures"),
+        (["out.mkv", "--ray", "local"], "--ray: is for pictures"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(sanrt, tmp_path, arguments, expected):
+    source = clip(tmp_path / "in.mkv", range(2), codec="ffv1", stored="yuv420p12le")
+    status, _, err = sanrt(source, *arguments)
+    assert status
+    assert len(err.splitlines()) == 1
+    assert expected in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mkv"]
+
+
+def test_an_odd_side_is_refused_where_the_codec_cannot_hold_it(sanrt, tmp_path, tiny_model):
+    tiny_model(3)
+    source = clip(tmp_path / "in.mkv", range(2), size=(33, 25), stored="yuv444p")
+    status, _, err = sanrt(source, "out.mp4", "--codec", "av1", scale=3)
+    assert (status, "99 x 75 has an odd side" in err) == (1, True)
+    assert sanrt(source, "out.mp4", scale=3)[0] == 0  # 4:4:4 has no chroma to share
+    source = clip(tmp_path / "even.mkv", range(2), size=(32, 24), stored="yuv420p")
+    assert sanrt(source, "even_out.mp4", scale=3)[0] == 0
+
+
+def test_a_full_disk_is_one_line(sanrt, tmp_path, small_disk):
+    source = clip(tmp_path / "in.mkv", range(30), rate=Fraction(2), options={"crf": "45"})
+    with small_disk():
+        status, _, err = sanrt(source, "out.mkv", "--codec", "ffv1")
+    assert status == 1
+    assert len(err.splitlines()) == 1
+    assert "cannot be written (File too large)" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mkv"]
+
+
+def test_without_pyav_a_named_video_says_what_to_install_and_folders_pass_over(sanrt, tmp_path, monkeypatch):
+    clip(tmp_path / "in" / "a.mkv", range(2))
+    pyvips.Image.new_from_array(picture(1)).write_to_file(str(tmp_path / "in" / "c.png"))
+    ffmpeg.cache_clear()
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.setattr("sanrt.runtime.video.formats.find_spec", lambda name: None)
+    status, _, err = sanrt("in/a.mkv", "out.mkv")
+    assert status == 1
+    assert "video needs av, which is not installed; pip install" in err
+    assert "[video]" in err
+    status, _, err = sanrt("in", "out")
+    assert status == 0
+    assert "passed over: 1 video (in/a.mkv); to read them: pip install" in err
+
+
+def test_compressed_video_goes_through_the_weights_for_photographs(tmp_path):
+    lossy, lossless = clip(tmp_path / "a.mp4", range(2)), clip(tmp_path / "b.mkv", range(2), **LOSSLESS)
+    studio = clip(tmp_path / "c.mov", range(2), codec="prores_ks", stored="yuv422p10le")
+    assert [suits_photo(path, 2) for path in (lossy, lossless, studio)] == [True, False, False]
+    assert not suits_photo(lossy, 3)
