@@ -205,10 +205,14 @@ def read(job: Job, runner: NetworkRunner, options: PipelineOptions, listener: Li
 
 
 def picture_notes(info: PictureInfo, path: Path, output: Output) -> tuple[str, ...]:
-    """What is not taken over from a source, as its header tells, and that sanrt made it: a result is seldom meant."""
+    """What is not taken over from a source, as its header tells, and that sanrt made it."""
+    return info.notes + result_note(path) + output.notes
+
+
+def result_note(path: Path) -> tuple[str, ...]:
+    """A note on a source that sanrt made: a result is seldom meant."""
     mark = read_mark(path)
-    again = (f"its source is itself a result of sanrt, made at x{mark.provenance.scale}",) if mark else ()
-    return info.notes + again + output.notes
+    return (f"its source is itself a result of sanrt, made at x{mark.provenance.scale}",) if mark else ()
 
 
 def tiling_note(plan: TilingPlan) -> tuple[str, ...]:

@@ -127,14 +127,12 @@ def require_held(path: Path, container: Container, encoder: Encoder) -> None:
         fitting = [other for other in Container if holds(other, encoder)]
         endings = " or ".join(other.suffixes[0] for other in fitting)
         raise PictureError(
-            f"{path}: {container.named} holds no {encoder.codec}; choose a name ending in {endings}, or another {option('codec')}"
+            f"{path}: {container.named} holds no {encoder.codec}; choose a name ending in {endings}, or another codec"
         )
     try:
         ffmpeg().Codec(encoder.name, "w")
     except ValueError:
-        raise PictureError(
-            f"{path}: PyAV has no encoder {encoder.name} here; choose {option('codec')}: {', '.join(Codec)}"
-        ) from None
+        raise PictureError(f"{path}: PyAV has no encoder {encoder.name} here; choose {', '.join(Codec)}") from None
 
 
 def sample_format(info: VideoInfo, encoder: Encoder, path: Path) -> tuple[PixelFormat, str, list[str]]:
@@ -152,7 +150,8 @@ def sample_format(info: VideoInfo, encoder: Encoder, path: Path) -> tuple[PixelF
     ]
     if not candidates:
         raise PictureError(
-            f"{path}: {encoder.name} takes no {source.bits}-bit samples; choose {option('codec', 'hevc')} (up to 12) or ffv1 (up to 16)"
+            f"{path}: {encoder.name} takes no {source.bits}-bit samples; "
+            f"choose {option('codec', 'hevc')} (up to 12 bits) or ffv1 (up to 16)"
         )
     form, stored = candidates[0]
     finest, found = SUBSAMPLED.index(near(source.chroma)), SUBSAMPLED.index(form.chroma)

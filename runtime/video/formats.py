@@ -145,7 +145,7 @@ class VideoEncoding:
         encoder = encoder_named(self.codec)
         if encoder is None:
             raise UsageError(
-                f"{option('codec', self.codec)}: expected {', '.join(Codec)}, or a hardware encoder's name such as h264_nvenc"
+                f"{option('codec', self.codec)}: expected {', '.join(Codec)}, or a hardware encoder such as h264_nvenc"
             )
         require_known(encoder, self.crf, self.preset)
 
