@@ -14,6 +14,7 @@ from sanrt.errors import PictureError
 from training.command import run
 from training.data import Picture, picture_files, read_rgb
 from training.degrade import degrade, resize_matrix
+from training.drawings import drawing
 from training.tiles import read_part, write_part
 from training.wear import DEV_QUALITIES, avif, jpeg, png, worn
 
@@ -25,6 +26,9 @@ DEV_SIDE = 288
 
 VERSIONS = 7
 """Worn versions of every tile: with the clean one, an eighth of the patches is clean."""
+
+DRAWINGS = 90
+"""Tiles that are drawn: one in eight of all."""
 
 SMALLEST = 24
 """Every scale divides it, and so must the sides of tiles."""
@@ -38,12 +42,13 @@ def pack(
     photo_scale: Annotated[list[int] | None, typer.Option(help="Pack worn pictures for this scale. Repeatable.")] = None,
     versions: Annotated[int, typer.Option(help="Worn versions of every tile.")] = VERSIONS,
     tiles: Annotated[int | None, typer.Option(help="Pack at most so many, chosen at random. [default: all]")] = None,
+    drawings: Annotated[int, typer.Option(help="Tiles that are drawn, for hard edges.")] = DRAWINGS,
     part_size: Annotated[float, typer.Option(help="Largest file of tiles, MB.")] = 15,
     side: Annotated[int, typer.Option(help=f"Side of a tile, a multiple of {SMALLEST} px.")] = SIDE,
     dev_side: Annotated[int, typer.Option(help=f"Side of a held-out tile, a multiple of {SMALLEST} px.")] = DEV_SIDE,
     seed: int = 0,
 ) -> None:
-    """Cut PHOTOS/train into tiles with detail and PHOTOS/dev into one tile each; pack them with their worn versions."""
+    """Cut PHOTOS/train into tiles with detail and PHOTOS/dev into one tile each; draw some more; pack them, worn too."""
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.npz"):
         old.unlink()
@@ -53,6 +58,7 @@ def pack(
     if not found or not held_out:
         raise PictureError(f"{photos}: {len(found)} tiles and {len(held_out)} held-out pictures; expected some of both")
     random = np.random.default_rng(seed)
+    found += [drawing(side, random) for _ in range(drawings)]
     chosen = [encoded(found[i], quality) for i in random.permutation(len(found))[:tiles]]
     for number, part in enumerate(parts(chosen, part_size * 1e6)):
         write_part(out / f"high-{number}.npz", part)

@@ -36,7 +36,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, packed without loss, with two worn versions for x2."""
     out = tmp_path_factory.mktemp("packed")
-    pack(photos, out, quality=0, photo_scale=[2], versions=2, part_size=0.002, side=48, dev_side=48)
+    pack(photos, out, quality=0, photo_scale=[2], versions=2, drawings=0, part_size=0.002, side=48, dev_side=48)
     return out
 
 

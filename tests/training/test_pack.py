@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sanrt.errors import PictureError
+from training.drawings import drawing
 from training.pack import detailed, middle, pack, parts
 from training.tiles import read_part
 from training.wear import blurred, compressed_before, decoded, jpeg, noisy, worn
@@ -32,13 +33,22 @@ def test_parts_are_as_large_as_allowed_and_lose_nothing():
 
 
 def test_tiles_are_packed_with_loss_unless_told_otherwise(photos, packed, tmp_path):
-    pack(photos, tmp_path, side=48, dev_side=48, tiles=5)
+    pack(photos, tmp_path, side=48, dev_side=48, tiles=5, drawings=0)
     lossy, exact = (np.concatenate([read_part(p) for p in sorted(at.glob("high-*.npz"))]) for at in (tmp_path, packed))
     assert (len(lossy), len(exact)) == (5, 8)
     errors = np.square(lossy[:, None].astype(float) - exact).mean((2, 3, 4))
     assert (errors.min(1) > 0).all()
     assert (errors.min(1) < 60).all()
     assert len(set(errors.argmin(1))) == 5
+
+
+def test_drawings_have_hard_edges_and_are_packed_with_the_photographs(photos, tmp_path):
+    drawn = [drawing(96, np.random.default_rng(seed)) for seed in (*range(12), 0)]
+    np.testing.assert_array_equal(drawn[0], drawn[-1])
+    steepest = [np.abs(np.diff(picture.astype(int), axis=axis)).max() for picture in drawn for axis in (0, 1)]
+    assert np.median(steepest) > 128
+    pack(photos, tmp_path, quality=0, side=48, dev_side=48, drawings=3)
+    assert sum(len(read_part(path)) for path in tmp_path.glob("high-*.npz")) == 8 + 3
 
 
 def test_a_folder_without_pictures_is_told(tmp_path):
