@@ -1,15 +1,16 @@
 """Time and peak memory over picture size, whole and exact, with the fitted growth: `python benchmarks/scaling.py`.
 
-Every picture is measured in a process of its own, from 64 x 64 on, each with twice the pixels of the one before. Several
-backends in one run, and a plot of them all: `--backend native:int16 --backend native:fp32 --plot FILE.png`.
+Every picture is measured in a process of its own: from 64 x 64 on, each with `--step` times the pixels of the last, up to
+the largest. Several backends in one run, and a plot of them all: `--backend native:int16 --backend openvino --plot a.png`.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -74,28 +75,39 @@ def scaling(
     paper: Annotated[bool, typer.Option("--paper", help="The paper's network (G=20, m=10), random weights.")] = False,
     scale: Annotated[int, typer.Option(help="Of the network, where --model is left out.")] = 4,
     backend: Annotated[list[str], typer.Option(help="NAME or NAME:PRECISION of what runs it; may be repeated.")] = AUTO,
-    largest: Annotated[str, typer.Option(help="WIDTHxHEIGHT: stop at more pixels.")] = "4096x4096",
-    seconds: Annotated[float, typer.Option(help="Stop a tiling before a picture that would take longer.")] = 30,
+    largest: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the last picture.")] = "4096x4096",
+    step: Annotated[int, typer.Option(help="2 or 4: how many times the pixels the next picture has.")] = 2,
+    minutes: Annotated[
+        float, typer.Option(help="Of all; each backend and tiling stops before a picture that would exceed its share.")
+    ] = 5,
     regions: Annotated[int | None, typer.Option(min=1, help="k of the regions; by the picture's size if left out.")] = None,
     tile: Annotated[int | None, typer.Option(min=16, help="Side of exact tiles; by the memory if left out.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if left out.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of time and memory per pixel, to be written.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
 ) -> None:
     """Print a line per picture, and the fitted growth of time and memory."""
-    limit = Size.parse(largest).pixels
-    if seconds <= 0:
-        raise UsageError(f"--seconds {seconds}: expected more than 0")
-    for name, value in environment(threads).items():
+    last, deadline = Size.parse(largest), time.monotonic() + 60 * minutes
+    if minutes <= 0:
+        raise UsageError(f"--minutes {minutes:g}: expected more than 0")
+    if step not in (2, 4):
+        raise UsageError(f"--step {step}: expected 2 or 4")
+    stamp = environment(threads)
+    for name, value in stamp.items():
         print(f"{name:<10}{value}")
     found: dict[str, list[Point]] = {}
     with found_model(model, scale, paper) as path:
-        for each, tiling in product(backend, TILINGS):
+        for number, (each, tiling) in enumerate(series := list(product(backend, TILINGS))):
             name, _, precision = each.partition(":")
             options = UpscaleOptions(tiling=tiling, tile=tile if tiling is Tiling.EXACT else None, regions=regions)
             run_options = RunOptions(threads, parse_precision(precision) if precision else None, regions or PAPER_REGIONS)
-            points, end = measure(partial(Upscaling, name, path, run_options, options), tiling, limit, seconds)
+            share = (deadline - time.monotonic()) / (len(series) - number)
+            points, end = measure(partial(Upscaling, name, path, run_options, options), tiling, sizes(last, step), share)
             found[f"{each}, {tiling}"] = points
             console().print(Text(each), table(points), Text(f"{end}; {growth(points)}\n"))
+    if json_:
+        rows = {name: [{**asdict(each), "size": str(each.size)} for each in points] for name, points in found.items()}
+        json_.write_text(json.dumps({"environment": stamp, "points": rows}, indent=2) + "\n")
     if plot:
         draw(found, plot)
     raise typer.Exit(int(not all(found.values())))
@@ -119,28 +131,40 @@ def draw(found: dict[str, list[Point]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def measure(make: Callable[[], Upscaling], tiling: Tiling, limit: int, seconds: float) -> tuple[list[Point], str]:
-    """Pictures from the smallest on, and why there are no more."""
+def measure(
+    make: Callable[[], Upscaling], tiling: Tiling, wanted: Iterable[Size], seconds: float
+) -> tuple[list[Point], str]:
+    """Pictures of these sizes, smallest first, as long as they take no more than `seconds` in all; why there are no more."""
     points: list[Point] = []
-    for size in sizes():
-        if size.pixels > limit:
-            return points, f"stopped at --largest, {limit} pixels"
-        if len(points) > 1 and points[-1].seconds ** 2 / points[-2].seconds > seconds:
-            return points, f"{size} would take more than --seconds {seconds:g}"
+    begun, opening = time.monotonic(), 0.0
+    for size in wanted:
+        left = seconds - (time.monotonic() - begun)
+        if len(points) > 1 and (next_seconds := predicted(points, size) + opening) > left:
+            return points, f"{size} would take {next_seconds:.0f} s of the {max(left, 0):.0f} left of its share of --minutes"
+        started = time.monotonic()
         try:
             with Worker(make) as worker:
                 points.append(Point(tiling, size, *worker.call("upscale", picture(size))))
         except BackendError as error:
             return points, f"{size} failed: {error}"
-    raise AssertionError
+        opening = time.monotonic() - started - points[-1].seconds
+    return points, "stopped at --largest"
 
 
-def sizes() -> Iterator[Size]:
-    """64x64, 128x64, 128x128 and so on."""
+def predicted(points: list[Point], size: Size) -> float:
+    """Seconds of a size, by how time grew over the last two, at least with the pixels."""
+    growth = exponent([each.size.pixels for each in points[-2:]], [each.seconds for each in points[-2:]])
+    return float(points[-1].seconds * (size.pixels / points[-1].size.pixels) ** max(growth, 1.0))
+
+
+def sizes(largest: Size, step: int = 2) -> Iterator[Size]:
+    """64x64, 128x64, 128x128 and so on, or every second of them, up to the largest, which comes last."""
     width = height = SMALLEST
-    while True:
+    while width * height < largest.pixels:
         yield Size(width, height)
-        width, height = (2 * width, height) if width == height else (width, width)
+        wide = step == 2 and width == height
+        width, height = (2 * width, height) if wide else (max(width, 2 * height), 2 * height)
+    yield largest
 
 
 def table(points: list[Point]) -> Table:

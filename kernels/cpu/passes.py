@@ -160,7 +160,7 @@ def buffer_bytes(network: Network, trunk: Trunk) -> int:
         "its features, made again": rows * x.array.shape[2] if trunk.bands else 0,
         "queries, keys, values and what they give": rows * 6 * arch.attention_channels,
         "the tail's input and result": tail * (x.array.shape[2] + whole_vectors(3 * arch.scale**2)),
-        "finished rows, in turn as float32 and as the result's type": tail * 3 * 3 * arch.scale**2,
+        "finished rows, in turn as float32 and as the result's type": tail * 3 * 3 * arch.scale**2 if trunk.bands else 0,
     }
     made: int = sum(per_column.values()) * (width + x.transform.tile) * np.dtype(np.float32).itemsize
     return made + trunk.moments.needed(strips_at_once(trunk))

@@ -148,7 +148,8 @@ class NativeBackend:
             progress(share / len(pictures))
 
         with out_of_memory_errors(self.network):
-            return np.concatenate([upscale(self.network, picture, regions, told) for picture in pictures[:, None]])
+            made = [upscale(self.network, picture, regions, told) for picture in pictures[:, None]]
+            return made[0] if len(made) == 1 else np.concatenate(made)  # a single one is not copied: it may be large
 
     @property
     def strips(self) -> NativeStrips:

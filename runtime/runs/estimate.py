@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Self
 
 import numpy as np
+import psutil
 
 from sanrt.errors import LargeEnoughError, SanrtError
+from sanrt.files import cache_folder, cached_file, source_digest
 from sanrt.model.spec import Architecture
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.sizes import Size
 from sanrt.runtime.artifacts.variants import cached_for
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import status
-from sanrt.runtime.pictures.codec import Encoding, PictureInfo, open_picture, plan_output
+from sanrt.runtime.pictures.codec import Encoding, Output, PictureInfo, open_picture, plan_output, write_picture
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.storage import fetched
 from sanrt.runtime.runs.pipeline import picture_notes
+from sanrt.runtime.runs.timing import ResidentPeak, peak_memory
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.orientations import ORIENTATIONS
-from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, choose_regions, network_bytes, result_bytes
+from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, by_stages, choose_regions
 from sanrt.runtime.tiling.upscaling import NetworkRunner
 
 SIDES = (64, 192)
 """Sides of the two pictures that a backend's speed is measured on: attention's share is small in one, large in the other."""
 LARGE = 448
-"""Side of a third one, whose maps exceed the caches as those of photographs do."""
+"""Side of a third one, whose maps exceed the caches as those of photographs do, and that goes as those go: in more regions
+than the paper's, on some backends by stages."""
+MAPS = 3
+"""Float32 feature maps that are kept between the stages of a picture."""
 ROUNDS = 3
 """Runs of the small ones, after one that is not counted."""
+ENCODED = 1024
+"""Side of the picture that the encoders' speed is measured on."""
 
 CODE = ("sanrt.model", "sanrt.runtime", "sanrt.kernels")
 """The packages whose speed is measured."""
 
 
 @dataclass(frozen=True)
-class Speed:
-    """How long a backend takes, measured once on this machine."""
+class Costs:
+    """What a backend takes, measured once on this machine, number formats and conversions included."""
 
     pixel: float
     """Seconds per input pixel of a small picture, of all convolutions."""
@@ -47,13 +58,33 @@ class Speed:
     """The same of a large one."""
     pair: float
     """Seconds per pair of a query and a key."""
+    memory: float
+    """Bytes per input pixel of a small picture."""
+    large_memory: float
+    """The same of a large one: per pixel that is in the network at once, its maps between the stages left out."""
+    opening: float
+    """Seconds to open the stages, where a picture goes by stages."""
 
-    def seconds(self, height: int, width: int, plan: TilingPlan, arch: Architecture) -> float:
-        """An estimate for one picture, the halos of its tiles included."""
+    def seconds(self, height: int, width: int, plan: TilingPlan, arch: Architecture, staged: bool) -> float:
+        """What one picture takes in the network, the halos of its tiles and the stages' opening included."""
         halo = 0 if plan.tiling is Tiling.WHOLE or plan.strips else 2 * arch.body_halo
         grown = (1 + halo / plan.tile) ** 2
         pixel = float(np.interp(height * width, [SIDES[1] ** 2, LARGE**2], [self.pixel, self.large]))
-        return height * width * pixel * grown + pairs(height, width, plan.regions) * self.pair
+        return height * width * pixel * grown + pairs(height, width, plan.regions) * self.pair + staged * self.opening
+
+
+@dataclass(frozen=True)
+class LoadedProcess:
+    """Bytes of a process that has loaded a model."""
+
+    resident: int
+    peak: int
+    """While it loaded."""
+
+    @classmethod
+    def this(cls) -> Self:
+        """This one."""
+        return cls(psutil.Process().memory_info().rss, peak_memory())
 
 
 @dataclass(frozen=True)
@@ -70,10 +101,11 @@ class PictureEstimate:
     backend: str = ""
     plan: TilingPlan | None = None
     memory: int = 0
-    """Bytes beside the process itself, a GPU's included."""
+    """Bytes that the whole process has at its peak, a GPU's included."""
     scratch: int = 0
     """Bytes of scratch files, the result before it is encoded included."""
     seconds: float = 0.0
+    """Of the network and the encoder."""
     notes: tuple[str, ...] = ()
     """What would not be taken over from it, one line each."""
 
@@ -87,88 +119,133 @@ def estimates(
     jobs: Sequence[Job], backend: Backend, model: Path, loading: RunOptions, upscaling: UpscaleOptions, encoding: Encoding
 ) -> Iterator[PictureEstimate]:
     """A plan for every picture on a backend with a model loaded so; a picture's header alone is read."""
-    speed = speed_of(backend, model, loading)
+    loaded = LoadedProcess.this()
+    costs = costs_of(backend, model, loading)
     for job in jobs:
-        yield picture_estimate(job, backend, speed, upscaling, encoding)
+        yield picture_estimate(job, backend, costs, upscaling, encoding, loaded)
 
 
 def picture_estimate(
-    job: Job, backend: Backend, speed: Speed, options: UpscaleOptions, encoding: Encoding
+    job: Job, backend: Backend, costs: Costs, options: UpscaleOptions, encoding: Encoding, loaded: LoadedProcess
 ) -> PictureEstimate:
-    """What becomes of one picture."""
+    """What becomes of one picture in a process that has loaded the model."""
     try:
         with fetched(job.source) as path, open_picture(path) as source:
             output = plan_output(source.info, job.destination, backend.spec.architecture.scale, encoding)
-            found = estimate(backend, speed, source.info, options)
-            return replace(found, path=job.source, notes=picture_notes(source.info, path, output))
+            found = estimate(backend, costs, source.info, options)
+            seconds = found.seconds + output.width * output.height * encoding_seconds(output)
+            notes = picture_notes(source.info, path, output)
+            memory = max(loaded.peak, loaded.resident + found.memory)
+            return replace(found, path=job.source, memory=memory, seconds=seconds, notes=notes)
     except SanrtError as error:
         refusal = str(error) if str(job.source) in str(error) else f"{job.source}: {error}"
         return PictureEstimate(job.source, refusal, isinstance(error, LargeEnoughError))
 
 
-def estimate(backend: Backend, speed: Speed, info: PictureInfo, options: UpscaleOptions) -> PictureEstimate:
-    """What a picture takes, by its header; raises as `NetworkRunner.decide` does."""
+def estimate(backend: Backend, costs: Costs, info: PictureInfo, options: UpscaleOptions) -> PictureEstimate:
+    """What the network and its process beside itself take for a picture, by its header; raises as `NetworkRunner.decide`."""
     arch, height, width = backend.spec.architecture, info.height, info.width
     plan = NetworkRunner(backend, options).decide(info)
     passes = len(ORIENTATIONS) if options.self_ensemble else 1
     found = PictureEstimate(info.path, "", False, width, height, backend.name, plan)
-    found = replace(found, seconds=passes * speed.seconds(height, width, plan, arch))
-    tile = min(height, plan.tile) * min(width, plan.tile) * network_bytes(arch)
+    found = replace(
+        found, seconds=passes * costs.seconds(height, width, plan, arch, by_stages(plan, backend) and not plan.strips)
+    )
+    if plan.tiling is Tiling.EXACT:
+        memory, scratch = streamed_bytes(backend, costs, info, plan, options)
+        return replace(found, memory=memory, scratch=scratch)
+    kept = 3 * (4 + info.dtype.itemsize) * (1 + arch.scale**2)  # picture and result, as float32 and in the picture's type
+    kept += 3 * arch.scale**2 * 4 * (2 if options.self_ensemble else 0)
+    return replace(found, memory=network_memory(backend, costs, height, width, plan) + height * width * kept)
+
+
+def network_memory(backend: Backend, costs: Costs, height: int, width: int, plan: TilingPlan) -> int:
+    """Bytes of the network for a whole picture or an overlapped tile, its input and output left out."""
+    arch = backend.spec.architecture
+    height, width = min(height, plan.tile), min(width, plan.tile)
     if plan.tiling is Tiling.WHOLE and backend.limits.activations:
-        tile = backend.limits.activations(Size(1, height, width))
+        return backend.limits.activations(Size(1, height, width))
     if plan.tiling is Tiling.WHOLE and backend.strips:
-        tile = backend.strips.needed(height, width, None).memory
-    if plan.tiling is not Tiling.EXACT:
-        return replace(found, memory=tile + height * width * result_bytes(arch))
-    colours, budget = 3 * info.dtype.itemsize, MemoryBudget.of(backend, options)
-    pixels, result = height * width * colours, height * width * arch.scale**2 * colours
+        return backend.strips.needed(height, width, None).memory
+    staged = by_stages(plan, backend)
+    maps = MAPS * 4 * arch.channels if staged else 0
+    return int(height * width * ((costs.large_memory if staged else costs.memory) + maps))
+
+
+def streamed_bytes(
+    backend: Backend, costs: Costs, info: PictureInfo, plan: TilingPlan, options: UpscaleOptions
+) -> tuple[int, int]:
+    """Bytes of memory and of scratch files of a picture that is streamed from its file."""
+    arch, budget = backend.spec.architecture, MemoryBudget.of(backend, options)
+    colours, pixels = 3 * info.dtype.itemsize, info.height * info.width
+    source, result = pixels * colours, pixels * arch.scale**2 * colours
     if strips := backend.strips:
-        needs = strips.needed(height, width, plan.tile, budget.host - pixels)
-        return replace(found, memory=needs.memory + pixels, scratch=needs.files + result)
-    maps = height * width * 3 * 4 * arch.channels + pixels
+        needs = strips.needed(info.height, info.width, plan.tile, budget.host - source)
+        return needs.memory + source, needs.files + result
+    grown = [min(side, plan.tile + 2 * arch.body_halo) for side in (info.height, info.width)]
+    tile = int(grown[0] * grown[1] * costs.large_memory)
+    maps = pixels * MAPS * 4 * arch.channels + source
     beyond = max(0, maps - sum(budget.maps(arch, plan.tile)))
-    return replace(found, memory=tile + maps - beyond, scratch=beyond + result)
+    return tile + maps - beyond, beyond + result
 
 
-def speed_of(backend: Backend, model: Path, options: RunOptions) -> Speed:
+def costs_of(backend: Backend, model: Path, options: RunOptions) -> Costs:
     """The kept measurement of this backend, model and machine, or a new one."""
     machinery = [str(status(backend.name).version), machine.cpu_name(), str(machine.cores())]
     identity = [str(backend.spec.precision), *machinery, str(options)]
 
-    def speed() -> bytes:
+    def costs() -> bytes:
         return json.dumps(asdict(measured(backend))).encode()
 
-    return Speed(**json.loads(cached_for(model, f"speed-{backend.name}.json", identity, CODE, speed)))
+    return Costs(**json.loads(cached_for(model, f"costs-{backend.name}.json", identity, CODE, costs)))
 
 
-def measured(backend: Backend) -> Speed:
+def measured(backend: Backend) -> Costs:
     """Solve the times of two square pictures for the cost of a pixel and of a pair; a third one tells that of large ones."""
-    k = backend.spec.regions
-    times = [best_time(backend, side) for side in SIDES]
-    costs = np.array([[side**2, pairs(side, side, k)] for side in SIDES], np.float64)
+    arch, times, sizes = backend.spec.architecture, [], []
+    for side in SIDES:
+        runs = [run(backend, side, backend.spec.regions) for _ in range(ROUNDS + 1)]
+        times.append(min(seconds for seconds, _ in runs[1:]))
+        sizes.append(max(size for _, size in runs))
+    costs = np.array([[side**2, pairs(side, side, backend.spec.regions)] for side in SIDES], np.float64)
     pixel, pair = np.linalg.solve(costs, times)
     if pair < 0 or pixel < 0:  # noise: one of the two is too small to be seen here
         pixel, pair = times[1] / costs[1, 0], 0.0
-    large = (seconds(backend, LARGE) - pairs(LARGE, LARGE, regions_of(backend)) * pair) / LARGE**2
-    return Speed(float(pixel), float(max(large, pixel)), float(pair))
+    regions = choose_regions(LARGE, LARGE) if backend.streams else backend.spec.regions
+    staged = by_stages(TilingPlan(Tiling.WHOLE, LARGE, regions), backend)
+    opening = min(run(backend, SIDES[0], regions)[0] for _ in range(2)) if staged else 0.0  # the first also makes them
+    seconds, size = run(backend, LARGE, regions)
+    large = (seconds - opening - pairs(LARGE, LARGE, regions) * pair) / LARGE**2
+    kept = 3 * 5 * (1 + arch.scale**2)
+    large_memory = size / LARGE**2 - kept - (MAPS * 4 * arch.channels if staged else 0)
+    memory = sizes[1] / SIDES[1] ** 2 - kept
+    return Costs(float(pixel), float(max(large, pixel)), float(pair), max(memory, 0.0), max(large_memory, 0.0), opening)
 
 
-def regions_of(backend: Backend) -> int:
-    """k for the large picture: that of `--regions auto`, where the backend can; attention is then not most of its time."""
-    return choose_regions(LARGE, LARGE) if backend.infer_with_regions else backend.spec.regions
+def run(backend: Backend, side: int, regions: int) -> tuple[float, int]:
+    """Seconds that a square picture takes, and bytes that the process grew by meanwhile."""
+    picture, plan = np.zeros((side, side, 3), np.uint8), TilingPlan(Tiling.WHOLE, side, regions)
+    with ResidentPeak() as peak:
+        started = time.perf_counter()
+        NetworkRunner(backend).run_array(plan, picture)
+        return time.perf_counter() - started, peak.bytes - peak.before
 
 
-def best_time(backend: Backend, side: int) -> float:
-    """Seconds of the fastest of a few runs, after one that is not counted."""
-    return min([seconds(backend, side) for _ in range(ROUNDS + 1)][1:])
+def encoding_seconds(output: Output) -> float:
+    """Seconds per pixel of a result in its format, measured once on this machine."""
+    facts = [output.format, str(output.bits), str(output.lossless), str(output.quality), machine.cpu_name()]
+    name = hashlib.sha256("\n".join([*facts, source_digest("sanrt.runtime.pictures")]).encode()).hexdigest()[:16]
 
+    def encode() -> bytes:
+        random = np.random.default_rng(0)
+        squares = np.kron(random.random((ENCODED // 8, ENCODED // 8, 3)), np.ones((8, 8, 1)))
+        shades = 0.95 * squares + 0.05 * random.random(squares.shape)
+        pixels = (255 * shades).astype(np.uint8) if output.bits == 8 else (65535 * shades).astype(np.uint16)
+        with TemporaryDirectory() as folder:
+            path = (Path(folder) / "a").with_suffix(output.path.suffix)
+            made = replace(output, path=path, width=ENCODED, height=ENCODED, alpha=False, background=None, metadata={})
+            started = time.perf_counter()
+            write_picture(made, pixels)
+            return json.dumps((time.perf_counter() - started) / ENCODED**2).encode()
 
-def seconds(backend: Backend, side: int) -> float:
-    """What a square picture takes."""
-    picture = np.zeros((1, 3, side, side), np.float32)
-    infer, started = backend.infer_with_regions, time.perf_counter()
-    if side == LARGE and infer:
-        infer(picture, regions_of(backend))
-    else:
-        backend.infer(picture)
-    return time.perf_counter() - started
+    return float(json.loads(cached_file([cache_folder() / "encoders"], f"{output.format}-{name}.json", encode)))

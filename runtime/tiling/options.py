@@ -16,6 +16,9 @@ DEFAULT_OVERLAP = 32
 PROCESS_MEMORY = 400 * 2**20
 """Interpreter, libraries, picture buffers: what a run holds beside the budget."""
 
+SMALL_MEMORY_SHARE = 4
+"""Where that would leave less: one part in so many of what the process may have."""
+
 MEMORY_SHARE = 0.6
 """Share of the free memory that a run takes: the rest is for decoding, encoding and everybody else."""
 
@@ -69,10 +72,15 @@ class UpscaleOptions:
         """Bytes of the host's memory for maps, tiles and results; looked up once: a run treats all pictures alike."""
         if self.memory is None:
             return int(free_host_memory() * MEMORY_SHARE)
-        return max(self.memory - PROCESS_MEMORY, self.memory // 4)
+        return max(self.memory - PROCESS_MEMORY, self.memory // SMALL_MEMORY_SHARE)
 
     def overlap_of(self, tile: int) -> int:
         """Pixels that overlapped tiles of this side share."""
         return min(
             DEFAULT_OVERLAP if self.overlap is None else self.overlap, tile // 4 if self.overlap is None else tile // 2
         )
+
+
+def memory_for(budget: int) -> int:
+    """The least `UpscaleOptions.memory` that gives such a budget."""
+    return min(budget + PROCESS_MEMORY, budget * SMALL_MEMORY_SHARE)

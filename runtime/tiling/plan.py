@@ -11,7 +11,7 @@ from sanrt.errors import BackendError, PictureError, UsageError
 from sanrt.geometry import padded_side
 from sanrt.model.spec import Architecture
 from sanrt.runtime.backends.protocol import Backend
-from sanrt.runtime.tiling.options import MEMORY_SHARE, Tiling, UpscaleOptions
+from sanrt.runtime.tiling.options import MEMORY_SHARE, Tiling, UpscaleOptions, memory_for
 from sanrt.wording import option
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,9 @@ STRIP_HEIGHTS = (512, 384, 256, 192, 128, 96, 64, 32, 16)
 
 HIGH_STRIP = 128
 """Height above which strips gain little: the memory is then better used for whole maps."""
+
+SOURCE_BYTES = 3 * 2
+"""Of a decoded pixel, in 16 bits."""
 
 MIN_RETRY_TILE = 16
 """Side below which tiles are not made smaller after an out-of-memory."""
@@ -144,6 +147,29 @@ def check_result_size(arch: Architecture, height: int, width: int, options: Upsc
         )
 
 
+def check_strips(backend: Backend, plan: TilingPlan, height: int, width: int, options: UpscaleOptions) -> None:
+    """Raise PictureError where even the maps that strips must hold exceed the memory that was asked for.
+
+    Without --memory the budget is a share of what is free, which such a picture then takes more of.
+    """
+    if not (strips := backend.strips) or not plan.strips or options.memory is None:
+        return
+
+    def least(rows: int) -> int:
+        sizes = [(height, width), (width, height)] if options.self_ensemble else [(height, width)]
+        return max(strips.needed(*size, rows).memory for size in sizes) + height * width * SOURCE_BYTES
+
+    if (needed := least(plan.tile)) > options.budget:
+        lowest = least(STRIP_HEIGHTS[-1])
+        fits = lowest <= options.budget
+        raise PictureError(
+            f"{width} x {height} pixels in strips of {plan.tile} rows take {needed >> 20} MiB beside the program, of the "
+            f"{options.budget >> 20} that {option('memory')} leaves; "
+            + (f"use {option('tile', STRIP_HEIGHTS[-1])}, or " if fits else "")
+            + f"allow {option('memory', f'{(memory_for(needed if fits else lowest) >> 20) + 1}M')}"
+        )
+
+
 def takes_whole(backend: Backend, height: int, width: int, options: UpscaleOptions) -> bool:
     """Whether `infer` takes a picture of this size, once it is padded, also rotated where that is asked for."""
     spec = backend.spec
@@ -221,7 +247,8 @@ def choose_regions(height: int, width: int) -> int:
 def choose_exact_tile(backend: Backend, height: int, width: int, budget: MemoryBudget) -> int:
     """The side of exact tiles, or the height of strips: the largest that the memory takes; of high ones, half of it."""
     if strips := backend.strips:
-        room = {rows: budget.host // (2 if rows > HIGH_STRIP else 1) for rows in STRIP_HEIGHTS}
+        host = budget.host - height * width * SOURCE_BYTES
+        room = {rows: host // (2 if rows > HIGH_STRIP else 1) for rows in STRIP_HEIGHTS}
         heights = (rows for rows, most in room.items() if strips.needed(height, width, rows).memory <= most)
         return next(heights, STRIP_HEIGHTS[-1])
     return choose_tile(backend.spec.architecture, budget.network)

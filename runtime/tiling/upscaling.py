@@ -27,6 +27,7 @@ from sanrt.runtime.tiling.plan import (
     TilingPlan,
     by_stages,
     check_result_size,
+    check_strips,
     plan_tiling,
     result_bytes,
     smaller_plan,
@@ -64,9 +65,10 @@ class NetworkRunner:
     def decide(self, info: PictureInfo) -> TilingPlan:
         """How a picture file goes through the network; an exact plan holds neither it nor its result in memory.
 
-        Raises PictureError for a result that is too large for the memory, and as `plan_tiling` does.
+        Raises PictureError for a picture or result that is too large for the memory, and as `plan_tiling` does.
         """
         plan = plan_tiling(self.backend, info.height, info.width, self.options)
+        check_strips(self.backend, plan, info.height, info.width, self.options)
         if plan.tiling is not Tiling.EXACT:
             check_result_size(self.backend.spec.architecture, info.height, info.width, self.options)
         return plan

@@ -1,7 +1,8 @@
 """The scaling benchmark: pictures double until a limit, and growth is the exponent of a power law."""
 
+import json
 import sys
-from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,14 +33,16 @@ class Fake:
         return count**1.5 / 1e6, 100, 100 + 8 * count
 
 
-def test_pictures_double():
-    assert [str(each) for each in islice(sizes(), 4)] == ["64x64", "128x64", "128x128", "256x128"]
+def test_pictures_double_up_to_the_largest():
+    assert [*map(str, sizes(Size(200, 160)))] == ["64x64", "128x64", "128x128", "200x160"]
+    assert [*map(str, sizes(Size(256, 256), 4))] == ["64x64", "128x128", "256x256"]
+    assert [*map(str, sizes(Size(64, 64)))] == ["64x64"]
 
 
 def test_exponents_are_those_of_the_power_law(monkeypatch):
     assert exponent([1, 10, 100], [3.0, 30.0, 300.0]) == pytest.approx(1)
     monkeypatch.setattr(scaling, "Worker", lambda make: make())
-    points, end = measure(Fake, Tiling.WHOLE, 2**17, 1e9)
+    points, end = measure(Fake, Tiling.WHOLE, sizes(Size(512, 256)), 1e9)
     assert [each.size.pixels for each in points] == [2**n for n in range(12, 18)]
     assert "--largest" in end
     assert "pixels^1.50" in growth(points)
@@ -48,10 +51,12 @@ def test_exponents_are_those_of_the_power_law(monkeypatch):
 
 def test_it_stops_before_a_picture_that_takes_too_long_and_at_one_that_fails(monkeypatch):
     monkeypatch.setattr(scaling, "Worker", lambda make: make())
-    points, end = measure(Fake, Tiling.WHOLE, 2**30, 3.0)
-    assert points[-1].size.pixels ** 1.5 / 1e6 <= 3.0 < (2 * points[-1].size.pixels) ** 1.5 / 1e6
-    assert "--seconds 3" in end
-    points, end = measure(lambda: Fake(2**14), Tiling.EXACT, 2**30, 1e9)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(scaling, "time", SimpleNamespace(monotonic=lambda: next(clock) / 1e3))
+    points, end = measure(Fake, Tiling.WHOLE, sizes(Size(8192, 8192)), 3.0)
+    assert points[-1].size.pixels ** 1.5 / 1e6 <= 3.0 < (2 * points[-1].size.pixels) ** 1.5 / 1e6 + 0.1
+    assert "--minutes" in end
+    points, end = measure(lambda: Fake(2**14), Tiling.EXACT, sizes(Size(8192, 8192)), 1e9)
     assert len(points) == 3
     assert end == "256x128 failed: out of memory"
 
@@ -74,15 +79,18 @@ def command(monkeypatch, tiny_model, capsys):
     return run
 
 
-def test_both_ways_have_a_table(command):
-    status, shown = command("--largest", "64x64")
+def test_both_ways_have_a_table(command, tmp_path):
+    status, shown = command("--largest", "64x64", "--json", tmp_path / "a.json")
     assert status == 0
+    found = json.loads((tmp_path / "a.json").read_text())["points"]
+    assert [each["size"] for each in found["onnxruntime, whole"]] == ["64x64"]
     assert shown.out.count("64x64") == 2
     assert shown.out.count("stopped at --largest") == 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"), [(["--largest", "0x64"], "size '0x64'"), (["--seconds", "0"], "--seconds 0")]
+    ("arguments", "told"),
+    [(["--largest", "0x64"], "size '0x64'"), (["--minutes", "0"], "--minutes 0"), (["--step", "3"], "--step 3")],
 )
 def test_bad_arguments_are_told_in_one_line(command, arguments, told):
     status, shown = command(*arguments)
@@ -93,6 +101,6 @@ def test_bad_arguments_are_told_in_one_line(command, arguments, told):
 
 def test_the_plot_has_a_line_for_each_backend_and_tiling(tmp_path):
     pytest.importorskip("matplotlib")
-    points = [Point(Tiling.WHOLE, size, 1e-6 * size.pixels, 0, 100 * size.pixels) for size in islice(sizes(), 5)]
+    points = [Point(Tiling.WHOLE, size, 1e-6 * size.pixels, 0, 100 * size.pixels) for size in sizes(Size(256, 256))]
     scaling.draw({"native:int16, whole": points, "native:fp32, exact": points[:2]}, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -1,19 +1,22 @@
 """The native backend's exact streaming: by strips of any height, the very pixels of `whole`."""
 
+import re
+
 import numpy as np
 import pytest
 import pyvips
 
 pytest.importorskip("llvmlite")
 
+from sanrt.errors import PictureError
 from sanrt.kernels.cpu.ir import this_processor
 from sanrt.model.bundled import bundled_checkpoint
 from sanrt.model.spec import Precision
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.pictures.codec import open_picture
-from sanrt.runtime.tiling.options import PROCESS_MEMORY, Tiling, UpscaleOptions
-from sanrt.runtime.tiling.plan import HIGH_STRIP, STRIP_HEIGHTS, TilingPlan, plan_tiling
+from sanrt.runtime.tiling.options import PROCESS_MEMORY, Tiling, UpscaleOptions, memory_for
+from sanrt.runtime.tiling.plan import HIGH_STRIP, SOURCE_BYTES, STRIP_HEIGHTS, TilingPlan, plan_tiling
 from sanrt.runtime.tiling.upscaling import NetworkRunner, upscale
 
 INT16 = pytest.param(Precision.INT16, marks=pytest.mark.skipif(not this_processor().pmadd, reason="no int16 here"))
@@ -27,6 +30,12 @@ def noise(height, width, bands=3):
 def saved(pixels, path):
     pyvips.Image.new_from_array(pixels).copy(interpretation="srgb").write_to_file(str(path))
     return path
+
+
+def least_memory(backend, picture, rows):
+    """`--memory` that just suffices for strips of such height."""
+    height, width = picture.shape[:2]
+    return memory_for(backend.strips.needed(height, width, rows).memory + height * width * SOURCE_BYTES)
 
 
 def from_file(runner, path, folder):
@@ -46,7 +55,7 @@ def test_strips_of_every_height_give_the_whole_picture_s_pixels(network, precisi
     with load_backend("native", model, RunOptions(threads=2, precision=precision)) as backend:
         whole = upscale(backend, picture, UpscaleOptions(tiling=Tiling.WHOLE))
         for tile in 64, 96, 250, 512:
-            for memory in 1, None:  # all maps in files; all in memory
+            for memory in least_memory(backend, picture, tile), None:  # all maps in files; all in memory
                 options = UpscaleOptions(tile, tiling=Tiling.EXACT, memory=memory)
                 got, plan = from_file(NetworkRunner(backend, options), path, tmp_path)
                 assert plan == TilingPlan(Tiling.EXACT, tile, plan.regions, strips=True)
@@ -78,7 +87,8 @@ def test_the_self_ensemble_goes_by_strips_too(precision, tiny_model, tmp_path):
     path = saved(picture, tmp_path / "a.png")
     with load_backend("native", tiny_model(2), RunOptions(threads=1, precision=precision)) as backend:
         whole = upscale(backend, picture, UpscaleOptions(tiling=Tiling.WHOLE, self_ensemble=True))
-        options = UpscaleOptions(tile=32, tiling=Tiling.EXACT, self_ensemble=True, memory=1)
+        memory = max(least_memory(backend, each, 32) for each in (picture, picture.transpose(1, 0, 2)))
+        options = UpscaleOptions(tile=32, tiling=Tiling.EXACT, self_ensemble=True, memory=memory)
         np.testing.assert_array_equal(from_file(NetworkRunner(backend, options), path, tmp_path)[0], whole)
         np.testing.assert_array_equal(upscale(backend, picture, UpscaleOptions(32, None, True, Tiling.EXACT)), whole)
 
@@ -91,9 +101,34 @@ def test_pictures_that_do_not_fit_go_in_the_highest_strips_that_leave_half_of_th
             plan = plan_tiling(backend, height, width, options)
             assert str(plan).startswith(f"exact in strips of {plan.tile} rows")
             needed = {rows: backend.strips.needed(height, width, rows).memory for rows in (*STRIP_HEIGHTS, None)}
-            assert needed[plan.tile] <= 2**28 < needed[None]
-            assert needed[plan.tile] <= 2**27 or plan.tile <= HIGH_STRIP
-            assert all(needed[rows] > 2**27 for rows in STRIP_HEIGHTS if rows > plan.tile)
+            left = 2**28 - height * width * SOURCE_BYTES
+            assert needed[plan.tile] <= left < needed[None]
+            assert needed[plan.tile] <= left // 2 or plan.tile <= HIGH_STRIP
+            assert all(needed[rows] > left // 2 for rows in STRIP_HEIGHTS if rows > plan.tile)
+
+
+def test_a_picture_whose_strips_exceed_the_memory_is_refused_with_the_least_that_would_do(tiny_model, tmp_path):
+    picture = noise(300, 200)
+    path = saved(picture, tmp_path / "a.png")
+    with load_backend("native", tiny_model(2), RunOptions(threads=1)) as backend, open_picture(path) as source:
+        low, high = (least_memory(backend, picture, rows) for rows in (16, 128))
+
+        def decided(memory, tile=None):
+            return NetworkRunner(backend, UpscaleOptions(tile, tiling=Tiling.EXACT, memory=memory)).decide(source.info)
+
+        assert decided(low).tile == 16
+        assert decided(high, 128).tile == 128
+        with pytest.raises(
+            PictureError, match=r"200 x 300 pixels in strips of 16 rows take \d+ MiB .*; allow --memory"
+        ) as told:
+            decided(low - 2**12)
+        megabytes = int(re.search(r"--memory (\d+)M$", str(told.value))[1])
+        assert decided(megabytes * 2**20).tile == 16
+        assert low <= megabytes * 2**20 <= low + 2**20
+        with pytest.raises(
+            PictureError, match=rf"strips of 128 rows .*; use --tile 16, or allow --memory {(high >> 20) + 1}M"
+        ):
+            decided(low, 128)
 
 
 def test_after_an_out_of_memory_strips_are_lower(tiny_model, monkeypatch):
