@@ -29,7 +29,7 @@ from sanrt.runtime.runs.pipeline import picture_notes
 from sanrt.runtime.runs.timing import ResidentPeak, peak_memory
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.orientations import ORIENTATIONS
-from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, by_stages, choose_regions
+from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, by_stages, choose_regions, network_bytes
 from sanrt.runtime.tiling.upscaling import NetworkRunner
 
 SIDES = (64, 192)
@@ -167,9 +167,15 @@ def network_memory(backend: Backend, costs: Costs, height: int, width: int, plan
         return backend.limits.activations(Size(1, height, width))
     if plan.tiling is Tiling.WHOLE and backend.strips:
         return backend.strips.needed(height, width, None).memory
-    staged = by_stages(plan, backend)
-    maps = MAPS * 4 * arch.channels if staged else 0
-    return int(height * width * ((costs.large_memory if staged else costs.memory) + maps))
+    maps = MAPS * 4 * arch.channels if by_stages(plan, backend) else 0
+    return int(height * width * (per_pixel(backend, costs, plan) + maps))
+
+
+def per_pixel(backend: Backend, costs: Costs, plan: TilingPlan) -> float:
+    """Bytes for each pixel that is in the network at once: as measured, or by arithmetic where a GPU holds them."""
+    if backend.memory is not None:
+        return network_bytes(backend.spec.architecture)
+    return costs.large_memory if by_stages(plan, backend) else costs.memory
 
 
 def streamed_bytes(
@@ -183,7 +189,7 @@ def streamed_bytes(
         needs = strips.needed(info.height, info.width, plan.tile, budget.host - source)
         return needs.memory + source, needs.files + result
     grown = [min(side, plan.tile + 2 * arch.body_halo) for side in (info.height, info.width)]
-    tile = int(grown[0] * grown[1] * costs.large_memory)
+    tile = int(grown[0] * grown[1] * per_pixel(backend, costs, plan))
     maps = pixels * MAPS * 4 * arch.channels + source
     beyond = max(0, maps - sum(budget.maps(arch, plan.tile)))
     return tile + maps - beyond, beyond + result

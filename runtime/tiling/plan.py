@@ -166,7 +166,7 @@ def check_strips(backend: Backend, plan: TilingPlan, height: int, width: int, op
             f"{width} x {height} pixels in strips of {plan.tile} rows take {needed >> 20} MiB beside the program, of the "
             f"{options.budget >> 20} that {option('memory')} leaves; "
             + (f"use {option('tile', STRIP_HEIGHTS[-1])}, or " if fits else "")
-            + f"allow {option('memory', f'{(memory_for(needed if fits else lowest) >> 20) + 1}M')}"
+            + f"allow {option('memory', memory_for(needed if fits else lowest))} bytes"
         )
 
 
