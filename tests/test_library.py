@@ -238,3 +238,18 @@ def test_no_function_makes_a_folder_for_a_place_that_was_probably_mistyped(model
     assert not nowhere.exists()
     (outcome,) = sanrt.upscale_files(picture, f"{nowhere}/", scale=2, models=models, backend="onnxruntime", threads=1)
     assert outcome.job.destination == nowhere / "a.png"
+
+
+def test_outcomes_come_in_the_order_of_the_sources_and_a_picture_that_is_named_twice_has_one(models, tmp_path):
+    (tmp_path / "in").mkdir()
+    names = ("c.png", "a.png", "in/b.png", "in/d.png")
+    for name in names:
+        pyvips.Image.black(9, 8, bands=3).copy(interpretation="srgb").write_to_file(str(tmp_path / name))
+    options = {"scale": 2, "models": models, "backend": "onnxruntime", "threads": 1}
+    sanrt.upscale_files([tmp_path / "in", tmp_path / "c.png"], tmp_path / "out", **options)
+    sources = [tmp_path / "in" / "d.png", tmp_path / "c.png", tmp_path / "a.png", tmp_path / "c.png", tmp_path / "in"]
+    outcomes = sanrt.upscale_files(sources, tmp_path / "out", **options)
+    assert [outcome.job.source for outcome in outcomes] == [
+        tmp_path / name for name in ("in/d.png", "c.png", "a.png", "in/b.png")
+    ]
+    assert [type(outcome) for outcome in outcomes] == [Skipped, Skipped, Written, Skipped]

@@ -172,32 +172,28 @@ def build_engine(
         from sanrt.export import engine
     from sanrt.runtime.artifacts.engines import BuildOptions
     from sanrt.runtime.artifacts.flavors import Flavor
-    from sanrt.runtime.artifacts.sizes import TILES, Profile, default_profile
 
     chosen = engine.choose_flavor(device) if flavor == "auto" else choice(Flavor, flavor)
     path = model_to_build(model, models, scale, weights)
-    target = Path(output) if output else None
-    require_folder_of(target, Path(timing_cache) if timing_cache else None)
+    target, timings = (Path(place) if place else None for place in (output, timing_cache))
+    require_folder_of(target, timings)
     check_engine_path(target, path, stages)
-    kind, sizes = choice(Precision, precision), profiles(smallest, best, largest, TILES if stages else Profile())
-    spec = replace(read_spec(path), precision=kind)
-    if not (stages or smallest or best or largest):
-        sizes = (default_profile(spec),)
+    spec = replace(read_spec(path), precision=choice(Precision, precision))
     options = BuildOptions(
         flavor=chosen,
-        precision=kind,
-        profiles=sizes,
+        precision=spec.precision,
+        profiles=profiles(spec, stages, smallest, best, largest),
         gpus=tuple(gpus),
         workspace=workspace,
         level=level,
-        timing_cache=Path(timing_cache) if timing_cache else None,
+        timing_cache=timings,
         allow_precision=allow_precision,
         allow_unfused_attention=allow_unfused_attention,
         kernels=kernels,
         stages=stages,
     )
     if not stages:
-        say(memory_words(spec, sizes))
+        say(memory_words(spec, options.profiles))
     return engine.build_engine(path, options, target, progress, device)
 
 
@@ -272,10 +268,18 @@ def check_engine_path(output: Path | None, model: Path, stages: bool) -> None:
         )
 
 
-def profiles(smallest: Sequence[str], best: Sequence[str], largest: Sequence[str], default: Profile) -> tuple[Profile, ...]:
-    """One profile from each --min, --opt and --max of the same place; the default's sizes where an option is not given."""
-    from sanrt.runtime.artifacts.sizes import Profile, Size
+def profiles(
+    spec: ModelSpec, stages: bool, smallest: Sequence[str], best: Sequence[str], largest: Sequence[str]
+) -> tuple[Profile, ...]:
+    """One profile from each smallest, best and largest size of the same place; the default's where some are not named.
 
+    UsageError where these are several, and not as many as the others.
+    """
+    from sanrt.runtime.artifacts.sizes import TILES, Profile, Size, default_profile
+
+    if not (stages or smallest or best or largest):
+        return (default_profile(spec),)
+    default = TILES if stages else Profile()
     count = max(1, len(smallest), len(best), len(largest))
     if any(len(sizes) not in (0, count) for sizes in (smallest, best, largest)):
         raise UsageError(
@@ -375,32 +379,45 @@ def upscale_files(
     pictures are opened, advance and finish, from several threads.
 
     One outcome per picture: `Written`, `Skipped`, or `Failed` with the `reason` in one line; each has its `job.source` and
-    `job.destination`. A bad picture stops no other and raises nothing. Raises, before any picture is upscaled, UsageError
-    for options or places that cannot be, PictureError where there is no picture, ModelError or BackendError for the model.
+    `job.destination`. They come in the order of `sources`, those of a folder by name; a file that is named twice, or lies in
+    a folder that is named too, is one picture, at its first place. A bad picture stops no other and raises nothing. Raises,
+    before any picture is upscaled, UsageError for options or places that cannot be, PictureError where there is no picture,
+    ModelError or BackendError for the model.
     """
     from sanrt.request import Conduct, ModelChoice, Request, outcomes
     from sanrt.runtime.backends.protocol import RunOptions
     from sanrt.runtime.pictures.codec import Encoding
     from sanrt.runtime.pictures.jobs import Naming
 
-    places = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
-    if not places:
-        raise UsageError("no pictures named; expected paths of pictures or folders")
-    paths = [str(place) for place in (*places, *([] if output is None else [output]))]
-    if output is None and len(places) > 1:
-        raise UsageError(f"{len(places)} sources without output; name the folder of the results")
-    form = None if format is None else Format.named(format)
-    if format is not None and (form is None or form.written_as is not form):
-        raise UsageError(f"format {format!r}: expected png, jpeg, webp, tiff or avif")
     loading = RunOptions(threads, None if precision is None else parse_precision(precision), device=device)
     kind = None if weights == "auto" else choice(WeightsKind, weights)
     k, folder = None if regions == "auto" else regions, Path(scratch) if scratch else None
     request = Request(
-        paths,
+        arguments(sources, output),
         ModelChoice(Path(model) if model else None, Path(models), known_scale(scale), backend, loading, kind),
         UpscaleOptions(tile, overlap, self_ensemble, choice(Tiling, tiling), k, memory, folder, keep_hidden),
         Encoding(quality, lossless, background, outscale, size),
-        Naming(suffix, form),
+        Naming(suffix, written_format(format)),
     )
     conduct = Conduct(record=Path(record) if record else None, ray=ray, workers=workers)
-    return list(outcomes(request.resolve(overwrite, bool(ray), include_results), request, conduct, listener))
+    work = request.resolve(overwrite, bool(ray), include_results)
+    place = {job.source: at for at, job in enumerate(work.jobs)}
+    return sorted(outcomes(work, request, conduct, listener), key=lambda outcome: place[outcome.job.source])
+
+
+def arguments(sources: Place | Iterable[Place], output: Place | None) -> list[str]:
+    """Sources and output as the arguments of `sanrt run`; UsageError where there is no source, or no place for several."""
+    places = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    if not places:
+        raise UsageError("no pictures named; expected paths of pictures or folders")
+    if output is None and len(places) > 1:
+        raise UsageError(f"{len(places)} sources without output; name the folder of the results")
+    return [str(place) for place in (*places, *([] if output is None else [output]))]
+
+
+def written_format(name: str | None) -> Format | None:
+    """The format of that name; UsageError where sanrt writes none such."""
+    form = None if name is None else Format.named(name)
+    if name is not None and (form is None or form.written_as is not form):
+        raise UsageError(f"format {name!r}: expected png, jpeg, webp, tiff or avif")
+    return form

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 from sanrt.errors import FileError, PictureError, SanrtError, UsageError
 from sanrt.files import require_folder_of
 from sanrt.model.bundled import PHOTO_QUALITY, WeightsKind, has_bundled
-from sanrt.runtime.artifacts.models import DEFAULT_SCALE, default_model, photo_model, require_own_weights, require_scale
+from sanrt.model.spec import SCALES
+from sanrt.runtime.artifacts.models import (
+    DEFAULT_SCALE,
+    default_model,
+    exported_path,
+    photo_model,
+    require_own_weights,
+    require_scale,
+)
 from sanrt.runtime.pictures.formats import Format, ResultFormat, result_format
 from sanrt.runtime.pictures.storage import RemotePath, check_buckets, located
 from sanrt.runtime.video.formats import Container, is_video
@@ -146,7 +154,7 @@ class Request:
             if its_jobs := [to_do[job.source] for job in part.jobs if job.source in to_do]:
                 reason = "" if choice.weights else its_choice.reason(its_jobs)
                 parts.append(replace(part, jobs=its_jobs, reason=reason))
-        return Work(parts, found, passed_over(inputs, output) + results_line(found), output)
+        return Work(jobs, parts, found, passed_over(inputs, output) + results_line(found), output)
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,8 @@ class Part:
 class Work:
     """What a request comes to."""
 
+    jobs: Sequence[Job]
+    """Every picture once, in the order in which it was named first, those of a folder by name."""
     parts: Sequence[Part]
     """One for each network: several where --size leaves the scale to the pictures, or some are JPEG photographs; none where
     nothing is to do."""
@@ -279,11 +289,25 @@ def by_network(
     """
     found: dict[tuple[int | None, WeightsKind | None], list[Job]] = {}
     for scale, its_jobs in by_scale(jobs, choice, size).items():
-        several = not choice.named and not choice.weights and photo_model(choice.models, scale)
-        photos = photographs(its_jobs, scale or DEFAULT_SCALE) if several else set()
+        photo_scale = scale_of_photo(choice, scale, size)
+        photos = photographs(its_jobs, photo_scale) if photo_scale else set()
         for job in its_jobs:
-            found.setdefault((scale, WeightsKind.PHOTO if job in photos else choice.weights), []).append(job)
+            of = (photo_scale, WeightsKind.PHOTO) if job in photos else (scale, choice.weights)
+            found.setdefault(of, []).append(job)
     return found
+
+
+def scale_of_photo(choice: ModelChoice, scale: int | None, size: ResultSize) -> int | None:
+    """The scale of the weights for JPEG photographs where others are of `scale`; None where all go through the same.
+
+    Results that are reduced anyway may come from a larger network, if there are no such weights for their own.
+    """
+    if choice.named or choice.weights:
+        return None
+    asked = scale or DEFAULT_SCALE
+    reduced = str(size) and not choice.scale and not exported_path(choice.models, asked).is_file()
+    scales = [other for other in SCALES if other >= asked] if reduced else [asked]
+    return next((other for other in scales if photo_model(choice.models, other)), None)
 
 
 def photographs(jobs: Sequence[Job], scale: int) -> set[Job]:

@@ -38,6 +38,7 @@ def test_a_model_tells_its_network_identity_and_measurements(info, live_network,
     assert status == 0
     for told in (
         "SAN x3 (G=2 m=1 C=16 r=4)",
+        "16 channels reduced to 4; r=4 is read off these",
         "fp32",
         "seeded [not] markup",
         checkpoint.digest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -170,6 +171,9 @@ def test_the_command_names_such_files_by_what_they_take(checkpoint, tmp_path, mo
     assert "uint8-nhwc, 1x16x24 alone (sanrt runs its weights at any size)" in told
     assert "1 x 16 x 24 x 3" in told
     assert "bytes, channels last (NHWC)" in told
+    assert re.search(r"against PyTorch: at most [01] of 255 apart, tolerance 1\n", done.output), (
+        "whole levels, as the bytes are"
+    )
     for wrong, message in ((["--shape", "16x24"], "expected BATCHxHEIGHTxWIDTH"), (["--shape", "1x3x9"], "of 4 or more")):
         refused = CliRunner().invoke(app, ["export", "--checkpoint", str(checkpoint), *wrong])
         assert isinstance(refused.exception, UsageError)

@@ -87,6 +87,14 @@ def test_a_result_has_the_sent_name_and_what_size_it_is(running):
     assert answer.headers["content-disposition"] == "inline; filename*=utf-8''K%C3%A4tz%20chen_50x50.png"
 
 
+def test_a_model_may_have_any_name(serving, models, tmp_path):
+    named = tmp_path / "\u6a21\u578b.onnx"
+    named.write_bytes((models / "san_x2.onnx").read_bytes())
+    with serving(named=named) as running:
+        answer = running.upscale(KINDS["rgb.png"])
+        assert (answer.status, answer.headers["sanrt-model"]) == (200, "\\u6a21\\u578b.onnx")
+
+
 def test_what_was_noted_is_in_headers(running):
     answer = running.upscale(KINDS["deep.png"], "format=jpeg")
     assert answer.notes == ["16-bit samples become 8-bit: JPEG holds no more"]

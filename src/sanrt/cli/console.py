@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -284,6 +284,16 @@ def plain_console() -> Console:
     from rich.console import Console
 
     return Console(soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def working(on: str) -> Iterator[None]:
+    """Say on stderr, if that is a terminal, what goes on while the body runs."""
+    from rich.console import Console
+
+    console = Console(stderr=True, markup=False)
+    with console.status(on) if sys.stderr.isatty() else nullcontext():
+        yield
 
 
 def track(items: Sequence[Item], description: str) -> Iterable[Item]:

@@ -51,28 +51,30 @@ def export(
     """Write a checkpoint as an ONNX file and check it against PyTorch."""
     if checkpoint is None and scale is None:
         raise typer.BadParameter("say which weights: --scale 4 for the bundled ones, or --checkpoint PATH")
+    from sanrt.cli.console import working
     from sanrt.library import export_model
 
-    report = export_model(
-        checkpoint,
-        output,
-        scale=scale,
-        weights=weights,
-        models=models,
-        check=check,
-        sqrt_iterations=sqrt_iterations,
-        picture=picture,
-        io=PixelLayout(io),
-        shape=shape,
-        overwrite=overwrite,
-    )
+    with working("writing the graph" + ", and comparing it with PyTorch" * check):
+        report = export_model(
+            checkpoint,
+            output,
+            scale=scale,
+            weights=weights,
+            models=models,
+            check=check,
+            sqrt_iterations=sqrt_iterations,
+            picture=picture,
+            io=PixelLayout(io),
+            shape=shape,
+            overwrite=overwrite,
+        )
     print_report(report, verbose)
 
 
 def print_report(report: ExportReport, verbose: bool) -> None:
     """Print what was written, how near it is to PyTorch and to the exact root, and the next command."""
     from sanrt.cli.console import plain_console
-    from sanrt.cli.tables import parity_line, square_root_line, square_root_table
+    from sanrt.cli.tables import gate_line, parity_line, square_root_line, square_root_table
 
     console = plain_console()
     console.print(f"{report.path}: {report.spec.architecture.name}, {report.path.stat().st_size / 1e6:.1f} MB")
@@ -82,5 +84,6 @@ def print_report(report: ExportReport, verbose: bool) -> None:
     console.print(f"against PyTorch: {parity_line(report.spec.report['parity'])}")
     console.print(f"square root: {square_root_line(report.spec.report['square_root'])}")
     if verbose:
+        console.print(f"SOCA: {gate_line(report.spec.architecture)}")
         console.print(square_root_table(report.spec.report["square_root"]))
     console.print(f"next: {run_words(report.path)}, or first an engine: {build_words(report.path)} --fp16")

@@ -72,7 +72,7 @@ def interface_table(interface: Interface, spec: ModelSpec) -> RenderableType:
 
 def model_facts(spec: ModelSpec) -> dict[str, str]:
     """The facts in a model's description, whichever file carried it."""
-    from sanrt.cli.tables import parity_line, quantisation_line, square_root_line
+    from sanrt.cli.tables import gate_line, parity_line, quantisation_line, square_root_line
 
     arch = spec.architecture
     fixed = f"{'x'.join(map(str, spec.shape))} alone" if spec.shape else "any size"
@@ -84,6 +84,7 @@ def model_facts(spec: ModelSpec) -> dict[str, str]:
         "input": f"RGB, 0..{arch.value_range:g}, sides of {spec.min_side} px or more{multiple}",
         **({"other programs": f"{spec.layout}, {fixed} (sanrt runs its weights at any size)"} if spec != spec.open else {}),
         "attention": f"{spec.regions} x {spec.regions} regions",
+        "SOCA": gate_line(arch),
         "square root": f"{spec.iterations} Newton-Schulz steps",
     }
     if "square_root" in spec.report:
@@ -102,7 +103,7 @@ def model_facts(spec: ModelSpec) -> dict[str, str]:
 
 def describe_checkpoint(path: Path) -> Iterator[RenderableType]:
     """A weights file, loaded and checked as strictly as an export would."""
-    from sanrt.cli.tables import facts_table
+    from sanrt.cli.tables import facts_table, gate_line
     from sanrt.extras import extra
 
     with extra("export", "reading a checkpoint"):
@@ -116,6 +117,7 @@ def describe_checkpoint(path: Path) -> Iterator[RenderableType]:
         "network": f"{arch.name}, {parameters / 1e6:.2f} M parameters",
         "scale": f"{arch.scale}x",
         "input": f"RGB, 0..{arch.value_range:g}",
+        "SOCA": gate_line(arch),
         "square root": "exact" if steps is None else f"{steps} Newton-Schulz steps",
         "weights": checkpoint.origin,
         "digest": checkpoint.digest,

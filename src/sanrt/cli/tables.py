@@ -8,12 +8,19 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from sanrt.model.spec import Architecture
+
 
 def parity_line(parity: Mapping[str, Any] | None) -> str:
     """The distance of the ONNX from PyTorch, as a line."""
     if parity is None:
         return "not checked (--no-check)"
     return f"at most {parity['max_abs']:.2g} of 255 apart, tolerance {parity['tolerance']:g}"
+
+
+def gate_line(arch: Architecture) -> str:
+    """How SOCA's gate reduces its channels: r is not in a checkpoint, and what is trained as r=5 may be read as r=6."""
+    return f"{arch.channels} channels reduced to {arch.gate_channels}; r={arch.reduction} is read off these"
 
 
 def square_root_line(report: Mapping[str, Any]) -> str:

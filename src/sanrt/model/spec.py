@@ -163,6 +163,11 @@ class Architecture:
         return self.channels // 8
 
     @property
+    def gate_channels(self) -> int:
+        """Inner channels of SOCA's gate: C/r, rounded down, so that several r name the same network."""
+        return self.channels // self.reduction
+
+    @property
     def body_halo(self) -> int:
         """Pixels to each side that a group's features depend on: one for each of the blocks' 3 x 3 convolutions."""
         return 2 * self.blocks
@@ -180,7 +185,7 @@ class Architecture:
 
     def parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every tensor of the reference network's `state_dict`, in no particular order."""
-        c, inner, hidden = self.channels, self.attention_channels, self.channels // self.reduction
+        c, inner, hidden = self.channels, self.attention_channels, self.gate_channels
 
         def conv(name: str, inputs: int, outputs: int, kernel: int) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{name}.weight", (outputs, inputs, kernel, kernel)

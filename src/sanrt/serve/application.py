@@ -112,7 +112,7 @@ async def start_job(request: Request) -> Response:
     jobs.require_room()
     with ExitStack() as place, uploads.request():
         order = await received(request, place.enter_context(uploads.place()))
-        job = jobs.start(order, place.pop_all())
+        job = jobs.start(order, place)
     return JSONResponse(job.to_json(), 202, {"Location": f"/v1/jobs/{job.id}"})
 
 
@@ -166,10 +166,10 @@ class ResultResponse(FileResponse):
     def __init__(self, result: Result, seconds: float, held: ExitStack) -> None:
         """`seconds` is the time that the client has to fetch it."""
         timing = ", ".join(f"{step};dur={1000 * took:.0f}" for step, took in result.seconds.items())
-        headers = {"Server-Timing": timing, "Sanrt-Model": result.model}
+        headers = {"Server-Timing": timing, "Sanrt-Model": in_ascii(result.model)}
         super().__init__(result.path, 200, headers, result.media_type, None, result.name, None, "inline")
         for note in result.notes:
-            self.headers.append("Sanrt-Note", printable(note).encode("ascii", "backslashreplace").decode())
+            self.headers.append("Sanrt-Note", in_ascii(note))
         self.seconds, self.held = seconds, held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -179,6 +179,11 @@ class ResultResponse(FileResponse):
                     await super().__call__(scope, receive, send)
             except OSError:  # the client is too slow, or the job was deleted
                 state(Request(scope)).service.queue.metrics.failed("slow_reader")
+
+
+def in_ascii(text: str) -> str:
+    """A text as a header may hold it, the rest as escapes."""
+    return printable(text).encode("ascii", "backslashreplace").decode()
 
 
 async def page(_: Request) -> Response:

@@ -25,6 +25,10 @@ HEADERS = {
 }
 
 
+class ForeignPageError(AuthenticationError):
+    """A request that a page of another site makes."""
+
+
 @dataclass(frozen=True)
 class Door(AuthenticationBackend):
     """Refuses requests that other sites' pages make, and those without the token."""
@@ -35,7 +39,7 @@ class Door(AuthenticationBackend):
         if not conn.scope["path"].startswith(GUARDED):  # not of the URL, of which Host is a part
             return None
         if is_foreign(conn.headers):
-            raise AuthenticationError("another site's page asked; only pages of this server may")
+            raise ForeignPageError("another site's page asked; only pages of this server may")
         scheme, _, shown = conn.headers.get("authorization", "").partition(" ")
         if self.token and not (
             scheme.lower() == "bearer" and hmac.compare_digest(shown.strip().encode(), self.token.encode())

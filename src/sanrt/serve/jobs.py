@@ -120,11 +120,11 @@ class Jobs:
             )
 
     def start(self, order: Order, place: ExitStack) -> Job:
-        """A job for an order whose folder `place` holds; raises as `require_room` and `Queue.place` do."""
+        """A job for an order, whose folder it takes over from `place`; raises as `require_room` and `Queue.place` do."""
         self.require_room()
         in_line = ExitStack()
         in_line.enter_context(self.service.queue.place())
-        job = Job(order, place)
+        job = Job(order, place.pop_all())
         job.task = asyncio.create_task(self.work(job))
         job.task.add_done_callback(lambda _: in_line.close())
         self.known[job.id] = job

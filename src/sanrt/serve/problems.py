@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -19,6 +20,7 @@ from sanrt.errors import (
     TooManyPixelsError,
     UsageError,
 )
+from sanrt.serve.door import ForeignPageError
 
 
 class RefusedError(SanrtError):
@@ -107,15 +109,25 @@ def status_and_kind(error: SanrtError) -> tuple[HTTPStatus, str]:
 def document(error: SanrtError) -> dict[str, Any]:
     """The problem document of an error."""
     status, kind = status_and_kind(error)
-    return {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": str(error), "kind": kind}
+    return content(status, str(error), kind)
+
+
+def content(status: HTTPStatus, detail: str, kind: str) -> dict[str, Any]:
+    """A problem document."""
+    return {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail, "kind": kind}
+
+
+def answer(document: dict[str, Any], headers: Mapping[str, str] | None) -> Response:
+    """The response with a problem document."""
+    return JSONResponse(document, document["status"], headers, "application/problem+json")
 
 
 def problem(error: SanrtError) -> Response:
     """The response for an error."""
-    found, headers = document(error), {}
+    headers = {}
     if isinstance(error, RefusedError) and error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    return JSONResponse(found, found["status"], headers, "application/problem+json")
+    return answer(document(error), headers)
 
 
 async def http_problem(request: Request, error: Exception) -> Response:
@@ -124,14 +136,11 @@ async def http_problem(request: Request, error: Exception) -> Response:
     status = HTTPStatus(error.status_code)
     detail = error.detail if error.detail != status.phrase else f"{request.method} {request.url.path}: {status.phrase}"
     kind = NotFoundError.kind if status is HTTPStatus.NOT_FOUND else RefusedError.kind
-    content = {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail, "kind": kind}
-    return JSONResponse(content, int(status), error.headers, "application/problem+json")
+    return answer(content(status, detail, kind), error.headers)
 
 
 def refused(_: HTTPConnection, error: Exception) -> Response:
     """For a missing or wrong token, and for another site's request."""
-    forbidden = "token" not in str(error)
-    status = HTTPStatus.FORBIDDEN if forbidden else HTTPStatus.UNAUTHORIZED
-    content = {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": str(error), "kind": "refused"}
-    headers = {} if forbidden else {"WWW-Authenticate": "Bearer"}
-    return JSONResponse(content, int(status), headers, "application/problem+json")
+    if isinstance(error, ForeignPageError):
+        return answer(content(HTTPStatus.FORBIDDEN, str(error), "refused"), None)
+    return answer(content(HTTPStatus.UNAUTHORIZED, str(error), "refused"), {"WWW-Authenticate": "Bearer"})

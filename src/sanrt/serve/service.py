@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ class Service:
         except SanrtError as error:
             text = str(error)
             for folder in folders:
-                text = text.replace(f"{folder}/", "")
+                text = text.replace(f"{folder}{os.sep}", "")
             error.args = (text,)
             raise
 
