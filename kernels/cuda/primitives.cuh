@@ -38,3 +38,31 @@ __device__ inline void mma(float, float (&d)[4], const Word (&a)[4], const Word 
 __device__ inline void mma_short(Half, float (&d)[4], const Word (&a)[2], Word b) { MMA("f16"); }
 __device__ inline void mma_short(BFloat, float (&d)[4], const Word (&a)[2], Word b) { MMA("bf16"); }
 #undef MMA
+
+// The same without a sum before it, which would take registers that are set to zero.
+#define MMA(TYPE) \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};" \
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b), "f"(0.0f))
+__device__ inline void product_short(Half, float (&d)[4], const Word (&a)[2], Word b) { MMA("f16"); }
+__device__ inline void product_short(BFloat, float (&d)[4], const Word (&a)[2], Word b) { MMA("bf16"); }
+#undef MMA
+
+// Two numbers rounded to 16 bits in one instruction, which is two conversions and a shift less than pack().
+__device__ inline Word round_pair(Half, float low, float high) { Word y; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low)); return y; }
+__device__ inline Word round_pair(BFloat, float low, float high) { Word y; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low)); return y; }
+
+// Whether any lane of the warp says yes.
+__device__ inline bool warp_any(bool yes) { return __any_sync(0xffffffffu, yes); }
+
+// Copy 16 bytes to shared memory without waiting; await_copies waits for the thread's own, and a barrier then for all threads'.
+__device__ inline void copy_async(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"((Word)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ inline void await_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory, transposed: lane 8 i + j passes row j of matrix i, which is 16 bytes, and
+// lane 4 g + t gets the numbers (2 t, g), (2 t + 1, g) of each. That is how a factor kept row by row becomes the right one of mma.
+__device__ inline void load_transposed(Word (&x)[4], const Word* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"((Word)__cvta_generic_to_shared(row)) : "memory");
+}

@@ -1,6 +1,7 @@
 // Region-level non-local attention in two launches; region_attention.py states the formula and the launch shapes.
 // Compiled with SCALAR (Half, BFloat or float) and INNER (inner channels, 1 to 8) defined. Maps are B x 3 INNER x H x W
-// (queries, keys, values), NCHW or NHWC; inner channels are padded to 8 with zeros.
+// (queries, keys, values), NCHW or NHWC; inner channels are padded to 8 with zeros. With EXPERIMENTAL, of 16-bit types, there is
+// region_attention_ahead too, which has never run on hardware.
 
 constexpr int DEPTH = 8;                              // inner channels, padded
 constexpr int TILE_KEYS = 128;                        // keys in shared memory at a time; a region's are padded to whole tiles
@@ -229,3 +230,141 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS_PER_SM) region_
                                   INNER, height, width, channels_last)], softmax.y[2 * row + i]);
         }
 }
+
+#ifdef EXPERIMENTAL
+constexpr int WARP_TILES = 2;                         // of 16 queries for each warp: keys and values are read once for both
+constexpr int AHEAD_QUERIES = BLOCK_QUERIES * WARP_TILES;
+constexpr int AHEAD_STEP = 32;                        // keys between two looks at the running maximum
+constexpr float SLACK = 8;                            // scores may exceed their reference by this, in units of log 2: weights up to
+                                                      // 2^8 are far from fp16's 65504, and the reference hardly ever moves
+
+constexpr float LN_2 = 0.69314718056f;
+
+// Softmax of a lane's two rows of 16 queries relative to a reference that follows the largest score no closer than SLACK. Sums are
+// products with a vector of ones: of the rounded weights, as the numerators are, and added up by tensor cores.
+struct LazySoftmax {
+    float reference[2] = {LOWEST, LOWEST}, limit[2] = {LOWEST, LOWEST}, sum[4] = {}, y[4] = {};
+
+    // s: scores of AHEAD_STEP keys, LOWEST where there is no key; true where a row's exceed its limit.
+    __device__ bool exceeded(const float (&s)[AHEAD_STEP / 8][4], float (&top)[2]) const {
+        for (int row = 0; row < 2; ++row) {
+            top[row] = s[0][2 * row];
+            for (auto& part : s) top[row] = max(top[row], max(part[2 * row], part[2 * row + 1]));
+        }
+        return top[0] > limit[0] || top[1] > limit[1];
+    }
+
+    // Move the reference up to the largest score of the four lanes that share a row.
+    __device__ void raise(const float (&top)[2]) {
+        for (int row = 0; row < 2; ++row) {
+            float highest = max(top[row], lane_xor(top[row], 1));
+            highest = max(highest, lane_xor(highest, 2));
+            const float moved = max(reference[row], LOG2_E * highest), rescale = exp2_fast(reference[row] - moved);
+            reference[row] = moved;
+            limit[row] = (moved + SLACK) * LN_2;
+            for (int i = 2 * row; i < 2 * row + 2; ++i) {
+                sum[i] *= rescale;
+                y[i] *= rescale;
+            }
+        }
+    }
+
+    // Add the 16 keys of two columns of scores, whose values are v.
+    __device__ void add(const float (&left)[4], const float (&right)[4], const Word (&v)[2]) {
+        const Word one = round_pair(SCALAR(), 1, 1), ones[2] = {one, one};
+        Word p[4];
+        for (int i = 0; i < 4; ++i) {
+            const float* const pair = (i < 2 ? left : right) + i % 2 * 2;
+            p[i] = round_pair(SCALAR(), exp2_fast(LOG2_E * pair[0] - reference[i % 2]), exp2_fast(LOG2_E * pair[1] - reference[i % 2]));
+        }
+        mma(SCALAR(), y, p, v);
+        mma(SCALAR(), sum, p, ones);
+    }
+};
+
+// Two tiles of keys and values: one is filled while the other is read.
+struct Buffers {
+    alignas(16) Word keys[2][TILE_KEYS * DEPTH / 2];
+    alignas(16) Word values[2][DEPTH * VALUE_ROW];
+
+    // A thread copies 16 bytes: one key, or 8 keys' values of a channel.
+    __device__ void fill(int buffer, const SCALAR* all_keys, const SCALAR* all_values, int first, int padded) {
+        constexpr int LINE = TILE_KEYS / 8;
+        const int i = threadIdx.x % TILE_KEYS;
+        if (threadIdx.x < TILE_KEYS) copy_async(keys[buffer] + i * 4, all_keys + (size_t)(first + i) * DEPTH);
+        else copy_async(values[buffer] + i / LINE * VALUE_ROW + i % LINE * 4, all_values + (size_t)(i / LINE) * padded + first + i % LINE * 8);
+    }
+};
+
+// AHEAD_STEP keys from `first` on, of a tile that has `count`. Padded keys are zeros, whose score 0 would have weight; only the
+// LAST step has any, and tests for them stay out of the others.
+template <bool LAST>
+__device__ inline void step(
+    const Buffers& tiles, int buffer, int first, int count, const Word (&q)[WARP_TILES][2], LazySoftmax (&softmax)[WARP_TILES]) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float s[WARP_TILES][AHEAD_STEP / 8][4], top[WARP_TILES][2];
+    for (int i = 0; i < AHEAD_STEP / 8; ++i) {
+        const Word key = tiles.keys[buffer][(first + 8 * i + g) * 4 + t];
+        for (int tile = 0; tile < WARP_TILES; ++tile) {
+            product_short(SCALAR(), s[tile][i], q[tile], key);
+            for (int j = 0; j < 4; ++j)
+                if (LAST && first + 8 * i + 2 * t + j % 2 >= count) s[tile][i][j] = LOWEST;
+        }
+    }
+    bool exceeded = false;
+    for (int tile = 0; tile < WARP_TILES; ++tile) exceeded |= softmax[tile].exceeded(s[tile], top[tile]);
+    if (warp_any(exceeded))
+        for (int tile = 0; tile < WARP_TILES; ++tile) softmax[tile].raise(top[tile]);
+    for (int i = 0; i < AHEAD_STEP / 8; i += 2) {
+        const int at = g * VALUE_ROW + (first + 8 * i) / 2 + t;
+        const Word v[2] = {tiles.values[buffer][at], tiles.values[buffer][at + 4]};
+        for (int tile = 0; tile < WARP_TILES; ++tile) softmax[tile].add(s[tile][i], s[tile][i + 1], v);
+    }
+}
+
+// As region_attention, for 16-bit types, with AHEAD_QUERIES queries to a block. For each score it spends one instruction on the maximum,
+// one on the exponent's argument and the exponential itself; a tile takes one barrier, which finds it loaded.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) region_attention_ahead(
+    const SCALAR* maps, const SCALAR* keys, const SCALAR* values,
+    int height, int width, int regions, int padded, int channels_last, SCALAR* y) {
+    __shared__ Buffers tiles;
+    const Region region = region_of(blockIdx.y, regions, height, width);
+    const int queries = region.height * region.width, count = (region.height / 2) * (region.width / 2);
+    if (blockIdx.x * AHEAD_QUERIES >= queries) return;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const int first_query = blockIdx.x * AHEAD_QUERIES + threadIdx.x / 32 * 16 * WARP_TILES + g;
+
+    Word q[WARP_TILES][2];
+    for (int row = 0; row < 2 * WARP_TILES; ++row) {
+        float x[2];
+        for (int i = 0; i < 2; ++i) {
+            const int channel = 2 * t + i, query = first_query + 8 * row;
+            const bool inside = channel < INNER && query < queries;
+            x[i] = inside ? to_float(maps[offset(blockIdx.z, channel, region.top + query / region.width, region.left + query % region.width,
+                                                 3 * INNER, height, width, channels_last)]) : 0;
+        }
+        q[row / 2][row % 2] = round_pair(SCALAR(), x[0], x[1]);
+    }
+    LazySoftmax softmax[WARP_TILES];
+    const size_t slice = ((size_t)blockIdx.z * regions * regions + blockIdx.y) * padded * DEPTH;
+    tiles.fill(0, keys + slice, values + slice, 0, padded);
+    for (int start = 0, buffer = 0; start < count; start += TILE_KEYS, buffer ^= 1) {
+        await_copies();
+        __syncthreads();   // this tile is there, and nobody still reads the other buffer
+        if (start + TILE_KEYS < count) tiles.fill(buffer ^ 1, keys + slice, values + slice, start + TILE_KEYS, padded);
+        const int here = min(count - start, TILE_KEYS);
+        int first = 0;
+#pragma unroll 1
+        for (; first + AHEAD_STEP <= here; first += AHEAD_STEP) step<false>(tiles, buffer, first, here, q, softmax);
+        if (first < here) step<true>(tiles, buffer, first, here, q, softmax);
+    }
+    for (int row = 0; row < 2 * WARP_TILES; ++row)
+        for (int i = 0; i < 2; ++i) {
+            const int channel = 2 * t + i, query = first_query + 8 * row;
+            const LazySoftmax& own = softmax[row / 2];
+            if (channel < INNER && query < queries)
+                round_to(y[offset(blockIdx.z, channel, region.top + query / region.width, region.left + query % region.width,
+                                  INNER, height, width, channels_last)], own.y[row % 2 * 2 + i] / own.sum[row % 2 * 2 + i]);
+        }
+}
+#endif

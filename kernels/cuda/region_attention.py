@@ -18,15 +18,20 @@ TILE_KEYS = 128
 THREADS = 256
 BLOCK_QUERIES = THREADS // 2
 """Queries that a block takes to all keys of their region."""
+WARP_TILES = 2
+"""How many times as many a block of region_attention_ahead takes."""
 MAX_REGIONS = 255
 """Most regions along one axis: a grid has at most 65,535 blocks along its second axis, and each region is one there."""
 
 
-def attention_source(inner: int, dtype: torch.dtype) -> CudaSource:
+def attention_source(inner: int, dtype: torch.dtype, ahead: bool = False) -> CudaSource:
     """region_attention.cu for a number of inner channels and a dtype; raises BackendError for what it does not support."""
     if not 1 <= inner <= DEPTH:
         raise BackendError(f"CUDA kernels: attention over {inner} inner channels; expected 1 to {DEPTH} (C/8 of C up to 64)")
-    return CudaSource("region_attention", (f"SCALAR={scalar_type(dtype)}", f"INNER={inner}"))
+    if ahead and dtype == torch.float32:
+        raise BackendError("CUDA kernels: experimental attention of float32 maps; expected float16 or bfloat16")
+    defines = f"SCALAR={scalar_type(dtype)}", f"INNER={inner}", *["EXPERIMENTAL"] * ahead
+    return CudaSource("region_attention", defines)
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,11 @@ class AttentionLaunch:
     regions: int
     dtype: torch.dtype
     channels_last: bool
+    ahead: bool = False
+    """By region_attention_ahead."""
 
     @classmethod
-    def of(cls, maps: Tensor, regions: int) -> AttentionLaunch:
+    def of(cls, maps: Tensor, regions: int, ahead: bool = False) -> AttentionLaunch:
         """The launch for dense maps (B, 3 I, H, W) of queries, keys and values; raises BackendError where there is none."""
         batch, channels, height, width = maps.shape
         if regions > MAX_REGIONS:
@@ -54,11 +61,15 @@ class AttentionLaunch:
                 f"CUDA kernels: attention over {regions} x {regions} regions of maps {list(maps.shape)}; "
                 "expected channels in three equal parts and regions of 2 x 2 pixels or more"
             )
-        return cls(batch, channels // 3, height, width, regions, maps.dtype, not maps.is_contiguous())
+        return cls(batch, channels // 3, height, width, regions, maps.dtype, not maps.is_contiguous(), ahead)
 
     @property
     def source(self) -> CudaSource:
-        return attention_source(self.inner, self.dtype)
+        return attention_source(self.inner, self.dtype, self.ahead)
+
+    @property
+    def kernel(self) -> str:
+        return "region_attention_ahead" if self.ahead else "region_attention"
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -83,14 +94,15 @@ class AttentionLaunch:
     @property
     def grid(self) -> tuple[int, int, int]:
         height, width = self.largest
-        return -(-height * width // BLOCK_QUERIES), self.regions**2, self.batch
+        queries = BLOCK_QUERIES * WARP_TILES if self.ahead else BLOCK_QUERIES
+        return -(-height * width // queries), self.regions**2, self.batch
 
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
-def region_attention(maps: Tensor, regions: int) -> Tensor:
+def region_attention(maps: Tensor, regions: int, experimental: bool = False) -> Tensor:
     """Attention (B, I, H, W) over k x k regions of maps (B, 3 I, H, W) on a GPU, in two launches; no score matrix is kept.
 
     With q, k, v the three parts of `maps` in a region, and P(.) the 2 x 2 maximum, stride 2:
@@ -102,13 +114,16 @@ def region_attention(maps: Tensor, regions: int) -> Tensor:
     s = q . k log2(e) and sums in fp32. Products are on tensor cores, in the maps' format; each of fp32 is three of TF32.
 
     Regions are cut at floor(i H / k), floor(i W / k). Compiled for every architecture, emulated on the CPU, run on an H200.
+
+    `experimental`, 16-bit types only, never run on hardware: m follows the largest score no closer than 8, so it is hardly
+    ever raised; l is the sum of the weights rounded as they are multiplied, by tensor cores; tiles are loaded ahead.
     """
     maps = dense(maps)
-    launch = AttentionLaunch.of(maps, regions)
+    launch = AttentionLaunch.of(maps, regions, experimental)
     keys, values = (torch.empty(launch.workspace, dtype=maps.dtype, device=maps.device) for _ in range(2))
     size = (launch.batch, launch.inner, launch.height, launch.width)
     y = torch.empty(size, dtype=maps.dtype, device=maps.device, memory_format=launch.memory_format)
     shape = (launch.height, launch.width, regions, launch.padded, int(launch.channels_last))
     launch_kernel(launch.source, "region_pool", launch.pool_grid, THREADS, maps, *shape, keys, values)
-    launch_kernel(launch.source, "region_attention", launch.grid, THREADS, maps, keys, values, *shape, y)
+    launch_kernel(launch.source, launch.kernel, launch.grid, THREADS, maps, keys, values, *shape, y)
     return y

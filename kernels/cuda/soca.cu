@@ -1,5 +1,6 @@
 // Second-order channel attention in two launches; soca.py states the formulas and the launch shapes.
-// Compiled with SCALAR (Half, BFloat or float: the map's type) and CHANNELS (16, 32, 48 or 64) defined.
+// Compiled with SCALAR (Half, BFloat or float: the map's type) and CHANNELS (16, 32, 48 or 64) defined; with EXPERIMENTAL there
+// are soca_merge and soca_gate_tensor too, which have never run on hardware.
 
 constexpr int C = CHANNELS;
 constexpr int THREADS = 4 * C;                    // of soca_statistics: one thread per 8 channels and word of a tile
@@ -302,25 +303,206 @@ __device__ inline void sqrt_row_means(float* y, float* z, float* w, int iteratio
     __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(GATE_THREADS) soca_gate(
-    const float* partials, const SCALAR* down, const SCALAR* down_bias, const SCALAR* up, const SCALAR* up_bias,
-    int rows, int merged, int iterations, int hidden, SCALAR* gates) {
-    alignas(16) __shared__ float space[3 * C * C];
-    float *y = space, *z = y + C * C, *w = z + C * C;
-    float *row_means = w + 3 * C, *layer = w + 4 * C;
-    covariance(partials + ((size_t)blockIdx.x * rows + rows - merged) * PARTIAL, merged, y, z);
-    sqrt_row_means(y, z, w, iterations, row_means);
+// gates = sigmoid(up relu(down row_means + down_bias) + up_bias) of one picture; `layer` is shared memory of `hidden` floats.
+__device__ inline void excite(
+    const float* row_means, float* layer, const SCALAR* down, const SCALAR* down_bias, const SCALAR* up, const SCALAR* up_bias,
+    int hidden, SCALAR* gates) {
     const int lane = threadIdx.x % 32;
     for (int h = threadIdx.x / 32; h < hidden; h += GATE_THREADS / 32) {
         float sum = 0;
         for (int c = lane; c < C; c += 32) sum += to_float(down[h * C + c]) * row_means[c];
         sum = warp_sum(sum) + to_float(down_bias[h]);
-        if (lane == 0) layer[h] = max(sum, 0.0f);
+        if (lane == 0) layer[h] = sum < 0 ? 0 : sum;   // not max: a NaN must show in the gates
     }
     __syncthreads();
     if (threadIdx.x < C) {
         float sum = to_float(up_bias[threadIdx.x]);
         for (int h = 0; h < hidden; ++h) sum += to_float(up[threadIdx.x * hidden + h]) * layer[h];
-        round_to(gates[blockIdx.x * C + threadIdx.x], 1 / (1 + exp2_fast(-LOG2_E * sum)));
+        round_to(gates[threadIdx.x], 1 / (1 + exp2_fast(-LOG2_E * sum)));
     }
 }
+
+extern "C" __global__ void __launch_bounds__(GATE_THREADS) soca_gate(
+    const float* partials, const SCALAR* down, const SCALAR* down_bias, const SCALAR* up, const SCALAR* up_bias,
+    int rows, int merged, int iterations, int hidden, SCALAR* gates) {
+    alignas(16) __shared__ float space[3 * C * C];
+    float *y = space, *z = y + C * C, *w = z + C * C;
+    covariance(partials + ((size_t)blockIdx.x * rows + rows - merged) * PARTIAL, merged, y, z);
+    sqrt_row_means(y, z, w, iterations, w + 3 * C);
+    excite(w + 3 * C, w + 4 * C, down, down_bias, up, up_bias, hidden, gates + blockIdx.x * C);
+}
+
+#ifdef EXPERIMENTAL
+constexpr int MERGE_THREADS = 256;
+constexpr int MERGE_WARPS = MERGE_THREADS / 32;
+
+// Sums over a block's warps of what each lane has; in every thread on return. `parts` is free for another call after a barrier.
+template <int N> __device__ inline void sum_warps(float (&x)[N], float (&parts)[N][MERGE_WARPS][32]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int i = 0; i < N; ++i) parts[i][warp][lane] = x[i];
+    __syncthreads();
+    for (int i = 0; i < N; ++i) {
+        x[i] = 0;
+        for (int w = 0; w < MERGE_WARPS; ++w) x[i] += parts[i][w][lane];
+    }
+}
+
+// Merge a picture's rows of partials into one, by Chan's formula as merge() does. A block has 32 elements of the
+// matrix, and each of its warps every eighth row: loads in flight, not arithmetic, are what this takes.
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS) soca_merge(const float* partials, int blocks, float* merged) {
+    __shared__ float parts[3][MERGE_WARPS][32], products[1][MERGE_WARPS][32];
+    const int at = blockIdx.x * 32 + threadIdx.x % 32, r = at / C, c = at % C, warp = threadIdx.x / 32;
+    const float* const rows = partials + (size_t)blockIdx.y * blocks * PARTIAL;
+    const float* const means = rows + C * C;
+    const float origin_r = means[(size_t)(blocks - 1) * PARTIAL + r], origin_c = means[(size_t)(blocks - 1) * PARTIAL + c];
+    float sums[3] = {};   // of pixels, of their deviations from the origins
+#pragma unroll 4
+    for (int b = warp; b < blocks; b += MERGE_WARPS) {
+        const float* const mean = means + (size_t)b * PARTIAL;
+        const float n = mean[C];
+        sums[0] += n;
+        sums[1] += n * (mean[r] - origin_r);
+        sums[2] += n * (mean[c] - origin_c);
+    }
+    sum_warps(sums, parts);
+    const float pixels = sums[0], offset_r = sums[1] / pixels, offset_c = sums[2] / pixels;
+    float product[1] = {};
+#pragma unroll 4
+    for (int b = warp; b < blocks; b += MERGE_WARPS) {
+        const float* const mean = means + (size_t)b * PARTIAL;
+        product[0] += rows[(size_t)b * PARTIAL + at] + mean[C] * (mean[r] - origin_r - offset_r) * (mean[c] - origin_c - offset_c);
+    }
+    sum_warps(product, products);
+    if (warp > 0) return;
+    merged += (size_t)blockIdx.y * PARTIAL;
+    merged[at] = product[0];
+    if (at < C) merged[C * C + at] = origin_c + offset_c;
+    if (at == 0) merged[C * C + C] = pixels;
+}
+
+// A C x C matrix for tensor cores: each number is high + low / LOW, two fp16 numbers, which keeps 22 bits of anything between
+// 2^-14 and 65504 and is off by 2^-36 at most below. bf16 pairs would keep 16 bits, TF32 pairs 22 at half the rate.
+constexpr float LOW = 2048;
+struct Matrix {
+    alignas(16) Word high[C * WORDS], low[C * WORDS];   // row c's words at slot(c, w), two columns each
+
+    // Columns 2 w and 2 w + 1 of row r.
+    __device__ void set(int r, int w, float first, float second) {
+        const float x[2] = {first, second};
+        split(Half(), x, LOW, high[slot(r, w)], low[slot(r, w)]);
+    }
+};
+
+// A warp has 16 rows and half of the columns of a product, lane 4 g + t of it elements (g, 2 t), (g, 2 t + 1) of strips of 8 columns
+// and the same of row g + 8. Where C < 64 the last warps have none.
+struct Place {
+    int row, column, t;
+    __device__ Place() : row(16 * (threadIdx.x / 64) + threadIdx.x % 32 / 4), column(8 * STRIPS * (threadIdx.x / 32 % 2)), t(threadIdx.x % 4) {}
+    __device__ bool inside() const { return row < C; }
+};
+
+// d = a b. All three are symmetric but for rounding, yet reading rows of b for its columns would not do: what is not symmetric of it
+// would grow from step to step, and ruin the root from about the twelfth on.
+__device__ inline void tensor_product(const Matrix& a, const Matrix& b, float (&d)[STRIPS][4]) {
+    const Place at;
+    const int lane = threadIdx.x % 32, row = at.row;
+    float small[STRIPS][4] = {};
+    for (auto& strip : d)
+        for (float& x : strip) x = 0;
+    if (!at.inside()) return;
+#pragma unroll
+    for (int w = at.t; w < C / 2; w += 8) {
+        const int slots[4] = {slot(row, w), slot(row + 8, w), slot(row, w + 4), slot(row + 8, w + 4)};
+        const Word high[4] = {a.high[slots[0]], a.high[slots[1]], a.high[slots[2]], a.high[slots[3]]};
+        const Word low[4] = {a.low[slots[0]], a.low[slots[1]], a.low[slots[2]], a.low[slots[3]]};
+        for (int s = 0; s < STRIPS; ++s) {
+            Word columns[4];   // 16 rows of 8 columns of b, as fragments: high, high, low, low
+            load_transposed(columns, (lane < 16 ? b.high : b.low) + slot(2 * (w - at.t) + lane % 16, at.column / 2 + 4 * s));
+            const Word right[2] = {columns[0], columns[1]}, right_low[2] = {columns[2], columns[3]};
+            mma(Half(), small[s], high, right_low);
+            mma(Half(), small[s], low, right);
+            mma(Half(), d[s], high, right);
+        }
+    }
+    for (int s = 0; s < STRIPS; ++s)
+        for (int i = 0; i < 4; ++i) d[s][i] += small[s][i] / LOW;
+}
+
+// m = diagonal I + scale d, of which each thread writes its part.
+__device__ inline void tensor_write(Matrix& m, const float (&d)[STRIPS][4], float diagonal, float scale) {
+    const Place at;
+    if (!at.inside()) return;
+    for (int s = 0; s < STRIPS; ++s)
+        for (int half = 0; half < 2; ++half) {
+            const int r = at.row + 8 * half, w = (at.column + 8 * s) / 2 + at.t;
+            const float* const x = d[s] + 2 * half;
+            m.set(r, w, (r == 2 * w ? diagonal : 0) + scale * x[0], (r == 2 * w + 1 ? diagonal : 0) + scale * x[1]);
+        }
+}
+
+// y = m x, or the row sums of m where x is null; a warp per row, a lane per word. y is visible to all threads on return.
+__device__ inline void tensor_vector(const Matrix& m, const float* x, float* y) {
+    const int lane = threadIdx.x % 32;
+    for (int row = threadIdx.x / 32; row < C; row += GATE_THREADS / 32) {
+        float sum = 0;
+        if (lane < C / 2)
+            for (int i = 0; i < 2; ++i) {
+                const Half high = {(unsigned short)(m.high[slot(row, lane)] >> 16 * i)}, low = {(unsigned short)(m.low[slot(row, lane)] >> 16 * i)};
+                sum += (to_float(high) + to_float(low) / LOW) * (x ? x[2 * lane + i] : 1);
+            }
+        sum = warp_sum(sum);
+        if (lane == 0) y[row] = sum;
+    }
+    __syncthreads();
+}
+
+// As sqrt_row_means, of sigma in the memory of m[0].
+__device__ inline void tensor_sqrt_row_means(Matrix (&m)[3], int iterations, float* vectors, float* result) {
+    const float* const sigma = (const float*)m;
+    Matrix &y = m[0], &z = m[1], &w = m[2];
+    const Place at;
+    float trace = 0, p[STRIPS][4] = {}, q[STRIPS][4];
+    for (int k = threadIdx.x % 32; k < C; k += 32) trace += sigma[k * C + k];
+    trace = max(warp_sum(trace), MIN_TRACE);
+    if (at.inside())
+        for (int s = 0; s < STRIPS; ++s)
+            for (int i = 0; i < 4; ++i) p[s][i] = sigma[(at.row + 8 * (i / 2)) * C + at.column + 8 * s + 2 * at.t + i % 2] / trace;
+    __syncthreads();
+    tensor_write(y, p, 0, 1);
+    tensor_write(z, p, 1.5f, -0.5f);
+    __syncthreads();
+    tensor_product(y, z, p);
+    __syncthreads();
+    tensor_write(y, p, 0, 1);
+    __syncthreads();
+    for (int step = 2; step < iterations; ++step) {
+        tensor_product(z, y, p);
+        tensor_write(w, p, 1.5f, -0.5f);
+        __syncthreads();
+        tensor_product(y, w, p);
+        tensor_product(w, z, q);
+        __syncthreads();
+        tensor_write(y, p, 0, 1);
+        tensor_write(z, q, 0, 1);
+        __syncthreads();
+    }
+    float *v = vectors, *u = v + C, *x = u + C;
+    tensor_vector(y, nullptr, v);
+    tensor_vector(z, v, u);
+    tensor_vector(y, u, x);
+    const float scale = sqrtf(trace) / C;
+    for (int c = threadIdx.x; c < C; c += GATE_THREADS) result[c] = scale * (iterations > 1 ? 1.5f * v[c] - 0.5f * x[c] : v[c]);
+    __syncthreads();
+}
+
+// soca_gate with the root on tensor cores, for at most 24 steps: z can grow by 1.5 a step, and fp16 ends at 65504.
+extern "C" __global__ void __launch_bounds__(GATE_THREADS) soca_gate_tensor(
+    const float* partials, const SCALAR* down, const SCALAR* down_bias, const SCALAR* up, const SCALAR* up_bias,
+    int rows, int merged, int iterations, int hidden, SCALAR* gates) {
+    alignas(16) __shared__ Matrix m[3];
+    float* const vectors = (float*)(m + 2);   // w is read for the last time before they are written
+    covariance(partials + ((size_t)blockIdx.x * rows + rows - merged) * PARTIAL, merged, (float*)m, (float*)(m + 1));
+    tensor_sqrt_row_means(m, iterations, vectors, vectors + 3 * C);
+    excite(vectors + 3 * C, vectors + 4 * C, down, down_bias, up, up_bias, hidden, gates + blockIdx.x * C);
+}
+#endif

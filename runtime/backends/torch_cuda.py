@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +13,7 @@ from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError, first_line
 from sanrt.extras import install_command
 from sanrt.geometry import Box
+from sanrt.kernels.cuda.experimental import VARIABLE, Experiment, requested
 from sanrt.kernels.cuda.nvrtc import ARCHITECTURES
 from sanrt.model.contract import STAGE_INPUTS, STAGE_MAPS
 from sanrt.model.spec import GRAPH_PRECISIONS, Precision
@@ -66,7 +67,7 @@ class TorchCudaBackend:
         precision = options.precision or Precision.FP16
         dtypes = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
         self.dtype = dtypes[precision]
-        self.net = CudaNetwork(self.reference, options.device, self.dtype)
+        self.net = CudaNetwork(self.reference, options.device, self.dtype, experiments=requested())
         self.device = torch.cuda.get_device_name(options.device)
         self.memory: int | None = torch.cuda.mem_get_info(options.device)[0]
         self.spec = replace(spec, precision=precision)
@@ -203,8 +204,8 @@ class CudaNetwork:
 
     Convolutions and attention run in `dtype`, SOCA's statistics and square root and the mean shifts in float32. The first
     picture of a shape is run, then captured; later ones replay its graph. Not for use by two threads at once.
-    dtype: float16 if left out. exact_as: as in `use_kernels`.
-    Raises BackendError without a GPU; torch's own errors pass through.
+    dtype: float16 if left out. exact_as, experiments: as in `use_kernels`; experiments are held against the measured kernels
+    first. Raises BackendError without a GPU, and for a wrong experiment or one not for `dtype`; torch's errors pass through.
     """
 
     def __init__(
@@ -213,13 +214,22 @@ class CudaNetwork:
         device: int = 0,
         dtype: torch.dtype | None = None,
         exact_as: int | None = None,
+        experiments: Collection[Experiment] = (),
     ) -> None:
         import torch
 
         if not torch.cuda.is_available():
             raise BackendError("torch: no CUDA GPU here, or a PyTorch built without CUDA; run it on the CPU")
         self.device = torch.device("cuda", device)
-        self.net = prepared(net, dtype or torch.float16, exact_as).to(self.device)
+        dtype = dtype or torch.float16
+        if dtype == torch.float32 and (halves := {Experiment.CUDNN, Experiment.ATTENTION} & set(experiments)):
+            raise BackendError(f"{VARIABLE}={min(halves)}: not in fp32; expected fp16 or bf16")
+        if experiments:
+            from sanrt.kernels.cuda.selfcheck import check_experiments
+
+            with torch.inference_mode(), without_tf32():
+                check_experiments(experiments, net.arch.channels, self.device, dtype)
+        self.net = prepared(net, dtype, exact_as, experiments).to(self.device)
         self.regions = self.net.attention.regions
         self.graphs = Graphs(self.captured, torch.cuda.empty_cache, MOST_GRAPHS)
 
@@ -292,11 +302,11 @@ class Graphs:
         return self.replays[shape](x)
 
 
-def prepared(net: SAN, dtype: torch.dtype, exact_as: int | None = None) -> SAN:
+def prepared(net: SAN, dtype: torch.dtype, exact_as: int | None = None, experiments: Collection[Experiment] = ()) -> SAN:
     """A copy of `net` with the kernels' operators, channels-last, in `dtype` but for its two mean shifts (float32)."""
     from sanrt.kernels.cuda.operators import use_kernels
 
-    return typed(use_kernels(net, exact_as), dtype)
+    return typed(use_kernels(net, exact_as, experiments), dtype)
 
 
 def typed(net: SAN, dtype: torch.dtype) -> SAN:

@@ -31,7 +31,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualGroup(nn.Module):
-    """Local-source residual attention group (LSRAG): x -> conv(SOCA(blocks(x))) + x."""
+    """Local-source residual attention group (LSRAG): x -> conv(SOCA(blocks(x))) + x, and the share-source skip if given."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -39,9 +39,9 @@ class ResidualGroup(nn.Module):
         self.soca = SOCA(arch.channels, arch.reduction, arch.sqrt_iterations)
         self.conv = conv3x3(arch.channels, arch.channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         y: Tensor = self.conv(self.soca(self.blocks(x))) + x
-        return y
+        return y if skip is None else y + skip
 
 
 class Upsampler(nn.Sequential):
@@ -84,9 +84,9 @@ class SAN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first = self.head(self.mean_in(x))
         shared = self.attention(first)
-        features = shared
+        skip, features = self.gamma * shared, shared
         for group in self.groups:
-            features = group(features) + self.gamma * shared
+            features = group(features, skip)
         features = self.attention(features) + first
         y: Tensor = self.mean_out(self.tail(self.upsampler(features)))
         return y

@@ -31,6 +31,8 @@ struct Fiber {
     jmp_buf state;
     bool started, done, waiting;       // waiting: for the whole block, since `generation`
     unsigned generation;
+    struct { void* to; const void* from; } copies[4];   // asynchronous ones that were not waited for
+    unsigned copying;
     alignas(64) char stack[STACK];
 };
 
@@ -42,6 +44,7 @@ static Word exchange[8 * MOST_THREADS];
 static void (*body)(void*);
 static void* arguments;
 static unsigned random_state;
+static bool late_copies;   // asynchronous copies are made when they are waited for, not at once
 
 inline unsigned random() { return (random_state = random_state * 1664525u + 1013904223u) >> 8; }
 
@@ -117,7 +120,10 @@ static bool run_warp(unsigned warp) {
 }
 
 static void run_block(unsigned threads) {
-    for (unsigned i = 0; i < threads; ++i) fibers[i].started = fibers[i].done = fibers[i].waiting = false;
+    for (unsigned i = 0; i < threads; ++i) {
+        fibers[i].started = fibers[i].done = fibers[i].waiting = false;
+        fibers[i].copying = 0;
+    }
     block_barrier = {};
     for (Barrier& barrier : warp_barriers) barrier = {};
     for (bool any = true; any;) {
@@ -135,6 +141,7 @@ template <typename Kernel> void launch(dim3 grid, unsigned threads, unsigned see
     gridDim = grid;
     blockDim = {threads, 1, 1};
     random_state = seed;
+    late_copies = seed % 2;
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
             for (unsigned x = 0; x < grid.x; ++x) {
@@ -179,6 +186,48 @@ inline float lane_xor(float x, int mask) {
     return y;
 }
 
+inline void load_transposed(Word (&x)[4], const Word* row) {
+    using namespace emulation;
+    const unsigned lane = current % WARP, g = lane / 4, t = lane % 4;
+    memcpy(words_of(lane), row, 16);
+    warp_wait();
+    for (int i = 0; i < 4; ++i) {
+        const auto number = [&](unsigned r) { return words_of(8 * i + r)[g / 2] >> 16 * (g % 2) & 0xffff; };
+        x[i] = number(2 * t) | number(2 * t + 1) << 16;
+    }
+    warp_wait();
+}
+
+inline bool warp_any(bool yes) {
+    using namespace emulation;
+    words_of(current % WARP)[0] = yes;
+    warp_wait();
+    bool any = false;
+    for (unsigned lane = 0; lane < WARP; ++lane) any |= words_of(lane)[0];
+    warp_wait();
+    return any;
+}
+
+inline void copy_async(void* to, const void* from) {
+    emulation::Fiber& fiber = emulation::fibers[emulation::current];
+    if (emulation::late_copies) fiber.copies[fiber.copying++] = {to, from};
+    else memcpy(to, from, 16);
+}
+inline void await_copies() {
+    emulation::Fiber& fiber = emulation::fibers[emulation::current];
+    while (fiber.copying) {
+        --fiber.copying;
+        memcpy(fiber.copies[fiber.copying].to, fiber.copies[fiber.copying].from, 16);
+    }
+}
+
+template <typename T> Word round_pair(T, float low, float high) {
+    T a, b;
+    round_to(a, low);
+    round_to(b, high);
+    return (Word)a.bits | (Word)b.bits << 16;
+}
+
 inline float part(Half, Word w, int i) { return to_float(Half{(unsigned short)(w >> 16 * i)}); }
 inline float part(BFloat, Word w, int i) { return to_float(BFloat{(unsigned short)(w >> 16 * i)}); }
 inline float part(float, Word w, int) { return __uint_as_float(w & ~0x1fffu); }
@@ -200,3 +249,7 @@ template <typename T> void product_of_fragments(float (&d)[4], const Word* a, co
 }
 template <typename T> void mma(T, float (&d)[4], const Word (&a)[4], const Word (&b)[2]) { product_of_fragments<T>(d, a, b, 8); }
 template <typename T> void mma_short(T, float (&d)[4], const Word (&a)[2], Word b) { product_of_fragments<T>(d, a, &b, 4); }
+template <typename T> void product_short(T, float (&d)[4], const Word (&a)[2], Word b) {
+    for (float& x : d) x = 0;
+    mma_short(T(), d, a, b);
+}

@@ -26,7 +26,7 @@ BARRIER = "__syncthreads();"
 
 @cache
 def library(kernel: str, scalar_type: str, define: str) -> ctypes.CDLL:
-    """The emulated kernels of `kernel`.cu with its two definitions."""
+    """The emulated kernels of `kernel`.cu with its two definitions, the experimental ones among them."""
     return built((nvrtc.SOURCES / f"{kernel}.cu").read_text(), kernel, scalar_type, define)
 
 
@@ -35,6 +35,14 @@ def without_barrier(kernel: str, scalar_type: str, define: str, number: int) -> 
     """The same with the `number`-th `__syncthreads()` of the source left out."""
     pieces = (nvrtc.SOURCES / f"{kernel}.cu").read_text().split(BARRIER)
     return built(BARRIER.join(pieces[:number]) + BARRIER.join(pieces[number:]), kernel, scalar_type, define)
+
+
+@cache
+def without(text: str, kernel: str, scalar_type: str, define: str) -> ctypes.CDLL:
+    """The same with a text of the source left out."""
+    source = (nvrtc.SOURCES / f"{kernel}.cu").read_text()
+    assert source.count(text) == 1
+    return built(source.replace(text, "//" if "//" in text else ""), kernel, scalar_type, define)
 
 
 def built(source: str, kernel: str, scalar_type: str, define: str) -> ctypes.CDLL:
@@ -49,7 +57,9 @@ def built(source: str, kernel: str, scalar_type: str, define: str) -> ctypes.CDL
         (HERE / f"emulate_{kernel}.cpp").read_text(),
     ]
     fast_halves = ["-mf16c"] if machine() == "x86_64" else []
-    options = ["-std=c++17", "-O2", *fast_halves, "-w", "-shared", "-fPIC", f"-DSCALAR={scalar_type}", f"-D{define}"]
+    experimental = ["-DEXPERIMENTAL"] if kernel == "soca" or scalar_type != "float" else []
+    defines = [f"-DSCALAR={scalar_type}", f"-D{define}", *experimental]
+    options = ["-std=c++17", "-O2", *fast_halves, "-w", "-shared", "-fPIC", *defines]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kernel.so"
         subprocess.run([compiler, *options, "-o", library, "-x", "c++", "-"], input="\n".join(parts), text=True, check=True)
@@ -73,31 +83,33 @@ def soca(
     seed: int = 0,
     launch: SocaLaunch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Per-block statistics and gates (B, C) of maps (B, C, H, W), contiguous or channels-last."""
+    """The statistics that the gate is computed of, and gates (B, C), of maps (B, C, H, W), contiguous or channels-last."""
     launch = launch or SocaLaunch.of(x)
     assert dense(x) is x
     partials = poisoned(*launch.partials, dtype=torch.float32)
     counters = torch.zeros(len(x) * launch.merged, dtype=torch.int32)
     gates = poisoned(len(x), x.shape[1], dtype=x.dtype)
+    row = poisoned(len(x), 1, launch.partials[2], dtype=torch.float32)
     run = library("soca", nvrtc.scalar_type(x.dtype), f"CHANNELS={x.shape[1]}").emulate_soca
     run(
         *(pointer(t) for t in (x, *down, *up)), len(x), launch.pixels, int(launch.channels_last),
-        launch.blocks, launch.group, launch.rows, launch.merged, steps, len(down[0]), seed,
-        pointer(partials), pointer(counters), pointer(gates),
+        launch.blocks, launch.group, launch.merge_grid[0] if launch.merge_grid else 0, int(launch.experimental),
+        1 if launch.merge_grid else launch.rows, launch.merged, steps, len(down[0]), seed,
+        *map(pointer, (partials, row, counters, gates)),
     )  # fmt: skip
-    return partials, gates
+    return (row if launch.merge_grid else partials), gates
 
 
-def region_attention(maps: Tensor, regions: int, seed: int = 0) -> Tensor:
+def region_attention(maps: Tensor, regions: int, seed: int = 0, ahead: bool = False) -> Tensor:
     """Attention (B, I, H, W) of maps (B, 3 I, H, W), contiguous or channels-last."""
-    launch = AttentionLaunch.of(maps, regions)
+    launch = AttentionLaunch.of(maps, regions, ahead)
     assert dense(maps) is maps
     keys, values = (poisoned(*launch.workspace, dtype=maps.dtype) for _ in range(2))
     y = torch.full_like(maps[:, : launch.inner], float("nan"), memory_format=launch.memory_format)
     run = library("region_attention", nvrtc.scalar_type(maps.dtype), f"INNER={launch.inner}").emulate_region_attention
     run(
         pointer(maps), len(maps), *maps.shape[2:], regions, launch.padded, int(launch.channels_last),
-        launch.grid[0], seed, pointer(keys), pointer(values), pointer(y),
+        launch.grid[0], int(ahead), seed, pointer(keys), pointer(values), pointer(y),
     )  # fmt: skip
     return y
 

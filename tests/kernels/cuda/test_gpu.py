@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sanrt.kernels.cuda.experimental import Experiment
 from sanrt.kernels.cuda.operators import rectified_convolution, region_attention, residual, soca_gate
 from sanrt.kernels.cuda.residual import supports
+from sanrt.kernels.cuda.selfcheck import check_experiments
 from sanrt.model.san import SAN
 from sanrt.model.soca import SOCA, covariance
 from sanrt.model.spec import Architecture
@@ -141,6 +143,20 @@ def test_a_rectified_convolution_is_as_good_as_pytorchs(dtype: torch.dtype, chan
         ours, plain = rectified_convolution(x, conv.weight, conv.bias), torch.relu(conv(x))
     exact = torch.relu(conv.double()(x.double()))
     assert rms(ours - exact) <= max(2 * rms(plain - exact), torch.finfo(dtype).eps * rms(exact))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("experiment", list(Experiment))
+@pytest.mark.parametrize("channels", [32, 64])
+def test_what_is_experimental_computes_what_the_measured_kernels_compute(
+    experiment: Experiment, channels: int, dtype: torch.dtype
+) -> None:
+    if experiment is Experiment.CUDNN:
+        pytest.importorskip("cudnn", reason="needs nvidia-cudnn-frontend")
+    if dtype == torch.float32 and experiment is not Experiment.SOCA:
+        pytest.skip("16-bit types only")
+    with without_tf32():
+        assert check_experiments({experiment}, channels, torch.device("cuda"), dtype)
 
 
 def test_a_network_with_the_kernels_is_the_reference() -> None:

@@ -16,6 +16,10 @@ ATTENTION = {
     scalar: CudaSource("region_attention", (f"SCALAR={scalar}", "INNER=8")) for scalar in ("Half", "BFloat", "float")
 }
 RESIDUAL = {scalar: CudaSource("residual", (f"SCALAR={scalar}", "CHANNELS=64")) for scalar in ("Half", "BFloat", "float")}
+EXPERIMENTAL = [
+    CudaSource(source.name, (*source.defines, "EXPERIMENTAL"))
+    for source in (*SOCA.values(), ATTENTION["Half"], ATTENTION["BFloat"])
+]
 SMALLER = [
     *(CudaSource("soca", ("SCALAR=Half", f"CHANNELS={c}")) for c in (16, 32, 48)),
     *(CudaSource("region_attention", ("SCALAR=Half", f"INNER={i}")) for i in (4, 6)),
@@ -25,7 +29,11 @@ KERNELS = {
     "region_attention": {"region_pool", "region_attention"},
     "residual": {"residual"},
 }
+EXPERIMENTAL_KERNELS = {"soca": {"soca_merge", "soca_gate_tensor"}, "region_attention": {"region_attention_ahead"}}
 THREADS = {
+    "soca_merge": 256,
+    "soca_gate_tensor": 256,
+    "region_attention_ahead": 256,
     "soca_gate": 256,
     "soca_statistics_nchw": 256,
     "soca_statistics_nhwc": 256,
@@ -38,7 +46,8 @@ THREADS = {
 def check(source: CudaSource, capability: int, spill_bytes: int = 0) -> None:
     code, reports = source.compile(f"sm_{capability}")
     assert code.startswith(b"\x7fELF")
-    assert reports.keys() == KERNELS[source.name]
+    experimental = EXPERIMENTAL_KERNELS[source.name] if "EXPERIMENTAL" in source.defines else set()
+    assert reports.keys() == KERNELS[source.name] | experimental
     for kernel, report in reports.items():
         assert report.spill_bytes <= spill_bytes, kernel
         assert report.registers * THREADS[kernel] <= 65536, kernel
@@ -50,11 +59,22 @@ def test_the_main_kernels_compile_without_spills(source: CudaSource, capability:
     check(source, capability)
 
 
+@pytest.mark.parametrize("source", [EXPERIMENTAL[0], EXPERIMENTAL[-1]], ids=lambda source: source.name)
+def test_what_is_experimental_compiles_for_hopper_without_spills_and_two_blocks_fit(source: CudaSource) -> None:
+    """A multiprocessor of sm_90 has 65,536 registers and 227 KB of shared memory."""
+    _, reports = source.compile("sm_90a")
+    for kernel in EXPERIMENTAL_KERNELS[source.name] - {"soca_gate_tensor"}:
+        assert reports[kernel].spill_bytes == 0
+        assert 2 * 256 * reports[kernel].registers <= 65536
+        assert 2 * reports[kernel].shared_bytes <= 227 * 1024
+    check(source, 90)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize(
     "source",
-    [*SOCA.values(), *ATTENTION.values(), *RESIDUAL.values(), *SMALLER],
+    [*SOCA.values(), *ATTENTION.values(), *RESIDUAL.values(), *EXPERIMENTAL, *SMALLER],
     ids=lambda source: " ".join((source.name, *source.defines)),
 )
 def test_every_kernel_compiles_for_every_architecture_all_but_without_spills(source: CudaSource, capability: int) -> None:

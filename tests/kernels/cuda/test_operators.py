@@ -3,7 +3,16 @@ import torch
 from torch import Tensor, nn
 
 from sanrt.errors import BackendError
-from sanrt.kernels.cuda.operators import rectified_convolution, region_attention, residual, soca_gate, unbiased, use_kernels
+from sanrt.kernels.cuda.experimental import Experiment
+from sanrt.kernels.cuda.operators import (
+    rectified_convolution,
+    region_attention,
+    residual,
+    soca_gate,
+    summed_convolution,
+    unbiased,
+    use_kernels,
+)
 from sanrt.model.attention import RegionAttention
 from sanrt.model.san import SAN
 from sanrt.model.soca import SOCA, covariance
@@ -49,13 +58,30 @@ def test_the_operators_keep_to_their_declared_shapes_and_layouts(channels_last: 
     torch.library.opcheck(soca_gate, (*gate_arguments()[2], 5))
     torch.library.opcheck(rectified_convolution, (maps, torch.randn(8, 12, 3, 3), torch.randn(8)))
     torch.library.opcheck(residual, (maps, torch.randn(12), torch.randn_like(maps)))
+    sums = [torch.randn_like(maps[:, :8]) for _ in range(2)]
+    torch.library.opcheck(summed_convolution, (maps, torch.randn(8, 12, 3, 3), torch.randn(8), sums))
     assert region_attention(maps, 2).is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
-@pytest.mark.parametrize("size", [(4, 4), (21, 30)])
-def test_a_network_with_the_operators_is_the_reference(size: tuple[int, int]) -> None:
-    net, x = network(), torch.rand(2, 3, *size)
-    torch.testing.assert_close(use_kernels(net)(x), net(x), rtol=0, atol=2e-6)
+@pytest.mark.parametrize("experiments", [(), tuple(Experiment)], ids=["measured", "experimental"])
+@pytest.mark.parametrize("size", [(1, 4, 4), (2, 21, 30)])
+def test_a_network_with_the_operators_is_the_reference(
+    size: tuple[int, int, int], experiments: tuple[Experiment, ...]
+) -> None:
+    net, x = network(), torch.rand(size[0], 3, *size[1:])
+    torch.testing.assert_close(use_kernels(net, experiments=experiments)(x), net(x), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("experiment", [None, *Experiment])
+def test_each_experiment_reaches_its_own_operator_alone(experiment: Experiment | None) -> None:
+    net = use_kernels(network(), experiments=[experiment] * (experiment is not None))
+    exported = torch.export.export(net, (torch.rand(1, 3, 12, 14),))
+    calls = [node for node in exported.graph.nodes if node.op == "call_function"]
+    names = [str(node.target) for node in calls]
+    flags = {str(node.target).split(".")[1] for node in calls if node.args[-1:] == (True,)}
+    assert flags == ({"soca": {"soca_gate"}, "attention": {"region_attention"}}.get(str(experiment), set()))
+    assert names.count("sanrt.summed_convolution.default") == (2 if experiment == "cudnn" else 0)
+    assert names.count("sanrt.residual.default") == (0 if experiment == "cudnn" else 2)
 
 
 def test_the_network_given_is_left_as_it_was() -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 from sanrt.errors import BackendError
 from sanrt.kernels.cuda.region_attention import DEPTH, TILE_KEYS, AttentionLaunch, attention_source
 from tests.kernels.cuda import emulator
-from tests.kernels.cuda.references import allowed_error, rms
+from tests.kernels.cuda.references import allowed_error, attention, rms
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -102,3 +102,70 @@ def test_shapes_the_kernels_cannot_take_are_refused() -> None:
         AttentionLaunch.of(torch.zeros(1, 24, 3, 9), 2)
     with pytest.raises(BackendError, match="256 x 256 regions; expected at most 255 x 255"):
         AttentionLaunch.of(torch.zeros(1, 24, 512, 512), 256)
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("scale", [1e-3, 1, 10, 1e3])
+def test_loading_ahead_attends_as_well_as_pytorch(dtype: torch.dtype, channels_last: bool, scale: float) -> None:
+    x = maps(8, dtype, scale=scale)
+    x[:, 16:] /= scale
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    ours, allowed = errors(x, emulator.region_attention(x, 2, ahead=True))
+    assert ours <= allowed
+
+
+@pytest.mark.parametrize(
+    ("size", "regions"), [((4, 4), 2), ((5, 7), 2), ((7, 13), 3), ((11, 64), 1), ((35, 37), 2), ((9, 70), 4), ((48, 48), 1)]
+)
+@pytest.mark.parametrize("inner", [6, 8])
+def test_loading_ahead_takes_tails_in_every_direction(size: tuple[int, int], regions: int, inner: int) -> None:
+    x = maps(inner, torch.float16, size)
+    ours, allowed = errors(x, emulator.region_attention(x, regions, ahead=True), regions)
+    assert ours <= allowed
+
+
+@pytest.mark.parametrize("first", [-400.0, 400.0])
+def test_a_reference_that_starts_far_from_the_largest_score_follows_it(first: float) -> None:
+    """The keys read first score far below, or far above, all others."""
+    x = maps(8, torch.float16, (20, 36), batch=1)
+    x[:, :8] = x[:, :8].abs()
+    x[:, 8:16, :2] = first
+    ours, allowed = errors(x, emulator.region_attention(x, 1, ahead=True), 1)
+    assert ours <= allowed
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["query", "key", "value"])
+def test_what_is_not_finite_shows_where_pytorch_shows_it(part: int, value: float, ahead: bool) -> None:
+    x = maps(8, torch.float16, (20, 36), batch=1)
+    x[0, 8 * part : 8 * part + 8, 5, 7] = value
+    exact, y = attention(x.double(), 2), emulator.region_attention(x, 2, ahead=ahead).double()
+    assert torch.equal(y.isfinite(), exact.isfinite())
+    assert rms((y - exact)[exact.isfinite()]) <= 2e-3
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_loading_ahead_does_not_move_with_the_order_of_the_threads_or_of_the_copies(dtype: torch.dtype) -> None:
+    x = maps(8, dtype, (48, 48), batch=1)
+    first = emulator.region_attention(x, 1, ahead=True)
+    assert all(torch.equal(first, emulator.region_attention(x, 1, seed, ahead=True)) for seed in (1, 2, 3))
+
+
+@pytest.mark.parametrize("missing", ["__syncthreads();   // this tile", "await_copies();"])
+def test_the_emulation_notices_that_a_tile_is_not_waited_for(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = maps(8, torch.float16, (48, 48), batch=1)
+    whole = emulator.region_attention(x, 1, ahead=True)
+    monkeypatch.setattr(emulator, "library", lambda *names: emulator.without(missing, *names))
+    assert not all(torch.equal(whole, emulator.region_attention(x, 1, seed, ahead=True)) for seed in (1, 2, 3))
+
+
+def test_loading_ahead_is_for_16_bit_types() -> None:
+    with pytest.raises(BackendError, match=r"experimental attention of float32 maps; expected float16 or bfloat16"):
+        attention_source(8, torch.float32, ahead=True)
+    assert attention_source(8, torch.float16, ahead=True).defines[-1] == "EXPERIMENTAL"
+    assert attention_source(8, torch.float16).defines == ("SCALAR=Half", "INNER=8")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sanrt.errors import BackendError
 from sanrt.kernels.cuda.nvrtc import CudaSource
-from sanrt.kernels.cuda.soca import CHANNELS, SocaLaunch, max_merged_rows, soca_source
+from sanrt.kernels.cuda.soca import CHANNELS, MOST_TENSOR_STEPS, SocaLaunch, max_merged_rows, soca_gate, soca_source
 from sanrt.model.contract import MIN_TRACE
 from sanrt.model.soca import SOCA, covariance
 from tests.kernels.cuda import emulator
@@ -45,10 +45,10 @@ def errors(module: SOCA, x: Tensor, gates: Tensor) -> tuple[float, float]:
     return rms(gates.reshape(exact.shape) - exact), rms(plain - exact)
 
 
-def emulated(module: SOCA, x: Tensor, seed: int = 0) -> Tensor:
+def emulated(module: SOCA, x: Tensor, seed: int = 0, experimental: bool = False) -> Tensor:
     steps = module.sqrt_iterations
     assert steps is not None
-    return emulator.soca(x, (module.down.weight, module.down.bias), (module.up.weight, module.up.bias), steps, seed)[1]
+    return emulator.soca(x, *weights(module), steps, seed, SocaLaunch.of(x, experimental))[1]
 
 
 def merged(partials: Tensor, launch: SocaLaunch) -> Tensor:
@@ -191,3 +191,84 @@ def test_unsupported_channels_and_formats_are_refused() -> None:
 
 def test_the_kernel_counts_the_same_trace_as_zero_as_the_reference() -> None:
     assert float(re.search(r"MIN_TRACE = (\S+)f;", CudaSource("soca", ()).text)[1]) == MIN_TRACE
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("mean", "scale"), [(0, 1), (0, 1e-3), (0, 1e3), (100, 1)])
+def test_the_root_on_tensor_cores_gates_as_well_as_pytorch(dtype: torch.dtype, mean: float, scale: float) -> None:
+    x, module = maps(64, dtype, mean=mean, scale=scale), soca(64, dtype, scale=scale)
+    ours, plain = errors(module, x, emulated(module, x, experimental=True))
+    assert ours <= 2 * plain
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (5, 7), (40, 64)])
+def test_the_root_on_tensor_cores_takes_every_channel_count_and_odd_sizes(channels: int, size: tuple[int, int]) -> None:
+    x, module = maps(channels, torch.float32, size), soca(channels, torch.float32)
+    ours, plain = errors(module, x, emulated(module, x, experimental=True))
+    assert ours <= 2 * plain + 1e-7
+
+
+@pytest.mark.parametrize("steps", [1, 2, 12, 20])
+def test_the_root_on_tensor_cores_is_as_stable_as_pytorchs(steps: int) -> None:
+    """Of a covariance of rank 3, whose other eigenvalues let z and what is not symmetric of it grow by 1.5 a step."""
+    torch.manual_seed(3)
+    x = torch.einsum("ij,bjhw->bihw", torch.randn(64, 3), torch.randn(1, 3, 23, 37)).contiguous()
+    module = soca(64, torch.float32, steps, scale=30)
+    ours, plain = errors(module, x, emulated(module, x, experimental=True))
+    assert ours <= 2 * plain
+
+
+def test_steps_that_fp16_does_not_suffice_for_are_refused() -> None:
+    x, module = maps(16, torch.float16), soca(16, torch.float16)
+    (down, down_bias), (up, up_bias) = weights(module)
+    with pytest.raises(BackendError, match="25 steps of the square root; expected at most 24"):
+        soca_gate(x, down, down_bias, up, up_bias, MOST_TENSOR_STEPS + 1, experimental=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_in_its_own_pictures_gates_alone(value: float) -> None:
+    x, module = maps(16, torch.float32, (90, 93)), soca(16, torch.float32)
+    x[1, 3, 50, 50] = value
+    for experimental in (False, True):
+        gates = emulated(module, x, experimental=experimental)
+        assert gates[0].isfinite().all()
+        assert gates[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_constant_maps_give_that_gate_on_tensor_cores_too(dtype: torch.dtype) -> None:
+    x, module = torch.full((1, 64, 9, 11), 117.0, dtype=dtype), soca(64, dtype)
+    gates = emulated(module, x, experimental=True)
+    torch.testing.assert_close(gates.flatten(), module.gate(torch.zeros(1, 64, 64)).flatten())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_many_blocks_are_merged_by_a_launch_of_their_own(seed: int) -> None:
+    x = maps(16, torch.float32, (90, 93), mean=50) + torch.linspace(-5, 5, 93)
+    launch, module = SocaLaunch.of(x, experimental=True), soca(16, torch.float32, scale=10)
+    partials, gates = emulator.soca(x, *weights(module), STEPS, seed, launch)
+    assert (launch.blocks, launch.group, launch.merged, launch.merge_grid) == (32, 1, 1, (8, 2, 1))
+    row = partials[:, -1]
+    exact, means = covariance(x.double()), x.double().mean((2, 3))
+    scatter = row[:, :256].double().unflatten(1, (16, 16))
+    assert (row[:, 272] == 90 * 93).all()
+    torch.testing.assert_close(row[:, 256:272].double(), means, rtol=1e-6, atol=0)
+    assert (((scatter + scatter.mT) / 2 / launch.pixels - exact).abs() / exact.abs().max()).max() < 1e-6
+    ours, plain = errors(module, x, gates)
+    assert ours <= 2 * plain
+
+
+def test_on_tensor_cores_too_the_order_of_the_threads_and_the_batch_move_nothing() -> None:
+    x, module = maps(16, torch.float32, (90, 93), batch=3), soca(16, torch.float32)
+    first = emulated(module, x, experimental=True)
+    assert all(torch.equal(first, emulated(module, x, seed, experimental=True)) for seed in (1, 2, 3))
+    assert torch.equal(emulated(module, x[1:2], experimental=True), first[1:2])
+
+
+@pytest.mark.parametrize("pixels", [1, 511, 512, 16384, 57600, 8294400])
+def test_blocks_to_be_merged_by_a_launch_come_in_whole_rounds_and_none_is_empty(pixels: int) -> None:
+    launch = SocaLaunch(1, 64, pixels, torch.float16, channels_last=True, experimental=True)
+    assert 1 <= launch.blocks <= -(-pixels // 64)
+    assert launch.blocks % 32 == 0 if launch.merge_grid else launch.blocks == launch.merged < 32
+    assert launch.partials == (1, launch.blocks, 64 * 65 + 4)
