@@ -105,10 +105,22 @@ STEPS = (
         ),
         SMALL,
     ),
+    Step("experiments", 180, "what each experimental kernel gains", probe("experiments")),
+    Step(
+        "paper, experimental",
+        60,
+        "all of them, by the table's own measure",
+        ("env", "SANRT_CUDA_EXPERIMENTAL=all", *latency("--paper", "--size", "320x180", "--backend", "torch-cuda")),
+        ("env", "SANRT_CUDA_EXPERIMENTAL=all", *SMALL),
+        ("cudnn",),
+    ),
+    Step(
+        "kernels", 120, "each kernel before and after, beside its limit", (PYTHON, "benchmarks/kernels.py"), probe("kernels")
+    ),
     Step("paper, PyTorch", 60, "the rival", latency("--paper", "--size", "320x180", "--backend", "gpu-torch"), SMALL),
     *(checked(tool, shows) for tool, shows in SANITIZED.items()),
     Step("ncu", 60, "what L2 moves", ("ncu", "--metrics", METRICS, *probe("one_of_each")), probe("one_of_each"), ("ncu",)),
-    Step("cuDNN graph", 60, "the cheap step's gain", probe("cudnn_graph"), needs=("cudnn",)),
+    Step("cuDNN graph", 60, "the cheap step's gain", probe("cudnn_graph"), probe("cudnn_graph"), ("cudnn",)),
     Step("little memory", 60, "recordings are dropped where memory is missed", probe("little_memory")),
     Step("streaming", 60, "exact streaming against whole", probe("streamed")),
     Step(

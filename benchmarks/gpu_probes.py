@@ -6,6 +6,7 @@ Each prints what it found as its last line, and exits with an error where a prom
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ PAPER = Architecture(scale=4, groups=20, blocks=10, channels=64, reduction=16)
 SIZES = (90, 160), (180, 320), (270, 480), (360, 640), (540, 960), (720, 1280)
 ODD = (1, 16, 7, 9), (2, 48, 33, 65), (1, 64, 101, 203)
 """Tiny maps with tails in every direction, for tools that run a hundred times slower."""
+MERGED = 1, 16, 131, 133
+"""The smallest sort of map whose gate has its statistics merged by a launch of their own."""
 
 
 def ceilings(device: str) -> str:
@@ -112,28 +115,34 @@ def exercised(gpu: Device, foreign_stream: int) -> str:
 
 
 def kernels(device: str) -> str:
-    """Every kernel once on odd shapes, for compute-sanitizer."""
+    """Every kernel once on odd shapes, the experimental ones too, for compute-sanitizer."""
     import torch
 
     from sanrt.kernels.cuda.operators import region_attention, residual, soca_gate
 
     count = 0
-    for batch, channels, height, width in ODD:
+    for batch, channels, height, width in (*ODD, MERGED):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             x = torch.rand(batch, channels, height, width, device=device).to(dtype)
             hidden = channels // 4
             down, up = (torch.rand(n, m, 1, 1, device=device).to(dtype) for n, m in ((hidden, channels), (channels, hidden)))
-            soca_gate(x, down, down[:, 0, 0, 0].contiguous(), up, up[:, 0, 0, 0].contiguous(), 5)
-            region_attention(torch.rand(batch, 3 * 8, height, width, device=device).to(dtype), 2)
-            residual(x, x[0, :, 0, 0].contiguous(), x)
-            count += 3
+            weights = down, down[:, 0, 0, 0].contiguous(), up, up[:, 0, 0, 0].contiguous()
+            soca_gate(x, *weights, 5)
+            soca_gate(x, *weights, 5, experimental=True)
+            count += 2
+            if (batch, channels, height, width) in ODD:
+                maps = torch.rand(batch, 3 * 8, height, width, device=device).to(dtype)
+                region_attention(maps, 2, experimental=dtype != torch.float32)
+                region_attention(maps, 2)
+                residual(x, x[0, :, 0, 0].contiguous(), x)
+                count += 3
     if device == "cuda":
         torch.cuda.synchronize()
     return f"{count} launches on odd shapes"
 
 
 def one_of_each(device: str) -> str:
-    """One convolution, one attention and one gate at 320 x 180, for ncu."""
+    """One convolution, and attention and gate both ways, at 320 x 180, for ncu."""
     import torch
 
     from sanrt.kernels.cuda.operators import region_attention, soca_gate
@@ -142,44 +151,84 @@ def one_of_each(device: str) -> str:
     x, weight = torch.rand(1, 64, height, width, device=device), torch.rand(64, 64, 3, 3, device=device)
     x, weight = (t.half().contiguous(memory_format=torch.channels_last) for t in (x, weight))
     torch.nn.functional.conv2d(x, weight, padding=1)
-    region_attention(torch.rand(1, 24, height, width, device=device).half(), 2)
+    maps = torch.rand(1, 24, height, width, device=device).half()
     down, up = (torch.rand(n, m, 1, 1, device=device).half() for n, m in ((4, 64), (64, 4)))
-    soca_gate(x, down, down[:, 0, 0, 0].contiguous(), up, up[:, 0, 0, 0].contiguous(), 5)
-    return "a convolution, an attention and a gate were launched"
+    for experimental in (False, True):
+        region_attention(maps, 2, experimental)
+        soca_gate(x, down, down[:, 0, 0, 0].contiguous(), up, up[:, 0, 0, 0].contiguous(), 5, experimental)
+    return "a convolution, and attention and gate both ways, were launched"
+
+
+def experiments(device: str) -> str:
+    """The paper's network with each experiment alone and with all, beside the measured kernels and torch.compile.
+
+    The table has a row for each: milliseconds, and PSNR to fp32. What cannot be had says why.
+    """
+    import torch
+
+    from sanrt.kernels.cuda.experimental import Experiment
+    from sanrt.runtime.backends.torch_cuda import CudaNetwork, prepared, without_tf32
+
+    net, (height, width) = (
+        (network(PAPER), (180, 320)) if device == "cuda" else (network(Architecture(4, 1, 1, 16, 4)), (18, 32))
+    )
+    x = 255 * torch.rand(1, 3, height, width, device=device)
+    with without_tf32():
+        exact = net.to(device)(x).double()
+    found: list[str] = []
+
+    def add(name: str, make: Callable[[], Callable[[Tensor], Tensor]]) -> None:
+        try:
+            run = make()
+            loss = (run(x).double() - exact).square().mean().clamp_min(1e-12)
+            psnr = float(10 * torch.log10(255**2 / loss))
+            found.append(f"{name} {1e3 * seconds(partial(run, x), device):.2f} ms {psnr:.1f} dB")
+        except SanrtError as error:
+            found.append(f"{name}: {error}")
+        print(found[-1], flush=True)
+
+    def ours(*chosen: Experiment) -> Callable[[Tensor], Tensor]:
+        if device == "cuda":
+            return CudaNetwork(net, experiments=chosen)
+        return prepared(net, torch.bfloat16, experiments=chosen)
+
+    def compiled() -> Callable[[Tensor], Tensor]:
+        half = copy.deepcopy(net).to(device, torch.float16 if device == "cuda" else torch.bfloat16)
+        half = half.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        how: dict[str, Any] = {"mode": "reduce-overhead"} if device == "cuda" else {"backend": "eager"}
+        run: Callable[[Tensor], Tensor] = torch.compile(half, dynamic=False, **how)
+        kind = half.head.weight.dtype
+        return lambda x: run(x.to(kind, memory_format=torch.channels_last)).clone()
+
+    add("measured", ours)
+    for experiment in Experiment:
+        add(experiment, partial(ours, experiment))
+    add("all", partial(ours, *Experiment))
+    add("torch.compile", compiled)
+    return "; ".join(found)
 
 
 def cudnn_graph(device: str) -> str:
-    """cuDNN's convolution with bias and ReLU, and with bias and sum, in one kernel each, against PyTorch's own."""
-    import cudnn
+    """cuDNN's convolution with bias and sums in one kernel, against PyTorch's convolution and the passes after it."""
     import torch
 
+    from sanrt.kernels.cuda.operators import residual, summed_convolution
+
     found = []
-    for height, width in ((180, 320), (720, 1280)):
-        x, y = (torch.rand(1, 64, height, width, device=device).half() for _ in range(2))
-        weight, bias = torch.rand(64, 64, 3, 3, device=device).half() / 600, torch.rand(1, 64, 1, 1, device=device).half()
-        x, y, weight, bias = (t.contiguous(memory_format=torch.channels_last) for t in (x, y, weight, bias))
-        for ends_with in ("relu", "add"):
-            graph = cudnn.pygraph(
-                io_data_type=cudnn.data_type.HALF,
-                intermediate_data_type=cudnn.data_type.FLOAT,
-                compute_data_type=cudnn.data_type.FLOAT,
-            )
-            given = [graph.tensor_like(t) for t in (x, weight, bias, y)]
-            made = graph.conv_fprop(image=given[0], weight=given[1], padding=[1, 1], stride=[1, 1], dilation=[1, 1])
-            made = graph.bias(input=made, bias=given[2])
-            made = graph.relu(input=made) if ends_with == "relu" else graph.add(a=made, b=given[3])
-            made.set_output(True).set_data_type(cudnn.data_type.HALF)
-            graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-            result = torch.empty_like(y)
-            room = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=device)
-            pointers = dict(zip([*given[: 3 + (ends_with == "add")], made], [x, weight, bias, y], strict=False))
-            pointers[made] = result
-            took = seconds(partial(graph.execute, pointers, room), device)
-            expected = torch.nn.functional.conv2d(x, weight, bias.flatten(), padding=1)
-            expected = expected.relu() if ends_with == "relu" else expected + y
-            assert (result - expected).abs().max() < 0.05, f"cuDNN's {ends_with} graph computes something else"
-            plain = seconds(partial(torch.nn.functional.conv2d, x, weight, bias.flatten(), padding=1), device)
-            found.append(f"{width} x {height} {ends_with}: {1e6 * took:.1f} us (PyTorch's convolution {1e6 * plain:.1f})")
+    for height, width in ((180, 320), (720, 1280)) if device == "cuda" else ((18, 32),):
+        x, *maps = (torch.rand(1, 64, height, width, device=device).half() for _ in range(3))
+        weight, bias = torch.rand(64, 64, 3, 3, device=device).half() / 600, torch.rand(64, device=device).half()
+        x, weight, *maps = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, *maps))
+
+        def passes(maps: list[Tensor], x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
+            y: Tensor = residual(torch.nn.functional.conv2d(x, weight, None, padding=1), bias, maps[0])
+            return sum(maps[1:], y)
+
+        for sums in (maps[:1], maps):
+            fused, plain = partial(summed_convolution, x, weight, bias, sums), partial(passes, sums)
+            assert (fused() - plain()).abs().max() < 0.05, f"cuDNN's graph of {len(sums)} sums computes something else"
+            times = [1e6 * seconds(call, device) for call in (fused, plain)]
+            found.append(f"{width} x {height}, {len(sums)} sums: {times[0]:.1f} us (in passes {times[1]:.1f})")
     return "; ".join(found)
 
 
@@ -280,6 +329,7 @@ PROBES: dict[str, Callable[[str], str]] = {
         kernels,
         one_of_each,
         cudnn_graph,
+        experiments,
         autotuned_group,
         little_memory,
         streamed,

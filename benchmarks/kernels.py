@@ -43,12 +43,15 @@ class Row:
     work: str
     floor: float
     kernel: float
+    experimental: float
     pytorch: float
 
     def __str__(self) -> str:
         ratios = f"{self.kernel / self.floor:6.2f} x floor {self.pytorch / self.kernel:6.2f} x faster"
-        times = f"floor {self.floor:9.1f}  kernel {self.kernel:9.1f}  pytorch {self.pytorch:9.1f} us"
-        return f"{self.name:<10} {self.height:>4} x {self.width:<4} {self.work:<34} {times}  {ratios}"
+        times = f"floor {self.floor:9.1f}  kernel {self.kernel:9.1f}  experimental {self.experimental:9.1f}"
+        times += f"  pytorch {self.pytorch:9.1f} us"
+        after = f"(experimental {self.experimental / self.floor:.2f} x floor)"
+        return f"{self.name:<10} {self.height:>4} x {self.width:<4} {self.work:<34} {times}  {ratios} {after}"
 
 
 def main() -> int:
@@ -82,9 +85,11 @@ def soca_row(height: int, width: int) -> Row:
     targets = [torch.empty_like(x) for x in maps]
     copy = timed([partial(y.copy_, x) for x, y in zip(maps, targets, strict=True)])
     weights = module.down.weight, module.down.bias, module.up.weight, module.up.bias
-    kernel = timed([partial(soca_gate, x, *weights, STEPS) for x in maps])
+    kernel, experimental = (timed([partial(soca_gate, x, *weights, STEPS, way) for x in maps]) for way in (False, True))
     pytorch = timed([partial(plain_gate, module, x) for x in maps])
-    return Row("soca", height, width, f"{read / 1e6:.1f} MB, {products / 1e9:.2f} GFLOP", copy / 2, kernel, pytorch)
+    return Row(
+        "soca", height, width, f"{read / 1e6:.1f} MB, {products / 1e9:.2f} GFLOP", copy / 2, kernel, experimental, pytorch
+    )
 
 
 def attention_row(height: int, width: int) -> Row:
@@ -94,10 +99,17 @@ def attention_row(height: int, width: int) -> Row:
     keys = [((b - a) // 2) * ((d - c) // 2) for a, b in edges(height, REGIONS) for c, d in edges(width, REGIONS)]
     exponentials = sum(q * k for q, k in zip(cells, keys, strict=True))
     floor = exponentials / exponential_rate() * 1e6
-    kernel = timed([partial(region_attention, x, REGIONS) for x in maps[:4]])
+    kernel, experimental = (timed([partial(region_attention, x, REGIONS, way) for x in maps[:4]]) for way in (False, True))
     pytorch = timed([partial(plain_attention, x) for x in maps[:4]])
     return Row(
-        "attention", height, width, f"{maps[0].nbytes / 1e6:.1f} MB, {exponentials / 1e9:.2f} G exp", floor, kernel, pytorch
+        "attention",
+        height,
+        width,
+        f"{maps[0].nbytes / 1e6:.1f} MB, {exponentials / 1e9:.2f} G exp",
+        floor,
+        kernel,
+        experimental,
+        pytorch,
     )
 
 

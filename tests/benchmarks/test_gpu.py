@@ -79,7 +79,9 @@ def test_every_step_names_what_is_there():
                 assert words[words.index("benchmarks.gpu_probes") + 1] in PROBES
 
 
-@pytest.mark.parametrize("name", ["ceilings", "kernels", "one_of_each", "little_memory", "streamed"])
+@pytest.mark.parametrize(
+    "name", ["ceilings", "kernels", "one_of_each", "cudnn_graph", "experiments", "little_memory", "streamed"]
+)
 def test_what_a_processor_can_stand_in_for_is_rehearsed(name):
     with torch.inference_mode():
         assert PROBES[name]("cpu")

@@ -14,8 +14,9 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_row_tells_the_floor_and_both_ratios() -> None:
-    row = str(kernels.Row("soca", 180, 320, "7.4 MB", 10.0, 15.0, 90.0))
+    row = str(kernels.Row("soca", 180, 320, "7.4 MB", 10.0, 15.0, 12.0, 90.0))
     assert "1.50 x floor" in row
+    assert "experimental 1.20 x floor" in row
     assert "6.00 x faster" in row
 
 
