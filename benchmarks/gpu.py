@@ -108,7 +108,7 @@ STEPS = (
     Step("experiments", 180, "what each experimental kernel gains", probe("experiments")),
     Step(
         "paper, experimental",
-        60,
+        90,
         "all of them, by the table's own measure",
         ("env", "SANRT_CUDA_EXPERIMENTAL=all", *latency("--paper", "--size", "320x180", "--backend", "torch-cuda")),
         ("env", "SANRT_CUDA_EXPERIMENTAL=all", *SMALL),
