@@ -73,7 +73,7 @@ class ModelChoice:
         if self.weights is WeightsKind.PHOTO:
             jpeg = f"JPEG of quality {PHOTO_QUALITY[scale]} or less"
             kinds = {"compressed video" if job.is_video else jpeg for job in jobs}
-            return " or ".join(sorted(kinds))
+            return f"{' or '.join(sorted(kinds))}, through the weights for photographs"
         if photo_model(self.models, scale) or not any(Format.of_suffix(job.source) is Format.JPEG for job in jobs):
             return ""
         better = f"`sanrt export --scale {scale} --weights photo` makes a model for these"

@@ -193,7 +193,7 @@ def test_pictures_that_are_not_there_are_told_before_a_model_is_loaded(sanrt, tm
     assert files(tmp_path / "out") == ["a.png"]
 
 
-@pytest.mark.parametrize("arguments", [["in"], ["in", "--dry-run"], ["in/a.png"], ["in", "new/out"]])
+@pytest.mark.parametrize("arguments", [["in"], ["in", "--dry-run"], ["in/a.png"], ["in", "new"]])
 def test_a_place_where_nothing_can_be_written_is_refused_once_before_any_work(sanrt, tmp_path, arguments, monkeypatch):
     noise(tmp_path / "in" / "a.png")
     noise(tmp_path / "in" / "b.png")

@@ -39,7 +39,11 @@ def examined(choice: ModelChoice, folder: Path, picture: bytes, **parameters: st
 
 def test_weights_are_chosen_by_the_content_as_run_chooses_them(choice, tmp_path):
     poor, good = encoded(".jpg", Q=60), encoded(".jpg", Q=95)
-    assert examined(choice, tmp_path, poor) == (WeightsKind.PHOTO, 2, "JPEG of quality 80 or less")
+    assert examined(choice, tmp_path, poor) == (
+        WeightsKind.PHOTO,
+        2,
+        "JPEG of quality 80 or less, through the weights for photographs",
+    )
     assert examined(choice, tmp_path, good) == (None, 2, "")
     assert examined(choice, tmp_path, poor, weights="clean") == (WeightsKind.CLEAN, 2, "")
     assert examined(choice, tmp_path, poor, scale="4") == (None, 4, "")

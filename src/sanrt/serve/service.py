@@ -98,7 +98,7 @@ class Service:
     def result(self, order: Order, written: Written) -> Result:
         """What to tell of a result."""
         path = written.job.destination
-        reason = (f"by the weights for photographs: {order.part.reason}",) if order.part.reason else ()
+        reason = (order.part.reason,) if order.part.reason else ()
         model = model_title(order.part.choice.path).rpartition("/")[2]
         return Result(
             path,
