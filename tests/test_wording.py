@@ -6,12 +6,14 @@ import ast
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 import sanrt
 from sanrt.cli import app
 from sanrt.errors import UsageError
+from sanrt.runtime.runs.timing import Worker
 from sanrt.wording import in_python, on_command_line, option, worded
 from tests.test_architecture import modules
 
@@ -74,6 +76,11 @@ def test_a_program_that_has_called_a_command_is_told_in_its_own_words_again(tmp_
     with pytest.raises(UsageError, match="--lossless: changes"):
         app(["run", str(a_picture(tmp_path)), "--lossless"], standalone_mode=False)
     assert option("lossless") == in_python("lossless", None)
+
+
+def test_a_measuring_process_has_the_words_of_the_one_that_started_it():
+    with worded(on_command_line), Worker(partial(partial, option, "tile", 64)) as worker:
+        assert worker.call("__call__") == "--tile 64"
 
 
 def a_picture(folder):

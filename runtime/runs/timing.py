@@ -15,9 +15,11 @@ from typing import Any, Self
 import numpy as np
 import psutil
 
+from sanrt import wording
 from sanrt.errors import BackendError, UsageError, first_line
 from sanrt.model.spec import MIN_SIDE
 from sanrt.runtime import host as machine
+from sanrt.wording import Wording
 
 RESAMPLES, CONFIDENCE = 2000, 95
 """Draws of the bootstrap, and the confidence of its intervals in per cent."""
@@ -78,7 +80,7 @@ class Worker:
     def __init__(self, make: Callable[[], Any]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, make), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, make, wording.wording), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -102,8 +104,9 @@ class Worker:
         self.process.join()
 
 
-def serve(connection: Connection, make: Callable[[], Any]) -> None:
-    """Make the object when it is first called, then answer calls until the other end closes."""
+def serve(connection: Connection, make: Callable[[], Any], words: Wording) -> None:
+    """Make the object when it is first called, then answer calls until the other end closes, in its process's words."""
+    wording.wording = words
     made: list[Any] = []
     while True:
         try:
