@@ -16,27 +16,34 @@ import psutil
 
 from sanrt.errors import LargeEnoughError, SanrtError
 from sanrt.files import cache_folder, cached_file, source_digest
+from sanrt.model.contract import Needs
 from sanrt.model.spec import Architecture
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.sizes import Size
 from sanrt.runtime.artifacts.variants import cached_for
-from sanrt.runtime.backends.protocol import Backend, RunOptions
+from sanrt.runtime.backends.protocol import Backend, RunOptions, StripOptions
 from sanrt.runtime.backends.registry import status
 from sanrt.runtime.pictures.codec import Encoding, Output, PictureInfo, open_picture, plan_output, write_picture
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.storage import fetched
 from sanrt.runtime.runs.pipeline import picture_notes
 from sanrt.runtime.runs.timing import ResidentPeak, peak_memory
+from sanrt.runtime.tiling.featuremaps import FeatureStore
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.orientations import ORIENTATIONS
 from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, by_stages, choose_regions, network_bytes
+from sanrt.runtime.tiling.streaming import ArraySource, no_progress
 from sanrt.runtime.tiling.upscaling import NetworkRunner
 
 SIDES = (64, 192)
 """Sides of the two pictures that a backend's speed is measured on: attention's share is small in one, large in the other."""
-LARGE = 448
+LARGE = (896, 448)
 """Side of a third one, whose maps exceed the caches as those of photographs do, and that goes as those go: in more regions
-than the paper's, on some backends by stages."""
+than the paper's, on some backends by stages. The first that takes no more than LONGEST, or the last."""
+LONGEST = 5.0
+"""Seconds."""
+FILED_ROWS = 128
+"""Height of the strips in which it goes once more where a backend has strips, with all maps in files."""
 MAPS = 3
 """Float32 feature maps that are kept between the stages of a picture."""
 ROUNDS = 3
@@ -64,12 +71,16 @@ class Costs:
     """The same of a large one: per pixel that is in the network at once, its maps between the stages left out."""
     opening: float
     """Seconds to open the stages, where a picture goes by stages."""
+    filed: float
+    """Seconds per byte of the files that hold maps of a picture in strips."""
+    side: int
+    """Of the large picture."""
 
     def seconds(self, height: int, width: int, plan: TilingPlan, arch: Architecture, staged: bool) -> float:
         """What one picture takes in the network, the halos of its tiles and the stages' opening included."""
         halo = 0 if plan.tiling is Tiling.WHOLE or plan.strips else 2 * arch.body_halo
         grown = (1 + halo / plan.tile) ** 2
-        pixel = float(np.interp(height * width, [SIDES[1] ** 2, LARGE**2], [self.pixel, self.large]))
+        pixel = float(np.interp(height * width, [SIDES[1] ** 2, self.side**2], [self.pixel, self.large]))
         return height * width * pixel * grown + pairs(height, width, plan.regions) * self.pair + staged * self.opening
 
 
@@ -152,8 +163,10 @@ def estimate(backend: Backend, costs: Costs, info: PictureInfo, options: Upscale
         found, seconds=passes * costs.seconds(height, width, plan, arch, by_stages(plan, backend) and not plan.strips)
     )
     if plan.tiling is Tiling.EXACT:
-        memory, scratch = streamed_bytes(backend, costs, info, plan, options)
-        return replace(found, memory=memory, scratch=scratch)
+        needs = streamed_bytes(backend, costs, info, plan, options)
+        seconds = found.seconds + passes * plan.strips * needs.files * costs.filed
+        result = height * width * arch.scale**2 * 3 * info.dtype.itemsize
+        return replace(found, memory=needs.memory, scratch=needs.files + result, seconds=seconds)
     kept = 3 * (4 + info.dtype.itemsize) * (1 + arch.scale**2)  # picture and result, as float32 and in the picture's type
     kept += 3 * arch.scale**2 * 4 * (2 if options.self_ensemble else 0)
     return replace(found, memory=network_memory(backend, costs, height, width, plan) + height * width * kept)
@@ -178,21 +191,19 @@ def per_pixel(backend: Backend, costs: Costs, plan: TilingPlan) -> float:
     return costs.large_memory if by_stages(plan, backend) else costs.memory
 
 
-def streamed_bytes(
-    backend: Backend, costs: Costs, info: PictureInfo, plan: TilingPlan, options: UpscaleOptions
-) -> tuple[int, int]:
-    """Bytes of memory and of scratch files of a picture that is streamed from its file."""
+def streamed_bytes(backend: Backend, costs: Costs, info: PictureInfo, plan: TilingPlan, options: UpscaleOptions) -> Needs:
+    """Bytes of a picture that is streamed from its file."""
     arch, budget = backend.spec.architecture, MemoryBudget.of(backend, options)
-    colours, pixels = 3 * info.dtype.itemsize, info.height * info.width
-    source, result = pixels * colours, pixels * arch.scale**2 * colours
+    pixels = info.height * info.width
+    source = pixels * 3 * info.dtype.itemsize
     if strips := backend.strips:
         needs = strips.needed(info.height, info.width, plan.tile, budget.host - source)
-        return needs.memory + source, needs.files + result
+        return replace(needs, memory=needs.memory + source)
     grown = [min(side, plan.tile + 2 * arch.body_halo) for side in (info.height, info.width)]
     tile = int(grown[0] * grown[1] * per_pixel(backend, costs, plan))
     maps = pixels * MAPS * 4 * arch.channels + source
     beyond = max(0, maps - sum(budget.maps(arch, plan.tile)))
-    return tile + maps - beyond, beyond + result
+    return Needs(tile + maps - beyond, beyond)
 
 
 def costs_of(backend: Backend, model: Path, options: RunOptions) -> Costs:
@@ -217,15 +228,38 @@ def measured(backend: Backend) -> Costs:
     pixel, pair = np.linalg.solve(costs, times)
     if pair < 0 or pixel < 0:  # noise: one of the two is too small to be seen here
         pixel, pair = times[1] / costs[1, 0], 0.0
-    regions = choose_regions(LARGE, LARGE) if backend.streams else backend.spec.regions
-    staged = by_stages(TilingPlan(Tiling.WHOLE, LARGE, regions), backend)
+    side = next((side for side in LARGE if side**2 * pixel <= LONGEST), LARGE[-1])
+    regions = choose_regions(side, side) if backend.streams else backend.spec.regions
+    staged = by_stages(TilingPlan(Tiling.WHOLE, side, regions), backend)
     opening = min(run(backend, SIDES[0], regions)[0] for _ in range(2)) if staged else 0.0  # the first also makes them
-    seconds, size = run(backend, LARGE, regions)
-    large = (seconds - opening - pairs(LARGE, LARGE, regions) * pair) / LARGE**2
+    seconds, size = run(backend, side, regions)
+    filed = filed_seconds(backend, side, regions, seconds)
+    large = (seconds - opening - pairs(side, side, regions) * pair) / side**2
     kept = 3 * 5 * (1 + arch.scale**2)
-    large_memory = size / LARGE**2 - kept - (MAPS * 4 * arch.channels if staged else 0)
+    large_memory = size / side**2 - kept - (MAPS * 4 * arch.channels if staged else 0)
     memory = sizes[1] / SIDES[1] ** 2 - kept
-    return Costs(float(pixel), float(max(large, pixel)), float(pair), max(memory, 0.0), max(large_memory, 0.0), opening)
+    return Costs(
+        pixel=float(pixel),
+        large=float(max(large, pixel)),
+        pair=float(pair),
+        memory=max(memory, 0.0),
+        large_memory=max(large_memory, 0.0),
+        opening=opening,
+        filed=filed,
+        side=side,
+    )
+
+
+def filed_seconds(backend: Backend, side: int, regions: int, whole: float) -> float:
+    """Seconds that a byte of maps in files adds to those of a whole picture; 0 for a backend without strips."""
+    if not (strips := backend.strips):
+        return 0.0
+    picture = ArraySource(np.zeros((1, 3, side, side), np.float32))
+    started = time.perf_counter()
+    with FeatureStore(0) as store:
+        strips.run(picture, lambda box, part: None, StripOptions(FILED_ROWS, regions, 0, store.new_rows), no_progress)
+    files = strips.needed(side, side, FILED_ROWS).files
+    return max(0.0, time.perf_counter() - started - whole) / files if files else 0.0
 
 
 def run(backend: Backend, side: int, regions: int) -> tuple[float, int]:

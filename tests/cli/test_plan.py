@@ -18,7 +18,7 @@ from sanrt.runtime.runs.estimate import Costs
 from sanrt.runtime.tiling.options import Tiling
 from sanrt.runtime.tiling.plan import TilingPlan
 
-COSTS = Costs(1.0, 1.0, 0.0, 2.0**20, 1000.0, 0.0)
+COSTS = Costs(pixel=1.0, large=1.0, pair=0.0, memory=2.0**20, large_memory=1000.0, opening=0.0, filed=0.0, side=448)
 
 
 @pytest.fixture
@@ -136,12 +136,15 @@ def test_the_measured_costs_are_those_of_a_run(name, tiny_model, monkeypatch):
     from sanrt.runtime.runs import estimate
 
     monkeypatch.setattr(estimate, "SIDES", (16, 64))
-    monkeypatch.setattr(estimate, "LARGE", 160)
+    monkeypatch.setattr(estimate, "LARGE", (160,))
+    monkeypatch.setattr(estimate, "choose_regions", lambda height, width: 3)
     with load_backend(name, tiny_model(2), RunOptions(threads=1)) as backend:
         costs = estimate.measured(backend)
         assert min(costs.pixel, costs.large) > 0
         assert costs.large >= costs.pixel
         assert min(costs.pair, costs.memory, costs.large_memory, costs.opening) >= 0
+        assert costs.side == 160
+        assert (costs.opening > 0) == (name == "onnxruntime")
 
 
 def test_a_picture_that_the_backend_cannot_do_is_refused_in_its_words(folder, tiny_model):
@@ -184,6 +187,8 @@ def test_the_scratch_files_of_native_s_plan_are_those_that_the_run_makes(tmp_pat
             files.clear()
             options = UpscaleOptions(tiling=Tiling.EXACT, memory=memory)
             found = estimate(backend, COSTS, source.info, options)
+            filed = estimate(backend, replace(COSTS, filed=1e-3), source.info, options)
+            assert filed.seconds - found.seconds == pytest.approx(1e-3 * (found.scratch - 300 * 1500 * 4 * 3))
             result, _ = NetworkRunner(backend, options).run_file(found.plan, source, tmp_path)
             result.close()
             assert found.scratch == sum(files) + 300 * 1500 * 4 * 3
