@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 SUBSAMPLED: tuple[tuple[int, int] | None, ...] = (None, (1, 1), (2, 1), (2, 2))
 """From the finest chroma to the coarsest; grey has none."""
+SMALL = 640 * 360
+"""Pixels of a frame below which x264 is not to be trusted with all that it does."""
 TICK = Fraction(1, 1000)
 """Matroska's unit of time: in the files of segments a frame's time is its number."""
 
@@ -85,7 +87,7 @@ def plan_video(info: VideoInfo, path: Path, size: tuple[int, int], asked: VideoE
         path,
         container,
         encoder,
-        tuple(sorted(options(encoder, asked, form, info.mastering).items())),
+        tuple(sorted(options(encoder, asked, form, info.mastering, size).items())),
         *size,
         form,
         stored,
@@ -214,7 +216,9 @@ def colours(info: VideoInfo, size: tuple[int, int], form: PixelFormat) -> tuple[
     return replace(tags, matrix=matrix), matrix, [note]
 
 
-def options(encoder: Encoder, asked: VideoEncoding, form: PixelFormat, mastering: MasteringDisplay) -> dict[str, str]:
+def options(
+    encoder: Encoder, asked: VideoEncoding, form: PixelFormat, mastering: MasteringDisplay, size: tuple[int, int]
+) -> dict[str, str]:
     """What the encoder is told, in FFmpeg's words."""
     found = dict(encoder.options)
     crf, preset = asked.crf if asked.crf is not None else encoder.crf, asked.preset or encoder.preset
@@ -227,6 +231,8 @@ def options(encoder: Encoder, asked: VideoEncoding, form: PixelFormat, mastering
     if name := PARAMETERS.get(encoder.name):
         told = [found[name]] if name in found else []
         told += [f"{key}={value}" for key, value in mastering_parameters(encoder.name, mastering).items()]
+        # x264's tree of macroblocks has other bytes now and then where rows are short, and a run must have those of another
+        told += ["mbtree=0"] * (encoder.name == "libx264" and size[0] * size[1] < SMALL)
         found |= {name: ":".join(told)} if told else {}
     return found
 
