@@ -6,8 +6,6 @@ Every run is a process of its own, whose seconds are those of its record and who
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
-from benchmarks.measure import console, environment, found_model, picture, run_command
+from benchmarks.measure import console, environment, found_model, picture, run_alone, run_command
 from sanrt.cli.request import memory_size
 from sanrt.errors import BackendError, UsageError
 from sanrt.model.spec import parse_precision
@@ -98,21 +96,6 @@ class Pictures:
     def save(self, size: Size, path: Path) -> None:
         """Write a picture with natural statistics."""
         pyvips.Image.new_from_array(picture(size)).write_to_file(str(path), compression=1)
-
-
-class Runs:
-    """Runs commands from a process of its own, which stays small: a child's largest memory begins with its parent's."""
-
-    def run(self, command: list[str]) -> tuple[int, str, float, float, int]:
-        """Exit status, complaints, seconds, CPU seconds and the most bytes resident."""
-        started = time.monotonic()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        assert process.stderr
-        problem = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        cpu = usage.ru_utime + usage.ru_stime
-        return process.returncode, problem.strip(), time.monotonic() - started, cpu, usage.ru_maxrss * 1024
 
 
 def estimated(
@@ -192,14 +175,13 @@ def row(backend: str, size: Size, planner: Worker, source: Path, destination: Pa
     record = destination.with_suffix(".jsonl")
     command = [sys.executable, "-m", "sanrt", "run", str(source), str(destination), "--quiet", "--backend", name, *named]
     command += ["--overwrite", "--record", str(record), *(["--precision", precision] if precision else [])]
-    with Worker(Runs) as runs:
-        status, problem, wall, cpu, memory = runs.call("run", command)
-    if status:
-        return replace(plan, reason=problem[-200:] or f"exit status {status}", failed=True)
+    run = run_alone(command)
+    if run.status:
+        return replace(plan, reason=run.problem[-200:] or f"exit status {run.status}", failed=True)
     seconds = sum(json.loads(record.read_text())["seconds"].values())
     for path in destination, record:
         path.unlink()
-    return replace(plan, measured=True, seconds=seconds, wall=wall, cpu=cpu, memory=memory)
+    return replace(plan, measured=True, seconds=seconds, wall=run.wall, cpu=run.cpu, memory=run.peak)
 
 
 def line(row: Row) -> str:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
@@ -27,7 +30,7 @@ from sanrt.extras import extra
 from sanrt.model.spec import Architecture, Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.models import MODELS, exported_path
-from sanrt.runtime.runs.timing import Size, events_usable, timed, timed_by_events
+from sanrt.runtime.runs.timing import Size, Worker, events_usable, timed, timed_by_events
 
 MATRIX, GPU_MATRIX, COPIED, REPEATS = 2048, 8192, 2**28, 5
 """Sides of the multiplied matrices, bytes of the copy (no cache holds them), and runs of which the fastest counts."""
@@ -151,6 +154,43 @@ def random_model(arch: Architecture, path: Path) -> Path:
     weights = {name: tensor.detach().numpy() for name, tensor in SAN(arch).state_dict().items()}
     path.write_bytes(san_model(ModelSpec(arch, "random", "random", 5), weights).SerializeToString())
     return path
+
+
+@dataclass(frozen=True)
+class ProcessRun:
+    """A command that ended."""
+
+    status: int
+    problem: str
+    """What it wrote to its standard error."""
+    wall: float
+    """Seconds, as the next."""
+    cpu: float
+    """Of all its threads: comparable on a machine that does other work too."""
+    peak: int
+    """Bytes resident at most."""
+
+
+class Runs:
+    """Runs commands; lives in a process of its own, which stays small."""
+
+    def run(self, command: list[str]) -> ProcessRun:
+        """Wait for a command."""
+        started = time.monotonic()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        assert process.stderr
+        problem = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        cpu = usage.ru_utime + usage.ru_stime
+        return ProcessRun(process.returncode, problem.strip(), time.monotonic() - started, cpu, usage.ru_maxrss * 1024)
+
+
+def run_alone(command: list[str]) -> ProcessRun:
+    """Run a command from a small process: the system counts a child's largest memory from its parent's on."""
+    with Worker(Runs) as runs:
+        run: ProcessRun = runs.call("run", command)
+        return run
 
 
 def console() -> Console:

@@ -6,17 +6,18 @@ through `sanrt run` as processes of their own.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import pyvips
 import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
+
+from benchmarks.measure import ProcessRun, run_alone
 
 SMALL = (1216, 832)
 """About one megapixel."""
@@ -27,16 +28,20 @@ class Measured:
     """One run of `sanrt run`."""
 
     megapixels: float
-    wall: float
-    """Seconds."""
-    cpu: float
-    """Seconds, all threads together: comparable on a machine that does other work too."""
-    peak: int
-    """Bytes resident at most, the whole process."""
+    run: ProcessRun
+
+    @property
+    def wall(self) -> float:
+        """Seconds per megapixel, as the next."""
+        return self.run.wall / self.megapixels
+
+    @property
+    def cpu(self) -> float:
+        return self.run.cpu / self.megapixels
 
     def __str__(self) -> str:
-        each = f"{self.wall / self.megapixels:7.2f} s/Mpx ({self.cpu / self.megapixels:.2f} CPU s/Mpx)"
-        return f"{self.megapixels:6.1f} Mpx in {self.wall:7.1f} s, {each}, peak {self.peak / 2**30:.2f} GiB"
+        each = f"{self.wall:7.2f} s/Mpx ({self.cpu:.2f} CPU s/Mpx)"
+        return f"{self.megapixels:6.1f} Mpx in {self.run.wall:7.1f} s, {each}, peak {self.run.peak / 2**30:.2f} GiB"
 
 
 def streaming(
@@ -54,9 +59,7 @@ def streaming(
         print(f"whole: {whole}", flush=True)
         exact = measure(made(picture, size, folder / "large.png"), [*common, "--tiling", "exact", "--memory", memory])
         print(f"exact: {exact}")
-    times = (exact.wall / exact.megapixels) / (whole.wall / whole.megapixels)
-    work = (exact.cpu / exact.megapixels) / (whole.cpu / whole.megapixels)
-    print(f"ratio of times per megapixel {times:.2f}, of CPU times {work:.2f}")
+    print(f"ratio of times per megapixel {exact.wall / whole.wall:.2f}, of CPU times {exact.cpu / whole.cpu:.2f}")
 
 
 def made(picture: Path, size: tuple[int, int], path: Path) -> Path:
@@ -72,13 +75,11 @@ def measure(picture: Path, options: list[str]) -> Measured:
     """Run `sanrt run` on one picture."""
     command = [sys.executable, "-m", "sanrt", "run", str(picture), str(picture.with_suffix(".out.png")), "--quiet", *options]
     image = pyvips.Image.new_from_file(str(picture))
-    started = time.monotonic()
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    run = run_alone(command)
+    if run.status:
+        print(run.problem, file=sys.stderr)
         raise typer.Exit(1)
-    wall = time.monotonic() - started
-    return Measured(image.width * image.height / 1e6, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return Measured(image.width * image.height / 1e6, run)
 
 
 if __name__ == "__main__":

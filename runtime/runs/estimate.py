@@ -196,12 +196,15 @@ def streamed_bytes(backend: Backend, costs: Costs, info: PictureInfo, plan: Tili
     arch, budget = backend.spec.architecture, MemoryBudget.of(backend, options)
     pixels = info.height * info.width
     source = pixels * 3 * info.dtype.itemsize
+    total = pixels * arch.scale**2 * 3 * 4 if options.self_ensemble else 0  # in a map, before those of the network
     if strips := backend.strips:
-        needs = strips.needed(info.height, info.width, plan.tile, budget.host - source)
-        return replace(needs, memory=needs.memory + source)
+        left = budget.host - source
+        held = total if total <= left else 0
+        needs = strips.needed(info.height, info.width, plan.tile, left - held)
+        return Needs(needs.memory + source + held, needs.files + total - held)
     grown = [min(side, plan.tile + 2 * arch.body_halo) for side in (info.height, info.width)]
     tile = int(grown[0] * grown[1] * per_pixel(backend, costs, plan))
-    maps = pixels * MAPS * 4 * arch.channels + source
+    maps = pixels * MAPS * 4 * arch.channels + source + total
     beyond = max(0, maps - sum(budget.maps(arch, plan.tile)))
     return Needs(tile + maps - beyond, beyond)
 
