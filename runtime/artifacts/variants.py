@@ -70,7 +70,8 @@ def cached_for(model: Path, what: str, identity: Iterable[str], code: Sequence[s
 def cache_folders(model: Path) -> tuple[Path, ...]:
     """Where is kept what is made of a model: the first of these that can be written; nothing beside weights that ship."""
     users = cache_folder() / "derived"
-    return (users,) if model.parent == BUNDLED_FOLDER else (model.parent / FOLDER, users)
+    ours = model.parent.resolve() == BUNDLED_FOLDER.resolve()
+    return (users,) if ours else (model.parent / FOLDER, users)
 
 
 def cache_name(model: Path, what: str, identity: Iterable[str], code: Sequence[str]) -> str:

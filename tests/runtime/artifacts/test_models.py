@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx
 import pytest
 
@@ -57,3 +59,15 @@ def test_other_files_are_one_clear_line(tmp_path, content):
 def test_a_missing_file_is_told_with_what_makes_one(tmp_path):
     with pytest.raises(ModelError, match=r"No such file.*sanrt export"):
         read_spec(tmp_path / "none.onnx")
+
+
+def test_nothing_is_kept_beside_weights_that_ship_however_they_are_named(monkeypatch):
+    from sanrt.model.bundled import FOLDER, bundled_checkpoint
+    from sanrt.runtime.artifacts.variants import cache_folders
+
+    monkeypatch.chdir(FOLDER.parent)
+    weights = bundled_checkpoint(2)
+    relative = Path(FOLDER.name) / weights.name
+    assert relative.is_file()
+    assert cache_folders(relative) == cache_folders(weights)
+    assert len(cache_folders(relative)) == 1
