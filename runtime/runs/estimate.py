@@ -1,4 +1,4 @@
-"""What a run would do and take: each picture's size, tiling, regions, memory and time."""
+"""What a run would do and take: each picture's and video's size, tiling, regions, memory and time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
@@ -28,12 +29,15 @@ from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.storage import fetched
 from sanrt.runtime.runs.pipeline import picture_notes
 from sanrt.runtime.runs.timing import ResidentPeak, peak_memory
+from sanrt.runtime.runs.video_sample import frame_bytes, sample_of
+from sanrt.runtime.runs.videos import settle
 from sanrt.runtime.tiling.featuremaps import FeatureStore
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.orientations import ORIENTATIONS
 from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, by_stages, choose_regions, network_bytes
 from sanrt.runtime.tiling.streaming import ArraySource, no_progress
 from sanrt.runtime.tiling.upscaling import NetworkRunner
+from sanrt.runtime.video.container import VideoInfo
 
 SIDES = (64, 192)
 """Sides of the two pictures that a backend's speed is measured on: attention's share is small in one, large in the other."""
@@ -100,7 +104,7 @@ class LoadedProcess:
 
 @dataclass(frozen=True)
 class PictureEstimate:
-    """One picture: how it would go through the network, or why it would not."""
+    """One picture or video: how it, or each of its frames, would go through the network, or why it would not."""
 
     path: Path
     refusal: str = ""
@@ -114,9 +118,13 @@ class PictureEstimate:
     memory: int = 0
     """Bytes that the whole process has at its peak, a GPU's included."""
     scratch: int = 0
-    """Bytes of scratch files, the result before it is encoded included."""
+    """Bytes of scratch files, the result before it is encoded included; of a video those of its segments."""
     seconds: float = 0.0
-    """Of the network and the encoder."""
+    """Of the network and the encoder; of a video all that its frames take."""
+    frames: int = 0
+    """Of a video, as its header says or by duration and rate; 0 for a picture."""
+    rate: Fraction = Fraction(0)
+    """Frames that a video shows per second."""
     notes: tuple[str, ...] = ()
     """What would not be taken over from it, one line each."""
 
@@ -129,34 +137,70 @@ def pairs(height: int, width: int, regions: int) -> float:
 def estimates(
     jobs: Sequence[Job], backend: Backend, model: Path, loading: RunOptions, upscaling: UpscaleOptions, encoding: Encoding
 ) -> Iterator[PictureEstimate]:
-    """A plan for every picture on a backend with a model loaded so; a picture's header alone is read."""
+    """A plan for every picture and video on a backend with a model loaded so.
+
+    A picture's header alone is read; the first frames of a video are, and encoded, see `sample_of`.
+    """
     loaded = LoadedProcess.this()
     costs = costs_of(backend, model, loading)
     for job in jobs:
-        yield picture_estimate(job, backend, costs, upscaling, encoding, loaded)
+        of_its_kind = video_estimate if job.is_video else picture_estimate
+        try:
+            yield of_its_kind(job, backend, costs, upscaling, encoding, loaded)
+        except SanrtError as error:
+            refusal = str(error) if str(job.source) in str(error) else f"{job.source}: {error}"
+            yield PictureEstimate(job.source, refusal, isinstance(error, LargeEnoughError))
 
 
 def picture_estimate(
     job: Job, backend: Backend, costs: Costs, options: UpscaleOptions, encoding: Encoding, loaded: LoadedProcess
 ) -> PictureEstimate:
-    """What becomes of one picture in a process that has loaded the model."""
-    try:
-        with fetched(job.source) as path, open_picture(path) as source:
-            output = plan_output(source.info, job.destination, backend.spec.architecture.scale, encoding)
-            found = estimate(backend, costs, source.info, options)
-            seconds = found.seconds + output.width * output.height * encoding_seconds(output)
-            notes = picture_notes(source.info, path, output)
-            memory = max(loaded.peak, loaded.resident + found.memory)
-            return replace(found, path=job.source, memory=memory, seconds=seconds, notes=notes)
-    except SanrtError as error:
-        refusal = str(error) if str(job.source) in str(error) else f"{job.source}: {error}"
-        return PictureEstimate(job.source, refusal, isinstance(error, LargeEnoughError))
+    """What becomes of one picture in a process that has loaded the model; raises as a run of it would."""
+    with fetched(job.source) as path, open_picture(path) as source:
+        output = plan_output(source.info, job.destination, backend.spec.architecture.scale, encoding)
+        found = estimate(backend, costs, source.info, options)
+        seconds = found.seconds + output.width * output.height * encoding_seconds(output)
+        notes = picture_notes(source.info, path, output)
+        memory = max(loaded.peak, loaded.resident + found.memory)
+        return replace(found, path=job.source, memory=memory, seconds=seconds, notes=notes)
+
+
+def video_estimate(
+    job: Job, backend: Backend, costs: Costs, options: UpscaleOptions, encoding: Encoding, loaded: LoadedProcess
+) -> PictureEstimate:
+    """The same for a video, as if no frame were equal to the one before.
+
+    On the CPU network, decoder and encoder share its cores; beside a GPU the slowest of them sets the pace.
+    """
+    with fetched(job.source) as path:
+        video = settle(job, path, NetworkRunner(backend, options), encoding)
+        sample = sample_of(video)
+    info = video.info
+    found = network_estimate(backend, costs, info, video.plan, options)
+    steps = found.seconds, sample.reading, sample.encoding
+    per_frame = sum(steps) if backend.device == "CPU" else max(steps)
+    return replace(
+        found,
+        path=job.source,
+        memory=max(loaded.peak, loaded.resident + found.memory + frame_bytes(video)),
+        scratch=found.scratch + round(info.frames * sample.bytes),
+        seconds=info.frames * per_frame,
+        frames=info.frames,
+        rate=info.rate,
+        notes=video.notes,
+    )
 
 
 def estimate(backend: Backend, costs: Costs, info: PictureInfo, options: UpscaleOptions) -> PictureEstimate:
     """What the network and its process beside itself take for a picture, by its header; raises as `NetworkRunner.decide`."""
+    return network_estimate(backend, costs, info, NetworkRunner(backend, options).decide(info), options)
+
+
+def network_estimate(
+    backend: Backend, costs: Costs, info: PictureInfo | VideoInfo, plan: TilingPlan, options: UpscaleOptions
+) -> PictureEstimate:
+    """The same for a picture, or one frame of a video, that goes through the network so."""
     arch, height, width = backend.spec.architecture, info.height, info.width
-    plan = NetworkRunner(backend, options).decide(info)
     passes = len(ORIENTATIONS) if options.self_ensemble else 1
     found = PictureEstimate(info.path, "", False, width, height, backend.name, plan)
     found = replace(
@@ -191,7 +235,9 @@ def per_pixel(backend: Backend, costs: Costs, plan: TilingPlan) -> float:
     return costs.large_memory if by_stages(plan, backend) else costs.memory
 
 
-def streamed_bytes(backend: Backend, costs: Costs, info: PictureInfo, plan: TilingPlan, options: UpscaleOptions) -> Needs:
+def streamed_bytes(
+    backend: Backend, costs: Costs, info: PictureInfo | VideoInfo, plan: TilingPlan, options: UpscaleOptions
+) -> Needs:
     """Bytes of a picture that is streamed from its file."""
     arch, budget = backend.spec.architecture, MemoryBudget.of(backend, options)
     pixels = info.height * info.width

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from sanrt.files import replacing
+from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.provenance import identify, require_unchanged, seal
 from sanrt.runtime.pictures.resize import reduced
@@ -108,23 +109,29 @@ def preview(
 def planned(job: Job, runner: NetworkRunner, options: PipelineOptions) -> Planned:
     """The result that a video's header promises; raises as `settle` does."""
     with fetched(job.source) as path:
-        video = settle(job, path, runner, options)
+        video = settle(job, path, runner, options.encoding)
         return Planned(job, video.output.width, video.output.height, video.notes + tiling_note(video.plan))
 
 
-def settle(job: Job, path: Path, runner: NetworkRunner, options: PipelineOptions) -> Video:
+def settle(job: Job, path: Path, runner: NetworkRunner, encoding: Encoding) -> Video:
     """How a video is enlarged and written, from its header and first frame; what cannot be done is refused here.
 
     Raises PictureError, and BackendError or UsageError where the backend cannot take it.
     """
     info = look(path)
-    result = options.encoding.result_size
-    width, height = result.checked(info.width, info.height, options.scale)
-    if str(result):  # sides that any chroma divides
-        width, height = max(2, width - width % 2), max(2, height - height % 2)
-    output = plan_video(info, job.destination, (width, height), options.encoding.video)
+    size = result_sides(encoding, info.width, info.height, runner.scale)
+    output = plan_video(info, job.destination, size, encoding.video)
     output = replace(output, notes=result_note(path) + output.notes)
     return Video(job, info, output, plan_copying(info, output), runner.decide_array(info.height, info.width))
+
+
+def result_sides(encoding: Encoding, width: int, height: int, scale: int) -> tuple[int, int]:
+    """Width and height of the result of a video of this size; raises as `ResultSize.checked` does."""
+    result = encoding.result_size
+    width, height = result.checked(width, height, scale)
+    if str(result):  # sides that any chroma divides
+        return max(2, width - width % 2), max(2, height - height % 2)
+    return width, height
 
 
 def enlarge(job: Job, runner: NetworkRunner, options: PipelineOptions, listener: Listener = nobody) -> Written | Skipped:
@@ -139,7 +146,7 @@ def enlarge(job: Job, runner: NetworkRunner, options: PipelineOptions, listener:
 def upscale(job: Job, runner: NetworkRunner, options: PipelineOptions, listener: Listener) -> Written:
     """The same; AlreadyWrittenError where another run wrote it."""
     with fetched(job.source) as path:
-        video = settle(job, path, runner, options)
+        video = settle(job, path, runner, options.encoding)
         source = identify(path, job.source)
         made = options.recipe.provenance(source, video.output.container)
         result = scratch_folder(job.destination) / job.destination.name

@@ -12,6 +12,8 @@ from pathlib import Path
 from struct import unpack
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sanrt.errors import PictureError, TooManyPixelsError, first_line, system_reason
 from sanrt.extras import extra
 from sanrt.runtime.video.frames import (
@@ -87,6 +89,11 @@ class VideoInfo:
     mastering: MasteringDisplay = MasteringDisplay()
     notes: tuple[str, ...] = ()
     """What is not taken over, one line each."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of its frames in memory, as RGB: uint8, or uint16 over the whole 0..65535."""
+        return self.format.dtype
 
     @property
     def conversion(self) -> Conversion:

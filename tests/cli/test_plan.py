@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import asdict, replace
+from fractions import Fraction
 from inspect import signature
 
 import numpy as np
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from sanrt.cli import app
 from sanrt.cli.plan import plan
 from sanrt.cli.run import run
-from sanrt.errors import ModelError, UsageError
+from sanrt.errors import BackendError, ModelError, UsageError
 from sanrt.files import keep
 from sanrt.runtime.pictures.codec import open_picture
 from sanrt.runtime.runs.estimate import Costs
@@ -71,7 +72,7 @@ def test_what_cannot_be_planned_is_an_error_and_the_others_are_planned(folder, t
 
 def test_plan_takes_what_run_takes(folder, tiny_model):
     parameters = {command: signature(function).parameters for command, function in (("plan", plan), ("run", run))}
-    more = {"dry_run", "verbose", "explain_tiles", "record", "ray", "workers"}
+    more = {"dry_run", "verbose", "explain_tiles", "record", "ray", "workers", "y4m"}
     assert set(parameters["plan"]) == set(parameters["run"]) - more
 
 
@@ -159,8 +160,8 @@ def test_a_picture_that_the_backend_cannot_do_is_refused_in_its_words(folder, ti
     job = Job(folder / "small.png", folder / "out.png")
     with load_backend("torch", tiny_model(2), RunOptions(threads=1)) as backend:
         backend.limits = Limits((Profile(Size(1, 4, 4), Size(1, 8, 8), Size(1, 16, 16)),))
-        found = picture_estimate(job, backend, COSTS, UpscaleOptions(tiling=Tiling.WHOLE), Encoding(), LoadedProcess(0, 0))
-    assert found.refusal.startswith(f"{job.source}: torch: 80 x 60 pixels as a whole, its engine takes 4 x 4 to 16 x 16")
+        with pytest.raises(BackendError, match="torch: 80 x 60 pixels as a whole, its engine takes 4 x 4 to 16 x 16"):
+            picture_estimate(job, backend, COSTS, UpscaleOptions(tiling=Tiling.WHOLE), Encoding(), LoadedProcess(0, 0))
 
 
 def test_the_scratch_files_of_native_s_plan_are_those_that_the_run_makes(tmp_path, tiny_model, monkeypatch):
@@ -217,3 +218,23 @@ def test_plan_tells_what_run_tells_of_a_picture(tmp_path, tiny_model):
     previewed = CliRunner().invoke(app, ["run", "--dry-run", str(tmp_path), *named]).output
     assert "GIF is written as PNG" in previewed
     assert "CMYK converted to sRGB" in previewed
+
+
+def test_plan_tells_frames_rate_pace_segments_and_refusals_of_videos(tmp_path, tiny_model, monkeypatch):
+    pytest.importorskip("av")
+    from tests.clips import clip
+
+    clip(tmp_path / "in" / "a.mp4", range(12), rate=Fraction(30000, 1001))
+    (tmp_path / "in" / "cut.mp4").write_bytes((tmp_path / "in" / "a.mp4").read_bytes()[:-50])
+    words = ["plan", str(tmp_path / "in"), str(tmp_path / "out"), "--model", str(tiny_model(2)), "--backend", "onnxruntime"]
+    monkeypatch.setattr("sanrt.runtime.runs.estimate.costs_of", lambda *_: COSTS)
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1
+    line, total = done.stdout.splitlines()
+    told = (
+        r"32 x 24, 12 frames of 29\.97 per second on onnxruntime: whole, .* GiB of memory, \S+ MiB of scratch files, about "
+    )
+    assert re.fullmatch(re.escape(str(tmp_path / "in" / "a.mp4")) + ": " + told + r".* \(0.0013 frames/s\)", line)
+    assert total.endswith(", 1 failed")
+    assert "cut.mp4: truncated" in done.stderr
+    assert not (tmp_path / "out").exists()

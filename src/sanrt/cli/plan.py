@@ -82,7 +82,7 @@ def plan(
     scratch: ScratchOption = None,
     regions: RegionsOption = "auto",
 ) -> None:
-    """Say how `sanrt run` with the same words would upscale the pictures, and what memory and time that takes."""
+    """Say how `sanrt run` with the same words would upscale pictures and videos, and what memory and time that takes."""
     from sanrt.runtime.backends.protocol import RunOptions
     from sanrt.runtime.backends.registry import load_unguarded
     from sanrt.runtime.pictures.codec import Encoding
@@ -131,12 +131,20 @@ def plan(
 
 
 def line(plan: PictureEstimate) -> str:
-    """One picture, for people."""
-    scratch = f", {plan.scratch / 2**30:.2f} GiB of scratch files" if plan.scratch else ""
+    """One picture or video, for people."""
+    scratch = f", {amount(plan.scratch)} of scratch files" if plan.scratch else ""
+    shown = f", {plan.frames} frames of {float(plan.rate):.5g} per second" if plan.frames else ""
+    pace = f" ({plan.frames / plan.seconds:.3g} frames/s)" if plan.frames else ""
     return (
-        f"{plan.path}: {plan.width} x {plan.height} on {plan.backend}: {plan.plan}, {plan.memory / 2**30:.2f} GiB of memory"
-        f"{scratch}, about {duration(plan.seconds)}{''.join(f'; {note}' for note in plan.notes)}"
+        f"{plan.path}: {plan.width} x {plan.height}{shown} on {plan.backend}: {plan.plan}, "
+        f"{plan.memory / 2**30:.2f} GiB of memory{scratch}, about {duration(plan.seconds)}{pace}"
+        f"{''.join(f'; {note}' for note in plan.notes)}"
     )
+
+
+def amount(size: int) -> str:
+    """Bytes as people say them."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 100 else f"{size / 2**20:.2g} MiB"
 
 
 def duration(seconds: float) -> str:
