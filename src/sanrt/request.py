@@ -280,6 +280,22 @@ def ray_outcomes(
             yield from done
 
 
+def stream_model(request: Request, width: int, height: int) -> ModelChoice:
+    """The model for frames of this size, with the preferred variant where there is one; raises as `Request.resolve`."""
+    from sanrt.runtime.backends.registry import model_spec, require_known
+
+    choice, size = request.choice, request.encoding.result_size
+    require_known(choice.backend)
+    scale = choice.scale
+    if not choice.named and not scale:
+        scale = size.outscale_network or (size.least_scale(width, height) if size.size else None)
+    chosen = replace(choice, scale=scale).preferred()
+    makes = model_spec(chosen.path).architecture.scale
+    require_scale(chosen.path, makes, scale)
+    require_large_enough(chosen.path, makes, size)
+    return chosen
+
+
 def by_network(
     jobs: Sequence[Job], choice: ModelChoice, size: ResultSize
 ) -> dict[tuple[int | None, WeightsKind | None], list[Job]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ from sanrt.cli.panels import PanelCommand, panel
 from sanrt.cli.request import (
     ELSEWHERE,
     LARGE,
+    VIDEO,
     BackendOption,
     CodecOption,
     CrfOption,
@@ -48,6 +49,7 @@ from sanrt.cli.request import (
     region_count,
 )
 from sanrt.cli.streams import STREAM, standard_streams
+from sanrt.cli.y4m import stream_frames
 from sanrt.errors import UsageError
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
 from sanrt.model.spec import Precision
@@ -65,6 +67,8 @@ GRAPH_BACKENDS = ("onnxruntime", "openvino", "onnxruntime-cuda")
 """Those that run ONNX graphs, which for weights are written when they are first run."""
 ADDRESS = re.compile(r"local|auto|ray://.*|[^/]+:\d+")
 """What `--ray` takes for an address, not for the next argument."""
+FLAGS = {"background": "flatten"}
+"""Options that the options objects call otherwise."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,9 @@ def run(
     codec: CodecOption = None,
     crf: CrfOption = None,
     preset: PresetOption = None,
+    y4m: Annotated[
+        bool, panel(VIDEO)("--y4m", help="Raw frames from standard input to standard output: as in docs/video.md.")
+    ] = False,
     models: ModelsOption = MODELS,
     backend: BackendOption = "auto",
     precision: PrecisionOption = None,
@@ -169,7 +176,23 @@ def run(
         Encoding(quality, lossless, background, outscale, within, codec, crf, preset),
         Naming(suffix, format),
     )
+    if y4m:
+        require_streamed(request, manner)
+        stream_frames(request, quiet)
+        raise typer.Exit(0)
     raise typer.Exit(execute(request, manner, device))
+
+
+def require_streamed(request: Request, manner: Manner) -> None:
+    """Raise UsageError for options that are about files, or about more than one process."""
+    given = asdict(request.naming) | asdict(request.encoding) | asdict(manner)
+    for name in ("outscale", "size", "quiet"):
+        del given[name]
+    for name, value in given.items():
+        if value:
+            raise UsageError(
+                f"--{FLAGS.get(name, name.replace('_', '-'))}: changes nothing in raw frames; leave it or --y4m out"
+            )
 
 
 def execute(request: Request, manner: Manner, device: int | None) -> int:

@@ -37,6 +37,14 @@ def tell(line: str, error: bool = False) -> None:
     print(printable(line), file=sys.stderr if error else sys.stdout, flush=True)
 
 
+def require_usable(source: str, output: str) -> None:
+    """Raise UsageError for a stream that is closed, or where a terminal would get the result."""
+    if output == STREAM and sys.stdout and sys.stdout.isatty():
+        raise UsageError("-: standard output is a terminal; send it to a file or a program, or name OUTPUT")
+    if (source == STREAM and sys.stdin is None) or (output == STREAM and sys.stdout is None):
+        raise UsageError("-: that standard stream is closed; name files")
+
+
 @contextmanager
 def standard_streams(paths: Sequence[str], naming: Naming) -> Iterator[tuple[Sequence[str], str]]:
     """INPUTS and OUTPUT with temporary files in the place of `-`, and what of their paths nobody needs to read.
@@ -50,11 +58,8 @@ def standard_streams(paths: Sequence[str], naming: Naming) -> Iterator[tuple[Seq
     *inputs, output = paths if len(paths) > 1 else [STREAM, STREAM]
     if len(inputs) > 1:
         raise UsageError("-: stands for one picture; expected - as the only input, or one input and - as OUTPUT")
-    if output == STREAM and sys.stdout.isatty():
-        raise UsageError("-: standard output is a terminal; send it to a file or a program, or name OUTPUT")
     (source,) = inputs
-    if (source == STREAM and sys.stdin is None) or (output == STREAM and sys.stdout is None):
-        raise UsageError("-: that standard stream is closed; name files")
+    require_usable(source, output)
     with tempfile.TemporaryDirectory(prefix="sanrt-", ignore_cleanup_errors=True) as folder:
         if source == STREAM:
             source = str(Path(folder, "standard input"))
