@@ -66,6 +66,7 @@ def standard_streams(paths: Sequence[str], naming: Naming) -> Iterator[tuple[Seq
             with Path(source).open("wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
         result = Path(folder, "standard output", naming.of(located(source)))
+        result.parent.mkdir()
         try:
             yield [source, str(result) if output == STREAM else output], f"{folder}{os.sep}"
         except SanrtError as problem:
