@@ -46,7 +46,12 @@ COMPARISONS = {Experiment.CUDNN: convolution, Experiment.SOCA: gates, Experiment
 def check_experiments(
     experiments: Collection[Experiment], channels: int, device: torch.device, dtype: torch.dtype
 ) -> dict[Experiment, float]:
-    """How far each experiment's result is from the measured one's, relative; raises BackendError where that is too much."""
+    """How far each experiment's result is from the measured one's, relative.
+
+    Raises BackendError where that is too much, and for one that is not for `dtype`.
+    """
+    if dtype == torch.float32 and (wrong := {Experiment.CUDNN, Experiment.ATTENTION} & set(experiments)):
+        raise BackendError(f"{VARIABLE}={min(wrong)}: not in fp32; expected fp16 or bf16")
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> Tensor:

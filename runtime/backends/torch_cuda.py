@@ -13,7 +13,7 @@ from sanrt.arrays import Array
 from sanrt.errors import BackendError, OutOfMemoryError, first_line
 from sanrt.extras import install_command
 from sanrt.geometry import Box
-from sanrt.kernels.cuda.experimental import VARIABLE, Experiment, requested
+from sanrt.kernels.cuda.experimental import Experiment, requested
 from sanrt.kernels.cuda.nvrtc import ARCHITECTURES
 from sanrt.model.contract import STAGE_INPUTS, STAGE_MAPS
 from sanrt.model.spec import GRAPH_PRECISIONS, Precision
@@ -222,8 +222,6 @@ class CudaNetwork:
             raise BackendError("torch: no CUDA GPU here, or a PyTorch built without CUDA; run it on the CPU")
         self.device = torch.device("cuda", device)
         dtype = dtype or torch.float16
-        if dtype == torch.float32 and (halves := {Experiment.CUDNN, Experiment.ATTENTION} & set(experiments)):
-            raise BackendError(f"{VARIABLE}={min(halves)}: not in fp32; expected fp16 or bf16")
         if experiments:
             from sanrt.kernels.cuda.selfcheck import check_experiments
 

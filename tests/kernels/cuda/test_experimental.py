@@ -27,6 +27,12 @@ def test_experiments_that_compute_what_the_measured_kernels_compute_pass(dtype: 
     assert errors.keys() == set(Experiment)
 
 
+def test_what_is_for_16_bits_is_refused_in_fp32() -> None:
+    with pytest.raises(BackendError, match=rf"{VARIABLE}=attention: not in fp32; expected fp16 or bf16"):
+        selfcheck.check_experiments({Experiment.SOCA, Experiment.ATTENTION}, 16, torch.device("cpu"), torch.float32)
+    assert selfcheck.check_experiments({Experiment.SOCA}, 16, torch.device("cpu"), torch.float32)
+
+
 @pytest.mark.parametrize("wrong", [lambda y: y * 1.01, lambda y: y * float("nan")], ids=["off", "not finite"])
 def test_an_experiment_that_computes_something_else_is_refused(
     wrong: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch

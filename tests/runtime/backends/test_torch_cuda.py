@@ -1,11 +1,15 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sanrt.errors import BackendError, OutOfMemoryError
+from sanrt.kernels.cuda.experimental import VARIABLE, Experiment
 from sanrt.model.san import SAN
 from sanrt.model.spec import Architecture, ModelSpec, Precision
+from sanrt.runtime.backends import torch_cuda
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.backends.torch_cuda import CudaNetwork, Graphs, TorchStages, cuda_errors_about, load, prepared, status
@@ -177,3 +181,17 @@ def test_replays_on_a_gpu_give_what_the_reference_gives(net: SAN) -> None:
         x = 255 * torch.rand(1, 3, *size)
         net.attention.regions = regions
         assert rms(fast(x, regions).cpu() - net(x)) < 1e-3
+
+
+@pytest.mark.parametrize(("named", "experiments"), [("", set()), ("soca", {Experiment.SOCA})])
+def test_the_backend_takes_the_experiments_that_the_environment_names(
+    named: str, experiments: set[Experiment], net: SAN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = {}
+    monkeypatch.setenv(VARIABLE, named)
+    monkeypatch.setattr(torch_cuda, "network", lambda model, regions: (net, ModelSpec(net.arch, "0" * 64, "seeded", 5)))
+    monkeypatch.setattr(torch_cuda, "CudaNetwork", lambda *arguments, **options: taken.update(options))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
+    load(Path("model.onnx"), RunOptions())
+    assert taken == {"experiments": experiments}
