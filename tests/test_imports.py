@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 from pkgutil import walk_packages
 
 import numpy as np
@@ -30,12 +31,12 @@ OPTIONAL = (
     "threadpoolctl",
     "starlette",
     "uvicorn",
-    "multipart",
+    "python_multipart",
     "prometheus_client",
     "tritonclient",
 )
 NEEDS = {
-    "sanrt.serve": {"starlette", "uvicorn", "multipart", "prometheus_client"},
+    "sanrt.serve": {"starlette", "uvicorn", "python_multipart", "prometheus_client"},
     "sanrt.export": {"torch", "safetensors", "onnx", "tritonclient"},
     "sanrt.kernels.cpu": {"llvmlite", "threadpoolctl"},
     "sanrt.kernels.cuda": {"torch"},
@@ -170,3 +171,12 @@ def test_a_library_that_does_not_load_on_a_system_is_told_in_one_line(library, t
     assert len(lines) == 1, done.stderr
     assert told in lines[0]
     assert "docs/systems.md" in lines[0]
+
+
+def test_the_benchmarks_begin_with_what_their_page_names():
+    root = Path(__file__).resolve().parents[1]
+    names = sorted(path.stem for path in (root / "benchmarks").glob("*.py"))
+    absent = ("PIL", "matplotlib", "openvino", "ray", "starlette", "tensorrt")
+    code = f"import sys\nsys.modules.update(dict.fromkeys({absent}))\n" + "".join(f"import benchmarks.{n}\n" for n in names)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -6,7 +6,6 @@ import io
 
 import numpy as np
 import pyvips
-from PIL import Image
 
 from training.data import Picture
 
@@ -29,6 +28,8 @@ def png(picture: Picture) -> bytes:
 
 def avif(picture: Picture, quality: int) -> bytes:
     """A uint8 (H, W, 3) picture as AVIF of full chroma: a third smaller than JPEG at the same PSNR, and without its grid."""
+    from PIL import Image  # here and below: whoever takes another name from here does not need it
+
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "AVIF", quality=quality, subsampling="4:4:4", speed=8, max_threads=1)
     return file.getvalue()
@@ -36,6 +37,8 @@ def avif(picture: Picture, quality: int) -> bytes:
 
 def decoded(data: bytes) -> Picture:
     """The picture in a file: uint8 (H, W, 3)."""
+    from PIL import Image
+
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
