@@ -40,6 +40,7 @@ from sanrt.runtime.runs.pipeline import (
     nobody,
     result_note,
     tiling_note,
+    without_leftovers,
 )
 from sanrt.runtime.runs.results import appeared
 from sanrt.runtime.tiling.plan import TilingPlan
@@ -88,7 +89,7 @@ def run(
         if not are_videos:
             yield from pipeline.run(group, runner, options, listener)
             continue
-        for job in group:
+        for job in without_leftovers(group):
             outcome = guarded(job, partial(enlarge, job, runner, options, listener))
             listener(Finished(outcome))
             yield outcome

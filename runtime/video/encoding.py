@@ -35,6 +35,8 @@ SMALL = 640 * 360
 """Pixels of a frame below which x264 is not to be trusted with all that it does."""
 TICK = Fraction(1, 1000)
 """Matroska's unit of time: in the files of segments a frame's time is its number."""
+MOST_DELAY = 64
+"""More frames than any encoder keeps back."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +286,7 @@ class SegmentEncoder:
         """The picture that was added last, and its planes."""
 
     def __enter__(self) -> Self:
-        options = {"fflags": "+bitexact"}
+        options = {"fflags": "+bitexact", "avoid_negative_ts": "disabled"}
         self.container = ffmpeg().open(self.file, "w", format="matroska", container_options=options)
         self.stream = open_stream(self.container, self.output)
         return self
@@ -315,8 +317,9 @@ class SegmentEncoder:
         try:
             for packet in self.stream.encode(frame):
                 assert packet.pts is not None
+                # encoders are seldom wrong about when to decode, and then refused; `join` finds it anew for all segments
+                packet.dts, packet.time_base = len(self.order) - MOST_DELAY, TICK
                 self.order.append(packet.pts)
-                packet.time_base = TICK
                 self.container.mux(packet)
         except ffmpeg().FFmpegError as error:
             what = f"{output.width} x {output.height} {output.stored}"

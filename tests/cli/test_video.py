@@ -93,7 +93,7 @@ def test_frames_times_and_tags_are_the_sources(sanrt, tmp_path, name, variable):
 )
 def test_depth_subsampling_and_colours_are_kept(sanrt, tmp_path, codec, stored, colours):
     ending = ".mov" if codec == "prores_ks" else ".webm" if codec == "libvpx-vp9" else ".mkv"
-    options = {"x265-params": "log-level=error"} if codec == "libx265" else {}
+    options = {"x265-params": "log-level=error:bframes=0"} if codec == "libx265" else {}
     source = clip(
         tmp_path / f"in{ending}", range(3), codec=codec, stored=stored, options=options, tags=colours, size=(64, 64)
     )
@@ -214,6 +214,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(sanrt, models, tmp_path):
     (folder,) = hidden(tmp_path)
     there = len(list((tmp_path / folder).glob("*.json")))
     (tmp_path / folder / ".000099.mkv.sanrt-0123456789abcdef.partial").write_bytes(b"half")
+    (tmp_path / ".out.mp4.sanrt-0123456789abcdef.partial").write_bytes(b"half")
     status, out, err = sanrt(source, "out.mp4")
     assert (status, err) == (0, "")
     assert f"out.mp4: {4 * there} of 40 frames were there of an earlier run" in out
@@ -393,3 +394,20 @@ def test_compressed_video_goes_through_the_weights_for_photographs(tmp_path):
     studio = clip(tmp_path / "c.mov", range(2), codec="prores_ks", stored="yuv422p10le")
     assert [suits_photo(path, 2) for path in (lossy, lossless, studio)] == [True, False, False]
     assert not suits_photo(lossy, 3)
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc", "av1"])
+def test_hdr10_metadata_is_handed_on(sanrt, tmp_path, codec):
+    display = "G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,50)"
+    options = {"x265-params": f"log-level=error:bframes=0:master-display={display}:max-cll=1000,400"}
+    hdr = {"codec": "libx265", "stored": "yuv420p10le", "tags": (9, 1, 9, 16), "options": options, "size": (64, 64)}
+    source = clip(tmp_path / "in.mkv", range(2), **hdr)
+    assert sanrt(source, "out.mkv", "--codec", codec)[0] == 0
+    wanted, found = look(source).mastering, look(tmp_path / "out.mkv").mastering
+    assert wanted.light_level == found.light_level == (1000, 400)
+    assert wanted.luminance[1] == 1000
+    values = zip(found.primaries + found.luminance, wanted.primaries + wanted.luminance, strict=True)
+    assert all(abs(one - other) < Fraction(1, 10_000) * max(1, other) for one, other in values)
+    assert tags(tmp_path / "out.mkv") == (9, 1, 9, 16)
+    status, out, _ = sanrt(source, "lossless.mkv", "--codec", "ffv1")
+    assert (status, "left out: HDR10 mastering metadata, which ffv1 does not take" in out) == (0, True)
