@@ -139,7 +139,7 @@ def measure(
     begun, opening = time.monotonic(), 0.0
     for size in wanted:
         left = seconds - (time.monotonic() - begun)
-        if len(points) > 1 and (next_seconds := predicted(points, size) + opening) > left:
+        if points and (next_seconds := predicted(points, size) + opening) > left:
             return points, f"{size} would take {next_seconds:.0f} s of the {max(left, 0):.0f} left of its share of --minutes"
         started = time.monotonic()
         try:
@@ -153,7 +153,8 @@ def measure(
 
 def predicted(points: list[Point], size: Size) -> float:
     """Seconds of a size, by how time grew over the last two, at least with the pixels."""
-    growth = exponent([each.size.pixels for each in points[-2:]], [each.seconds for each in points[-2:]])
+    last = points[-2:]
+    growth = exponent([each.size.pixels for each in last], [each.seconds for each in last]) if len(last) > 1 else 1.0
     return float(points[-1].seconds * (size.pixels / points[-1].size.pixels) ** max(growth, 1.0))
 
 
