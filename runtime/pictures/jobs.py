@@ -181,7 +181,7 @@ def _check_file(given: Path, output: Path, one: bool, naming: Naming) -> None:
             f"no folder for the results of several pictures: {output}, the last argument, {what}; "
             "add a folder, such as `sanrt run ... upscaled/`"
         )
-    if is_video(given) or (Container.of_suffix(output) and not Format.of_suffix(given)):
+    if is_video(given) or (Container.of_suffix(output) and Format.of_suffix(given) in (None, Format.GIF)):
         if Container.of_suffix(output) is None:
             raise UsageError(
                 f"{output}: the result of a video is one; expected a name ending in one of {' '.join(WRITTEN_SUFFIXES)}, "

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 1_000_000_000
 PROGRESSIVE = (0, 1)
 """FFmpeg's field orders of streams that are not interlaced: unknown, progressive."""
+WITH_OPACITY = ("bgra", "rgba", "argb", "abgr")
+"""Samples of GIF and others, which are enlarged where all is opaque."""
 INTERMEDIATE = ("prores", "dnxhd", "cfhd")
 """Lossy codecs of studios whose frames count as uncompressed."""
 CENTRED_CODECS = ("mjpeg", "mpeg1video")
@@ -188,7 +190,7 @@ def described(
         raise PictureError(f"{path}: interlaced; deinterlace it first (ffmpeg -i IN -vf bwdif -c:a copy OUT)")
     if first.width * first.height > MAX_PIXELS:
         raise TooManyPixelsError(f"{path}: claims {first.width} x {first.height} pixels a frame")
-    form = PixelFormat.of(first.format)
+    form = PixelFormat(8, (1, 1), rgb=True) if first.format.name in WITH_OPACITY else PixelFormat.of(first.format)
     if form is None:
         raise PictureError(
             f"{path}: samples are {first.format.name}: transparency, or a kind that sanrt does not enlarge in videos; "
@@ -291,7 +293,9 @@ def frames(info: VideoInfo) -> Iterator[SourceFrame]:
 
 
 def picture_of(frame: av.VideoFrame, info: VideoInfo) -> Pixels:
-    """A frame as RGB (H, W, 3), uint8 or uint16."""
+    """A frame as RGB (H, W, 3), uint8 or uint16; PictureError where it is transparent."""
+    if frame.format.name in WITH_OPACITY and frame.reformat(format="rgba").to_ndarray()[..., 3].min() < 255:
+        raise PictureError(f"{info.path}: transparent frames; lay them onto a colour first, or name a picture as OUTPUT")
     return info.conversion.to_rgb(planes_of(frame, info.format))
 
 

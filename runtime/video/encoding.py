@@ -82,7 +82,7 @@ def plan_video(info: VideoInfo, path: Path, size: tuple[int, int], asked: VideoE
     encoder = (encoder_named(asked.codec) if asked.codec else None) or suitable(info, container)
     require_known(encoder, asked.crf, asked.preset)
     require_held(path, container, encoder)
-    form, stored, notes = sample_format(info, encoder, path)
+    form, stored, notes = sample_format(info, encoder, container, path)
     require_divisible(path, size, form, encoder)
     tags, matrix, tag_notes = colours(info, size, form)
     return VideoOutput(
@@ -139,12 +139,16 @@ def require_held(path: Path, container: Container, encoder: Encoder) -> None:
         raise PictureError(f"{path}: PyAV has no encoder {encoder.name} here; choose {', '.join(Codec)}") from None
 
 
-def sample_format(info: VideoInfo, encoder: Encoder, path: Path) -> tuple[PixelFormat, str, list[str]]:
+def sample_format(info: VideoInfo, encoder: Encoder, container: Container, path: Path) -> tuple[PixelFormat, str, list[str]]:
     """The encoder's format nearest to the source's samples, FFmpeg's name of it, and what it loses, for people.
 
     PictureError where the encoder has too few bits.
     """
     source = info.format
+    if source.rgb and encoder.codec in (Codec.H264, Codec.HEVC) and container is not Container.MKV:
+        common = replace(source, rgb=False, chroma=(2, 2))
+        note = f"RGB becomes 4:2:0, which is all that most players show of {encoder.codec}; a .mkv holds it finer"
+        return common, common.name, [note]
     taken = {each.name for each in ffmpeg().Codec(encoder.name, "w").video_formats or ()}
     candidates = [
         (form, stored)
@@ -206,7 +210,7 @@ def colours(info: VideoInfo, size: tuple[int, int], form: PixelFormat) -> tuple[
     tags = info.tags
     if form.rgb:
         return replace(tags, matrix=RGB), tags.matrix, []
-    if tags.matrix == RGB:
+    if info.format.rgb:
         matrix = guessed_matrix(*size)
         return replace(tags, matrix=matrix, range=LIMITED), matrix, []
     if tags.matrix != UNSPECIFIED or form.chroma is None:

@@ -411,3 +411,22 @@ def test_hdr10_metadata_is_handed_on(sanrt, tmp_path, codec):
     assert tags(tmp_path / "out.mkv") == (9, 1, 9, 16)
     status, out, _ = sanrt(source, "lossless.mkv", "--codec", "ffv1")
     assert (status, "left out: HDR10 mastering metadata, which ffv1 does not take" in out) == (0, True)
+
+
+def test_an_animated_gif_becomes_a_video(sanrt, tmp_path):
+    pillow = pytest.importorskip("PIL.Image")
+    first, *others = (pillow.fromarray(picture(number)).quantize(64) for number in range(3))
+    first.save("in.gif", save_all=True, append_images=others, duration=[100, 50, 200])
+    status, out, err = sanrt("in.gif", "out.mp4")
+    assert (status, err) == (0, "")
+    assert "RGB becomes 4:2:0" in out
+    assert times(tmp_path / "out.mp4") == [0, Fraction(1, 10), Fraction(3, 20)]
+    assert tags(tmp_path / "out.mp4")[:2] == (6, 1)
+    assert sanrt("in.gif", "out.mkv", "--codec", "ffv1")[0] == 0
+    info = look(tmp_path / "in.gif")
+    wanted = np.asarray(first.convert("RGB"))
+    assert np.array_equal(picture_of(next(source_frames(info)).frame, info), wanted)
+    clear = pillow.new("RGBA", (32, 24))
+    clear.save("clear.gif", save_all=True, append_images=[pillow.new("RGBA", (32, 24), "red")], duration=100)
+    status, _, err = sanrt("clear.gif", "clear.mp4")
+    assert (status, "transparent frames" in err) == (1, True)
