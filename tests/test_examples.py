@@ -53,7 +53,7 @@ def test_examples_are_numbered_short_and_listed():
 
 def test_an_array_is_enlarged(cat, tmp_path):
     told = run("01_library.py", folder=tmp_path)
-    assert "<Upscaler SAN x4" in told
+    assert "<Upscaler bundled weights san_x4: SAN x4" in told
     assert "(72, 48) -> (192, 288, 3) uint8; [(64, 64, 3), (20, 28)]" in told
     assert (pixels(tmp_path / "large.png") == cat[1]).all()
 
