@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -144,10 +144,13 @@ def _with_checksums(data: bytes) -> bytes:
     return bytes(result)
 
 
-def mutated(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """`count` times a file name and its content; one in twenty is undamaged, and its name says so."""
+def mutated(count: int, seed: int = 0, sources: Mapping[str, bytes] | None = None) -> Iterator[tuple[str, bytes]]:
+    """`count` times a file name and its content; one in twenty is undamaged, and its name says so.
+
+    sources: the undamaged ones by their names, instead of `originals()`.
+    """
     rng = np.random.default_rng(seed)
-    sources = originals()
+    sources = sources or originals()
     names = list(sources)
     for number in range(count):
         name = str(rng.choice(names))
