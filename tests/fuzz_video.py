@@ -128,7 +128,7 @@ def complaints(source: Path, out: Path, told: str) -> list[str]:
 def frames_in(path: Path) -> int | str:
     """How many frames FFmpeg decodes from a video; why it does not, where it fails."""
     try:
-        with av.open(str(path)) as file:
+        with av.open(str(path), metadata_errors="replace") as file:
             stream = next(each for each in file.streams.video if not each.disposition & 0x400)
             stream.thread_type = "AUTO"
             return sum(1 for _ in file.decode(stream))

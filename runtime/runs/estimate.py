@@ -173,10 +173,11 @@ def video_estimate(
     On the CPU network, decoder and encoder share its cores; beside a GPU the slowest of them sets the pace.
     """
     with fetched(job.source) as path:
-        video = settle(job, path, NetworkRunner(backend, options), encoding)
+        video = settle(job, path, backend.spec.architecture.scale, encoding)
+        info = video.info
+        plan = NetworkRunner(backend, options).decide_array(info.height, info.width)
         sample = sample_of(video)
-    info = video.info
-    found = network_estimate(backend, costs, info, video.plan, options)
+    found = network_estimate(backend, costs, info, plan, options)
     steps = found.seconds, sample.reading, sample.encoding
     per_frame = sum(steps) if backend.device == "CPU" else max(steps)
     return replace(

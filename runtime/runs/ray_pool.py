@@ -16,12 +16,14 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
 from logging.handlers import QueueHandler
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from sanrt import wording
 from sanrt.errors import BackendError, PictureError, SanrtError, UsageError, system_reason
@@ -38,11 +40,25 @@ from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.storage import RemotePath
 from sanrt.runtime.runs import pipeline
-from sanrt.runtime.runs.pipeline import Advanced, Event, Failed, Listener, Outcome, PipelineOptions, Written, nobody
+from sanrt.runtime.runs.pipeline import (
+    Advanced,
+    Event,
+    Failed,
+    Listener,
+    Outcome,
+    PipelineOptions,
+    Written,
+    guarded,
+    nobody,
+)
 from sanrt.runtime.runs.record import Entry, Recorder, open_record, write_entry
 from sanrt.runtime.runs.results import Recipe
+from sanrt.runtime.runs.video_parts import PartMade, PartMaker, VideoPart
+from sanrt.runtime.runs.videos import Video, opened
 from sanrt.runtime.tiling.options import PROCESS_MEMORY, UpscaleOptions
+from sanrt.runtime.tiling.plan import TilingPlan
 from sanrt.runtime.tiling.upscaling import NetworkRunner
+from sanrt.runtime.video.segments import Segment, WorkFolder
 from sanrt.wording import Wording, option
 
 log = logging.getLogger(__name__)
@@ -67,8 +83,8 @@ RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_O
 
 Files = Mapping[str, bytes]
 """Names and contents of a model's files."""
-WorkerResult = tuple[Outcome, Entry | None, list[logging.LogRecord]]
-"""A picture's outcome, its line in the record, and what was logged on the way."""
+WorkerResult = tuple[Outcome | PartMade, Entry | None, list[logging.LogRecord]]
+"""A picture's or part's outcome, its line in the record, and what was logged on the way."""
 PROGRESS_SECONDS = 0.5
 """Seconds between two messages of a worker on how far a picture is, at least."""
 
@@ -144,6 +160,7 @@ class Worker:
         upscaling = replace(task.upscaling, memory=memory)
         self.options = PipelineOptions(task.recipe, task.encoding, digests=bool(task.record))
         self.runner = NetworkRunner(network, upscaling)
+        self.parts = PartMaker(self.runner, self.options)
         self.recorder = Recorder(Path(), network, task.model, running, upscaling, task.encoding, task.recipe)
         self.recorder.model_digest = model_digest(model)
         return Ready(network.name, network.device, network.spec, node, os.getpid())
@@ -155,7 +172,7 @@ class Worker:
 
         def work() -> None:
             try:
-                for outcome in pipeline.overlapped(jobs, self.runner, self.options, listener.hear):
+                for outcome in self.outcomes(jobs, listener.hear):
                     entry = self.recorder.entry(outcome) if self.task.record and isinstance(outcome, Written) else None
                     messages.put((outcome, entry, [self.records.get() for _ in range(self.records.qsize())]))
                 messages.put(None)
@@ -167,6 +184,14 @@ class Worker:
             if isinstance(message, BaseException):
                 raise message
             yield message
+
+    def outcomes(self, jobs: Sequence[Job], listener: Listener) -> Iterator[Outcome | PartMade]:
+        """Of pictures, or of parts of videos."""
+        parts = [job for job in jobs if isinstance(job, VideoPart)]
+        if not parts:
+            yield from pipeline.overlapped(jobs, self.runner, self.options, listener)
+        for part in parts:
+            yield guarded(part, partial(self.parts.made, part, listener))
 
     def leave(self) -> None:
         """Remove the copy of the model: Ray kills processes, which removes nothing."""
@@ -267,7 +292,7 @@ class Pool:
             for worker in self.handles:
                 if worker.ready and worker.awaited is None and (chunk := self.chunk()):
                     worker.pending, worker.awaited = deque(chunk), worker.actor.run.remote(chunk)
-            yield from self.step()
+            yield from cast("Iterator[Outcome]", self.step())
         for folder in {job.destination.parent for job in self.deaths if not isinstance(job.destination, RemotePath)}:
             remove_leftovers(folder)
 
@@ -285,7 +310,36 @@ class Pool:
             chunk.append(self.waiting.popleft())
         return chunk
 
-    def step(self) -> Iterator[Outcome]:
+    def make_segments(self, video: Video, work: WorkFolder, there: list[Segment], listener: Listener) -> TilingPlan:
+        """A `videos.Maker`: every worker makes one segment after the other, a dead one's is made by another.
+
+        Raises PictureError for the first that cannot be made, once those that are begun are done.
+        """
+        job = video.job
+        share = opened(video, sum(len(segment.times) for segment in there), listener)
+        parts = (
+            VideoPart(job.source, job.destination, job.replaces, job.named, work.folder, number, share)
+            for number in count(len(there))
+            if not work.found(number)
+        )
+        plans, ended, failed = [], False, ""
+        while any(worker.pending for worker in self.handles) or not (ended or failed) or (self.isolated and not failed):
+            for worker in self.handles:
+                if worker.ready and worker.awaited is None and not failed and (self.isolated or not ended):
+                    part = self.isolated.popleft() if self.isolated else next(parts)
+                    worker.pending, worker.awaited = deque([part]), worker.actor.run.remote([part])
+            for outcome in self.step():
+                if isinstance(outcome, PartMade):
+                    plans.append(outcome.plan)
+                    ended |= not outcome.there
+                elif isinstance(outcome, Failed):
+                    failed = failed or outcome.reason
+        self.isolated.clear()
+        if failed:
+            raise PictureError(failed)
+        return plans[-1]
+
+    def step(self) -> Iterator[Outcome | PartMade]:
         """Wait for a worker to say something, and take it in."""
         import ray
 
@@ -298,7 +352,7 @@ class Pool:
             if any(worker.awaited is ref for ref in said):
                 yield from self.receive(worker)
 
-    def receive(self, worker: WorkerHandle) -> Iterator[Outcome]:
+    def receive(self, worker: WorkerHandle) -> Iterator[Outcome | PartMade]:
         """What a worker said: that it is ready, how far it is, an outcome, the end of its chunk; or that it died."""
         import ray
 

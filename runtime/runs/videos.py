@@ -45,7 +45,7 @@ from sanrt.runtime.runs.pipeline import (
 from sanrt.runtime.runs.results import appeared
 from sanrt.runtime.tiling.plan import TilingPlan
 from sanrt.runtime.tiling.upscaling import NetworkRunner
-from sanrt.runtime.video.container import VideoInfo, frames, look, picture_of
+from sanrt.runtime.video.container import SourceFrame, VideoInfo, frames, look, picture_of
 from sanrt.runtime.video.encoding import SegmentEncoder, VideoOutput, plan_video
 from sanrt.runtime.video.frames import Pixels
 from sanrt.runtime.video.joining import Copying, join, plan_copying
@@ -63,8 +63,6 @@ class Video:
     info: VideoInfo
     output: VideoOutput
     copying: Copying
-    plan: TilingPlan
-    """How its frames go through the network."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -81,16 +79,35 @@ class SourcePicture:
     rgb: Pixels
 
 
+Maker = Callable[[Video, WorkFolder, list[Segment], Listener], TilingPlan]
+"""Makes the segments of a video that are not there; returns how its frames really went through the network."""
+
+
 def run(
     jobs: Iterable[Job], runner: NetworkRunner, options: PipelineOptions, listener: Listener = nobody
 ) -> Generator[Outcome, None, None]:
     """Every job's outcome, in order, as `pipeline.run` has them: pictures by it, videos one after another."""
+
+    def pictures(group: list[Job]) -> Iterator[Outcome]:
+        return pipeline.run(group, runner, options, listener)
+
+    yield from mixed(jobs, pictures, partial(make_segments, runner), options, listener)
+
+
+def mixed(
+    jobs: Iterable[Job],
+    pictures: Callable[[list[Job]], Iterator[Outcome]],
+    maker: Maker,
+    options: PipelineOptions,
+    listener: Listener,
+) -> Generator[Outcome, None, None]:
+    """The same with `pictures` for those, and segments by `maker`."""
     for are_videos, group in groupby(jobs, lambda job: job.is_video):
         if not are_videos:
-            yield from pipeline.run(group, runner, options, listener)
+            yield from pictures(list(group))
             continue
         for job in without_leftovers(group):
-            outcome = guarded(job, partial(enlarge, job, runner, options, listener))
+            outcome = guarded(job, partial(enlarge, job, maker, options, listener))
             listener(Finished(outcome))
             yield outcome
 
@@ -110,20 +127,18 @@ def preview(
 def planned(job: Job, runner: NetworkRunner, options: PipelineOptions) -> Planned:
     """The result that a video's header promises; raises as `settle` does."""
     with fetched(job.source) as path:
-        video = settle(job, path, runner, options.encoding)
-        return Planned(job, video.output.width, video.output.height, video.notes + tiling_note(video.plan))
+        video = settle(job, path, options.scale, options.encoding)
+        plan = runner.decide_array(video.info.height, video.info.width)
+        return Planned(job, video.output.width, video.output.height, video.notes + tiling_note(plan))
 
 
-def settle(job: Job, path: Path, runner: NetworkRunner, encoding: Encoding) -> Video:
-    """How a video is enlarged and written, from its header and first frame; what cannot be done is refused here.
-
-    Raises PictureError, and BackendError or UsageError where the backend cannot take it.
-    """
+def settle(job: Job, path: Path, scale: int, encoding: Encoding) -> Video:
+    """How the result of a video is written, from its header and first frame; PictureError for what cannot be."""
     info = look(path)
-    size = result_sides(encoding, info.width, info.height, runner.scale)
+    size = result_sides(encoding, info.width, info.height, scale)
     output = plan_video(info, job.destination, size, encoding.video)
     output = replace(output, notes=result_note(path) + output.notes)
-    return Video(job, info, output, plan_copying(info, output), runner.decide_array(info.height, info.width))
+    return Video(job, info, output, plan_copying(info, output))
 
 
 def result_sides(encoding: Encoding, width: int, height: int, scale: int) -> tuple[int, int]:
@@ -135,25 +150,25 @@ def result_sides(encoding: Encoding, width: int, height: int, scale: int) -> tup
     return width, height
 
 
-def enlarge(job: Job, runner: NetworkRunner, options: PipelineOptions, listener: Listener = nobody) -> Written | Skipped:
+def enlarge(job: Job, maker: Maker, options: PipelineOptions, listener: Listener = nobody) -> Written | Skipped:
     """A video from its file to the result's, which is there whole or not at all, unless another run wrote it meanwhile."""
     if appeared(job, options.recipe):
         return Skipped(job)
     with suppress(AlreadyWrittenError):
-        return upscale(job, runner, options, listener)
+        return upscale(job, maker, options, listener)
     return Skipped(job)
 
 
-def upscale(job: Job, runner: NetworkRunner, options: PipelineOptions, listener: Listener) -> Written:
+def upscale(job: Job, maker: Maker, options: PipelineOptions, listener: Listener) -> Written:
     """The same; AlreadyWrittenError where another run wrote it."""
     with fetched(job.source) as path:
-        video = settle(job, path, runner, options.encoding)
+        video = settle(job, path, options.scale, options.encoding)
         source = identify(path, job.source)
         made = options.recipe.provenance(source, video.output.container)
         result = scratch_folder(job.destination) / job.destination.name
         with work_folder(result, made) as work:
             there = work.all()
-            plan = make_segments(video, work, there, runner, listener)
+            plan = maker(video, work, there, listener)
             require_unchanged(source, path, job.source)
             segments = work.all()
             with delivered(job.destination) as local, replacing(local) as file:
@@ -181,18 +196,18 @@ def written(video: Video, plan: TilingPlan, segments: list[Segment], there: int)
 
 
 def make_segments(
-    video: Video, work: WorkFolder, there: list[Segment], runner: NetworkRunner, listener: Listener
+    runner: NetworkRunner, video: Video, work: WorkFolder, there: list[Segment], listener: Listener
 ) -> TilingPlan:
     """Make the segments that are not there; how the frames really went through the network."""
-    info, plan = video.info, video.plan
+    info = video.info
+    plan = runner.decide_array(info.height, info.width)
     length = frames_in_segment(info.rate)
     done = sum(len(segment.times) for segment in there)
-    left = max(1, info.frames - done)
-    listener(Opened(video.job, info.width * info.height * left, left))
+    share = opened(video, done, listener)
     with ThreadPoolExecutor(1, "sanrt-read") as reader, ThreadPoolExecutor(1, "sanrt-write") as writer:
-        pictures = source_pictures(reader, info, done)
+        pictures = source_pictures(reader, islice(frames(info), done, None), info)
         for number in range(len(there), 1 << 30):
-            segment = Enlarging(video, runner, plan, writer, lambda: listener(Advanced(video.job, 1 / left)))
+            segment = Enlarging(video, runner, plan, writer, lambda: listener(Advanced(video.job, share)))
             if (first := next(pictures, None)) is None:
                 return plan
             work.finished(segment.made(work.path(number), chain([first], islice(pictures, length - 1))))
@@ -200,12 +215,18 @@ def make_segments(
     return plan
 
 
-def source_pictures(reader: ThreadPoolExecutor, info: VideoInfo, done: int) -> Iterator[SourcePicture]:
-    """The frames behind the first `done` ones, each decoded while the one before it is handled.
+def opened(video: Video, done: int, listener: Listener) -> float:
+    """Tell that a video is begun of which so many frames are done; the share of the others that one of them is."""
+    left = max(1, video.info.frames - done)
+    listener(Opened(video.job, video.info.width * video.info.height * left, left))
+    return 1 / left
 
-    Those before are decoded as well, since only so the others are what they are in a run from the beginning.
+
+def source_pictures(reader: ThreadPoolExecutor, decoded: Iterator[SourceFrame], info: VideoInfo) -> Iterator[SourcePicture]:
+    """Decoded frames as the network takes them, each decoded while the one before it is handled.
+
+    Where some are passed over, these are decoded as well: only so the others are what they are in a run from the beginning.
     """
-    decoded = islice(frames(info), done, None)
 
     def read(_: object) -> SourcePicture | None:
         found = next(decoded, None)

@@ -230,9 +230,10 @@ def outcomes(
     from sanrt.runtime.video.segments import remove_others
 
     listener = listener or pipeline.nobody
-    for name, given in (("ray", conduct.ray), ("record", conduct.record)):
-        if given:
-            require_pictures(work, name)
+    if conduct.record:
+        require_pictures(work, "record")
+    if conduct.ray:
+        require_shared_videos(work)
     require_place(work, here=not conduct.ray)
     for job in work.found.done:
         if job.is_video and not conduct.preview:
@@ -263,6 +264,8 @@ def ray_outcomes(
     part: Part, request: Request, address: str, conduct: Conduct, listener: Listener, loaded: Loaded
 ) -> Generator[Outcome, None, None]:
     """The same by workers of a Ray cluster."""
+    from sanrt.runtime.runs import videos
+    from sanrt.runtime.runs.pipeline import PipelineOptions
     from sanrt.runtime.runs.ray_pool import LOCAL, Pool, Task, connected, shared_folder_probe
 
     choice, jobs = part.choice, part.jobs
@@ -276,7 +279,8 @@ def ray_outcomes(
         Pool(task, share, seen, listener) as pool,
     ):
         loaded(choice, pool.loaded[0], f"Ray {address}: {share}")
-        with closing(pool.run(jobs)) as done:
+        options = PipelineOptions(part.recipe, request.encoding)
+        with closing(videos.mixed(jobs, pool.run, pool.make_segments, options, listener)) as done:
             yield from done
 
 
@@ -418,6 +422,16 @@ def require_pictures(work: Work, name: str) -> None:
     """Raise UsageError where an option of this name is given, which videos do not have."""
     if video := next((job.source for job in work.found.to_do if job.is_video), None):
         raise UsageError(f"{option(name)}: is for pictures, {video} is a video; leave one of them out")
+
+
+def require_shared_videos(work: Work) -> None:
+    """Raise UsageError for videos in object stores, which workers do not share while they are made."""
+    for job in work.found.to_do:
+        if job.is_video and (isinstance(job.source, RemotePath) or isinstance(job.destination, RemotePath)):
+            raise UsageError(
+                f"{option('ray')}: {job.source} is a video in an object store, or becomes one; copy it to a folder that "
+                f"every node has, or leave {option('ray')} out"
+            )
 
 
 def require_large_enough(model: Path, scale: int, size: ResultSize) -> None:

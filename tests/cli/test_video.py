@@ -342,7 +342,6 @@ def test_what_cannot_be_enlarged_is_one_line_and_leaves_nothing(sanrt, tmp_path,
         (["out.mkv", "--codec", "hevc", "--preset", "8"], "expected one of ultrafast"),
         (["out.png"], "the result of a video is one"),
         (["out.mkv", "--record", "r.jsonl"], "--record: is for pictures"),
-        (["out.mkv", "--ray", "local"], "--ray: is for pictures"),
     ],
 )
 def test_what_cannot_be_written_is_one_line(sanrt, tmp_path, arguments, expected):

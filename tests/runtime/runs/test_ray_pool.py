@@ -15,6 +15,7 @@ import textwrap
 import time
 from contextlib import closing, suppress
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -282,6 +283,36 @@ def test_a_picture_that_kills_three_workers_is_reported_and_the_rest_go_on(stand
     assert len((tmp_path / "out" / "2" / "005.tries").read_text()) == 3
     assert not list((tmp_path / "out").rglob("*.partial"))
     assert len(list((tmp_path / "out").rglob("*.png"))) == 11
+
+
+class Lost(cluster.Worker):
+    """Dies two times over the second segment of a video."""
+
+    def run(self, jobs):
+        tries = jobs[0].source.parents[1] / "tries"
+        if getattr(jobs[0], "number", 0) == 1 and (not tries.exists() or len(tries.read_text()) < 2):
+            tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from super().run(jobs)
+
+
+def test_segments_of_a_video_are_made_by_all_workers_and_again_where_one_is_lost(stand_in, sanrt, disconnected, tmp_path):
+    pytest.importorskip("av", reason="needs the extra [video]")
+    from tests.clips import clip
+
+    stand_in(Lost)
+    long = clip(tmp_path / "in" / "a.mp4", [0, 0, 1, 2, 3, 4, 5, 6, 7, 8], rate=Fraction(1), sound="aac")  # 3 segments
+    noise(tmp_path / "in" / "b.png")
+    (tmp_path / "in" / "cut.mp4").write_bytes(long.read_bytes()[:-20])
+    local, ray = tmp_path / "local", tmp_path / "ray"
+    status, _, told_here = sanrt(tmp_path / "in", local)
+    again, out, told_there = sanrt(tmp_path / "in", ray, "--workers", 2, "--ray", disconnected.address)
+    assert status == again == 1
+    assert "2 written, 1 failed" in out
+    assert f"{ray / 'a.mp4'}: 1 of 10 frames (10 %) equal the one before" in out
+    assert told_there.splitlines()[-1] == told_here.splitlines()[-1]
+    assert tree(ray) == tree(local)
+    assert (tmp_path / "tries").read_text() == "xx"
 
 
 def test_workers_that_cannot_load_the_model_end_the_run_with_their_own_words(ray, tiny_model, tmp_path):
