@@ -175,7 +175,7 @@ def look(path: Path) -> VideoInfo:
     with opened(path) as container:
         stream = video_stream(container, path)
         stream.thread_type = "NONE"  # a frame alone
-        first = next(container.decode(stream), None)
+        first = next(decoded(container, stream, path), None)
         if first is None:
             raise PictureError(f"{path}: no frames in its video stream; expected at least one")
         return described(path, container, stream, first)
@@ -276,7 +276,7 @@ def frames(info: VideoInfo) -> Iterator[SourceFrame]:
         stream = next(stream for stream in container.streams.video if stream.index == info.stream)
         stream.thread_type = "AUTO"
         number, last = 0, None
-        for frame in container.decode(stream):
+        for frame in decoded(container, stream, info.path, info.frames_said):
             if (frame.width, frame.height) != (info.width, info.height):
                 raise PictureError(
                     f"{info.path}: frame {number} is {frame.width} x {frame.height}, the first one {info.width} x "
@@ -288,8 +288,29 @@ def frames(info: VideoInfo) -> Iterator[SourceFrame]:
             pts = pts if last is None else max(pts, last + 1)
             yield SourceFrame(number, pts, frame.duration or 0, frame)
             number, last = number + 1, pts
-    if number < info.frames_said:
-        raise PictureError(f"{info.path}: ends after {number} of {info.frames_said} frames; {DAMAGED}")
+
+
+def decoded(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, path: Path, said: int = 0
+) -> Iterator[av.VideoFrame]:
+    """The frames of a stream that should have so many packets, also one that was cut in front of its first keyframe.
+
+    PictureError where it ends early; what else is damaged raises FFmpeg's error.
+    """
+    number, began = 0, False
+    for packet in container.demux(stream):
+        number += bool(packet.size)
+        try:
+            found = packet.decode()
+        except ffmpeg().error.InvalidDataError:
+            if began:
+                raise
+            continue
+        for frame in found:
+            began = True
+            yield frame
+    if number < said:
+        raise PictureError(f"{path}: ends after {number} of {said} frames; {DAMAGED}")
 
 
 def picture_of(frame: av.VideoFrame, info: VideoInfo) -> Pixels:

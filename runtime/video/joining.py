@@ -199,7 +199,9 @@ def copied_packets(
     """The packets of the source's other streams, as they are."""
     streams = [source.streams[index] for index in made if index != info.stream]
     for packet in source.demux(*streams) if streams else ():
-        if packet.pts is None and packet.dts is None:
+        if not packet.size:
             continue  # the end
+        if packet.pts is None and packet.dts is None:  # a cover
+            packet.pts = packet.dts = 0
         packet.stream = made[packet.stream_index]
         yield (packet.dts if packet.dts is not None else packet.pts or 0) * packet.time_base, packet

@@ -429,3 +429,44 @@ def test_an_animated_gif_becomes_a_video(sanrt, tmp_path):
     clear.save("clear.gif", save_all=True, append_images=[pillow.new("RGBA", (32, 24), "red")], duration=100)
     status, _, err = sanrt("clear.gif", "clear.mp4")
     assert (status, "transparent frames" in err) == (1, True)
+
+
+def test_a_cover_is_copied(sanrt, tmp_path):
+    clip(tmp_path / "one.mkv", range(1), codec="mjpeg", stored="yuvj420p", tags=(5, 2, 2, 2))
+    clip(tmp_path / "two.mp4", range(3))
+    with av.open("one.mkv") as cover, av.open("two.mp4") as video, av.open("in.mp4", "w") as out:
+        streams = [out.add_stream_from_template(each.streams.video[0], opaque=True) for each in (video, cover)]
+        streams[1].disposition = 0x400
+        for source, stream in zip((video, cover), streams, strict=True):
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    out.mux(packet)
+    assert sanrt("in.mp4", "out.mp4")[0] == sanrt("in.mp4", "out.mkv")[0] == 0
+    covers = []
+    for name in ("in.mp4", "out.mp4", "out.mkv"):
+        with av.open(name) as file:
+            (stream,) = (each for each in file.streams.video if each.disposition & 0x400)
+            covers.append(next(bytes(packet) for packet in file.demux(stream) if packet.size))
+    assert covers[0] == covers[1] == covers[2]
+    assert times(tmp_path / "out.mp4") == times(tmp_path / "two.mp4")
+
+
+def test_a_recording_that_begins_between_keyframes_is_enlarged_from_the_first_one(sanrt, tmp_path):
+    content = clip(tmp_path / "whole.ts", range(12), options={"g": "5"}).read_bytes()
+    (tmp_path / "in.ts").write_bytes(content[188 * 12 :])
+    assert sanrt("in.ts", "out.mkv")[0] == 0
+    assert 0 < len(times(tmp_path / "out.mkv")) < 12
+
+
+def test_frames_before_the_beginning_of_an_edit_are_not_missing(sanrt, tmp_path):
+    with av.open(str(clip(tmp_path / "whole.mp4", range(12)))) as whole, av.open("in.mp4", "w") as out:
+        stream = out.add_stream_from_template(whole.streams.video[0], opaque=True)
+        for packet in whole.demux(video=0):
+            if packet.size:  # what is before 0 becomes an edit list's
+                packet.stream, packet.pts, packet.dts = stream, packet.pts - 3 * 512, packet.dts - 3 * 512
+                out.mux(packet)
+    info = look(tmp_path / "in.mp4")
+    shown = len(list(source_frames(info)))
+    assert sanrt("in.mp4", "out.mp4")[0] == 0
+    assert len(frames(tmp_path / "out.mp4")) == shown
