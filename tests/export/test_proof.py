@@ -110,7 +110,7 @@ STEP = "groups.0.soca.step3.y"
 @pytest.mark.parametrize(
     ("name", "changes", "message", "allowed"),
     [
-        (CONV, {"weights": ("fp32",)}, rf"1 convolutions not in fp16: {CONV}; .*--allow-precision", "precision"),
+        (CONV, {"weights": ("fp32",)}, rf"1 convolutions not in fp16: {CONV}; .*allow_precision=True", "precision"),
         (STEP, {"outputs": ("fp16",)}, rf"1 layers of SOCA's square root not in fp32: {STEP}", "precision"),
     ],
 )
