@@ -48,6 +48,7 @@ def test_an_option_is_named_as_its_reader_writes_it():
         assert [option("tile", 64), option("overwrite", True), option("memory")] == ["--tile 64", "--overwrite", "--memory"]
         assert option("size", (30, 20)) == "--size 30x20"
     assert option("flatten", "white") == "background=(255, 255, 255)"
+    assert [option("kernels", "none"), option("codec", "none")] == ["kernels=False", "codec='none'"]
 
 
 def test_only_the_command_line_s_own_modules_write_options_out():

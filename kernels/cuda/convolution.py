@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from threading import get_ident
 from typing import Any
 
@@ -92,11 +92,11 @@ def describe(cudnn: Any, shape: ConvolutionShape, **where: Any) -> ConvolutionGr
     return ConvolutionGraph(graph, (x, weight, bias, *maps), total)
 
 
-@cache
-def built(shape: ConvolutionShape, device: int) -> ConvolutionGraph:
-    """The graph with the plan that cuDNN's heuristics put first of those that can be built."""
+@lru_cache(maxsize=64)
+def built(shape: ConvolutionShape, device: int, thread: int) -> ConvolutionGraph:
+    """The graph with the plan that cuDNN's heuristics put first of those that can be built, of a thread's handle."""
     cudnn = import_cudnn()
-    made = describe(cudnn, shape, handle=cudnn_handle(device, get_ident()))
+    made = describe(cudnn, shape, handle=cudnn_handle(device, thread))
     try:
         made.graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
     except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
@@ -114,9 +114,10 @@ def cudnn_handle(device: int, thread: int) -> Any:
 def summed_convolution(x: Tensor, weight: Tensor, bias: Tensor, maps: Sequence[Tensor]) -> Tensor:
     """x * weight + bias + the sum of `maps`, summed in fp32 and rounded once, with zero padding, on the current stream."""
     shape, device = ConvolutionShape.of(x, weight, bias, maps), x.device.index
+    thread = get_ident()
     with torch.cuda.device(device):
-        handle = cudnn_handle(device, get_ident())
+        handle = cudnn_handle(device, thread)
         import_cudnn().set_stream(handle, torch.cuda.current_stream().cuda_stream)
         size = shape.batch, shape.outputs, shape.height, shape.width
         y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        return built(shape, device).run([x, weight, bias, *maps], y, handle)
+        return built(shape, device, thread).run([x, weight, bias, *maps], y, handle)

@@ -1,4 +1,4 @@
-"""Which of several backends is the fastest for a model on this machine: measured once, in a second or two, and kept."""
+"""Which of several backends is the fastest for a model on this machine: measured in a second or two, and kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from sanrt.errors import SanrtError
-from sanrt.runtime.artifacts.variants import cached_for
+from sanrt.files import keep, kept
+from sanrt.runtime.artifacts.variants import cache_folders, cache_name
 from sanrt.runtime.backends.protocol import Backend
 
 log = logging.getLogger(__name__)
@@ -24,30 +25,33 @@ CODE = ("sanrt.model", "sanrt.runtime.backends", "sanrt.kernels")
 
 
 def fastest(loaders: Mapping[str, Callable[[], Backend]], model: Path, identity: Iterable[str]) -> str:
-    """Name of the backend that takes least time; the first one where none loads, so that its error is told.
+    """Name of the backend that takes least time; the first one where none runs, so that its error is told.
 
+    The times are kept once all were measured: what fails now may run the next time.
     loaders: by name what loads the model. identity: all that the times depend on beside the model and sanrt's code.
     """
-
-    def trial() -> bytes:
-        return json.dumps(seconds(loaders)).encode()
-
-    found: dict[str, float] = json.loads(cached_for(model, "fastest.json", identity, CODE, trial))
+    folders, name = cache_folders(model), cache_name(model, "fastest.json", identity, CODE)
+    content = kept(folders, name)
+    found: dict[str, float] = json.loads(content) if content else seconds(loaders)
+    if content is None and found.keys() == loaders.keys():
+        keep(folders, name, json.dumps(found).encode())
     log.info("a picture of %d x %d takes %s", SIDE, SIDE, ", ".join(f"{name} {s:.3f} s" for name, s in found.items()))
     return min(found, key=found.__getitem__, default=next(iter(loaders)))
 
 
 def seconds(loaders: Mapping[str, Callable[[], Backend]]) -> dict[str, float]:
-    """Each backend's time for one picture, those left out that do not load as they are asked to."""
+    """Each backend's time for one picture, those left out that do not load, or run, as they are asked to."""
     picture = np.zeros((1, 3, SIDE, SIDE), np.float32)
     with ExitStack() as stack:
         loaded = {}
         for name, load in loaders.items():
             try:
-                loaded[name] = stack.enter_context(load())
+                backend = stack.enter_context(load())
+                timed(backend, picture)
+                loaded[name] = backend
             except SanrtError as error:
                 log.info("%s is not measured: %s", name, error)
-        rounds = [{name: timed(backend, picture) for name, backend in loaded.items()} for _ in range(ROUNDS + 1)][1:]
+        rounds = [{name: timed(backend, picture) for name, backend in loaded.items()} for _ in range(ROUNDS)]
     return {name: min(each[name] for each in rounds) for name in loaded}
 
 

@@ -26,6 +26,7 @@ from sanrt.runtime.video.formats import (
     VIDEO_SUFFIXES,
     WRITTEN_SUFFIXES,
     Container,
+    is_text,
     is_video,
     result_suffix,
     videos_are_readable,
@@ -64,6 +65,12 @@ class Job:
     def is_video(self) -> bool:
         """Whether its result is a video; else it is a picture."""
         return Container.of_suffix(self.destination) is not None
+
+
+def called(jobs: Sequence[Job]) -> str:
+    """What several jobs are, for people."""
+    kinds = {job.is_video for job in jobs}
+    return " and ".join(name for name, video in (("pictures", False), ("videos", True)) if video in kinds)
 
 
 @dataclass(frozen=True)
@@ -246,16 +253,16 @@ def _is_read(file: Path) -> bool:
 
 
 def _files_in(folder: Path, recursive: bool, skipped: Path) -> Iterator[Path]:
-    """Files, in order; not hidden ones, nor any below `skipped` unless that is `folder` itself."""
+    """Files, in order; not hidden ones, text that is named like a video, nor any below `skipped` unless it is `folder`."""
     if isinstance(folder, RemotePath):
-        yield from (file for file in folder.files(recursive) if _is_seen(file, folder, skipped))
+        yield from (file for file in folder.files(recursive) if _is_seen(file, folder, skipped) and not is_text(file))
         return
     for root, folders, files in os.walk(folder, onerror=_raise_unreadable):
         folders[:] = sorted(
             name for name in folders if recursive and not name.startswith(".") and (Path(root) / name).resolve() != skipped
         )
         for name in sorted(files):
-            if not name.startswith("."):
+            if not name.startswith(".") and not is_text(Path(root) / name):
                 yield Path(root) / name
 
 

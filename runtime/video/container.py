@@ -20,6 +20,7 @@ from sanrt.runtime.video.frames import (
     FULL,
     RGB,
     UNSPECIFIED,
+    UNSPECIFIED_RANGE,
     ColourTags,
     Conversion,
     PixelFormat,
@@ -74,7 +75,7 @@ class VideoInfo:
     height: int
     format: PixelFormat
     tags: ColourTags
-    """As they stand in the stream."""
+    """As they stand in the stream; the range of grey that says none is full."""
     centred: bool
     rate: Fraction
     """Frames per second, on average."""
@@ -197,7 +198,7 @@ def described(
             "convert it first (ffmpeg -i IN -pix_fmt yuv444p OUT)"
         )
     tags = ColourTags(int(first.colorspace), int(first.color_range), int(first.color_primaries), int(first.color_trc))
-    if first.format.name.startswith("yuvj"):
+    if first.format.name.startswith("yuvj") or (form.chroma is None and tags.range == UNSPECIFIED_RANGE):
         tags = ColourTags(tags.matrix, FULL, tags.primaries, tags.transfer)
     require_matrix(str(path), tags.matrix)
     rate = stream.average_rate or stream.guessed_rate or stream.base_rate or Fraction(25)

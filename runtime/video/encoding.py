@@ -144,11 +144,10 @@ def sample_format(info: VideoInfo, encoder: Encoder, container: Container, path:
 
     PictureError where the encoder has too few bits.
     """
-    source = info.format
+    source, notes = info.format, []
     if source.rgb and encoder.codec in (Codec.H264, Codec.HEVC) and container is not Container.MKV:
-        common = replace(source, rgb=False, chroma=(2, 2))
-        note = f"RGB becomes 4:2:0, which is all that most players show of {encoder.codec}; a .mkv holds it finer"
-        return common, common.name, [note]
+        source = replace(source, rgb=False, chroma=(2, 2))
+        notes = [f"RGB becomes 4:2:0, which is all that most players show of {encoder.codec}; a .mkv holds it finer"]
     taken = {each.name for each in ffmpeg().Codec(encoder.name, "w").video_formats or ()}
     candidates = [
         (form, stored)
@@ -164,7 +163,8 @@ def sample_format(info: VideoInfo, encoder: Encoder, container: Container, path:
     form, stored = candidates[0]
     finest, found = SUBSAMPLED.index(near(source.chroma)), SUBSAMPLED.index(form.chroma)
     lost = (source.rgb and not form.rgb and found > 1) or (found > finest and source.chroma is not None)
-    return form, stored, [f"{source.subsampling} becomes {form.subsampling}: {encoder.name} takes no finer colours"] * lost
+    notes += [f"{source.subsampling} becomes {form.subsampling}: {encoder.name} takes no finer colours"] * lost
+    return form, stored, notes
 
 
 def by_likeness(source: PixelFormat) -> Iterator[PixelFormat]:
@@ -210,8 +210,8 @@ def colours(info: VideoInfo, size: tuple[int, int], form: PixelFormat) -> tuple[
     tags = info.tags
     if form.rgb:
         return replace(tags, matrix=RGB), tags.matrix, []
-    if info.format.rgb:
-        matrix = guessed_matrix(*size)
+    if info.format.rgb or (info.format.chroma is None and form.chroma):
+        matrix = guessed_matrix(*size) if tags.matrix in (RGB, UNSPECIFIED) else tags.matrix
         return replace(tags, matrix=matrix, range=LIMITED), matrix, []
     if tags.matrix != UNSPECIFIED or form.chroma is None:
         return tags, info.conversion.matrix, []

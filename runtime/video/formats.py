@@ -62,6 +62,17 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
+def is_text(path: Path) -> bool:
+    """Whether a file is named like an MPEG transport stream, and is TypeScript or a translation by its first bytes."""
+    if path.suffix.lower() not in (".ts", ".mts"):
+        return False
+    try:
+        with path.open("rb") as file:
+            return not re.search(rb"[\0-\x08\x0e-\x1f\xff]", file.read(1024))
+    except OSError:
+        return False
+
+
 def videos_are_readable() -> bool:
     """Whether what reads videos is installed."""
     return find_spec(PACKAGE) is not None

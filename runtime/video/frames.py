@@ -34,8 +34,8 @@ WEIGHTS = {
     BT2020: (0.2627, 0.0593),
 }
 """How much red and blue count in the luma of a matrix."""
-LIMITED, FULL = 1, 2
-"""FFmpeg's numbers of ranges; 0 is unspecified."""
+UNSPECIFIED_RANGE, LIMITED, FULL = 0, 1, 2
+"""FFmpeg's numbers of ranges."""
 HIGH_DEFINITION = (1280, 576)
 """Wider or higher pictures whose matrix is not said are BT.709 to players, others BT.601."""
 STRIP_ROWS = 64
@@ -46,7 +46,7 @@ class ColourTags:
     """What a stream says of its colours, in the numbers of H.273; 2 (range: 0) is unspecified."""
 
     matrix: int = UNSPECIFIED
-    range: int = 0
+    range: int = UNSPECIFIED_RANGE
     primaries: int = 2
     transfer: int = 2
 

@@ -25,7 +25,7 @@ CENTRED = ("420", "420jpeg")
 """Of the 8-bit ones those whose chroma lies between its pixels across."""
 COLOURS = re.compile(r"(420|422|444|411|440|mono)(?:(jpeg|mpeg2)|p?(\d{1,2}))?")
 """What the parameter C says: subsampling, siting of 4:2:0, or bits."""
-FULL_RANGE = "XCOLORRANGE=FULL"
+FULL_RANGE, LIMITED_RANGE = "XCOLORRANGE=FULL", "XCOLORRANGE=LIMITED"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def read_header(file: IO[bytes], name: str) -> Header:
         raise PictureError(f"{name}: interlaced; deinterlace it first (ffmpeg -i IN -vf bwdif -f yuv4mpegpipe -)")
     colours = said.get("C", "420jpeg")
     kept = tuple(word for word in given if word[0] not in "WH")
-    return Header(kept, width, height, pixel_format(colours, name), colours in CENTRED, FULL_RANGE in given)
+    form = pixel_format(colours, name)
+    full = FULL_RANGE in given or (form.chroma is None and LIMITED_RANGE not in given)  # grey that says none, as in swscale
+    return Header(kept, width, height, form, colours in CENTRED, full)
 
 
 def side(digits: str, letter: str, name: str) -> int:

@@ -17,17 +17,17 @@ PYTHON_NAMES = {
     "opt": "best",
 }
 """What the library calls options that have another name there."""
-PYTHON_VALUES = {"white": (255, 255, 255), "fused": True, "none": False}
-"""What values are there: of `background` and `kernels`."""
+PYTHON_VALUES = {("flatten", "white"): (255, 255, 255), ("kernels", "fused"): True, ("kernels", "none"): False}
+"""What values of options are there."""
 
 
 def in_python(name: str, value: object) -> str:
     """`tile=64`, `overwrite=True`; `tile` in backquotes."""
-    name = PYTHON_NAMES.get(name, name.replace("-", "_"))
+    known = PYTHON_NAMES.get(name, name.replace("-", "_"))
     if value is None:
-        return f"`{name}`"
-    value = PYTHON_VALUES.get(value, str(value)) if isinstance(value, str) else value
-    return f"{name}={value!r}"
+        return f"`{known}`"
+    value = PYTHON_VALUES.get((name, value), str(value)) if isinstance(value, str) else value
+    return f"{known}={value!r}"
 
 
 def on_command_line(name: str, value: object) -> str:

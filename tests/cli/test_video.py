@@ -85,7 +85,7 @@ def test_frames_times_and_tags_are_the_sources(sanrt, tmp_path, name, variable):
         ("libx264", "yuv420p", (6, 2, 1, 13)),
         ("libx264", "yuv444p", (5, 1, 5, 6)),
         ("ffv1", "yuv422p10le", (1, 1, 1, 1)),
-        ("ffv1", "gray", (2, 0, 2, 2)),
+        ("ffv1", "gray", (2, 1, 2, 2)),
         ("prores_ks", "yuv422p10le", (1, 1, 1, 1)),
         ("libsvtav1", "yuv420p10le", (9, 1, 9, 18)),
         ("libvpx-vp9", "yuv420p", (1, 1, 1, 1)),
@@ -179,6 +179,26 @@ def test_rgb_stays_rgb_where_nothing_is_lost(sanrt, tmp_path):
     with av.open("out.mkv") as file:
         found = [frame.reformat(format="rgb24").to_ndarray() for frame in file.decode(video=0)]
     assert np.array_equal(found[1], large)
+
+
+def test_grey_that_says_no_range_is_full(sanrt, tmp_path):
+    source = clip(tmp_path / "in.mkv", range(2), codec="ffv1", stored="gray", size=(64, 64))
+    info = look(source)
+    stored = np.array([[0, 8, 255]], np.uint8)
+    assert np.array_equal(info.conversion.to_rgb([stored])[..., 0], stored)
+    for codec, expected in (("ffv1", (2, 2, 2, 2)), ("av1", (6, 1, 2, 2))):
+        assert sanrt(source, f"{codec}.mkv", "--codec", codec)[0] == 0
+        assert tags(tmp_path / f"{codec}.mkv") == expected
+
+
+def test_rgb_of_more_bits_than_an_mp4s_encoder_takes_is_refused_before_any_work(sanrt, tmp_path):
+    source = clip(tmp_path / "in.mkv", range(2), codec="ffv1", stored="gbrp12le", tags=(0, 2, 2, 2))
+    status, _, err = sanrt(source, "out.mp4", "--codec", "h264")
+    assert status == 1
+    assert "libx264 takes no 12-bit samples" in err
+    assert sanrt(source, "out.mp4", "--codec", "hevc")[0] == 0
+    with av.open("out.mp4") as file:
+        assert file.streams.video[0].format.name == "yuv420p12le"
 
 
 def test_equal_frames_are_computed_once(sanrt, tmp_path):

@@ -113,6 +113,30 @@ def test_equal_frames_are_written_again_and_sizes_fit_the_chroma(model):
     assert not np.array_equal(found[1][0], found[2][0])
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no timers that interrupt writes")
+def test_a_write_that_signals_interrupt_is_written_to_its_end_by_an_unbuffered_python_too():
+    program = """
+import os, signal
+from sanrt.cli.streams import standard_output
+signal.signal(signal.SIGALRM, lambda *_: os.write(2, b"!"))
+signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+with standard_output() as out:
+    out.write(bytes(1 << 20))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+    with subprocess.Popen([sys.executable, "-u", "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr.read(2) == b"!!"
+        assert len(process.stdout.read()) == 1 << 20
+
+
+def test_grey_that_says_no_range_is_full():
+    def full(words):
+        return read_header(BytesIO(f"YUV4MPEG2 W8 H8 F25:1 {words}\n".encode()), "x").full_range
+
+    assert [full("Cmono"), full("Cmono12"), full("Cmono XCOLORRANGE=FULL"), full("C420 XCOLORRANGE=FULL")] == [True] * 4
+    assert [full("Cmono XCOLORRANGE=LIMITED"), full("C420"), full("C420 XCOLORRANGE=LIMITED")] == [False] * 3
+
+
 def test_a_reader_that_leaves_ends_the_run_without_a_word(model):
     data = source("F25:1", [0, 1] * 20)
     words = [sys.executable, "-m", "sanrt", "run", "-", "-", "--y4m", "--quiet", "--model", str(model)]

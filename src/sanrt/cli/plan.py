@@ -86,7 +86,7 @@ def plan(
     from sanrt.runtime.backends.protocol import RunOptions
     from sanrt.runtime.backends.registry import load_unguarded
     from sanrt.runtime.pictures.codec import Encoding
-    from sanrt.runtime.pictures.jobs import Naming
+    from sanrt.runtime.pictures.jobs import Naming, called
     from sanrt.runtime.runs.estimate import estimates
     from sanrt.runtime.runs.results import reasons
     from sanrt.runtime.tiling.options import UpscaleOptions
@@ -110,7 +110,7 @@ def plan(
     for part in work.parts:
         chosen = part.choice
         if len(work.parts) > 1:
-            tell(f"{model_title(chosen.path)}: {len(part.jobs)} of {len(found.to_do)} pictures")
+            tell(f"{model_title(chosen.path)}: {len(part.jobs)} of {len(found.to_do)} {called(found.to_do)}")
         with load_unguarded(chosen.backend, chosen.path, chosen.options) as network:
             for each in estimates(part.jobs, network, chosen.path, chosen.options, upscaling, encoding):
                 if each.needless:

@@ -55,6 +55,7 @@ from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
 from sanrt.model.spec import Precision
 from sanrt.request import Conduct, ModelChoice, Part, Request, Work, outcomes, require_pictures
 from sanrt.runtime.artifacts.models import MODELS, model_title, other_models
+from sanrt.runtime.pictures.jobs import called
 from sanrt.runtime.tiling.options import Tiling
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def execute(request: Request, manner: Manner, device: int | None) -> int:
         with Reporter(work.total, manner.quiet, manner.verbose, *told, hidden, work.place) as reporter:
             for part in work.parts:
                 if part.reason:
-                    reporter.say(f"{len(part.jobs)} of {work.total} pictures: {part.reason}")
+                    reporter.say(f"{len(part.jobs)} of {work.total} {called(work.jobs)}: {part.reason}")
             if manner.explain_tiles:
                 require_pictures(work, "explain-tiles")
                 explain(work.parts[0], request.upscaling, reporter)

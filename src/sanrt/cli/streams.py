@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from sanrt.errors import SanrtError, UsageError
 from sanrt.runtime.pictures.storage import located
@@ -45,6 +45,14 @@ def require_usable(source: str, output: str) -> None:
         raise UsageError("-: that standard stream is closed; name files")
 
 
+def standard_output() -> IO[bytes]:
+    """Standard output for bytes, to be closed: it writes all that it is given.
+
+    `sys.stdout.buffer` does not where Python is told not to buffer: a write that a signal interrupts ends early.
+    """
+    return open(sys.stdout.fileno(), "wb", closefd=False)
+
+
 @contextmanager
 def standard_streams(paths: Sequence[str], naming: Naming) -> Iterator[tuple[Sequence[str], str]]:
     """INPUTS and OUTPUT with temporary files in the place of `-`, and what of their paths nobody needs to read.
@@ -72,6 +80,5 @@ def standard_streams(paths: Sequence[str], naming: Naming) -> Iterator[tuple[Seq
         except SanrtError as problem:
             raise type(problem)(str(problem).replace(f"{folder}{os.sep}", "")) from None
         if output == STREAM and result.exists():
-            with result.open("rb") as file:
-                shutil.copyfileobj(file, sys.stdout.buffer)
-            sys.stdout.flush()
+            with result.open("rb") as file, standard_output() as out:
+                shutil.copyfileobj(file, out)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from sanrt.cli.streams import STREAM, require_usable, tell
+from sanrt.cli.streams import STREAM, require_usable, standard_output, tell
 from sanrt.errors import UsageError
 from sanrt.request import stream_model
 from sanrt.runtime.artifacts.models import model_title
@@ -36,9 +36,10 @@ def stream_frames(request: Request, quiet: bool) -> None:
         if line and not quiet:
             tell(f"sanrt: {line}", error=True)
 
-    stream = Stream(sys.stdin.buffer, SOURCE, read_header(sys.stdin.buffer, SOURCE), sys.stdout.buffer)
-    choice = stream_model(request, stream.header.width, stream.header.height)
-    with load_backend(choice.backend, choice.path, choice.options) as network:
+    header = read_header(sys.stdin.buffer, SOURCE)
+    choice = stream_model(request, header.width, header.height)
+    with load_backend(choice.backend, choice.path, choice.options) as network, standard_output() as out:
+        stream = Stream(sys.stdin.buffer, SOURCE, header, out)
         runner = NetworkRunner(network, request.upscaling)
         say(f"{model_title(choice.path)}: {network.spec.computes}, {network.name} on {network.device}")
         say(matrix_note(stream, runner, request.encoding))

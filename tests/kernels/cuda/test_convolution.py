@@ -130,4 +130,4 @@ def test_a_graph_that_cudnn_cannot_build_is_told_with_its_shape(monkeypatch: pyt
     monkeypatch.setattr(convolution, "cudnn_handle", lambda device, thread: None)
     x, weight, bias, maps = tensors(torch.float16, 1)
     with pytest.raises(BackendError, match=r"no fused convolution for .*outputs=24.*\(no plan in the list could be built"):
-        convolution.built(ConvolutionShape.of(x, weight, bias, maps), 0)
+        convolution.built(ConvolutionShape.of(x, weight, bias, maps), 0, 0)

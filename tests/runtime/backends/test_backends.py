@@ -450,6 +450,35 @@ def test_auto_leaves_out_of_the_measurement_what_does_not_load(tiny_model):
     assert speed_trial.seconds({"openvino": refuse}) == {}
 
 
+def test_a_backend_whose_first_run_fails_is_left_out_and_measured_again_the_next_time(tmp_path):
+    (tmp_path / "a.onnx").write_bytes(b"a model")
+    broken = True
+
+    class Unreliable(nullcontext):
+        def __init__(self):
+            super().__init__(self)
+
+        def infer(self, picture):
+            if broken:
+                raise BackendError("no memory now")
+
+    class Slow(nullcontext):
+        def __init__(self):
+            super().__init__(self)
+
+        def infer(self, picture):
+            time.sleep(0.01)
+
+    def chosen():
+        return speed_trial.fastest({"a": Unreliable, "b": Slow}, tmp_path / "a.onnx", ())
+
+    assert chosen() == "b"
+    broken = False
+    assert chosen() == "a"
+    broken = True
+    assert chosen() == "a"
+
+
 def test_auto_knows_every_backend():
     assert set(AUTO_ORDER) == set(BACKENDS)
 

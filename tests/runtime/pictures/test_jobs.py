@@ -54,6 +54,23 @@ def test_other_hidden_and_half_written_files_are_passed_over(folder):
     assert len(plan("in")) == 4
 
 
+@pytest.mark.parametrize("name", ["a.ts", "a.mts"])
+def test_text_that_is_named_like_a_video_is_passed_over_in_folders(folder, name):
+    touch(f"in/{name}").write_text("export const café = 1;\n" * 99)
+    touch("in/sub/b.TS").write_bytes(b"\x47\x1f\xff\x10" + b"\xff" * 2000)
+    assert set(plan("in")) - {"in/a.PNG", "in/b.jpg", "in/sub/c.tiff", "in/sub/deep/d.webp"} <= {"in/sub/b.TS"}
+    passed = [line for line in passed_over([Path("in")], Path("out")) if name in line]
+    assert not passed
+    assert (not jobs.is_text(Path("in/sub/b.TS")), jobs.is_text(Path(f"in/{name}"))) == (True, True)
+
+
+def test_what_jobs_are_is_said_of_all_of_them():
+    picture, video = (jobs.Job(Path(name), Path(name)) for name in ("a.png", "b.mkv"))
+    assert jobs.called([picture]) == "pictures"
+    assert jobs.called([video, video]) == "videos"
+    assert jobs.called([video, picture]) == "pictures and videos"
+
+
 def test_a_named_file_counts_whatever_its_name(folder):
     touch("odd.dat").write_bytes(GIF)
     assert plan("odd.dat") == {"odd.dat": "out/odd.png"}
