@@ -22,6 +22,7 @@ from sanrt.files import (
     remove_leftovers,
     replacing,
     require_writable,
+    sole_user,
     source_digest,
     temporary_folder,
     write_whole,
@@ -187,6 +188,23 @@ def test_leftovers_of_other_kinds_stay(tmp_path):
     for name in ("a.partial", ".a.partial", "a.sanrt-1.partial"):
         (tmp_path / name).touch()
     assert remove_leftovers(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows removes no open file")
+def test_a_lock_that_was_removed_while_it_was_opened_is_made_again(tmp_path, monkeypatch):
+    lock, held = tmp_path / "new" / "lock", files.fcntl.flock
+
+    def after_its_removal(*arguments):
+        monkeypatch.setattr(files.fcntl, "flock", held)
+        lock.unlink()
+        held(*arguments)
+
+    monkeypatch.setattr(files.fcntl, "flock", after_its_removal)
+    with sole_user(lock) as first:
+        with sole_user(lock) as second:
+            assert (first, second) == (True, False)
+        assert lock.exists()
+    assert not lock.exists()
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_place_and_its_name_afterwards(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sanrt.errors import PictureError
 from sanrt.files import replacing
 from sanrt.runtime.pictures.codec import Encoding
 from sanrt.runtime.pictures.jobs import Job
@@ -152,11 +153,16 @@ def result_sides(encoding: Encoding, width: int, height: int, scale: int) -> tup
 
 def enlarge(job: Job, maker: Maker, options: PipelineOptions, listener: Listener = nobody) -> Written | Skipped:
     """A video from its file to the result's, which is there whole or not at all, unless another run wrote it meanwhile."""
-    if appeared(job, options.recipe):
-        return Skipped(job)
     with suppress(AlreadyWrittenError):
-        return upscale(job, maker, options, listener)
+        if not appeared(job, options.recipe):
+            return upscale(job, maker, options, listener)
+    remove_others(local_result(job))
     return Skipped(job)
+
+
+def local_result(job: Job) -> Path:
+    """Where a result is on this machine, or would be if it were not sent to a URL: its segments are beside that."""
+    return scratch_folder(job.destination) / job.destination.name
 
 
 def upscale(job: Job, maker: Maker, options: PipelineOptions, listener: Listener) -> Written:
@@ -165,11 +171,15 @@ def upscale(job: Job, maker: Maker, options: PipelineOptions, listener: Listener
         video = settle(job, path, options.scale, options.encoding)
         source = identify(path, job.source)
         made = options.recipe.provenance(source, video.output.container)
-        result = scratch_folder(job.destination) / job.destination.name
+        result = local_result(job)
         with work_folder(result, made) as work:
             there = work.all()
             plan = maker(video, work, there, listener)
-            require_unchanged(source, path, job.source)
+            try:
+                require_unchanged(source, path, job.source)
+            except PictureError:
+                work.empty()  # the folder is named by what the source was
+                raise
             segments = work.all()
             with delivered(job.destination) as local, replacing(local) as file:
                 join(video.info, video.output, video.copying, segments, file)

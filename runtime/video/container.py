@@ -84,7 +84,7 @@ class VideoInfo:
     frames: int
     """As the header says, or by duration and rate: an estimate."""
     frames_said: int = 0
-    """As the header says; 0 where it does not."""
+    """As the header says; 0 where it does not, or counts frames that were dropped, as AVI's does."""
     aspect: Fraction | None = None
     """Width of a pixel by its height, where that is said."""
     display_matrix: tuple[int, ...] = ()
@@ -148,11 +148,16 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[av.container.InputContainer]:
-    """A video file's streams and packets; PictureError where it is none."""
+    """A video file's streams and packets; PictureError where it is none.
+
+    Read them within `reading`: errors of the body pass as they are, as it may be about other files as well.
+    """
     if not path.is_file():
         what = "not a regular file; expected a video" if path.exists() else "cannot be read (No such file or directory)"
         raise PictureError(f"{path}: {what}")
-    with reading(path), ffmpeg().open(os.fspath(path), metadata_errors="replace") as container:
+    with reading(path):
+        container = ffmpeg().open(os.fspath(path), metadata_errors="replace")
+    with container:
         yield container
 
 
@@ -173,7 +178,7 @@ def video_stream(container: av.container.InputContainer, path: Path) -> av.video
 def look(path: Path) -> VideoInfo:
     """What is in a video; PictureError for what cannot be enlarged: damaged, truncated, empty, interlaced, transparent."""
     require_complete(path)
-    with opened(path) as container:
+    with opened(path) as container, reading(path):
         stream = video_stream(container, path)
         stream.thread_type = "NONE"  # a frame alone
         first = next(decoded(container, stream, path), None)
@@ -219,7 +224,7 @@ def described(
         Fraction(rate),
         time_base,
         stream.frames or max(1, round(duration * rate)),
-        stream.frames,
+        0 if container.format.name == "avi" else stream.frames,
         stream.sample_aspect_ratio or None,
         display_matrix(first),
         mastering_display(first),
@@ -273,7 +278,7 @@ def frames(info: VideoInfo) -> Iterator[SourceFrame]:
 
     PictureError where the file is damaged, ends early, or changes its size on the way.
     """
-    with opened(info.path) as container:
+    with opened(info.path) as container, reading(info.path):
         stream = next(stream for stream in container.streams.video if stream.index == info.stream)
         stream.thread_type = "AUTO"
         number, last = 0, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from heapq import merge
@@ -12,7 +13,7 @@ from operator import itemgetter
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from sanrt.errors import PictureError
-from sanrt.runtime.video.container import VideoInfo, ffmpeg, opened, reason
+from sanrt.runtime.video.container import VideoInfo, ffmpeg, opened, reading, reason
 from sanrt.runtime.video.encoding import VideoOutput
 from sanrt.runtime.video.formats import Codec, Container
 from sanrt.runtime.video.segments import Segment
@@ -108,14 +109,14 @@ def kept(metadata: dict[str, str]) -> dict[str, str]:
 
 
 def join(info: VideoInfo, output: VideoOutput, copying: Copying, segments: Sequence[Segment], file: IO[bytes]) -> None:
-    """Write the result into an open file. PictureError where the container refuses something."""
+    """Write the result into an open file, whose OSErrors pass. PictureError where the container refuses something."""
     av = ffmpeg()
     try:
         with opened(info.path) as source, opened(segments[0].path) as first:
             others = not all(map(USUAL.fullmatch, kept(source.metadata))) and not output.container.is_matroska
             options = {"fflags": "+bitexact", "avoid_negative_ts": "disabled"}
             options |= {"movflags": "use_metadata_tags"} if others else {}
-            with av.open(file, "w", format=output.container.value, container_options=options) as out:
+            with muxer(file, output.container, options) as out:
                 out.metadata.update(kept(source.metadata))
                 out.set_chapters(source.chapters())
                 made = result_streams(out, source, first.streams.video[0], info, output, copying)
@@ -126,6 +127,19 @@ def join(info: VideoInfo, output: VideoOutput, copying: Copying, segments: Seque
         raise PictureError(
             f"{output.path}: {output.container.named} refuses some of it ({reason(error)}); choose a name ending in .mkv"
         ) from None
+
+
+@contextmanager
+def muxer(file: IO[bytes], container: Container, options: dict[str, str]) -> Iterator[av.container.OutputContainer]:
+    """A container in an open file. Where the body fails, its error is raised, not what closing the container then says."""
+    out = ffmpeg().open(file, "w", format=container.value, container_options=options)
+    try:
+        yield out
+    except BaseException:
+        with suppress(Exception):
+            out.close()
+        raise
+    out.close()
 
 
 def result_streams(
@@ -165,7 +179,7 @@ def result_streams(
 
 def cover(info: VideoInfo, index: int) -> bytes:
     """The picture file that a cover stream holds."""
-    with opened(info.path) as source:
+    with opened(info.path) as source, reading(info.path):
         return next((bytes(packet) for packet in source.demux(source.streams[index]) if packet.size), b"")
 
 
@@ -182,7 +196,7 @@ def enlarged_packets(
     step = pts[1] - pts[0] if len(pts) > 1 else 1
     done = 0
     for segment in segments:
-        with opened(segment.path) as file:
+        with opened(segment.path) as file, reading(segment.path):
             for packet in cast("Iterator[av.Packet[Any]]", file.demux(video=0)):
                 if packet.pts is None:
                     continue  # the end
@@ -198,10 +212,11 @@ def copied_packets(
 ) -> Iterator[tuple[Fraction, av.Packet[Any]]]:
     """The packets of the source's other streams, as they are."""
     streams = [source.streams[index] for index in made if index != info.stream]
-    for packet in source.demux(*streams) if streams else ():
-        if not packet.size:
-            continue  # the end
-        if packet.pts is None and packet.dts is None:  # a cover
-            packet.pts = packet.dts = 0
-        packet.stream = made[packet.stream_index]
-        yield (packet.dts if packet.dts is not None else packet.pts or 0) * packet.time_base, packet
+    with reading(info.path):
+        for packet in source.demux(*streams) if streams else ():
+            if not packet.size:
+                continue  # the end
+            if packet.pts is None and packet.dts is None:  # a cover
+                packet.pts = packet.dts = 0
+            packet.stream = made[packet.stream_index]
+            yield (packet.dts if packet.dts is not None else packet.pts or 0) * packet.time_base, packet

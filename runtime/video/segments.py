@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -17,16 +16,15 @@ from functools import cache
 from pathlib import Path
 
 from sanrt.errors import FileError, PictureError, system_reason
-from sanrt.files import remove_leftovers, sole_user, source_digest, write_whole
+from sanrt.files import remove_leftovers, replacing, sole_user, source_digest
 from sanrt.runtime.pictures.provenance import Provenance, digest_of
 from sanrt.runtime.video.container import ffmpeg
 
 SEGMENT_SECONDS = 4
 MOST_FRAMES = 240
 """In a segment, of videos with many frames a second."""
-FOLDER = re.compile(r"\..*\.sanrt-[0-9a-f]{16}\.work")
 NAME = 50
-"""Letters of the result's name that the folder's has."""
+"""Letters of the result's name that the folder's has, at most; of a longer name, its digest is among them."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,8 @@ class WorkFolder:
     def finished(self, segment: Segment) -> Segment:
         """The segment, once the disk has what it consists of beside its file."""
         facts = {"times": segment.times, "order": segment.order, "repeated": segment.repeated}
-        write_whole(segment.path.with_suffix(".json"), json.dumps(facts).encode())
+        with replacing(segment.path.with_suffix(".json")) as file:
+            file.write(json.dumps(facts).encode())
         return segment
 
     def all(self) -> list[Segment]:
@@ -75,6 +74,12 @@ class WorkFolder:
         while segment := self.found(len(segments)):
             segments.append(segment)
         return segments
+
+    def empty(self) -> None:
+        """Remove what is in the folder beside its lock."""
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                path.unlink()
 
 
 def frames_in_segment(rate: Fraction) -> int:
@@ -91,7 +96,12 @@ def makers() -> Mapping[str, str]:
 def folder_of(result: Path, made: Provenance) -> Path:
     """Where the segments of a result are."""
     digest = digest_of([asdict(made), makers()])[:16]
-    return result.with_name(f".{result.name[:NAME]}.sanrt-{digest}.work")
+    return result.with_name(f".{shortened(result.name)}.sanrt-{digest}.work")
+
+
+def shortened(name: str) -> str:
+    """A file's name, or as many letters that no other name has."""
+    return name if len(name) <= NAME else f"{name[: NAME - 9]}~{digest_of(name)[:8]}"
 
 
 @contextmanager
@@ -104,7 +114,6 @@ def work_folder(result: Path, made: Provenance) -> Iterator[WorkFolder]:
     folder = folder_of(result, made)
     remove_others(result, folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with sole_user(folder / "lock") as ours:
             if not ours:
                 raise PictureError(f"{result}: another run makes it at this moment; wait for it")
@@ -114,40 +123,27 @@ def work_folder(result: Path, made: Provenance) -> Iterator[WorkFolder]:
                 yield work
             except BaseException:
                 if not work.all():
-                    empty(folder)
+                    work.empty()
                 raise
-            empty(folder)
+            work.empty()
     except OSError as error:
         raise FileError(f"{folder}: cannot be written ({system_reason(error)}); choose another place") from error
     finally:
-        with suppress(OSError):
-            if [path.name for path in folder.iterdir()] == ["lock"]:
-                shutil.rmtree(folder)
-
-
-def empty(folder: Path) -> None:
-    """Remove what is in a folder beside its lock."""
-    for path in folder.iterdir():
-        if path.name != "lock":
-            path.unlink()
+        with suppress(OSError):  # something is in it
+            folder.rmdir()
 
 
 def remove_others(result: Path, kept: Path | None = None) -> None:
     """Remove the segments of a result that would have been made otherwise, or is there; not those that a run writes now."""
+    name = re.compile(rf"\.{re.escape(shortened(result.name))}\.sanrt-[0-9a-f]{{16}}\.work")
     found: list[Path] = []
     with suppress(OSError):
-        found += result.parent.glob(f".{glob_escaped(result.name[:NAME])}.sanrt-*.work")
+        found += result.parent.iterdir()
     for folder in found:
-        if folder == kept or not FOLDER.fullmatch(folder.name) or folder.is_symlink():
+        if folder == kept or not name.fullmatch(folder.name) or folder.is_symlink():
             continue
         with suppress(OSError), sole_user(folder / "lock") as ours:
             if ours:
-                empty(folder)
-        with suppress(OSError):
-            if [path.name for path in folder.iterdir()] == ["lock"]:
-                shutil.rmtree(folder)
-
-
-def glob_escaped(name: str) -> str:
-    """A name as a pattern that only it fits."""
-    return re.sub(r"([*?\[])", r"[\1]", name)
+                WorkFolder(folder).empty()
+        with suppress(OSError):  # something is in it
+            folder.rmdir()

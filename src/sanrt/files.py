@@ -208,23 +208,42 @@ def remove_abandoned_folders(parent: Path, name: str) -> None:
 
 @contextmanager
 def sole_user(lock: Path) -> Iterator[bool]:
-    """Hold a file, which is made where it is not there, against other processes; whether that worked: else another has it.
+    """Hold a file against other processes; whether that worked: else another has it.
 
-    The system lets go of it when a process ends, however it ends. Raises OSError where the file cannot be made.
+    It is made, with its folder, where it is not there, and removed in the end by who held it. The system lets go of it when
+    a process ends, however it ends. Raises OSError where the file cannot be made.
     """
-    with lock.open("ab") as file:
-        try:
-            if sys.platform == "win32":
-                import msvcrt
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("ab") as file:
+            try:
+                if sys.platform == "win32":
+                    import msvcrt
 
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                yield False
-                return
-        yield sys.platform == "win32" or bool(os.fstat(file.fileno()).st_nlink)  # else removed between the two calls
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                else:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    yield False
+                    return
+            if sys.platform != "win32" and not is_at(file, lock):
+                continue  # who held it removed it between the two calls
+            try:
+                yield True
+            finally:
+                if sys.platform == "win32":  # which removes no open file
+                    file.close()
+                with suppress(OSError):
+                    lock.unlink()
+            return
+
+
+def is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is the one at `path` now."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
 
 
 def cache_folder() -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
 import time
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,9 @@ import pyvips
 from sanrt.cli import main
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
+from sanrt.runtime.runs import videos
 from sanrt.runtime.runs.suitable_weights import suits_photo
+from sanrt.runtime.video import joining
 from sanrt.runtime.video.container import ffmpeg, look, picture_of
 from sanrt.runtime.video.container import frames as source_frames
 from sanrt.runtime.video.frames import Conversion, PixelFormat
@@ -327,6 +332,7 @@ def empty_video(path: Path) -> Path:
 BAD = {
     "truncated.mp4": (lambda path: truncated(clip(path), 0.5), "truncated"),
     "truncated.mkv": (lambda path: truncated(clip(path), 0.5), "truncated"),
+    "truncated.avi": (lambda path: truncated(clip(path), 0.9), "truncated"),
     "empty.mp4": (lambda path: path.write_bytes(b""), "empty file"),
     "noise.mp4": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "damaged or no video"),
     "text.mkv": (lambda path: path.write_text("not a video\n" * 99), "damaged or no video"),
@@ -391,6 +397,63 @@ def test_a_full_disk_is_one_line(sanrt, tmp_path, small_disk):
     assert len(err.splitlines()) == 1
     assert "cannot be written (File too large)" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mkv"]
+
+
+def test_a_disk_that_is_full_when_segments_are_joined_is_one_line(sanrt, tmp_path, monkeypatch):
+    class FullDisk(BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(videos, "join", lambda *arguments: joining.join(*arguments[:-1], FullDisk()))
+    source = clip(tmp_path / "in.mkv")
+    status, _, err = sanrt(source, "out.mkv")
+    assert (status, err.splitlines()[1:]) == (1, [])
+    assert "out.mkv: cannot be written (No space left on device)" in err
+    monkeypatch.setattr(videos, "join", joining.join)
+    assert "12 of 12 frames were there of an earlier run" in sanrt(source, "out.mkv")[1]
+    assert hidden(tmp_path) == []
+
+
+def test_packets_that_a_container_refuses_are_told_as_that(sanrt, tmp_path, monkeypatch):
+    def backwards(*arguments):
+        for number, (at, packet) in enumerate(copied(*arguments)):
+            packet.dts = packet.pts = -number
+            yield at, packet
+
+    copied = joining.copied_packets
+    monkeypatch.setattr(joining, "copied_packets", backwards)
+    status, _, err = sanrt(clip(tmp_path / "in.mp4", sound="aac"), "out.mp4")
+    assert (status, err.splitlines()[1:]) == (1, [])
+    assert "out.mp4: MP4 refuses some of it (Invalid argument); choose a name ending in .mkv" in err
+
+
+def test_a_source_that_changes_meanwhile_leaves_no_segments(sanrt, tmp_path, monkeypatch):
+    def while_it_changes(*arguments):
+        plan = make(*arguments)
+        with source.open("ab") as file:
+            file.write(bytes(8))
+        return plan
+
+    make, source = videos.make_segments, clip(tmp_path / "in.mkv")
+    monkeypatch.setattr(videos, "make_segments", while_it_changes)
+    status, _, err = sanrt(source, "out.mkv")
+    assert (status, "changed while it was read" in err) == (1, True)
+    assert hidden(tmp_path) == []
+
+
+def test_a_result_that_another_run_wrote_meanwhile_leaves_no_segments(sanrt, tmp_path, monkeypatch):
+    answers = iter([False, True])
+    monkeypatch.setattr(videos, "appeared", lambda *_: next(answers))
+    status, out, err = sanrt(clip(tmp_path / "in.mkv"), "out.mkv")
+    assert (status, err, "1 skipped" in out) == (0, "", True)
+    assert hidden(tmp_path) == []
+
+
+def test_dropped_frames_that_an_avi_counts_are_not_missing(tmp_path):
+    path = clip(tmp_path / "in.avi", range(5), codec="mpeg4", times=[0, 1, 4, 5, 9])
+    with av.open(str(path)) as file:
+        assert file.streams.video[0].frames == 10
+    assert len(list(source_frames(look(path)))) == 5
 
 
 def test_without_pyav_a_named_video_says_what_to_install_and_folders_pass_over(sanrt, tmp_path, monkeypatch):
