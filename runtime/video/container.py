@@ -43,7 +43,7 @@ INTERMEDIATE = ("prores", "dnxhd", "cfhd")
 CENTRED_CODECS = ("mjpeg", "mpeg1video")
 HDR_SIDE_DATA = {"DYNAMIC_HDR_PLUS": "HDR10+", "DOVI_METADATA": "Dolby Vision", "DYNAMIC_HDR_VIVID": "HDR Vivid"}
 """What changes from frame to frame and belongs to the source's pixels."""
-DAMAGED = "copy it again, or cut the sound part out (ffmpeg -i IN -c copy OUT)"
+DAMAGED = "copy it again, or keep the part that plays (ffmpeg -i IN -c copy OUT)"
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,10 @@ def opened(path: Path) -> Iterator[av.container.InputContainer]:
     with reading(path):
         container = ffmpeg().open(os.fspath(path), metadata_errors="replace")
     with container:
+        if container.format.name.endswith("_pipe"):  # FFmpeg's readers of single pictures
+            raise PictureError(
+                f"{path}: a {container.format.name.removesuffix('_pipe').upper()} picture by its content; name it so"
+            )
         yield container
 
 

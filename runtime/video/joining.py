@@ -54,10 +54,10 @@ def plan_copying(info: VideoInfo, output: VideoOutput) -> Copying:
                 continue
             what = f"{stream.type} stream {stream.index} ({codec_of(stream)})"
             if stream.type == "audio":
-                raise PictureError(
-                    f"{output.path}: {output.container.named} holds no {codec_of(stream)} sound; choose a name ending in "
-                    ".mkv, or convert the sound first"
-                )
+                refusal = f"{output.container.named} holds no {codec_of(stream)} sound; choose a name ending in .mkv, or"
+                if output.container is Container.MKV:
+                    refusal = f"PyAV copies no {codec_of(stream)} sound into Matroska;"
+                raise PictureError(f"{output.path}: {refusal} convert the sound first (ffmpeg -i IN -c:v copy -c:a aac OUT)")
             notes.append(f"left out: {what}, which {output.container.named} does not hold")
     if output.container.is_matroska and (info.time_base / MILLISECOND).denominator > 1:
         notes.append(

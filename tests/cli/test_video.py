@@ -336,6 +336,10 @@ BAD = {
     "empty.mp4": (lambda path: path.write_bytes(b""), "empty file"),
     "noise.mp4": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "damaged or no video"),
     "text.mkv": (lambda path: path.write_text("not a video\n" * 99), "damaged or no video"),
+    "picture.mp4": (
+        lambda path: path.write_bytes(pyvips.Image.black(8, 8).pngsave_buffer()),
+        "a PNG picture by its content",
+    ),
     "sound.mkv": (only_sound, "no video stream in it, only audio"),
     "none.mkv": (empty_video, "no frames"),
     "interlaced.mkv": (lambda path: clip(path, options={"flags": "+ildct+ilme", "x264-params": "tff=1"}), "interlaced"),
