@@ -172,17 +172,19 @@ def build_engine(
         from sanrt.export import engine
     from sanrt.runtime.artifacts.engines import BuildOptions
     from sanrt.runtime.artifacts.flavors import Flavor
+    from sanrt.runtime.artifacts.sizes import default_profile
 
     chosen = engine.choose_flavor(device) if flavor == "auto" else choice(Flavor, flavor)
+    kind, sizes = choice(Precision, precision), named_profiles(stages, smallest, best, largest)
     path = model_to_build(model, models, scale, weights)
     target, timings = (Path(place) if place else None for place in (output, timing_cache))
     require_folder_of(target, timings)
     check_engine_path(target, path, stages)
-    spec = replace(read_spec(path), precision=choice(Precision, precision))
+    spec = replace(read_spec(path), precision=kind)
     options = BuildOptions(
         flavor=chosen,
         precision=spec.precision,
-        profiles=profiles(spec, stages, smallest, best, largest),
+        profiles=sizes or (default_profile(spec),),
         gpus=tuple(gpus),
         workspace=workspace,
         level=level,
@@ -268,17 +270,18 @@ def check_engine_path(output: Path | None, model: Path, stages: bool) -> None:
         )
 
 
-def profiles(
-    spec: ModelSpec, stages: bool, smallest: Sequence[str], best: Sequence[str], largest: Sequence[str]
+def named_profiles(
+    stages: bool, smallest: Sequence[str], best: Sequence[str], largest: Sequence[str]
 ) -> tuple[Profile, ...]:
     """One profile from each smallest, best and largest size of the same place; the default's where some are not named.
 
-    UsageError where these are several, and not as many as the others.
+    Of a whole network without any named size there is none here: its default depends on the model. UsageError where sizes
+    of one kind are several, and not as many as the others.
     """
-    from sanrt.runtime.artifacts.sizes import TILES, Profile, Size, default_profile
+    from sanrt.runtime.artifacts.sizes import TILES, Profile, Size
 
     if not (stages or smallest or best or largest):
-        return (default_profile(spec),)
+        return ()
     default = TILES if stages else Profile()
     count = max(1, len(smallest), len(best), len(largest))
     if any(len(sizes) not in (0, count) for sizes in (smallest, best, largest)):
