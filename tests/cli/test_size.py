@@ -108,7 +108,7 @@ def test_a_recorded_result_of_another_size_is_verified(sanrt):
 def test_a_plan_and_a_dry_run_tell_of_every_network(sanrt):
     noise(Path("in/a.png"), 50, 50)
     noise(Path("in/b.png"), 34, 34)
-    status, out, err = sanrt("plan", "in", "--size", "100x100")
+    status, out, err = sanrt("plan", "in", "--size", "100x100", "--backend", "native")
     assert (status, err) == (0, "")
     assert "2 to write" in out
     status, out, _ = sanrt("run", "in", "--size", "100x90", "--dry-run")

@@ -123,8 +123,10 @@ def test_regions_follow_the_picture_s_size_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["torch", "onnxruntime", "native"])
-@pytest.mark.parametrize("which", ["bundled", "random"])
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [("bundled", "torch"), ("bundled", "onnxruntime"), ("bundled", "native"), ("random", "native")],
+)
 def test_exact_to_2e_4_of_the_value_range_on_a_photo_sized_picture(live_model, tmp_path, name, which):
     if which == "bundled":
         from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
