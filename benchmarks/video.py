@@ -35,7 +35,6 @@ from sanrt.runtime.tiling.upscaling import NetworkRunner
 from sanrt.runtime.video.container import ffmpeg, frames, look, picture_of
 
 RATE = 25
-SIZE = Size(160, 90)
 TINY = Size(16, 16)
 """Frames of the clips that are timed, and of that by which memory is followed."""
 ROWS = 10
@@ -59,7 +58,7 @@ class Pace:
 
 
 def video(
-    size: Annotated[Size, typer.Option(parser=Size.parse, help="Of a frame.")] = SIZE,
+    size: Annotated[Size, typer.Option(parser=Size.parse, help="Of a frame.")] = "160x90",  # type: ignore[assignment]
     count: Annotated[int, typer.Option(min=1, help="Frames.")] = 100,
     many: Annotated[int, typer.Option(min=0, help="Tiny frames by which memory is followed; 0 for none.")] = 10_000,
     codec: Annotated[str | None, typer.Option(help="Of the result.")] = None,
