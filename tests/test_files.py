@@ -190,7 +190,7 @@ def test_leftovers_of_other_kinds_stay(tmp_path):
     assert remove_leftovers(tmp_path) == []
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows removes no open file")
+@pytest.mark.skipif(files.sys.platform == "win32", reason="Windows removes no file that is open")
 def test_a_lock_that_was_removed_while_it_was_opened_is_made_again(tmp_path, monkeypatch):
     lock, held = tmp_path / "new" / "lock", files.fcntl.flock
 

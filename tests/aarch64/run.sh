@@ -10,23 +10,23 @@ here=$(realpath -s "${PYTHON:-$repository/.venv/bin/python}")
 mkdir -p "$folder"/{lists,cache/archives,qemu}/partial
 cd "$folder"
 
-# Debian's Python for arm64 and all that it needs, unpacked into root/; apt with lists and a state of its own needs no root.
+# Debian's Python for arm64 and all that it needs, unpacked into arm64/; apt with lists and a state of its own needs no root.
 touch status
 arm64() {
     apt-get -qq -y -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o Dir::State="$folder" -o Dir::State::lists=lists \
         -o Dir::State::status="$folder/status" -o Dir::Cache="$folder/cache" -o Debug::NoLocking=1 "$@"
 }
-if [ ! -e root ]; then
+if [ ! -e arm64 ]; then
     arm64 update
     arm64 --no-install-recommends --download-only install python3 libstdc++6
     for package in cache/archives/*.deb; do dpkg -x "$package" unpacked; done
     apt-get -qq download qemu-user-static
     dpkg -x qemu-user-static_*.deb qemu
-    mv unpacked root
+    mv unpacked arm64
 fi
 
 # sanrt as it is now, with the wheels of what it installs; pyvips has no wheel of its own, and no machine code either.
-python=$(basename "$(echo root/usr/bin/python3.[0-9]*)")
+python=$(basename "$(echo arm64/usr/bin/python3.[0-9]*)")
 version=${python#python}
 "$here" -m pip -q wheel --no-deps --wheel-dir wheels "$repository" 'pyvips>=3,<4'
 platforms=$(for libc in 17 24 26 27 28 31 34; do echo "--platform manylinux_2_${libc}_aarch64"; done)
@@ -35,8 +35,8 @@ rm -rf site
     --python-version "$version" --abi "cp${version/./}" --abi abi3 --abi none wheels/sanrt-*.whl pytest
 
 there() {
-    "$folder/qemu/usr/bin/qemu-aarch64-static" -L "$folder/root" -E PYTHONPATH="$folder/site" -E PYTHONHOME="$folder/root/usr" \
-        -E PYTHONDONTWRITEBYTECODE=1 -E XDG_CACHE_HOME="$folder/compiled" -E OMP_NUM_THREADS=1 "$folder/root/usr/bin/$python" "$@"
+    "$folder/qemu/usr/bin/qemu-aarch64-static" -L "$folder/arm64" -E PYTHONPATH="$folder/site" -E PYTHONHOME="$folder/arm64/usr" \
+        -E PYTHONDONTWRITEBYTECODE=1 -E XDG_CACHE_HOME="$folder/compiled" -E OMP_NUM_THREADS=1 "$folder/arm64/usr/bin/$python" "$@"
 }
 
 echo "--- what runs"
