@@ -222,7 +222,7 @@ def test_a_scale_that_san_does_not_have_is_told_by_every_function(scale, tmp_pat
 
 
 def test_no_function_makes_a_folder_for_a_place_that_was_probably_mistyped(models, tmp_path):
-    model, picture, nowhere = models / "san_x2.onnx", tmp_path / "a.png", tmp_path / "nowhere"
+    model, picture, nowhere = models / "san_x2.onnx", tmp_path / "a.png", tmp_path / "no" / "where"
     pyvips.Image.black(9, 8, bands=3).write_to_file(str(picture))
     for call in (
         lambda: sanrt.export_model(scale=2, output=nowhere / "a.onnx"),
@@ -235,9 +235,11 @@ def test_no_function_makes_a_folder_for_a_place_that_was_probably_mistyped(model
     ):
         with pytest.raises(FileError, match=f"there is no folder {re.escape(str(nowhere))}; make it, or name"):
             call()
-    assert not nowhere.exists()
+    assert not nowhere.parent.exists()
     (outcome,) = sanrt.upscale_files(picture, f"{nowhere}/", scale=2, models=models, backend="onnxruntime", threads=1)
     assert outcome.job.destination == nowhere / "a.png"
+    sanrt.export_model(scale=2, output=tmp_path / "made" / "a.onnx", check=False)
+    assert (tmp_path / "made" / "a.onnx").exists()
 
 
 def test_outcomes_come_in_the_order_of_the_sources_and_a_picture_that_is_named_twice_has_one(models, tmp_path):

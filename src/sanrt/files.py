@@ -126,12 +126,13 @@ def write_whole(path: Path, content: bytes | memoryview, remedy: str = "choose a
 
 
 def require_folder_of(*named: Path | None) -> None:
-    """Raise FileError for a file or folder that a person named as a place for results where its own folder is not there.
+    """Raise FileError for a file or folder that a person named for results where neither its folder is there nor the next.
 
-    A folder that is named is made; one above it that is not there is more likely mistyped.
+    The folder that it lies in is made; several that are not there are more likely mistyped.
     """
     for path in named:
-        if path and not path.parent.is_dir():
+        made = path and not path.parent.exists() and path.parent.parent.is_dir()
+        if path and not path.parent.is_dir() and not made:
             raise FileError(f"{path}: there is no folder {path.parent}; make it, or name another place")
 
 

@@ -377,7 +377,7 @@ def require_place(work: Work, here: bool) -> None:
         return
     require_folder_of(work.output)
     folder = work.found.to_do[0].destination.parent if work.total == 1 else work.output
-    there = folder if folder.is_dir() else folder.parent
+    there = next(place for place in (folder, *folder.parents) if place.exists())
     if here and not os.access(there, os.W_OK | os.X_OK):
         raise FileError(
             f"{work.place}: cannot be written, {there.absolute()} allows no new files; nothing was done; "

@@ -142,5 +142,5 @@ def test_the_command_says_what_it_wrote_and_how_to_use_it(tiny_model, tmp_path, 
 
 def test_a_repository_below_a_folder_that_is_not_there_is_refused(tiny_model, tmp_path):
     with pytest.raises(FileError, match="there is no folder"):
-        write_repository(tmp_path / "nowhere" / "triton", tiny_model(2))
+        write_repository(tmp_path / "no" / "where" / "triton", tiny_model(2))
     assert not list(tmp_path.iterdir())
