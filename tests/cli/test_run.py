@@ -21,34 +21,8 @@ from sanrt.cli import app, main
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.pictures.transparency import fill_hidden
+from tests.commands import command
 from tests.mutate import mutated
-
-
-@pytest.fixture
-def models(tiny_model) -> Path:
-    """A folder with the tiny x2 model, already prepared for its backend."""
-    load_backend("onnxruntime", tiny_model(2), RunOptions()).close()
-    return tiny_model(2).parent
-
-
-@pytest.fixture
-def sanrt(models, tmp_path, monkeypatch, capfd):
-    """Calls `sanrt run ARGUMENTS` with the tiny model in `tmp_path`; returns exit status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments, scale=2):
-        monkeypatch.setattr(sys, "argv", ["sanrt", *command(models, *arguments, scale=scale)[3:]])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return ended.value.code or 0, out, err
-
-    return call
-
-
-def command(models: Path, *arguments, scale=2) -> list[str]:
-    defaults = ["--models", models, "--scale", scale, *([] if "--backend" in arguments else ["--backend", "onnxruntime"])]
-    return [sys.executable, "-m", "sanrt", "run", *map(str, [*defaults, *arguments])]
 
 
 def noise(path: Path, height=20, width=30, bands=3, seed=0) -> Path:

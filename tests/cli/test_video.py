@@ -16,9 +16,6 @@ import numpy as np
 import pytest
 import pyvips
 
-from sanrt.cli import main
-from sanrt.runtime.backends.protocol import RunOptions
-from sanrt.runtime.backends.registry import load_backend
 from sanrt.runtime.runs import videos
 from sanrt.runtime.runs.suitable_weights import suits_photo
 from sanrt.runtime.video import joining
@@ -33,29 +30,6 @@ LOSSLESS = {"codec": "ffv1", "stored": "yuv420p"}
 VARIABLE = [0, 1, 4, 9, 10, 22, 23, 24, 40, 41, 42, 60]
 TURNED = (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
 """A display matrix: a quarter turn."""
-
-
-@pytest.fixture
-def models(tiny_model) -> Path:
-    """A folder with the tiny x2 model, already prepared for its backend."""
-    load_backend("onnxruntime", tiny_model(2), RunOptions()).close()
-    return tiny_model(2).parent
-
-
-@pytest.fixture
-def sanrt(models, tmp_path, monkeypatch, capfd):
-    """Calls `sanrt run ARGUMENTS` with the tiny model in `tmp_path`; returns exit status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments, scale=2):
-        defaults = ["--models", models, "--scale", scale, "--backend", "onnxruntime"]
-        monkeypatch.setattr(sys, "argv", ["sanrt", "run", *map(str, [*defaults, *arguments])])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return ended.value.code or 0, out, err
-
-    return call
 
 
 def hidden(folder: Path) -> list[str]:
