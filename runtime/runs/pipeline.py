@@ -210,7 +210,7 @@ def picture_notes(info: PictureInfo, path: Path, output: Output) -> tuple[str, .
 
 
 def result_note(path: Path) -> tuple[str, ...]:
-    """A note on a source that sanrt made: a result is seldom meant."""
+    """A note on a source that sanrt made: enlarging a result again is seldom meant."""
     mark = read_mark(path)
     return (f"its source is itself a result of sanrt, made at x{mark.provenance.scale}",) if mark else ()
 

@@ -237,7 +237,7 @@ def outcomes(
     require_place(work, here=not conduct.ray)
     for job in work.found.done:
         if job.is_video and not conduct.preview:
-            remove_others(job.destination)
+            remove_others(videos.local_result(job))
     yield from map(pipeline.Skipped, work.found.done)
     yield from (pipeline.Failed(job, line) for job, line in occupied_lines(work.found))
     for part in work.parts:
