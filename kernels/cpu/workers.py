@@ -79,9 +79,11 @@ class Workers:
         except KeyboardInterrupt as interrupt:
             errors.append(interrupt)
             release()
-        while len(outcomes) < len(self.orders):
+        while True:
             try:
-                self.finished.get()
+                while len(outcomes) < len(self.orders):
+                    self.finished.get()
+                break
             except KeyboardInterrupt as interrupt:  # raised below: until all are done, they write to the maps
                 errors.append(interrupt)
         for error in filter(None, [*errors, *outcomes]):

@@ -316,14 +316,20 @@ def overlapped(
     writers = encoders()
     reader, writer = ThreadPoolExecutor(1, "sanrt-read"), ThreadPoolExecutor(writers, "sanrt-write")
     writing: deque[Future[Outcome]] = deque()
+
+    def oldest() -> Outcome:
+        outcome = writing[0].result()  # an interrupt may come here; it is told all the same
+        writing.popleft()
+        return outcome
+
     try:
         for reading in ahead(reader, start, jobs):
             enlarged = then(reading.result(), lambda picture: enlarge(picture, runner, listener))
             writing.append(writer.submit(finish, enlarged))
             while len(writing) >= WAITING + writers or (writing and writing[0].done()):
-                yield writing.popleft().result()
+                yield oldest()
         while writing:
-            yield writing.popleft().result()
+            yield oldest()
     except KeyboardInterrupt:
         for pool in (reader, writer):
             pool.shutdown(wait=True, cancel_futures=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice
@@ -43,7 +44,9 @@ def sample_of(video: Video) -> VideoSample:
     reading = time.perf_counter() - started
     pictures, file = [interpolated(picture, small) for picture in middles], BytesIO()
     started = time.perf_counter()
-    with SegmentEncoder(small, file) as encoder:
+    encoder = SegmentEncoder(small)
+    encoder.open(file)
+    with closing(encoder):
         for picture in pictures:
             encoder.add(picture)
         encoder.finish()

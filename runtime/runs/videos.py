@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby, islice, repeat
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -262,7 +263,8 @@ class Enlarging:
         """The segment of these frames in a file of its own."""
         times, repeated = [], 0
         last: SourcePicture | None = None
-        with replacing(path) as file, SegmentEncoder(self.video.output, file) as encoder, waiting(self.writer) as later:
+        encoder = SegmentEncoder(self.video.output)
+        with replacing(path) as file, opened_in(self.writer, encoder, file), waiting(self.writer) as later:
             for picture in pictures:
                 if last is not None and np.array_equal(picture.rgb, last.rgb):
                     repeated += 1
@@ -293,6 +295,16 @@ def sized(picture: Pixels, width: int, height: int) -> Pixels:
 
 
 @contextmanager
+def opened_in(pool: ThreadPoolExecutor, encoder: SegmentEncoder, file: IO[bytes]) -> Iterator[None]:
+    """An encoder opened and closed by the one thread that uses it: closed by another one while it works, it would crash."""
+    pool.submit(encoder.open, file).result()
+    try:
+        yield
+    finally:
+        pool.submit(encoder.close).result()
+
+
+@contextmanager
 def waiting(pool: ThreadPoolExecutor) -> Iterator[Callable[..., None]]:
     """What hands work to a thread and waits while too much of it is begun; all is done, or called off, at the end."""
     begun: deque[Future[None]] = deque()
@@ -300,12 +312,14 @@ def waiting(pool: ThreadPoolExecutor) -> Iterator[Callable[..., None]]:
     def later(work: Callable[..., None], *arguments: object) -> None:
         begun.append(pool.submit(work, *arguments))
         while len(begun) > WAITING:
-            begun.popleft().result()
+            begun[0].result()  # an interrupt may come here, and the work has to be waited for all the same
+            begun.popleft()
 
     try:
         yield later
         while begun:
-            begun.popleft().result()
+            begun[0].result()
+            begun.popleft()
     finally:
         for future in begun:
             future.cancel()

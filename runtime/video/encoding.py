@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Self, cast
+from typing import IO, TYPE_CHECKING, cast
 
 from sanrt.errors import PictureError
 from sanrt.runtime.video.container import MasteringDisplay, VideoInfo, ffmpeg, reason
@@ -277,25 +276,25 @@ def unsaid_mastering(encoder: Encoder, info: VideoInfo) -> Iterator[str]:
 class SegmentEncoder:
     """Pictures as a Matroska file that begins with a keyframe and refers to no other; a frame's time is its number.
 
-    A context manager. PictureError where the encoder refuses.
+    Open it first, and close it in the end. PictureError where the encoder refuses.
     """
 
-    def __init__(self, output: VideoOutput, file: IO[bytes]) -> None:
-        """file: open for writing, and stays so."""
-        self.output, self.file = output, file
+    def __init__(self, output: VideoOutput) -> None:
+        self.output = output
         self.order: list[int] = []
         """Numbers of the frames in the order of decoding, so far."""
         self.number = 0
         self.last: tuple[Pixels | None, list[Pixels]] = None, []
         """The picture that was added last, and its planes."""
 
-    def __enter__(self) -> Self:
+    def open(self, file: IO[bytes]) -> None:
+        """Begin; the file is open for writing, and stays so."""
         options = {"fflags": "+bitexact", "avoid_negative_ts": "disabled"}
-        self.container = ffmpeg().open(self.file, "w", format="matroska", container_options=options)
+        self.container = ffmpeg().open(file, "w", format="matroska", container_options=options)
         self.stream = open_stream(self.container, self.output)
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Give up what the encoder holds; a file that was not finished is of no use."""
         self.container.close()
 
     def add(self, picture: Pixels) -> None:

@@ -7,12 +7,14 @@ line.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from sanrt.errors import SanrtError
 from sanrt.version import __version__
 
+TYPE_CHECKING = False  # for type checkers; `typing` takes most of the time until the command line can catch an interrupt
 if TYPE_CHECKING:
+    from typing import Any
+
     from sanrt.library import build_engine, export_model, upscale_files, validate_model
     from sanrt.runtime.runs.pipeline import Failed, Skipped, Written
     from sanrt.upscaler import Upscaler

@@ -53,6 +53,10 @@ class ScratchError(FileError):
     """A scratch file that cannot be made or written: a full or missing disk."""
 
 
+class InterruptedRunError(SanrtError):
+    """A run that an interrupt ended; its text is what is done so far."""
+
+
 class UsageError(SanrtError):
     """Arguments that contradict each other or do not fit the model."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import logging
@@ -31,6 +32,8 @@ RENAME_SECONDS = 60
 """Age at which a leftover counts as abandoned on Windows, where a file is closed just before it is renamed."""
 BUSY_SECONDS = 5
 """How long a file that another program has open on Windows is waited for."""
+UNFINISHED: set[Path] = set()
+"""Files that this process writes, from before they are made: an interrupt can come between any two lines."""
 SOURCES = (".py", ".cu", ".cuh")
 SEAL = hashlib.sha256().digest_size
 """Bytes of the digest at the beginning of a kept file: damaged code, or a damaged model, would be wrong without a word."""
@@ -55,8 +58,7 @@ def replacing(path: Path, remedy: str = "choose another place") -> Iterator[IO[b
                     file.close()
                 take_place(unfinished, path)
         finally:
-            with suppress(OSError):  # it took its place; or the body failed, which is to be told
-                unfinished.unlink()
+            remove_unfinished(unfinished)
         folder_to_disk(path.parent)
     except OSError as error:
         if sys.platform == "win32" and isinstance(error, PermissionError) and path.exists():
@@ -109,13 +111,37 @@ def locked_file(path: Path) -> tuple[Path, IO[bytes]]:
     """
     while True:
         unfinished = path.with_name(f".{path.name[:50]}.sanrt-{secrets.token_hex(8)}.partial")
-        file = unfinished.open("xb+")
+        UNFINISHED.add(unfinished)
+        try:
+            file = unfinished.open("xb+")
+        except OSError:
+            UNFINISHED.discard(unfinished)
+            raise
         if sys.platform != "win32":
             with suppress(OSError):  # file systems without locks, where `remove_leftovers` gets none either
                 fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             return unfinished, file
         file.close()  # taken for a leftover and removed between the two calls
+        UNFINISHED.discard(unfinished)
+
+
+@atexit.register
+def remove_all_unfinished() -> None:
+    """Remove what an interrupt left in the moment before the file's writer could see to that."""
+    for path in (*UNFINISHED,):
+        remove_unfinished(path)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=UNFINISHED.clear)  # they are the parent's
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove a file of `locked_file`'s, if it has not taken its place; where that fails, the failure before it is told."""
+    with suppress(OSError):
+        path.unlink()
+    UNFINISHED.discard(path)
 
 
 def write_whole(path: Path, content: bytes | memoryview, remedy: str = "choose another place") -> None:
@@ -142,7 +168,7 @@ def require_writable(path: Path, remedy: str = "choose another place") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished, file = locked_file(path)
         file.close()
-        unfinished.unlink(missing_ok=True)
+        remove_unfinished(unfinished)
     except OSError as error:
         raise FileError(f"{path}: cannot be written ({system_reason(error)}); {remedy}") from error
 
@@ -193,7 +219,7 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             if sys.platform == "win32":  # which removes no open file
                 file.close()
-            lock.unlink(missing_ok=True)
+            remove_unfinished(lock)
 
 
 def remove_abandoned_folders(parent: Path, name: str) -> None:

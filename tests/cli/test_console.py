@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from sanrt.cli.console import Reporter, RunProgress
+from sanrt.errors import InterruptedRunError
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.runs.pipeline import Advanced, Failed, Finished, Opened, Skipped, Written
 
@@ -75,6 +76,6 @@ def test_an_interrupt_tells_what_is_on_disk_once_all_threads_have_ended(jobs, ca
         finally:
             reporter.hear(Finished(Written(jobs[0], 100)))
 
-    with pytest.raises(KeyboardInterrupt), Reporter(3) as reporter:
+    with pytest.raises(InterruptedRunError) as raised, Reporter(3) as reporter:
         reporter.follow(outcomes())
-    assert capfd.readouterr().err.startswith("sanrt: 1 written in ")
+    assert str(raised.value).startswith("1 written in ")

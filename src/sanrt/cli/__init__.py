@@ -23,12 +23,12 @@ from sanrt.cli.triton import triton
 from sanrt.cli.usage import usage_context, usage_words
 from sanrt.cli.validate import validate
 from sanrt.cli.verify import verify
-from sanrt.errors import SanrtError, UsageError, system_reason
+from sanrt.errors import InterruptedRunError, SanrtError, UsageError, system_reason
 from sanrt.version import __version__
 from sanrt.wording import on_command_line, worded
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as of a shell."""
+"""Exit status after an interrupt, as of a shell; typer's own."""
 
 app = typer.Typer(
     help="SAN super-resolution, from PyTorch to production: export, build, run.",
@@ -69,7 +69,12 @@ def sanrt(
 
 
 def main() -> None:
-    """Run the command line: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupted."""
+    """Run the command line within a Python program; the `sanrt` command is `sanrt.__main__`, which hears signals besides."""
+    sys.exit(command_line())
+
+
+def command_line() -> int:
+    """The exit status of a command: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupted."""
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -77,6 +82,9 @@ def main() -> None:
         status = app(standalone_mode=False)
         if sys.stdout:
             sys.stdout.flush()
+    except InterruptedRunError as error:
+        tell(f"sanrt: interrupted: {error}", error=True)
+        return INTERRUPTED
     except SanrtError as error:
         tell(f"sanrt: {error}", error=True)
         status = 2 if isinstance(error, UsageError) else 1
@@ -92,7 +100,7 @@ def main() -> None:
         status = 2
     if status == INTERRUPTED:
         tell("sanrt: interrupted", error=True)
-    sys.exit(status or 0)
+    return status or 0
 
 
 def output_failed(error: OSError) -> int:

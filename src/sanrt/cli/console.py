@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from sanrt.cli.streams import tell
+from sanrt.errors import InterruptedRunError
 from sanrt.runtime.runs.pipeline import Advanced, Event, Failed, Finished, Opened, Outcome, Planned, Skipped, Written
 from sanrt.runtime.runs.results import reasons
 
@@ -56,8 +57,8 @@ class Reporter(logging.Handler):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.logger.removeHandler(self)
-        if kind is KeyboardInterrupt and self.progress.counts:
-            tell(f"sanrt: {self.progress.summary()} so far; the same command goes on from here", error=True)
+        if kind is KeyboardInterrupt and (self.progress.counts or self.progress.frames):
+            raise InterruptedRunError(f"{self.progress.summary()} so far; the same command goes on from here")
 
     @property
     def status(self) -> int:
