@@ -121,7 +121,7 @@ class SourceFrame:
 @cache
 def ffmpeg() -> Any:
     """PyAV; MissingPackageError without it."""
-    os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder's own: errors alone
+    os.environ.setdefault("SVT_LOG", "0")  # the AV1 encoder's own words: what it refuses is told by sanrt
     with extra("video", "video"):
         import av
     return av

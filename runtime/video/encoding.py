@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
@@ -72,19 +73,14 @@ def plan_video(info: VideoInfo, path: Path, size: tuple[int, int], asked: VideoE
 
     PictureError for what the container or the encoder cannot hold, UsageError as `require_known` does.
     """
-    container = Container.of_suffix(path)
-    if container is None:
-        raise PictureError(
-            f"{path}: cannot be written as a video; expected a name ending in "
-            + ", ".join(suffix for each in Container for suffix in each.suffixes)
-        )
-    encoder = (encoder_named(asked.codec) if asked.codec else None) or suitable(info, container)
+    container, named = require_named(path, asked)
+    encoder = named or suitable(info, container)
     require_known(encoder, asked.crf, asked.preset)
     require_held(path, container, encoder)
     form, stored, notes = sample_format(info, encoder, container, path)
     require_divisible(path, size, form, encoder)
     tags, matrix, tag_notes = colours(info, size, form)
-    return VideoOutput(
+    output = VideoOutput(
         path,
         container,
         encoder,
@@ -99,6 +95,22 @@ def plan_video(info: VideoInfo, path: Path, size: tuple[int, int], asked: VideoE
         info.aspect,
         (*info.notes, *notes, *tag_notes, *unsaid_mastering(encoder, info)),
     )
+    require_opened(output)
+    return output
+
+
+def require_named(path: Path, asked: VideoEncoding) -> tuple[Container, Encoder | None]:
+    """The container of a result and the encoder that was asked for, by names; PictureError where they do not fit."""
+    container = Container.of_suffix(path)
+    if container is None:
+        raise PictureError(
+            f"{path}: cannot be written as a video; expected a name ending in "
+            + ", ".join(suffix for each in Container for suffix in each.suffixes)
+        )
+    encoder = encoder_named(asked.codec) if asked.codec else None
+    if encoder:
+        require_held(path, container, encoder)
+    return container, encoder
 
 
 def suitable(info: VideoInfo, container: Container) -> Encoder:
@@ -147,7 +159,8 @@ def sample_format(info: VideoInfo, encoder: Encoder, container: Container, path:
     if source.rgb and encoder.codec in (Codec.H264, Codec.HEVC) and container is not Container.MKV:
         source = replace(source, rgb=False, chroma=(2, 2))
         notes = [f"RGB becomes 4:2:0, which is all that most players show of {encoder.codec}; a .mkv holds it finer"]
-    taken = {each.name for each in ffmpeg().Codec(encoder.name, "w").video_formats or ()}
+    said = ffmpeg().Codec(encoder.name, "w").video_formats
+    taken = {each.name for each in said} if said else {"yuv420p"}  # what a device takes it says when it is opened
     candidates = [
         (form, stored)
         for bits in range(source.bits, 17)
@@ -185,7 +198,7 @@ def near(chroma: tuple[int, int] | None) -> tuple[int, int] | None:
 def stored_as(form: PixelFormat, taken: set[str]) -> str:
     """FFmpeg's name of the samples that an encoder takes for a format; empty if it takes none."""
     packed = {("gbrp", 8): "bgr0"}.get((form.name, form.bits), "")
-    semi = {"yuv420p10le": "p010le"}.get(form.name, "")
+    semi = {"yuv420p": "nv12", "yuv420p10le": "p010le"}.get(form.name, "")
     return next((name for name in (form.name, packed, semi) if name in taken), "")
 
 
@@ -219,6 +232,30 @@ def colours(info: VideoInfo, size: tuple[int, int], form: PixelFormat) -> tuple[
         return tags, matrix, []
     note = "its colour matrix is not said in the source; the result says BT.601, which players take for that size"
     return replace(tags, matrix=matrix), matrix, [note]
+
+
+def require_opened(output: VideoOutput) -> None:
+    """Raise PictureError where the encoder does not begin: sides beyond its limits, a device that is not here."""
+    av, encoder = ffmpeg(), output.encoder
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture() as said, av.open(BytesIO(), "w", format="matroska") as container:
+            open_stream(container, output).codec_context.open()
+    except av.FFmpegError as error:
+        lines = [text.strip() for _, _, text in said]
+        why = f"({lines[0] if lines else reason(error)})"
+        if encoder.device:
+            raise PictureError(
+                f"{output.path}: {encoder.name} does not begin here {why}, it needs {encoder.device}; take "
+                f"{option('codec', encoder.codec)}, which runs anywhere"
+            ) from None
+        raise PictureError(
+            f"{output.path}: {encoder.name} takes no {output.width} x {output.height} {output.stored} {why}; take another "
+            f"{option('codec', Codec.FFV1)} or {option('scale')}"
+        ) from None
+    finally:
+        av.logging.set_level(level)
 
 
 def options(

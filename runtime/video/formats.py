@@ -109,6 +109,8 @@ class Encoder:
     presets: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     """Others, in FFmpeg's words."""
+    device: str = ""
+    """What it needs beside a processor, for people; empty for one that runs anywhere."""
 
 
 X26X_PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
@@ -123,8 +125,17 @@ ENCODERS = {
     Codec.PRORES: Encoder(Codec.PRORES, "prores_ks"),
 }
 """Of each codec the one that runs anywhere."""
-HARDWARE = re.compile(r"(h264|hevc|av1)_(nvenc|qsv|amf|videotoolbox|vaapi|v4l2m2m)")
-"""Encoders that need a device; taken only where they are asked for by name."""
+DEVICES = {
+    "nvenc": "an NVIDIA GPU that encodes this, with its driver",
+    "qsv": "an Intel GPU that encodes this, with its driver",
+    "amf": "an AMD GPU that encodes this, with its driver",
+    "videotoolbox": "macOS",
+    "vaapi": "a GPU that encodes this, with a VA-API driver",
+    "v4l2m2m": "a Linux device that encodes this",
+}
+"""What the encoders of each kind need that are no programs alone."""
+HARDWARE = re.compile(rf"(h264|hevc|av1)_({'|'.join(DEVICES)})")
+"""Their names; they are taken only where they are asked for."""
 
 
 def encoder_named(name: str) -> Encoder | None:
@@ -133,10 +144,11 @@ def encoder_named(name: str) -> Encoder | None:
         return ENCODERS[Codec(name)]
     if not (found := HARDWARE.fullmatch(name)):
         return None
-    codec = Codec(found[1])
+    codec, device = Codec(found[1]), DEVICES[found[2]]
     if found[2] != "nvenc":
-        return Encoder(codec, name)
-    return Encoder(codec, name, 19, crf_option="cq", preset="p5", presets=NVENC_PRESETS, options={"rc": "vbr", "b": "0"})
+        return Encoder(codec, name, device=device)
+    options = {"rc": "vbr", "b": "0"}
+    return Encoder(codec, name, 19, crf_option="cq", preset="p5", presets=NVENC_PRESETS, options=options, device=device)
 
 
 @dataclass(frozen=True)

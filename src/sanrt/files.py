@@ -162,6 +162,14 @@ def require_folder_of(*named: Path | None) -> None:
             raise FileError(f"{path}: there is no folder {path.parent}; make it, or name another place")
 
 
+def why_no_new_files(folder: Path) -> str:
+    """Why no file can be made in a folder that is there or would be made; empty where nothing speaks against it."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        return f"{there.absolute()} is a file"
+    return "" if os.access(there, os.W_OK | os.X_OK) else f"{there.absolute()} allows no new files"
+
+
 def require_writable(path: Path, remedy: str = "choose another place") -> None:
     """Raise FileError, ending in `remedy`, where a file cannot be written, before the work that it is for."""
     try:

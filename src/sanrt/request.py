@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sanrt.errors import FileError, PictureError, SanrtError, UsageError
-from sanrt.files import require_folder_of
+from sanrt.files import require_folder_of, why_no_new_files
 from sanrt.model.bundled import PHOTO_QUALITY, WeightsKind, has_bundled
 from sanrt.model.spec import SCALES
 from sanrt.runtime.artifacts.models import (
@@ -219,13 +219,14 @@ Loaded = Callable[[ModelChoice, "Backend | Ready", str], None]
 def outcomes(
     work: Work, request: Request, conduct: Conduct, listener: Listener | None = None, loaded: Loaded = lambda *_: None
 ) -> Generator[Outcome, None, None]:
-    """Every picture's outcome as it comes, those that are done first.
+    """Every picture's outcome as it comes: those that are done first, then what is refused before a model is loaded.
 
     `listener` is told what happens to the pictures meanwhile. Close the iterator to stop early.
     """
     from sanrt.runtime.backends.registry import load_backend
     from sanrt.runtime.runs import pipeline, videos
     from sanrt.runtime.runs.record import Recorder
+    from sanrt.runtime.runs.refusals import refusals
     from sanrt.runtime.tiling.upscaling import NetworkRunner
     from sanrt.runtime.video.segments import remove_others
 
@@ -240,7 +241,12 @@ def outcomes(
             remove_others(videos.local_result(job))
     yield from map(pipeline.Skipped, work.found.done)
     yield from (pipeline.Failed(job, line) for job, line in occupied_lines(work.found))
+    makable: list[Part] = []
     for part in work.parts:
+        refused = refusals(part.jobs, part.recipe.scale, request.encoding, here=not conduct.ray)
+        yield from refused.values()
+        makable.append(replace(part, jobs=[job for job in part.jobs if job not in refused]))
+    for part in filter(lambda part: part.jobs, makable):
         choice, jobs, upscaling, encoding = part.choice, part.jobs, request.upscaling, request.encoding
         if conduct.ray and not conduct.preview:
             yield from ray_outcomes(part, request, conduct.ray, conduct, listener, loaded)
@@ -377,12 +383,8 @@ def require_place(work: Work, here: bool) -> None:
         return
     require_folder_of(work.output)
     folder = work.found.to_do[0].destination.parent if work.total == 1 else work.output
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if here and not os.access(there, os.W_OK | os.X_OK):
-        raise FileError(
-            f"{work.place}: cannot be written, {there.absolute()} allows no new files; nothing was done; "
-            "name another OUTPUT (the last argument)"
-        )
+    if here and (why := why_no_new_files(folder)):
+        raise FileError(f"{work.place}: cannot be written, {why}; nothing was done; name another OUTPUT (the last argument)")
 
 
 def by_scale(jobs: Sequence[Job], choice: ModelChoice, size: ResultSize) -> dict[int | None, list[Job]]:

@@ -22,11 +22,11 @@ def models(tiny_model) -> Path:
 
 @pytest.fixture
 def sanrt(models, tmp_path, monkeypatch, capfd):
-    """Calls `sanrt run ARGUMENTS` with the tiny model in `tmp_path`; returns exit status, stdout, stderr."""
+    """Calls `sanrt run ARGUMENTS`, or `plan`, with the tiny model in `tmp_path`; returns exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments, scale=2):
-        monkeypatch.setattr(sys, "argv", ["sanrt", *command(models, *arguments, scale=scale)[3:]])
+    def call(*arguments, scale=2, word="run"):
+        monkeypatch.setattr(sys, "argv", ["sanrt", word, *command(models, *arguments, scale=scale)[4:]])
         with pytest.raises(SystemExit) as ended:
             main()
         out, err = capfd.readouterr()

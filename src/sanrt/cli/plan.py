@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,7 +43,7 @@ from sanrt.cli.request import (
 )
 from sanrt.cli.streams import STREAM, tell
 from sanrt.errors import UsageError
-from sanrt.request import ModelChoice, Request, occupied_lines
+from sanrt.request import ModelChoice, Part, Request, occupied_lines, require_place
 from sanrt.runtime.artifacts.models import MODELS, model_title
 from sanrt.runtime.tiling.options import Tiling
 
@@ -88,6 +89,8 @@ def plan(
     from sanrt.runtime.pictures.codec import Encoding
     from sanrt.runtime.pictures.jobs import Naming, called
     from sanrt.runtime.runs.estimate import estimates
+    from sanrt.runtime.runs.pipeline import Failed
+    from sanrt.runtime.runs.refusals import refusals
     from sanrt.runtime.runs.results import reasons
     from sanrt.runtime.tiling.options import UpscaleOptions
 
@@ -100,6 +103,7 @@ def plan(
     encoding = Encoding(quality, lossless, background, outscale, within, codec, crf, preset)
     request = Request(paths, choice, upscaling, encoding, Naming(suffix, format))
     work = request.resolve(overwrite, include_results=include_results)
+    require_place(work, here=True)
     found, seconds, failed, needless = work.found, 0.0, len(work.found.occupied), 0
     for reason in reasons(found.again, "would be made again"):
         tell(reason)
@@ -107,7 +111,15 @@ def plan(
         tell(f"{len(found.done)} of {work.total} results are there already and would be skipped")
     for _, why in occupied_lines(found):
         tell(f"sanrt: {why}", error=True)
+    makable: list[Part] = []
     for part in work.parts:
+        refused = refusals(part.jobs, part.recipe.scale, encoding)
+        makable.append(replace(part, jobs=[job for job in part.jobs if job not in refused]))
+        for outcome in refused.values():
+            is_failed = isinstance(outcome, Failed)
+            tell(f"sanrt: {outcome.reason}" if is_failed else outcome.reason, error=is_failed)
+            failed, needless = failed + is_failed, needless + (not is_failed)
+    for part in filter(lambda part: part.jobs, makable):
         chosen = part.choice
         if len(work.parts) > 1:
             tell(f"{model_title(chosen.path)}: {len(part.jobs)} of {len(found.to_do)} {called(found.to_do)}")
