@@ -13,7 +13,7 @@ import typer
 from sanrt.errors import PictureError
 from training.command import run
 from training.data import Picture, picture_files, read_rgb
-from training.degrade import degrade, resize_matrix
+from training.degrade import bicubic, degrade, resize_matrix
 from training.drawings import drawing
 from training.tiles import read_part, write_part
 from training.wear import DEV_QUALITIES, avif, jpeg, png, worn
@@ -27,8 +27,11 @@ DEV_SIDE = 288
 VERSIONS = 7
 """Worn versions of every tile: with the clean one, an eighth of the patches is clean."""
 
-DRAWINGS = 90
+DRAWINGS = 150
 """Tiles that are drawn: one in eight of all."""
+
+REDUCTIONS = (1.0, 1.5, 2.0, 2.5, 3.0)
+"""Photographs are cut up as they are and so many times smaller: there edges are harder and grain is less."""
 
 SMALLEST = 24
 """Every scale divides it, and so must the sides of tiles."""
@@ -53,7 +56,7 @@ def pack(
     for old in out.glob("*.npz"):
         old.unlink()
     pictures = map(read_rgb, picture_files(photos / "train"))
-    found = [tile for picture in pictures for tile in detailed(picture, side, detail)]
+    found = [tile for picture in pictures for k in REDUCTIONS for tile in detailed(reduced(picture, k), side, detail)]
     held_out = [middle(read_rgb(path), dev_side) for path in picture_files(photos / "dev")]
     if not found or not held_out:
         raise PictureError(f"{photos}: {len(found)} tiles and {len(held_out)} held-out pictures; expected some of both")
@@ -68,6 +71,11 @@ def pack(
     for path in sorted(out.glob("*.npz")):
         with np.load(path) as part:
             print(f"{path}: {len(part['ends'])} pictures, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def reduced(picture: Picture, factor: float) -> Picture:
+    """The picture `factor` times smaller, by antialiased bicubic."""
+    return picture if factor == 1 else bicubic(picture, 1 / factor)
 
 
 def detailed(picture: Picture, side: int, detail: float) -> Iterator[Picture]:

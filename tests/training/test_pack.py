@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from sanrt.errors import PictureError
+from training.data import read_rgb
+from training.degrade import bicubic
 from training.drawings import drawing
 from training.pack import detailed, middle, pack, parts
 from training.tiles import read_part
@@ -35,11 +37,19 @@ def test_parts_are_as_large_as_allowed_and_lose_nothing():
 def test_tiles_are_packed_with_loss_unless_told_otherwise(photos, packed, tmp_path):
     pack(photos, tmp_path, side=48, dev_side=48, tiles=5, drawings=0)
     lossy, exact = (np.concatenate([read_part(p) for p in sorted(at.glob("high-*.npz"))]) for at in (tmp_path, packed))
-    assert (len(lossy), len(exact)) == (5, 8)
+    assert (len(lossy), len(exact)) == (5, 11)
     errors = np.square(lossy[:, None].astype(float) - exact).mean((2, 3, 4))
     assert (errors.min(1) > 0).all()
     assert (errors.min(1) < 60).all()
     assert len(set(errors.argmin(1))) == 5
+
+
+def test_photographs_are_packed_as_they_are_and_smaller(photos, packed):
+    tiles = np.concatenate([read_part(path) for path in packed.glob("high-*.npz")])
+    picture = read_rgb(photos / "train" / "0.png")
+    for factor in (1, 1.5, 2):
+        expected = bicubic(picture, 1 / factor)[:48, :48]
+        assert (tiles == expected).all((1, 2, 3)).any(), f"no tile is {factor} times smaller"
 
 
 def test_drawings_have_hard_edges_and_are_packed_with_the_photographs(photos, tmp_path):
@@ -48,7 +58,7 @@ def test_drawings_have_hard_edges_and_are_packed_with_the_photographs(photos, tm
     steepest = [np.abs(np.diff(picture.astype(int), axis=axis)).max() for picture in drawn for axis in (0, 1)]
     assert np.median(steepest) > 128
     pack(photos, tmp_path, quality=0, side=48, dev_side=48, drawings=3)
-    assert sum(len(read_part(path)) for path in tmp_path.glob("high-*.npz")) == 8 + 3
+    assert sum(len(read_part(path)) for path in tmp_path.glob("high-*.npz")) == 11 + 3
 
 
 def test_a_folder_without_pictures_is_told(tmp_path):
