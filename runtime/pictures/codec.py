@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sanrt.errors import PictureError, TooManyPixelsError, system_reason
 from sanrt.files import replacing
-from sanrt.runtime.pictures import jpeg, libvips, metadata, pillow, tiff
+from sanrt.runtime.pictures import gif, jpeg, libvips, metadata, pillow, tiff
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.kinds import kind_of_content
 from sanrt.runtime.pictures.libvips import vips
@@ -222,6 +222,8 @@ def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> SourcePicture:
         raise PictureError(f"{path}: {_unknown(head)}; expected {expected}")
     if form is Format.TIFF:
         tiff.check(path)
+    if form is Format.GIF:
+        gif.check(path)
     return SourcePicture(libvips.read(_damaged(path, form), lambda: _header(path, form, max_pixels)))
 
 
@@ -263,7 +265,7 @@ def _loaded(path: Path, form: Format, max_pixels: int = sys.maxsize) -> pyvips.I
         return load(vips().Source.new_from_file(os.fsencode(path)), access=access, fail_on=fail_on)
 
     image = opened("sequential")
-    image = image if _orientation(image) in (1, 2) else opened("random")
+    image = image if orientation(image) in (1, 2) else opened("random")
     if form is Format.TIFF and (more := image.bands - _COLOURS.get(image.interpretation, image.bands)) > 0:
         return image.extract_band(0, n=image.bands - more + tiff.first_extra_is_opacity(path))
     if form is Format.GIF and image.hasalpha() and image.width * image.height <= max_pixels and _is_opaque(opened("random")):
@@ -276,7 +278,7 @@ def _is_opaque(image: pyvips.Image) -> bool:
     return bool(image.extract_band(image.bands - 1).min() == 255)
 
 
-def _orientation(image: pyvips.Image) -> int:
+def orientation(image: pyvips.Image) -> int:
     return image.get("orientation") if image.get_typeof("orientation") else 1
 
 
@@ -301,7 +303,7 @@ def _check_header(path: Path, image: pyvips.Image, max_pixels: int) -> None:
 
 def _decoded(image: pyvips.Image) -> pyvips.Image:
     """Upright, CMYK converted."""
-    if _orientation(image) != 1:
+    if orientation(image) != 1:
         image = image.autorot()
     if image.interpretation == "cmyk":
         depth = 8 if image.format == "uchar" else 16
@@ -310,7 +312,7 @@ def _decoded(image: pyvips.Image) -> pyvips.Image:
 
 
 def _info(path: Path, form: Format, image: pyvips.Image) -> PictureInfo:
-    turned = _orientation(image) >= 5
+    turned = orientation(image) >= 5
     found = metadata.read(path, form, image)
     return PictureInfo(
         path,
@@ -320,7 +322,7 @@ def _info(path: Path, form: Format, image: pyvips.Image) -> PictureInfo:
         bits=8 if image.format == "uchar" else image.get("bits-per-sample") if form in (Format.AVIF, Format.HEIC) else 16,
         grey=image.bands - image.hasalpha() == 1,
         alpha=bool(image.hasalpha()),
-        lossless=form is Format.WEBP and _is_lossless_webp(path),
+        lossless=form is Format.WEBP and is_lossless_webp(path),
         resolution=_resolution(image) if found.says_resolution else None,
         metadata=found.kept,
         notes=(*found.notes(), *_notes(path, form, image)),
@@ -329,7 +331,7 @@ def _info(path: Path, form: Format, image: pyvips.Image) -> PictureInfo:
 
 def _resolution(image: pyvips.Image) -> tuple[float, float]:
     """Pixels per millimetre, x and y, upright."""
-    return (image.yres, image.xres) if _orientation(image) >= 5 else (image.xres, image.yres)
+    return (image.yres, image.xres) if orientation(image) >= 5 else (image.xres, image.yres)
 
 
 def _notes(path: Path, form: Format, image: pyvips.Image) -> Iterator[str]:
@@ -343,29 +345,34 @@ def _notes(path: Path, form: Format, image: pyvips.Image) -> Iterator[str]:
         yield f"{form.upper()} is written as {form.written_as.upper()}"
 
 
-def _is_lossless_webp(path: Path) -> bool:
-    """Whether the first frame's chunk is VP8L (RFC 9649, section 2); an animation counts as lossy."""
+def is_lossless_webp(path: Path) -> bool:
+    """Whether the first frame's chunk is VP8L (RFC 9649, section 2)."""
     with path.open("rb") as file:
         file.seek(12)
         while len(header := file.read(8)) == 8:
-            if header[:4] in (b"VP8L", b"VP8 ", b"ANMF"):
+            if header[:4] in (b"VP8L", b"VP8 "):
                 return header[:4] == b"VP8L"
-            size = int.from_bytes(header[4:], "little")
+            size = 16 if header[:4] == b"ANMF" else int.from_bytes(header[4:], "little")
             file.seek(size + size % 2, os.SEEK_CUR)
     return False
 
 
 def plan_output(
-    source: PictureInfo, path: Path, scale: int, encoding: Encoding = Encoding(), bits: int | None = None
+    source: PictureInfo,
+    path: Path,
+    scale: int,
+    encoding: Encoding = Encoding(),
+    bits: int | None = None,
+    forms: Collection[Format] = metadata.WRITTEN,
 ) -> Output:
     """How the result for `source`, which the network enlarges by `scale`, is written to `path`, by whose suffix.
 
-    PictureError if that format cannot hold the size or the transparency, or the network is too small for the size that is
-    asked for. Depth that the format cannot hold is reduced, with a note.
+    PictureError if that format is none of `forms` or cannot hold the size or the transparency, or the network is too small
+    for the size that is asked for. Depth that the format cannot hold is reduced, with a note.
     """
     form = Format.of_suffix(path)
-    if form is None or form.written_as is not form:
-        names = ", ".join(suffix for form in Format if form.written_as is form for suffix in form.facts.suffixes)
+    if form is None or form not in forms:
+        names = ", ".join(suffix for form in Format if form in forms for suffix in form.facts.suffixes)
         raise PictureError(f"{path}: cannot be written as '{path.suffix}'; expected a name ending in one of {names}")
     width, height = encoding.result_size.checked(source.width, source.height, scale)
     if max(width, height) > form.facts.max_side:
@@ -423,9 +430,9 @@ def write_picture(
     look_again: called once all is encoded, right before it takes its place; what it raises leaves the place as it is.
     """
     with libvips.writing(f"{output.path}: cannot be written"):
-        image = _with_metadata(_encodable(output, rgb, alpha), output)
+        image = with_metadata(_encodable(output, rgb, alpha), output)
         with replacing(output.path) as file:
-            _encode(image, output, file)
+            encode(image, output, file)
             if output.resolution is None and metadata.EXIF not in output.metadata:
                 metadata.forget_resolution(file, output.format)
             metadata.put(file, output.format, output.metadata)
@@ -434,7 +441,7 @@ def write_picture(
             look_again()
 
 
-def _encode(image: pyvips.Image, output: Output, file: IO[bytes]) -> None:
+def encode(image: pyvips.Image, output: Output, file: IO[bytes]) -> None:
     """The encoded image into an open file. libvips' target, which duplicates the descriptor, does not outlive the call."""
     target = vips().Target.new_to_descriptor(file.fileno())
     try:
@@ -486,7 +493,7 @@ def _in_depth(image: pyvips.Image, sixteen: bool) -> pyvips.Image:
     return (image * 257).cast("ushort") if sixteen else (image / 257).rint().cast("uchar")
 
 
-def _with_metadata(image: pyvips.Image, output: Output) -> pyvips.Image:
+def with_metadata(image: pyvips.Image, output: Output) -> pyvips.Image:
     """The metadata, its EXIF without thumbnail and orientation; libvips itself sets the EXIF size on writing."""
     image = image.copy()
     for name in metadata.BY_LIBVIPS:
@@ -521,6 +528,8 @@ def _saver_options(output: Output) -> dict[str, Any]:
             return {"Q": output.quality, "subsample_mode": "off", "optimize_coding": optimised}
         case Format.WEBP:
             return {"Q": output.quality, "lossless": output.lossless, "exact": output.lossless, "effort": 2}
+        case Format.GIF:
+            return {"effort": 3, "keep_duplicate_frames": True}
         case Format.TIFF:
             bigtiff = output.width * output.height * 8 > 1 << 32
             return {"compression": "deflate", "predictor": "horizontal", "bigtiff": bigtiff}

@@ -104,6 +104,8 @@ _FACTS = {
     Format.TGA: Facts("", (".tga",), max_side=65_535, packages=("PIL",)),
     Format.JP2: Facts("", (".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf"), max_side=65_535, packages=("PIL",)),
 }
+ANIMATED = (Format.GIF, Format.WEBP)
+"""Formats whose files may have several frames, which are read and written."""
 _WRITTEN = (Format.PNG, Format.JPEG, Format.WEBP, Format.TIFF, Format.AVIF)
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 

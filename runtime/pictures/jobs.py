@@ -18,7 +18,8 @@ from pathlib import Path
 
 from sanrt.errors import PictureError, UsageError, system_reason
 from sanrt.extras import install_command
-from sanrt.runtime.pictures.formats import Format
+from sanrt.runtime.pictures.animations import pages
+from sanrt.runtime.pictures.formats import ANIMATED, Format
 from sanrt.runtime.pictures.kinds import by_kind, kind_of_suffix
 from sanrt.runtime.pictures.provenance import is_result
 from sanrt.runtime.pictures.storage import RemotePath
@@ -60,17 +61,26 @@ class Job:
     """What may be replaced at the destination; anything else there is an error."""
     named: bool = field(default=False, compare=False)
     """Whether the source was named itself, and not found in a folder."""
+    animated: bool = field(default=False, compare=False)
+    """Whether the source is a GIF or WebP of several frames."""
 
     @property
     def is_video(self) -> bool:
-        """Whether its result is a video; else it is a picture."""
-        return Container.of_suffix(self.destination) is not None
+        """Whether its result is a video or an animation; else it is a picture."""
+        form = Format.of_suffix(self.destination)
+        animation = form is Format.GIF or (form is Format.WEBP and (self.animated or is_video(self.source)))
+        return animation or Container.of_suffix(self.destination) is not None
+
+    @property
+    def needs_ffmpeg(self) -> bool:
+        """Whether its source or its result is a video file, and no animation that libvips reads and writes."""
+        return self.is_video and (is_video(self.source) or Container.of_suffix(self.destination) is not None)
 
 
 def called(jobs: Sequence[Job]) -> str:
     """What several jobs are, for people."""
-    kinds = {job.is_video for job in jobs}
-    return " and ".join(name for name, video in (("pictures", False), ("videos", True)) if video in kinds)
+    kinds = {"pictures" if not job.is_video else "videos" if job.needs_ffmpeg else "animations" for job in jobs}
+    return " and ".join(name for name in ("pictures", "animations", "videos") if name in kinds)
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class Naming:
     suffix: str = ""
     """Text between the stem and the ending, such as `_x4`."""
     format: Format | None = None
-    """The format of every picture's result; None keeps each source's own (GIF becomes PNG)."""
+    """The format of every picture's result; None keeps each source's own (a GIF of one frame becomes PNG)."""
 
     def __post_init__(self) -> None:
         if set(self.suffix) & {"/", os.sep, "\0"}:
@@ -88,11 +98,16 @@ class Naming:
                 f"{option('suffix')} {self.suffix!r}: expected a part of a file name, such as _x4, without folders"
             )
 
-    def of(self, source: Path) -> str:
-        """The result's file name; an ending that stands for no format is replaced by that of the content (PNG, if none)."""
+    def of(self, source: Path, animated: bool = False) -> str:
+        """The result's file name; an ending that stands for no format is replaced by that of the content (PNG, if none).
+
+        animated: whether the source is a GIF or WebP of several frames, whose result is one too.
+        """
         form, ending = Format.of_suffix(source), source.suffix
         if is_video(source):
             ending = result_suffix(source)
+        elif animated and self.format is None:
+            ending = ending if form in ANIMATED else _format_of_content(source).facts.suffixes[0]
         elif self.format is not None or form is None or form.written_as is not form:
             ending = (self.format or (form or _format_of_content(source)).written_as).facts.suffixes[0]
         name = source.stem + self.suffix + ending
@@ -115,7 +130,7 @@ def find_pictures(
     one = len(inputs) == 1 and not inputs[0].is_dir()
     if not into_folder and not output.is_dir() and _names_a_file(output, one):
         _check_file(inputs[0], output, one, naming)
-        jobs = [Job(inputs[0], output, named=True)]
+        jobs = [Job(inputs[0], output, named=True, animated=pages(inputs[0]) > 1)]
     else:
         if not into_folder:
             _check_expansion(inputs, output)
@@ -166,7 +181,7 @@ def output_beside(given: Path, size: str, naming: Naming) -> Path:
         raise UsageError(f"{given}: has no folder beside it; name OUTPUT, the last argument")
     if given.is_dir():
         return at.with_name(f"{at.name}_{size}")
-    return at.with_name(replace(naming, suffix=naming.suffix or f"_{size}").of(at))
+    return at.with_name(replace(naming, suffix=naming.suffix or f"_{size}").of(at, pages(given) > 1))
 
 
 def _names_a_file(output: Path, one: bool) -> bool:
@@ -188,14 +203,20 @@ def _check_file(given: Path, output: Path, one: bool, naming: Naming) -> None:
             f"no folder for the results of several pictures: {output}, the last argument, {what}; "
             "add a folder, such as `sanrt run ... upscaled/`"
         )
-    if is_video(given) or (Container.of_suffix(output) and Format.of_suffix(given) in (None, Format.GIF)):
-        if Container.of_suffix(output) is None:
-            raise UsageError(
-                f"{output}: the result of a video is one; expected a name ending in one of {' '.join(WRITTEN_SUFFIXES)}, "
-                f"or a folder: {output}/"
-            )
-        return
     form = Format.of_suffix(output)
+    if is_video(given) and Container.of_suffix(output) is None and form not in ANIMATED:
+        endings = " ".join([*WRITTEN_SUFFIXES, *(suffix for form in ANIMATED for suffix in form.facts.suffixes)])
+        raise UsageError(
+            f"{output}: the result of a video is one, or an animation; expected a name ending in one of {endings}, or a "
+            f"folder: {output}/"
+        )
+    may_be_animated = Format.of_suffix(given) in (None, *ANIMATED)
+    if is_video(given) or (may_be_animated and Container.of_suffix(output)):
+        return
+    if form is Format.GIF and may_be_animated:
+        if pages(given) != 1:  # what cannot be read is refused in its turn
+            return
+        raise UsageError(f"{output}: sanrt writes GIFs of several frames, {given} has one; name a .png, or a folder")
     if form is None or form.written_as is not form:
         endings = " ".join(form.facts.suffixes[0] for form in Format if form.written_as is form)
         raise UsageError(
@@ -236,10 +257,12 @@ def _once(jobs: list[Job]) -> list[Job]:
 
 def _jobs_of(given: Path, output: Path, naming: Naming, recursive: bool) -> Iterator[Job]:
     if not given.is_dir():
-        yield Job(given, output / naming.of(given), named=True)
+        animated = pages(given) > 1
+        yield Job(given, output / naming.of(given, animated), named=True, animated=animated)
         return
     for source in _pictures_in(given, recursive, skipped=output.resolve()):
-        yield Job(source, output / source.relative_to(given).with_name(naming.of(source)))
+        animated = pages(source) > 1
+        yield Job(source, output / source.relative_to(given).with_name(naming.of(source, animated)), animated=animated)
 
 
 def _pictures_in(folder: Path, recursive: bool, skipped: Path) -> Iterator[Path]:

@@ -37,7 +37,7 @@ WITHOUT_EFFECT = ("memory", "scratch")
 """Options of upscaling that no pixel depends on."""
 IN_TILES = ("tile", "overlap", "tiling")
 """Those that pixels depend on only where tiles overlap."""
-OF_PICTURES, OF_VIDEOS = ("quality", "lossless", "background"), ("codec", "crf", "preset")
+OF_PICTURES, OF_VIDEOS = ("quality", "lossless"), ("codec", "crf", "preset")
 """Options of Encoding that change nothing in the other kind."""
 UNREADABLE = "its source cannot be read"
 """A job that is left to fail when its turn comes."""

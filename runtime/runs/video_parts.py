@@ -30,7 +30,7 @@ class VideoPart(Job):
     @property
     def video(self) -> Job:
         """The job that it is a part of."""
-        return Job(self.source, self.destination, self.replaces, self.named)
+        return Job(self.source, self.destination, self.replaces, self.named, self.animated)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Videos through one network: decoded, enlarged and encoded at the same time, in segments that a killed run goes on from.
 
-`run` takes pictures and videos mixed, in order; pictures go the way of `pipeline.run`.
+Animations, GIF or WebP, are videos here. `run` takes pictures and videos mixed, in order; pictures go the way of
+`pipeline.run`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby, islice, repeat
 from pathlib import Path
@@ -19,11 +20,12 @@ import numpy as np
 
 from sanrt.errors import PictureError
 from sanrt.files import replacing
-from sanrt.runtime.pictures.codec import Encoding
+from sanrt.runtime.pictures.codec import Encoding, upscale_alpha
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.provenance import identify, require_unchanged, seal
 from sanrt.runtime.pictures.resize import reduced
 from sanrt.runtime.pictures.storage import delivered, fetched, scratch_folder
+from sanrt.runtime.pictures.transparency import fill_hidden
 from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.pipeline import (
     Advanced,
@@ -47,8 +49,11 @@ from sanrt.runtime.runs.pipeline import (
 from sanrt.runtime.runs.results import appeared
 from sanrt.runtime.tiling.plan import TilingPlan
 from sanrt.runtime.tiling.upscaling import NetworkRunner
-from sanrt.runtime.video.container import SourceFrame, VideoInfo, frames, look, picture_of
+from sanrt.runtime.video import animated
+from sanrt.runtime.video.animated import AnimationOutput, FrameWriter, upright
+from sanrt.runtime.video.container import SourceFrame, VideoInfo, frames, look, picture_of, require_opaque
 from sanrt.runtime.video.encoding import SegmentEncoder, VideoOutput, plan_video
+from sanrt.runtime.video.formats import Container
 from sanrt.runtime.video.frames import Pixels
 from sanrt.runtime.video.joining import Copying, join, plan_copying
 from sanrt.runtime.video.segments import Segment, WorkFolder, frames_in_segment, remove_others, work_folder
@@ -63,13 +68,18 @@ class Video:
 
     job: Job
     info: VideoInfo
-    output: VideoOutput
+    output: VideoOutput | AnimationOutput
     copying: Copying
+    background: tuple[int, int, int] | None = None
+    """8-bit RGB to lay transparent frames onto; None keeps their opacity."""
+    display_matrix: tuple[int, ...] = ()
+    """By which frames are turned, where the result cannot say it; see VideoInfo."""
+    source_notes: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What its result lacks, one line each."""
-        return self.output.notes + self.copying.notes
+        """What is to be told of its source, and what its result lacks, one line each."""
+        return self.source_notes + self.output.notes + self.copying.notes
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,8 @@ class SourcePicture:
 
     pts: int
     duration: int
-    rgb: Pixels
+    pixels: Pixels
+    """(H, W, 3), or (H, W, 4) with opacity."""
 
 
 Maker = Callable[[Video, WorkFolder, list[Segment], Listener], TilingPlan]
@@ -137,10 +148,14 @@ def planned(job: Job, runner: NetworkRunner, options: PipelineOptions) -> Planne
 def settle(job: Job, path: Path, scale: int, encoding: Encoding) -> Video:
     """How the result of a video is written, from its header and first frame; PictureError for what cannot be."""
     info = look(path)
+    notes = result_note(path)
+    if Container.of_suffix(job.destination) is None:
+        animation = animated.plan(info, job.destination, scale, encoding)
+        return Video(job, info, animation, Copying((), ()), encoding.background, info.display_matrix, notes)
+    require_opaque(info, encoding.background)
     size = result_sides(encoding, info.width, info.height, scale)
     output = plan_video(info, job.destination, size, encoding.video)
-    output = replace(output, notes=result_note(path) + output.notes)
-    return Video(job, info, output, plan_copying(info, output))
+    return Video(job, info, output, plan_copying(info, output), encoding.background, source_notes=notes)
 
 
 def result_sides(encoding: Encoding, width: int, height: int, scale: int) -> tuple[int, int]:
@@ -183,20 +198,30 @@ def upscale(job: Job, maker: Maker, options: PipelineOptions, listener: Listener
                 raise
             segments = work.all()
             with delivered(job.destination) as local, replacing(local) as file:
-                join(video.info, video.output, video.copying, segments, file)
+                notes = joined(video, segments, file)
                 seal(file, video.output.container, made)
                 if appeared(job, options.recipe):
                     raise AlreadyWrittenError
         remove_others(result)
-    return written(video, plan, segments, len(there))
+    return written(video, plan, segments, len(there), notes)
 
 
-def written(video: Video, plan: TilingPlan, segments: list[Segment], there: int) -> Written:
+def joined(video: Video, segments: list[Segment], file: IO[bytes]) -> tuple[str, ...]:
+    """Write the result into an open file; what of its times is not as in the source, one line each."""
+    if isinstance(video.output, AnimationOutput):
+        return animated.assemble(video.info, video.output, segments, file)
+    join(video.info, video.output, video.copying, segments, file)
+    return ()
+
+
+def written(
+    video: Video, plan: TilingPlan, segments: list[Segment], there: int, time_notes: tuple[str, ...] = ()
+) -> Written:
     """The outcome of a video whose result is in its place; `there` segments were made by earlier runs."""
     frames_in_all = sum(len(segment.times) for segment in segments)
     fresh = sum(len(segment.times) for segment in segments[there:])
     repeated = sum(segment.repeated for segment in segments)
-    notes = []
+    notes = [*time_notes]
     if repeated:
         share = f"{100 * repeated / frames_in_all:.0f} %"
         notes.append(f"{repeated} of {frames_in_all} frames ({share}) equal the one before and were not computed again")
@@ -263,13 +288,13 @@ class Enlarging:
         """The segment of these frames in a file of its own."""
         times, repeated = [], 0
         last: SourcePicture | None = None
-        encoder = SegmentEncoder(self.video.output)
+        encoder = encoder_of(self.video.output)
         with replacing(path) as file, opened_in(self.writer, encoder, file), waiting(self.writer) as later:
             for picture in pictures:
-                if last is not None and np.array_equal(picture.rgb, last.rgb):
+                if last is not None and np.array_equal(picture.pixels, last.pixels):
                     repeated += 1
                 else:
-                    enlarged = self.enlarged(picture.rgb)
+                    enlarged = self.enlarged(picture.pixels)
                 later(encoder.add, enlarged)
                 times.append((picture.pts, picture.duration))
                 last = picture
@@ -277,11 +302,30 @@ class Enlarging:
             later(encoder.finish)
         return Segment(path, tuple(times), tuple(encoder.order), repeated)
 
-    def enlarged(self, rgb: Pixels) -> Pixels:
+    def enlarged(self, picture: Pixels) -> Pixels:
         """A frame through the network, at the result's size; smaller tiles, once they were needed, are kept to."""
+        rgb, opacity = np.ascontiguousarray(picture[..., :3]), picture[..., 3:]
+        if opacity.size and not self.runner.options.keep_hidden:
+            rgb = fill_hidden(rgb, opacity[..., 0])
         result, self.plan = self.runner.run_array(self.plan, rgb, folder=self.folder)
-        output = self.video.output
-        return sized(result, output.width, output.height)
+        video, output = self.video, self.video.output
+        if opacity.size:
+            result = np.dstack([result, upscale_alpha(opacity[..., 0], self.runner.scale)])
+            result = laid_onto(result, video.background) if video.background else result
+        return sized(upright(result, video.display_matrix), output.width, output.height)
+
+
+def encoder_of(output: VideoOutput | AnimationOutput) -> SegmentEncoder | FrameWriter:
+    """What writes frames into the file of a segment."""
+    return FrameWriter() if isinstance(output, AnimationOutput) else SegmentEncoder(output)
+
+
+def laid_onto(picture: Pixels, background: tuple[int, int, int]) -> Pixels:
+    """(H, W, 4) -> (H, W, 3), uint8."""
+    from sanrt.runtime.pictures.libvips import vips
+
+    made: Pixels = vips().Image.new_from_array(picture).flatten(background=[*background]).numpy()
+    return made
 
 
 def sized(picture: Pixels, width: int, height: int) -> Pixels:
@@ -295,7 +339,7 @@ def sized(picture: Pixels, width: int, height: int) -> Pixels:
 
 
 @contextmanager
-def opened_in(pool: ThreadPoolExecutor, encoder: SegmentEncoder, file: IO[bytes]) -> Iterator[None]:
+def opened_in(pool: ThreadPoolExecutor, encoder: SegmentEncoder | FrameWriter, file: IO[bytes]) -> Iterator[None]:
     """An encoder opened and closed by the one thread that uses it: closed by another one while it works, it would crash."""
     pool.submit(encoder.open, file).result()
     try:

@@ -16,6 +16,9 @@ import numpy as np
 
 from sanrt.errors import PictureError, TooManyPixelsError, first_line, system_reason
 from sanrt.extras import extra
+from sanrt.runtime.pictures import animations
+from sanrt.runtime.pictures.animations import UNTIMED, Animation, open_animation, ticks
+from sanrt.runtime.pictures.formats import ANIMATED, Format
 from sanrt.runtime.video.frames import (
     FULL,
     RGB,
@@ -29,6 +32,7 @@ from sanrt.runtime.video.frames import (
     planes_of,
     require_matrix,
 )
+from sanrt.wording import option
 
 if TYPE_CHECKING:
     import av
@@ -90,6 +94,8 @@ class VideoInfo:
     display_matrix: tuple[int, ...] = ()
     """Nine numbers that say how players turn the frames, in FFmpeg's order; none where they do not."""
     mastering: MasteringDisplay = MasteringDisplay()
+    animation: Animation | None = None
+    """What a GIF or WebP says, which libvips reads; None for files that FFmpeg reads."""
     notes: tuple[str, ...] = ()
     """What is not taken over, one line each."""
 
@@ -115,7 +121,8 @@ class SourceFrame:
     """In the stream's time base."""
     duration: int
     """Likewise; 0 where it is not said."""
-    frame: av.VideoFrame = field(repr=False)
+    frame: av.VideoFrame | Pixels = field(repr=False)
+    """As FFmpeg has it, or an animation's: (H, W, 3), or (H, W, 4) with opacity."""
 
 
 @cache
@@ -180,8 +187,10 @@ def video_stream(container: av.container.InputContainer, path: Path) -> av.video
 
 
 def look(path: Path) -> VideoInfo:
-    """What is in a video; PictureError for what cannot be enlarged: damaged, truncated, empty, interlaced, transparent."""
+    """What is in a video or animation; PictureError for what cannot be enlarged: damaged, truncated, empty, interlaced."""
     require_complete(path)
+    if is_animation(path):
+        return described_animation(open_animation(path))
     with opened(path) as container, reading(path):
         stream = video_stream(container, path)
         stream.thread_type = "NONE"  # a frame alone
@@ -189,6 +198,36 @@ def look(path: Path) -> VideoInfo:
         if first is None:
             raise PictureError(f"{path}: no frames in its video stream; expected at least one")
         return described(path, container, stream, first)
+
+
+def is_animation(path: Path) -> bool:
+    """Whether a file is a GIF or WebP by its first bytes."""
+    with path.open("rb") as file:
+        return Format.of_content(file.read(256)) in ANIMATED
+
+
+def described_animation(animation: Animation) -> VideoInfo:
+    """The facts of an animation as those of a video: RGB of 8 bits, in the unit of time of its format."""
+    info, count = animation.info, len(animation.delays)
+    milliseconds = sum(delay or UNTIMED for delay in animation.delays)
+    return VideoInfo(
+        info.path,
+        container=info.format,
+        stream=0,
+        codec=info.format,
+        lossless=True,
+        width=info.width,
+        height=info.height,
+        format=PixelFormat(8, (1, 1), rgb=True),
+        tags=ColourTags(),
+        centred=False,
+        rate=Fraction(1000 * count, milliseconds),
+        time_base=Fraction(1, ticks(info.format)),
+        frames=count,
+        frames_said=count,
+        animation=animation,
+        notes=info.notes,
+    )
 
 
 def described(
@@ -232,7 +271,7 @@ def described(
         stream.sample_aspect_ratio or None,
         display_matrix(first),
         mastering_display(first),
-        tuple(notes(container, stream, first)),
+        notes=tuple(notes(container, stream, first)),
     )
 
 
@@ -282,6 +321,9 @@ def frames(info: VideoInfo) -> Iterator[SourceFrame]:
 
     PictureError where the file is damaged, ends early, or changes its size on the way.
     """
+    if info.animation:
+        yield from animation_frames(info.animation)
+        return
     with opened(info.path) as container, reading(info.path):
         stream = next(stream for stream in container.streams.video if stream.index == info.stream)
         stream.thread_type = "AUTO"
@@ -298,6 +340,14 @@ def frames(info: VideoInfo) -> Iterator[SourceFrame]:
             pts = pts if last is None else max(pts, last + 1)
             yield SourceFrame(number, pts, frame.duration or 0, frame)
             number, last = number + 1, pts
+
+
+def animation_frames(animation: Animation) -> Iterator[SourceFrame]:
+    """The same of an animation; the duration of a frame that says none is 0, and it is shown as long as players do."""
+    unit, pts = 1000 // ticks(animation.info.format), 0
+    for number, (delay, frame) in enumerate(zip(animation.delays, animations.frames(animation), strict=True)):
+        yield SourceFrame(number, pts, delay // unit, frame)
+        pts += (delay or UNTIMED) // unit
 
 
 def decoded(
@@ -323,10 +373,21 @@ def decoded(
         raise PictureError(f"{path}: ends after {number} of {said} frames; {DAMAGED}")
 
 
-def picture_of(frame: av.VideoFrame, info: VideoInfo) -> Pixels:
-    """A frame as RGB (H, W, 3), uint8 or uint16; PictureError where it is transparent."""
+def require_opaque(info: VideoInfo, background: tuple[int, int, int] | None) -> None:
+    """Raise PictureError for a transparent animation that becomes a video and is laid onto no colour."""
+    if info.animation and info.animation.info.alpha and background is None:
+        raise PictureError(
+            f"{info.path}: transparent frames, which videos do not hold; lay them onto a colour with "
+            f"{option('flatten', 'white')}, or name a .webp or .gif"
+        )
+
+
+def picture_of(frame: av.VideoFrame | Pixels, info: VideoInfo) -> Pixels:
+    """A frame as RGB (H, W, 3), uint8 or uint16, with opacity as a fourth channel where an animation has any."""
+    if isinstance(frame, np.ndarray):
+        return frame
     if frame.format.name in WITH_OPACITY and frame.reformat(format="rgba").to_ndarray()[..., 3].min() < 255:
-        raise PictureError(f"{info.path}: transparent frames; lay them onto a colour first, or name a picture as OUTPUT")
+        raise PictureError(f"{info.path}: transparent frames; lay them onto a colour first")
     return info.conversion.to_rgb(planes_of(frame, info.format))
 
 

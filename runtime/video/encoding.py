@@ -35,6 +35,8 @@ SMALL = 640 * 360
 """Pixels of a frame below which x264 is not to be trusted with all that it does."""
 TICK = Fraction(1, 1000)
 """Matroska's unit of time: in the files of segments a frame's time is its number."""
+MOST_RATE = Fraction(240)
+"""Frames per second that SVT-AV1 takes; times do not depend on it."""
 MOST_DELAY = 64
 """More frames than any encoder keeps back."""
 
@@ -91,7 +93,7 @@ def plan_video(info: VideoInfo, path: Path, size: tuple[int, int], asked: VideoE
         tags,
         matrix,
         info.centred and form.chroma == info.format.chroma,
-        info.rate,
+        min(info.rate, MOST_RATE) if encoder.codec is Codec.AV1 else info.rate,
         info.aspect,
         (*info.notes, *notes, *tag_notes, *unsaid_mastering(encoder, info)),
     )

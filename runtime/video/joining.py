@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from heapq import merge
@@ -13,6 +13,7 @@ from operator import itemgetter
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from sanrt.errors import PictureError
+from sanrt.runtime.pictures.metadata import LABELS
 from sanrt.runtime.video.container import VideoInfo, ffmpeg, opened, reading, reason
 from sanrt.runtime.video.encoding import VideoOutput
 from sanrt.runtime.video.formats import Codec, Container
@@ -45,6 +46,9 @@ class Copying:
 def plan_copying(info: VideoInfo, output: VideoOutput) -> Copying:
     """Which streams the result takes over; PictureError where its container does not take the sound."""
     taken, notes = [], list[str]()
+    if info.animation:
+        lost = [LABELS.get(name, name) for name in info.animation.info.metadata]
+        return Copying((), (f"not kept, as {output.container.named} does not hold it: {', '.join(lost)}",) * bool(lost))
     with opened(info.path) as source:
         for stream in source.streams:
             if stream.index == info.stream:
@@ -112,15 +116,22 @@ def join(info: VideoInfo, output: VideoOutput, copying: Copying, segments: Seque
     """Write the result into an open file, whose OSErrors pass. PictureError where the container refuses something."""
     av = ffmpeg()
     try:
-        with opened(info.path) as source, opened(segments[0].path) as first:
-            others = not all(map(USUAL.fullmatch, kept(source.metadata))) and not output.container.is_matroska
+        with ExitStack() as files:
+            source = None if info.animation else files.enter_context(opened(info.path))
+            encoded = files.enter_context(opened(segments[0].path)).streams.video[0]
+            others = source and not all(map(USUAL.fullmatch, kept(source.metadata))) and not output.container.is_matroska
             options = {"fflags": "+bitexact", "avoid_negative_ts": "disabled"}
             options |= {"movflags": "use_metadata_tags"} if others else {}
             with muxer(file, output.container, options) as out:
+                if source is None:
+                    stream = enlarged_stream(out, encoded, info, output)
+                    for _, packet in enlarged_packets(info, output, segments, stream):
+                        out.mux(packet)
+                    return
                 out.metadata.update(kept(source.metadata))
                 out.set_chapters(source.chapters())
-                made = result_streams(out, source, first.streams.video[0], info, output, copying)
-                both = enlarged_packets(info, segments, made[info.stream]), copied_packets(source, made, info)
+                made = result_streams(out, source, encoded, info, output, copying)
+                both = enlarged_packets(info, output, segments, made[info.stream]), copied_packets(source, made, info)
                 for _, packet in merge(*both, key=itemgetter(0)):
                     out.mux(packet)
     except (av.FFmpegError, ValueError) as error:
@@ -154,15 +165,9 @@ def result_streams(
     made: dict[int, av.stream.Stream] = {}
     for stream in source.streams:
         if stream.index == info.stream:
-            made[stream.index] = enlarged = cast("av.video.stream.VideoStream", copied_stream(out, encoded))
-            enlarged.time_base = info.time_base
+            made[stream.index] = enlarged = enlarged_stream(out, encoded, info, output)
             enlarged.disposition = stream.disposition
-            enlarged.metadata.clear()
             enlarged.metadata.update(kept(stream.metadata))
-            if info.display_matrix:
-                enlarged.set_display_matrix(info.display_matrix)
-            if output.encoder.codec is Codec.HEVC and not output.container.is_matroska:
-                enlarged.codec_context.codec_tag = "hvc1"  # which Apple's players want
         elif stream.index not in copying.streams:
             continue
         elif is_cover(stream) and is_attachment(stream, output):
@@ -177,6 +182,20 @@ def result_streams(
     return made
 
 
+def enlarged_stream(
+    out: av.container.OutputContainer, encoded: av.video.stream.VideoStream, info: VideoInfo, output: VideoOutput
+) -> av.video.stream.VideoStream:
+    """The stream of the result for the packets of segments."""
+    made = cast("av.video.stream.VideoStream", copied_stream(out, encoded))
+    made.time_base = info.time_base
+    made.metadata.clear()
+    if info.display_matrix:
+        made.set_display_matrix(info.display_matrix)
+    if output.encoder.codec is Codec.HEVC and not output.container.is_matroska:
+        made.codec_context.codec_tag = "hvc1"  # which Apple's players want
+    return made
+
+
 def cover(info: VideoInfo, index: int) -> bytes:
     """The picture file that a cover stream holds."""
     with opened(info.path) as source, reading(info.path):
@@ -184,14 +203,16 @@ def cover(info: VideoInfo, index: int) -> bytes:
 
 
 def enlarged_packets(
-    info: VideoInfo, segments: Sequence[Segment], stream: av.stream.Stream
+    info: VideoInfo, output: VideoOutput, segments: Sequence[Segment], stream: av.stream.Stream
 ) -> Iterator[tuple[Fraction, av.Packet[Any]]]:
     """The segments' packets with the source's timestamps, each with the time when it is to be decoded.
 
     Encoders keep a frame back until those that it refers to are there: by the most places that any frame was kept back, all
-    times of decoding are earlier than those of display.
+    times of decoding are earlier than those of display. MP4 and MOV say how long a video is by the times of decoding and the
+    duration of the packet that is decoded last: it gets what is left, so that the last frame shown is held as in the source.
     """
-    pts = [time for segment in segments for time, _ in segment.times]
+    times = [time for segment in segments for time in segment.times]
+    pts = [time for time, _ in times]
     delay = max(place - number for segment in segments for place, number in enumerate(segment.order))
     step = pts[1] - pts[0] if len(pts) > 1 else 1
     done = 0
@@ -202,6 +223,9 @@ def enlarged_packets(
                     continue  # the end
                 packet.time_base, packet.pts, packet.duration = info.time_base, *segment.times[packet.pts]
                 packet.dts = decoded = pts[done - delay] if done >= delay else pts[0] - (delay - done) * step
+                if done == len(pts) - 1 and not output.container.is_matroska:
+                    began = pts[0] - delay * step
+                    packet.duration = pts[-1] + (times[-1][1] or step) - pts[0] - (decoded - began)
                 packet.stream = stream
                 yield decoded * info.time_base, packet
                 done += 1

@@ -17,8 +17,10 @@ from pathlib import Path
 
 from sanrt.errors import FileError, PictureError, system_reason
 from sanrt.files import remove_leftovers, replacing, sole_user, source_digest
+from sanrt.runtime.pictures.libvips import vips
 from sanrt.runtime.pictures.provenance import Provenance, digest_of
 from sanrt.runtime.video.container import ffmpeg
+from sanrt.runtime.video.formats import videos_are_readable
 
 SEGMENT_SECONDS = 4
 MOST_FRAMES = 240
@@ -32,7 +34,8 @@ class Segment:
     """A part of a result that is on disk."""
 
     path: Path
-    """A Matroska file whose first frame is a keyframe; the time of a frame is its number in it."""
+    """A Matroska file whose first frame is a keyframe; the time of a frame is its number in it. An animation's are packed
+    frames."""
     times: tuple[tuple[int, int], ...]
     """The timestamp and duration of each frame in the order of display, in the source's time base."""
     order: tuple[int, ...]
@@ -90,7 +93,9 @@ def frames_in_segment(rate: Fraction) -> int:
 @cache
 def makers() -> Mapping[str, str]:
     """The code that makes segments: parts that other code made are not continued."""
-    return {"sanrt": source_digest("sanrt", "sanrt.runtime", "sanrt.kernels"), "ffmpeg": ffmpeg().ffmpeg_version_info}
+    libvips = ".".join(str(vips().version(part)) for part in range(3))
+    found = {"sanrt": source_digest("sanrt", "sanrt.runtime", "sanrt.kernels"), "libvips": libvips}
+    return found | ({"ffmpeg": ffmpeg().ffmpeg_version_info} if videos_are_readable() else {})
 
 
 def folder_of(result: Path, made: Provenance) -> Path:

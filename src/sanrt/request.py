@@ -136,7 +136,7 @@ class Request:
         *inputs, output = named + beside
         jobs = find_pictures(inputs, output, self.naming, into_folder=self.paths[-1].endswith(("/", os.sep)))
         require_there(jobs)
-        if any(job.is_video for job in jobs):
+        if any(job.needs_ffmpeg for job in jobs):
             ffmpeg()
         require_effect(self.encoding, {result_format(job.destination) or Format.PNG for job in jobs})
         asked: list[tuple[ModelChoice, Part]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -162,7 +163,7 @@ class Upscaler:
         size: tuple[int, int] | None = None,
         overwrite: bool = False,
     ) -> Written | Skipped:
-        """One picture file to another, as `sanrt run SOURCE DESTINATION` does with options of the same names.
+        """One picture, animation or video to another file, as `sanrt run` does with options of these names.
 
         Format and depth are by the destination's ending and the source; profile, EXIF and transparency are kept, and what is
         not is in the result's `notes`, one line each. `background` is 8-bit RGB to lay transparency onto, `size` the (width,
@@ -174,7 +175,7 @@ class Upscaler:
         from sanrt.runtime.pictures.codec import Encoding
         from sanrt.runtime.pictures.jobs import Naming, find_pictures
         from sanrt.runtime.pictures.storage import located
-        from sanrt.runtime.runs import pipeline
+        from sanrt.runtime.runs import pipeline, videos
         from sanrt.runtime.runs.results import Recipe, sort_out
         from sanrt.runtime.tiling.upscaling import NetworkRunner
 
@@ -188,6 +189,9 @@ class Upscaler:
             return pipeline.Skipped(found.done[0])
         (job,), options = found.to_do, pipeline.PipelineOptions(recipe, encoding)
         runner = NetworkRunner(self.backend, self.options)
+        if job.is_video:
+            with self.lock:
+                return videos.enlarge(job, partial(videos.make_segments, runner), options)
         loaded = pipeline.read(job, runner, options)
         with self.lock:
             enlarged = pipeline.enlarge(loaded, runner)

@@ -531,3 +531,88 @@ def test_frames_before_the_beginning_of_an_edit_are_not_missing(sanrt, tmp_path)
     shown = len(list(source_frames(info)))
     assert sanrt("in.mp4", "out.mp4")[0] == 0
     assert len(frames(tmp_path / "out.mp4")) == shown
+
+
+def test_a_video_becomes_an_animation_as_players_show_it(sanrt, tmp_path):
+    source = clip(tmp_path / "in.mp4", range(4), rate=Fraction(30), sound="aac", matrix=TURNED, metadata={"title": "a"})
+    status, out, err = sanrt(source, "out.webp", "--lossless")
+    assert (status, err) == (0, "")
+    assert "left out: sound, metadata, which WEBP does not hold" in out
+    assert "times are rounded to 1/1000 s, in which WEBP counts" in out
+    image = pyvips.Image.new_from_file("out.webp", n=-1)
+    assert (image.get("delay"), image.get("loop")) == ([33, 34, 33, 33], 0)
+    assert sanrt(source, "upright.mkv", "--codec", "ffv1")[0] == 0
+    info = look(tmp_path / "upright.mkv")
+    for number, frame in enumerate(source_frames(info)):
+        shown = np.rot90(picture_of(frame.frame, info), -1 if info.display_matrix[1] > 0 else 1)
+        made = image.numpy()[number * 64 : (number + 1) * 64]
+        assert made.shape == shown.shape == (64, 48, 3)
+        difference = (made.astype(float) - shown) @ (0.299, 0.587, 0.114)  # of luma: that of colours is FFV1's 4:2:0
+        assert abs(difference).mean() < 2
+    status, out, err = sanrt(source, "out.gif")
+    assert (status, err, "256 colours" in out) == (0, "", True)
+    image = pyvips.Image.new_from_file("out.gif", n=-1)
+    assert (image.get("delay"), image.width, image.get_page_height()) == ([30, 40, 30, 30], 48, 64)
+
+
+def test_a_video_that_no_animation_can_show_is_refused(sanrt, tmp_path):
+    hdr = clip(tmp_path / "hdr.mkv", range(2), codec="ffv1", stored="yuv420p10le", tags=(9, 1, 9, 16))
+    assert "hdr.mkv is HDR, which animations do not show" in sanrt(hdr, "out.gif")[2]
+    wide = clip(tmp_path / "wide.mp4", range(2), aspect=Fraction(4, 3))
+    assert "pixels of" in sanrt(wide, "out.webp")[2]
+    deep = clip(tmp_path / "deep.mkv", range(2), codec="ffv1", stored="yuv420p10le", tags=(1, 1, 1, 1))
+    status, out, _ = sanrt(deep, "out.webp")
+    assert (status, "10-bit samples become 8-bit: WEBP holds no more" in out) == (0, True)
+    assert not (tmp_path / "out.gif").exists()
+
+
+def test_an_animated_webp_becomes_a_video_of_the_same_frames(sanrt, tmp_path):
+    image = pyvips.Image.new_from_array(np.concatenate([picture(number) for number in range(3)])).copy()
+    image.set_type(pyvips.GValue.gint_type, "page-height", 24)
+    image.set_type(pyvips.GValue.array_int_type, "delay", [40, 51, 500])
+    image.webpsave("in.webp", lossless=True)
+    assert sanrt("in.webp", "out.mkv", "--codec", "ffv1")[0] == 0
+    assert times(tmp_path / "out.mkv") == [0, Fraction(40, 1000), Fraction(91, 1000)]
+    assert sanrt("in.webp", "out.webp")[0] == 0
+    made = pyvips.Image.new_from_file("out.webp", n=-1).numpy().reshape(3, 48, 64, 3)
+    info = look(tmp_path / "out.mkv")
+    for each, frame in zip(made, source_frames(info), strict=True):
+        assert np.array_equal(picture_of(frame.frame, info), each)
+
+
+def test_transparent_frames_are_laid_onto_a_colour(sanrt, tmp_path):
+    frame = np.dstack([picture(1), np.full((24, 32), 255, np.uint8)])
+    frame[:10, :, 3] = 0
+    image = pyvips.Image.new_from_array(np.concatenate([frame, frame[:, ::-1]])).copy()
+    image.set_type(pyvips.GValue.gint_type, "page-height", 24)
+    image.set_type(pyvips.GValue.array_int_type, "delay", [100, 100])
+    image.webpsave("in.webp", lossless=True, exact=True)
+    status, _, err = sanrt("in.webp", "out.mkv")
+    assert (status, "lay them onto a colour with --flatten white, or name a .webp or .gif" in err) == (1, True)
+    assert sanrt("in.webp", "out.mkv", "--flatten", "#00ff00", "--codec", "ffv1")[0] == 0
+    info = look(tmp_path / "out.mkv")
+    for each in source_frames(info):
+        shown = picture_of(each.frame, info)
+        assert (shown[:16] == (0, 255, 0)).all()
+        assert not (shown[24:] == (0, 255, 0)).all(axis=2).any()
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".mov", ".mkv"])
+@pytest.mark.parametrize("codec", ["h264", "av1"])
+def test_the_last_frame_is_held_as_in_the_source(sanrt, tmp_path, ending, codec):
+    if (ending, codec) == (".mov", "av1"):
+        pytest.skip("MOV holds no AV1")
+    delays = [40, 50, 60, 70, 80, 90, 100, 1500]
+    image = pyvips.Image.new_from_array(np.concatenate([picture(number) for number in range(8)])).copy()
+    image.set_type(pyvips.GValue.gint_type, "page-height", 24)
+    image.set_type(pyvips.GValue.array_int_type, "delay", delays)
+    image.webpsave("in.webp")
+    assert sanrt("in.webp", f"out{ending}", "--codec", codec, "--outscale", 2)[0] == 0
+    with av.open(f"out{ending}") as file:
+        assert file.duration == 1000 * sum(delays)
+        assert file.streams.video[0].duration in (None, sum(delays) / 1000 / file.streams.video[0].time_base)
+    assert sanrt(f"out{ending}", f"again{ending}")[2] == ""
+    if (ending, codec) == (".mkv", "av1"):
+        return  # FFmpeg reads no durations of AV1 in Matroska
+    with av.open(f"again{ending}") as file:
+        assert file.duration == 1000 * sum(delays)
