@@ -104,7 +104,7 @@ def open_animation(path: Path) -> Animation:
     if form is None:
         raise PictureError(f"{path}: neither GIF nor WebP by its content; expected an animation")
     if form is Format.GIF:
-        gif.check(path)
+        gif.check(path, animated=True)
 
     def opened() -> Animation:
         image = loaded(path, form)

@@ -13,15 +13,18 @@ HEADER = 13
 EXTENSION, IMAGE, TRAILER = b"\x21", b"\x2c", b"\x3b"
 
 
-def check(path: Path) -> None:
-    """Raise PictureError for a file that ends within a block; one without the trailer behind the last block may pass."""
+def check(path: Path, animated: bool = False) -> None:
+    """Raise PictureError for a file that ends within a block, and for an animation with anything but blocks in it.
+
+    One without the trailer behind the last block may pass.
+    """
     with path.open("rb") as file:
-        if not is_whole(file):
-            raise PictureError(f"{path}: damaged GIF file (truncated: ends within a block)")
+        if wrong := fault(file, animated):
+            raise PictureError(f"{path}: damaged GIF file ({wrong})")
 
 
-def is_whole(file: IO[bytes]) -> bool:
-    """Whether every block up to the trailer, to the end, or to what is no block, is there."""
+def fault(file: IO[bytes], animated: bool) -> str:
+    """What is wrong with the blocks up to the trailer; empty if nothing is."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     skip_colours(file, file.read(HEADER)[10:11])
@@ -32,8 +35,10 @@ def is_whole(file: IO[bytes]) -> bool:
         while (length := file.read(1)) not in (b"\0", b""):
             file.seek(length[0], os.SEEK_CUR)
         if not length:
-            return False
-    return bool(kind) or file.tell() <= size
+            return "truncated: ends within a block"
+    if not kind and file.tell() > size:
+        return "truncated: ends within its colours"
+    return f"no block at byte {file.tell() - 1}" if animated and kind not in (b"", TRAILER) else ""
 
 
 def skip_colours(file: IO[bytes], flags: bytes) -> None:

@@ -238,3 +238,12 @@ def test_plan_knows_animations(sanrt, models, tmp_path):
     status, out, _ = sanrt("in.gif", "out.gif", "--dry-run")
     assert (status, "40 x 28" in out) == (0, True)
     assert not (tmp_path / "out.gif").exists()
+
+
+def test_a_gif_with_anything_but_blocks_in_it_is_refused(sanrt, tmp_path):
+    content = animation(tmp_path / "in.gif", pictures()).read_bytes()
+    third = [at for at in range(len(content)) if content[at:].startswith(b"\x21\xf9\x04")][2]
+    (tmp_path / "in.gif").write_bytes(content[:third] + b"\1" + content[third:])
+    status, _, err = sanrt("in.gif", "out.gif")
+    assert (status, f"in.gif: damaged GIF file (no block at byte {third})" in err) == (1, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.gif"]
