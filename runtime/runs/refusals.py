@@ -16,6 +16,7 @@ from sanrt.runtime.runs.pipeline import Failed, Skipped, guarded
 from sanrt.runtime.runs.results import together
 from sanrt.runtime.runs.videos import settle
 from sanrt.runtime.video.encoding import require_named
+from sanrt.runtime.video.formats import Container
 
 PICTURES = 100
 """Whose headers are read, at most: of thousands it would take minutes, and what spoils a whole run spoils the first ones."""
@@ -41,7 +42,7 @@ def require_names(job: Job, encoding: Encoding, here: bool) -> None:
     """Raise what a run would, of the result's place and name."""
     if here and not isinstance(job.destination, RemotePath) and (why := why_no_new_files(job.destination.parent)):
         raise PictureError(f"{job.destination}: cannot be written, {why}; name another OUTPUT")
-    if job.is_video:
+    if Container.of_suffix(job.destination):
         require_named(job.destination, encoding.video)
 
 
