@@ -18,9 +18,9 @@ from pathlib import Path
 
 from sanrt.errors import PictureError, UsageError, system_reason
 from sanrt.extras import install_command
-from sanrt.runtime.pictures.animations import pages
 from sanrt.runtime.pictures.formats import ANIMATED, Format
 from sanrt.runtime.pictures.kinds import by_kind, kind_of_suffix
+from sanrt.runtime.pictures.pages import pages
 from sanrt.runtime.pictures.provenance import is_result
 from sanrt.runtime.pictures.storage import RemotePath
 from sanrt.runtime.video.formats import (
