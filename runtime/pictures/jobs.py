@@ -19,7 +19,7 @@ from pathlib import Path
 from sanrt.errors import PictureError, UsageError, system_reason
 from sanrt.extras import install_command
 from sanrt.runtime.pictures.formats import ANIMATED, Format
-from sanrt.runtime.pictures.kinds import by_kind, kind_of_suffix
+from sanrt.runtime.pictures.kinds import by_kind, is_video_content, kind_of_suffix
 from sanrt.runtime.pictures.pages import pages
 from sanrt.runtime.pictures.provenance import is_result
 from sanrt.runtime.pictures.storage import RemotePath
@@ -63,18 +63,25 @@ class Job:
     """Whether the source was named itself, and not found in a folder."""
     animated: bool = field(default=False, compare=False)
     """Whether the source is a GIF or WebP of several frames."""
+    unnamed_video: bool = field(default=False, compare=False)
+    """Whether the source is a video whose name does not say it."""
 
     @property
     def is_video(self) -> bool:
         """Whether its result is a video or an animation; else it is a picture."""
         form = Format.of_suffix(self.destination)
-        animation = form is Format.GIF or (form is Format.WEBP and (self.animated or is_video(self.source)))
+        animation = form is Format.GIF or (form is Format.WEBP and (self.animated or self.is_of_video))
         return animation or Container.of_suffix(self.destination) is not None
 
     @property
     def needs_ffmpeg(self) -> bool:
         """Whether its source or its result is a video file, and no animation that libvips reads and writes."""
-        return self.is_video and (is_video(self.source) or Container.of_suffix(self.destination) is not None)
+        return self.is_video and (self.is_of_video or Container.of_suffix(self.destination) is not None)
+
+    @property
+    def is_of_video(self) -> bool:
+        """Whether its source is a video file, by its name or by what it holds."""
+        return self.unnamed_video or is_video(self.source)
 
 
 def called(jobs: Sequence[Job]) -> str:
@@ -130,7 +137,8 @@ def find_pictures(
     one = len(inputs) == 1 and not inputs[0].is_dir()
     if not into_folder and not output.is_dir() and _names_a_file(output, one):
         _check_file(inputs[0], output, one, naming)
-        jobs = [Job(inputs[0], output, named=True, animated=pages(inputs[0]) > 1)]
+        unnamed_video = Format.of_suffix(inputs[0]) is None and is_video_content(inputs[0])
+        jobs = [Job(inputs[0], output, named=True, animated=pages(inputs[0]) > 1, unnamed_video=unnamed_video)]
     else:
         if not into_folder:
             _check_expansion(inputs, output)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.video.formats import VIDEO_SUFFIXES
 
 
@@ -23,6 +25,7 @@ class Kind:
     """What makes pictures of them that sanrt reads."""
 
 
+VIDEO = "video"
 DEVELOP = "develop them, to 16-bit TIFFs"
 
 
@@ -31,7 +34,7 @@ KINDS = (
     Kind("raw photograph", (".cr3",), rb".{4}ftypcrx |FUJIFILMCCD-RAW|IIU\0|II(RO|RS)|.{8}CR\x02\0", DEVELOP),
     Kind("raw photograph", (".dng", ".cr2", ".nef", ".arw", ".orf", ".rw2", ".raf"), None, DEVELOP),
     Kind("raw photograph", (".pef", ".srw", ".3fr", ".raw"), None, DEVELOP),
-    Kind("video", VIDEO_SUFFIXES, rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI "),
+    Kind(VIDEO, VIDEO_SUFFIXES, rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI "),
     Kind("JPEG 2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf"), rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
     Kind("JPEG XL", (".jxl",), rb"\xff\x0a|\0\0\0\x0cJXL "),
     Kind("JPEG XR", (".jxr", ".wdp", ".hdp"), rb"II\xbc\x01"),
@@ -52,6 +55,15 @@ KINDS = (
 def kind_of_content(head: bytes) -> Kind | None:
     """The kind of a file that begins so."""
     return next((kind for kind in KINDS if kind.magic and re.match(kind.magic, head, re.DOTALL)), None)
+
+
+def is_video_content(path: Path) -> bool:
+    """Whether a file begins as a video does; False for one that cannot be read."""
+    with suppress(OSError), path.open("rb") as file:
+        head = file.read(256)
+        kind = kind_of_content(head) if Format.of_content(head) is None else None
+        return kind is not None and kind.name == VIDEO
+    return False
 
 
 def kind_of_suffix(path: Path) -> Kind | None:

@@ -319,7 +319,7 @@ class Pool:
         job = video.job
         share = opened(video, sum(len(segment.times) for segment in there), listener)
         parts = (
-            VideoPart(job.source, job.destination, job.replaces, job.named, job.animated, work.folder, number, share)
+            VideoPart(**vars(job), folder=work.folder, number=number, share=share)
             for number in count(len(there))
             if not work.found(number)
         )

@@ -14,13 +14,14 @@ from sanrt.runtime.video.container import look
 from sanrt.runtime.video.formats import is_video
 
 
-def suits_photo(source: Path, scale: int) -> bool:
+def suits_photo(source: Path, scale: int, named_otherwise: bool = False) -> bool:
     """Whether a file is a JPEG of a quality at which `photo` is better than `clean`, or a video compressed with loss.
 
+    named_otherwise: whether it is a video whatever its name, as standard input is that becomes one.
     False where it cannot be read. A remote file is looked at only if it is named as a JPEG or a video. Lossless codecs, and
     those of studios (ProRes, DNxHD, CineForm), count as uncompressed.
     """
-    if is_video(source):
+    if named_otherwise or is_video(source):
         with suppress(SanrtError), fetched(source) as local:
             return scale in PHOTO_QUALITY and not look(local).lossless
         return False

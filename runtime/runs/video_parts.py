@@ -30,7 +30,7 @@ class VideoPart(Job):
     @property
     def video(self) -> Job:
         """The job that it is a part of."""
-        return Job(self.source, self.destination, self.replaces, self.named, self.animated)
+        return Job(self.source, self.destination, self.replaces, self.named, self.animated, self.unnamed_video)
 
 
 @dataclass(frozen=True)

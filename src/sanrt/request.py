@@ -24,7 +24,7 @@ from sanrt.runtime.artifacts.models import (
 )
 from sanrt.runtime.pictures.formats import Format, ResultFormat, result_format
 from sanrt.runtime.pictures.storage import RemotePath, check_buckets, located
-from sanrt.runtime.video.formats import Container, is_video
+from sanrt.runtime.video.formats import Container
 from sanrt.wording import option
 
 if TYPE_CHECKING:
@@ -341,7 +341,9 @@ def photographs(jobs: Sequence[Job], scale: int) -> set[Job]:
     from sanrt.runtime.runs.results import together
     from sanrt.runtime.runs.suitable_weights import suits_photo
 
-    return {job for job, suits in together(lambda job: suits_photo(job.source, scale), jobs).items() if suits}
+    return {
+        job for job, suits in together(lambda job: suits_photo(job.source, scale, job.needs_ffmpeg), jobs).items() if suits
+    }
 
 
 def occupied_lines(found: Findings) -> Iterator[tuple[Job, str]]:
@@ -404,17 +406,17 @@ def by_scale(jobs: Sequence[Job], choice: ModelChoice, size: ResultSize) -> dict
                 f"{job.source}: its size is not known before it is fetched; say {option('scale')} beside "
                 f"{option('size', size.size)}"
             )
-        found.setdefault(scale_for(job.source, size), []).append(job)
+        found.setdefault(scale_for(job, size), []).append(job)
     return found
 
 
-def scale_for(picture: Path, size: ResultSize) -> int:
+def scale_for(job: Job, size: ResultSize) -> int:
     """The smallest scale by which a picture gets so large; the default one where that is not known."""
     from sanrt.runtime.pictures.codec import open_picture
     from sanrt.runtime.video.container import look
 
     try:
-        info = look(picture) if is_video(picture) else open_picture(picture).info
+        info = look(job.source) if job.needs_ffmpeg else open_picture(job.source).info
     except SanrtError:
         return DEFAULT_SCALE
     return size.least_scale(info.width, info.height) or DEFAULT_SCALE

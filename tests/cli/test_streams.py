@@ -121,3 +121,31 @@ def test_colours_are_taken_as_people_write_them(text, expected):
 @pytest.mark.parametrize("text", ["4G", "4GB", "4 GiB", "4g", "4.0G", "4096M", "4294967296"])
 def test_sizes_are_taken_as_people_write_them(text):
     assert memory_size(text) == 4 * 2**30
+
+
+def test_a_video_without_a_name_has_the_weights_of_one_that_has(tmp_path):
+    clips = pytest.importorskip("tests.clips")
+    source = clips.clip(tmp_path / "in.mp4", range(3))
+
+    def bundled(*arguments):
+        command = [sys.executable, "-m", "sanrt", "run", *arguments, "--models", "none", "--backend", "native"]
+        done = subprocess.run(command, cwd=tmp_path, input=source.read_bytes(), capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b"")
+        return done.stdout
+
+    bundled("in.mp4", "named.mp4", "--scale", "2")
+    told = bundled("-", "out.mp4", "--scale", "2")
+    assert b"1 of 1 videos: compressed video, through the weights for photographs" in told
+    assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "named.mp4").read_bytes()
+    assert b"san_x2_photo" in bundled("-", "out.webp", "--size", "60x60")
+    image = pyvips.Image.new_from_file(str(tmp_path / "out.webp"), n=-1)
+    assert (image.get("n-pages"), image.width) == (3, 60)
+
+
+def test_a_video_to_standard_output_is_told_what_to_do(sanrt, tmp_path):
+    clips = pytest.importorskip("tests.clips")
+    done = sanrt("run", "-", "-", input=clips.clip(tmp_path / "in.mp4", range(2)).read_bytes())
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"sanrt: -: a video on standard input; name OUTPUT, such as out.mp4, or send raw frames (--y4m)\n"
+    done = sanrt("run", "-", input=b"YUV4MPEG2 W4 H4 F25:1 Ip C420\nFRAME\n" + bytes(24))
+    assert (done.returncode, done.stderr) == (2, b"sanrt: -: raw frames (YUV4MPEG2) on standard input; add --y4m\n")

@@ -53,6 +53,18 @@ def standard_output() -> IO[bytes]:
     return open(sys.stdout.fileno(), "wb", closefd=False)
 
 
+def require_picture(source: Path) -> None:
+    """Raise UsageError for what standard input held, if it is a video: its result is not written to standard output."""
+    from sanrt.runtime.pictures.kinds import is_video_content
+    from sanrt.runtime.video.y4m import MAGIC
+
+    with source.open("rb") as file:
+        if file.read(len(MAGIC)) == MAGIC:
+            raise UsageError("-: raw frames (YUV4MPEG2) on standard input; add --y4m")
+    if is_video_content(source):
+        raise UsageError("-: a video on standard input; name OUTPUT, such as out.mp4, or send raw frames (--y4m)")
+
+
 @contextmanager
 def standard_streams(paths: Sequence[str], naming: Naming) -> Iterator[tuple[Sequence[str], str]]:
     """INPUTS and OUTPUT with temporary files in the place of `-`, and what of their paths nobody needs to read.
@@ -73,6 +85,8 @@ def standard_streams(paths: Sequence[str], naming: Naming) -> Iterator[tuple[Seq
             source = str(Path(folder, "standard input"))
             with Path(source).open("wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
+            if output == STREAM:
+                require_picture(Path(source))
         result = Path(folder, "standard output", naming.of(located(source)))
         result.parent.mkdir()
         try:
