@@ -55,7 +55,7 @@ from sanrt.runtime.video.container import SourceFrame, VideoInfo, frames, look, 
 from sanrt.runtime.video.encoding import SegmentEncoder, VideoOutput, plan_video
 from sanrt.runtime.video.formats import Container
 from sanrt.runtime.video.frames import Pixels
-from sanrt.runtime.video.joining import Copying, join, plan_copying
+from sanrt.runtime.video.joining import Copying, join, plan_copying, rounded_times
 from sanrt.runtime.video.segments import Segment, WorkFolder, frames_in_segment, remove_others, work_folder
 
 WAITING = 2
@@ -211,7 +211,7 @@ def joined(video: Video, segments: list[Segment], file: IO[bytes]) -> tuple[str,
     if isinstance(video.output, AnimationOutput):
         return animated.assemble(video.info, video.output, segments, file)
     join(video.info, video.output, video.copying, segments, file)
-    return ()
+    return rounded_times(video.info, video.output, segments)
 
 
 def written(

@@ -82,6 +82,7 @@ def plan_video(info: VideoInfo, path: Path, size: tuple[int, int], asked: VideoE
     form, stored, notes = sample_format(info, encoder, container, path)
     require_divisible(path, size, form, encoder)
     tags, matrix, tag_notes = colours(info, size, form)
+    told = codec_notes(info, container, encoder, form.bits, named is None)
     output = VideoOutput(
         path,
         container,
@@ -95,7 +96,7 @@ def plan_video(info: VideoInfo, path: Path, size: tuple[int, int], asked: VideoE
         info.centred and form.chroma == info.format.chroma,
         min(info.rate, MOST_RATE) if encoder.codec is Codec.AV1 else info.rate,
         info.aspect,
-        (*info.notes, *notes, *tag_notes, *unsaid_mastering(encoder, info)),
+        (*info.notes, *told, *notes, *tag_notes, *unsaid_mastering(encoder, info)),
     )
     require_opened(output)
     return output
@@ -113,6 +114,15 @@ def require_named(path: Path, asked: VideoEncoding) -> tuple[Container, Encoder 
     if encoder:
         require_held(path, container, encoder)
     return container, encoder
+
+
+def codec_notes(info: VideoInfo, container: Container, encoder: Encoder, bits: int, chosen: bool) -> Iterator[str]:
+    """Notes on a codec that is not the source's, where sanrt chose it, and on one that few players take."""
+    if chosen and not info.animation and info.codec != encoder.codec:
+        who = f"{container.named} holds" if info.codec in list(Codec) else "sanrt writes"
+        yield f"{info.codec} becomes {encoder.codec}: {who} no {info.codec}"
+    if encoder.codec is Codec.H264 and bits > 8 and not container.is_matroska:
+        yield f"H.264 of {bits} bits (High 10), which few devices play; take {option('codec', 'hevc')} for these"
 
 
 def suitable(info: VideoInfo, container: Container) -> Encoder:

@@ -63,11 +63,15 @@ def plan_copying(info: VideoInfo, output: VideoOutput) -> Copying:
                     refusal = f"PyAV copies no {codec_of(stream)} sound into Matroska;"
                 raise PictureError(f"{output.path}: {refusal} convert the sound first (ffmpeg -i IN -c:v copy -c:a aac OUT)")
             notes.append(f"left out: {what}, which {output.container.named} does not hold")
-    if output.container.is_matroska and (info.time_base / MILLISECOND).denominator > 1:
-        notes.append(
-            f"times are rounded to milliseconds: {output.container.named} counts in these, the source in {info.time_base} s"
-        )
     return Copying(tuple(taken), tuple(notes))
+
+
+def rounded_times(info: VideoInfo, output: VideoOutput, segments: Sequence[Segment]) -> tuple[str, ...]:
+    """A note where frames are not shown at the very times of the source, since Matroska counts in milliseconds."""
+    times = (time for segment in segments for time, _ in segment.times)
+    if output.container.is_matroska and any((time * info.time_base / MILLISECOND).denominator > 1 for time in times):
+        return (f"times of frames are rounded to milliseconds, in which {output.container.named} counts",)
+    return ()
 
 
 def codec_of(stream: av.stream.Stream) -> str:

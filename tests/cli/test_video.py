@@ -129,7 +129,9 @@ def test_what_a_container_does_not_hold_is_told(sanrt, tmp_path):
     source = clip(tmp_path / "b.mp4", range(3), rate=Fraction(30000, 1001))
     status, out, _ = sanrt(source, "b.mkv")
     assert status == 0
-    assert "times are rounded to milliseconds" in out
+    assert "times of frames are rounded to milliseconds, in which Matroska counts" in out
+    source = clip(tmp_path / "even.mp4", range(3), rate=Fraction(25))
+    assert "rounded" not in sanrt(source, "even.mkv")[1]  # 1/12800 s is the unit, 40 ms each is exact
     source = clip(tmp_path / "c.mp4", range(3), sound="aac")
     status, _, err = sanrt(source, "c.webm")
     assert status == 1
@@ -616,3 +618,16 @@ def test_the_last_frame_is_held_as_in_the_source(sanrt, tmp_path, ending, codec)
         return  # FFmpeg reads no durations of AV1 in Matroska
     with av.open(f"again{ending}") as file:
         assert file.duration == 1000 * sum(delays)
+
+
+def test_a_codec_that_is_not_the_sources_is_told(sanrt, tmp_path):
+    source = clip(tmp_path / "in.webm", range(2), codec="libvpx-vp9", size=(64, 64))
+    assert "out.webm: vp9 becomes av1: sanrt writes no vp9" in sanrt(source, "out.webm")[1]
+    assert "out.mp4: vp9 becomes h264: sanrt writes no vp9" in sanrt(source, "out.mp4")[1]
+    assert "becomes" not in sanrt(source, "asked.mp4", "--codec", "hevc")[1]
+    assert "out.mov: av1 becomes h264: MOV holds no av1" in sanrt("out.webm", "out.mov")[1]
+    deep = clip(tmp_path / "deep.mkv", range(2), stored="yuv420p10le")
+    note = "H.264 of 10 bits (High 10), which few devices play; take --codec hevc for these"
+    assert f"deep.mp4: {note}" in sanrt(deep, "deep.mp4")[1]
+    assert note not in sanrt(deep, "out.mkv")[1]
+    assert note not in sanrt(deep, "other.mp4", "--codec", "hevc")[1]
