@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -24,11 +25,14 @@ from sanrt.errors import BackendError, ModelError, OutOfMemoryError
 from sanrt.extras import install_command
 from sanrt.model.spec import Attention, GraphOptions, Precision
 from sanrt.runtime import host as machine
-from sanrt.runtime.artifacts.models import read_spec, spec_in
+from sanrt.runtime.artifacts.models import model_title, read_spec, spec_in
 from sanrt.runtime.artifacts.sizes import Limits
 from sanrt.runtime.artifacts.variants import cache_folders, cached_for, derived_model
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions, Stages, library_version
 from sanrt.runtime.backends.registry import OPEN_STAGES
+from sanrt.wording import NOTICE
+
+log = logging.getLogger(__name__)
 
 NAME = "openvino"
 
@@ -221,6 +225,7 @@ def chosen_precision(graph: bytes, model: Path, options: RunOptions) -> Precisio
     machinery = [machine.cpu_name(), *machine.cpu_features(), str(library_version("openvino")), str(options.threads)]
 
     def trial() -> bytes:
+        log.log(NOTICE, "measuring whether bf16 or fp32 is the faster in openvino here for %s; once", model_title(model))
         return json.dumps(asdict(measure_precisions(graph, model, options))).encode()
 
     identity = [hashlib.sha256(graph).hexdigest(), *machinery]

@@ -13,8 +13,10 @@ import numpy as np
 
 from sanrt.errors import SanrtError
 from sanrt.files import keep, kept
+from sanrt.runtime.artifacts.models import model_title
 from sanrt.runtime.artifacts.variants import cache_folders, cache_name
 from sanrt.runtime.backends.protocol import Backend
+from sanrt.wording import NOTICE
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,8 @@ def fastest(loaders: Mapping[str, Callable[[], Backend]], model: Path, identity:
     """
     folders, name = cache_folders(model), cache_name(model, "fastest.json", identity, CODE)
     content = kept(folders, name)
+    if content is None:
+        log.log(NOTICE, "measuring which is the fastest here for %s: %s; once", model_title(model), " or ".join(loaders))
     found: dict[str, float] = json.loads(content) if content else seconds(loaders)
     if content is None and found.keys() == loaders.keys():
         keep(folders, name, json.dumps(found).encode())

@@ -22,9 +22,9 @@ from sanrt.errors import PictureError
 from sanrt.files import replacing
 from sanrt.runtime.pictures.codec import Encoding, upscale_alpha
 from sanrt.runtime.pictures.jobs import Job
-from sanrt.runtime.pictures.provenance import identify, require_unchanged, seal
+from sanrt.runtime.pictures.provenance import digest_of, identify, require_unchanged, seal
 from sanrt.runtime.pictures.resize import reduced
-from sanrt.runtime.pictures.storage import delivered, fetched, scratch_folder
+from sanrt.runtime.pictures.storage import RemotePath, delivered, fetched, scratch_folder
 from sanrt.runtime.pictures.transparency import fill_hidden
 from sanrt.runtime.runs import pipeline
 from sanrt.runtime.runs.pipeline import (
@@ -90,6 +90,8 @@ class SourcePicture:
     duration: int
     pixels: Pixels
     """(H, W, 3), or (H, W, 4) with opacity."""
+    damaged: bool
+    """Whether the decoder had to repair it."""
 
 
 Maker = Callable[[Video, WorkFolder, list[Segment], Listener], TilingPlan]
@@ -177,8 +179,13 @@ def enlarge(job: Job, maker: Maker, options: PipelineOptions, listener: Listener
 
 
 def local_result(job: Job) -> Path:
-    """Where a result is on this machine, or would be if it were not sent to a URL: its segments are beside that."""
-    return scratch_folder(job.destination) / job.destination.name
+    """Where a result is on this machine, or would be if it were not sent to a URL: its segments are beside that.
+
+    Results of one name at several URLs would be in one place: a digest of the URL is in the name.
+    """
+    result = job.destination
+    name = f"{digest_of(str(result))[:16]}-{result.name}" if isinstance(result, RemotePath) else result.name
+    return scratch_folder(result) / name
 
 
 def upscale(job: Job, maker: Maker, options: PipelineOptions, listener: Listener) -> Written:
@@ -225,6 +232,12 @@ def written(
     if repeated:
         share = f"{100 * repeated / frames_in_all:.0f} %"
         notes.append(f"{repeated} of {frames_in_all} frames ({share}) equal the one before and were not computed again")
+    if damaged := [time for segment in segments for time in segment.damaged]:
+        first = float(damaged[0] * video.info.time_base)
+        notes.append(
+            f"{len(damaged)} of {frames_in_all} frames are damaged in the source and enlarged as the decoder repaired them; "
+            f"the first is shown at {first:.3f} s"
+        )
     if there:
         notes.append(f"{frames_in_all - fresh} of {frames_in_all} frames were there of an earlier run")
     pixels = video.info.width * video.info.height * fresh
@@ -266,7 +279,9 @@ def source_pictures(reader: ThreadPoolExecutor, decoded: Iterator[SourceFrame], 
 
     def read(_: object) -> SourcePicture | None:
         found = next(decoded, None)
-        return SourcePicture(found.pts, found.duration, picture_of(found.frame, info)) if found else None
+        if found is None:
+            return None
+        return SourcePicture(found.pts, found.duration, picture_of(found.frame, info), found.damaged)
 
     for reading in ahead(reader, read, repeat(None)):
         if (picture := reading.result()) is None:
@@ -286,7 +301,7 @@ class Enlarging:
 
     def made(self, path: Path, pictures: Iterator[SourcePicture]) -> Segment:
         """The segment of these frames in a file of its own."""
-        times, repeated = [], 0
+        times, repeated, damaged = list[tuple[int, int]](), 0, list[int]()
         last: SourcePicture | None = None
         encoder = encoder_of(self.video.output)
         with replacing(path) as file, opened_in(self.writer, encoder, file), waiting(self.writer) as later:
@@ -297,10 +312,11 @@ class Enlarging:
                     enlarged = self.enlarged(picture.pixels)
                 later(encoder.add, enlarged)
                 times.append((picture.pts, picture.duration))
+                damaged += [picture.pts] * picture.damaged
                 last = picture
                 self.advanced()
             later(encoder.finish)
-        return Segment(path, tuple(times), tuple(encoder.order), repeated)
+        return Segment(path, tuple(times), tuple(encoder.order), repeated, tuple(damaged))
 
     def enlarged(self, picture: Pixels) -> Pixels:
         """A frame through the network, at the result's size; smaller tiles, once they were needed, are kept to."""

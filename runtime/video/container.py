@@ -123,6 +123,8 @@ class SourceFrame:
     """Likewise; 0 where it is not said."""
     frame: av.VideoFrame | Pixels = field(repr=False)
     """As FFmpeg has it, or an animation's: (H, W, 3), or (H, W, 4) with opacity."""
+    damaged: bool = False
+    """Whether the decoder says that it had to repair it; those of H.264 and of MPEG-1, -2 and -4 do."""
 
 
 @cache
@@ -338,7 +340,7 @@ def frames(info: VideoInfo) -> Iterator[SourceFrame]:
             if pts is None:
                 pts = last + max(1, round(1 / (info.rate * info.time_base))) if last is not None else 0
             pts = pts if last is None else max(pts, last + 1)
-            yield SourceFrame(number, pts, frame.duration or 0, frame)
+            yield SourceFrame(number, pts, frame.duration or 0, frame, frame.is_corrupt)
             number, last = number + 1, pts
 
 

@@ -42,6 +42,8 @@ class Segment:
     """The frames' numbers in the order of decoding."""
     repeated: int
     """Frames that are equal to the one before, and were not computed."""
+    damaged: tuple[int, ...] = ()
+    """Timestamps of those that the decoder had to repair."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,12 @@ class WorkFolder:
             facts = json.loads(path.with_suffix(".json").read_bytes())
             times = tuple((int(pts), int(duration)) for pts, duration in facts["times"])
             if path.is_file():
-                return Segment(path, times, tuple(facts["order"]), facts["repeated"])
+                return Segment(path, times, tuple(facts["order"]), facts["repeated"], tuple(facts["damaged"]))
         return None
 
     def finished(self, segment: Segment) -> Segment:
         """The segment, once the disk has what it consists of beside its file."""
-        facts = {"times": segment.times, "order": segment.order, "repeated": segment.repeated}
+        facts = {name: getattr(segment, name) for name in ("times", "order", "repeated", "damaged")}
         with replacing(segment.path.with_suffix(".json")) as file:
             file.write(json.dumps(facts).encode())
         return segment

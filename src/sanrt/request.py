@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -212,8 +213,8 @@ class Conduct:
     """Of the cluster, instead of one per GPU, or per node."""
 
 
-Loaded = Callable[[ModelChoice, "Backend | Ready", str], None]
-"""Told each model, what runs it, and where on a cluster."""
+Loaded = Callable[[ModelChoice, "Backend | Ready", str, float], None]
+"""Told each model, what runs it, where on a cluster, and the seconds until then."""
 
 
 def outcomes(
@@ -251,8 +252,9 @@ def outcomes(
         if conduct.ray and not conduct.preview:
             yield from ray_outcomes(part, request, conduct.ray, conduct, listener, loaded)
             continue
+        started = time.monotonic()
         with load_backend(choice.backend, choice.path, choice.options) as network:
-            loaded(choice, network, "")
+            loaded(choice, network, "", time.monotonic() - started)
             runner = NetworkRunner(network, upscaling)
             options = pipeline.PipelineOptions(part.recipe, encoding, digests=bool(conduct.record))
             if conduct.preview:
@@ -278,13 +280,14 @@ def ray_outcomes(
     scratch = request.upscaling.scratch
     upscaling = replace(request.upscaling, scratch=scratch and scratch.absolute())
     task = Task(choice.path, choice.backend, choice.options, upscaling, part.recipe, request.encoding, conduct.record)
+    started = time.monotonic()
     shared = nullcontext() if address == LOCAL else shared_folder_probe(jobs[0].destination.parent)
     with (
         shared as seen,
         connected(address, conduct.workers, choice.options.threads) as share,
         Pool(task, share, seen, listener) as pool,
     ):
-        loaded(choice, pool.loaded[0], f"Ray {address}: {share}")
+        loaded(choice, pool.loaded[0], f"Ray {address}: {share}", time.monotonic() - started)
         options = PipelineOptions(part.recipe, request.encoding)
         with closing(videos.mixed(jobs, pool.run, pool.make_segments, options, listener)) as done:
             yield from done

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 Wording = Callable[[str, object], str]
 """An option's name, as on the command line without its dashes, and its value, or None for the option itself: in words."""
 
+NOTICE = 25
+"""Level of log records, between INFO and WARNING, that the command line shows though nothing is wrong: what takes long."""
 PYTHON_NAMES = {
     "flatten": "background",
     "gpu": "gpus",

@@ -1,5 +1,6 @@
 """What a person sees of a run: counts that are true, a bar that moves within a picture, what is left by pixels."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from sanrt.cli.console import Reporter, RunProgress
 from sanrt.errors import InterruptedRunError
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.runs.pipeline import Advanced, Failed, Finished, Opened, Skipped, Written
+from sanrt.wording import NOTICE
 
 
 @pytest.fixture
@@ -79,3 +81,12 @@ def test_an_interrupt_tells_what_is_on_disk_once_all_threads_have_ended(jobs, ca
     with pytest.raises(InterruptedRunError) as raised, Reporter(3) as reporter:
         reporter.follow(outcomes())
     assert str(raised.value).startswith("1 written in ")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_notice_of_what_takes_long_is_told_on_stdout_unless_nothing_is_wanted(quiet, capfd):
+    with Reporter(1, quiet):
+        logging.getLogger("sanrt.somewhere").log(NOTICE, "measuring")
+        logging.getLogger("sanrt.somewhere").info("a detail")
+        logging.getLogger("sanrt.somewhere").warning("odd")
+    assert tuple(capfd.readouterr()) == ("" if quiet else "measuring\n", "sanrt: odd\n")

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import pyvips
 
+from sanrt.runtime.pictures.jobs import Job
+from sanrt.runtime.pictures.provenance import Provenance, SourceIdentity
+from sanrt.runtime.pictures.storage import RemotePath
 from sanrt.runtime.runs import videos
 from sanrt.runtime.runs.suitable_weights import suits_photo
-from sanrt.runtime.video import joining
+from sanrt.runtime.video import joining, segments
 from sanrt.runtime.video.container import ffmpeg, look, picture_of
 from sanrt.runtime.video.container import frames as source_frames
 from sanrt.runtime.video.frames import Conversion, PixelFormat
@@ -631,3 +634,45 @@ def test_a_codec_that_is_not_the_sources_is_told(sanrt, tmp_path):
     assert f"deep.mp4: {note}" in sanrt(deep, "deep.mp4")[1]
     assert note not in sanrt(deep, "out.mkv")[1]
     assert note not in sanrt(deep, "other.mp4", "--codec", "hevc")[1]
+
+
+def test_results_of_one_name_at_two_urls_do_not_remove_each_others_segments():
+    first, second = (Job(Path("a.mp4"), RemotePath(f"s3://{bucket}/clip.mp4")) for bucket in ("one", "two"))
+    made = Provenance(SourceIdentity("0" * 64, 1, "etag"), 2, "model", "options")
+    folder = segments.folder_of(videos.local_result(first), made)
+
+    def killed() -> None:
+        with segments.work_folder(videos.local_result(first), made) as work:
+            work.path(0).touch()
+            work.finished(segments.Segment(work.path(0), ((0, 1),), (0,), 0))
+            raise ValueError("on the way")
+
+    with segments.work_folder(videos.local_result(second), made), pytest.raises(ValueError, match="on the way"):
+        killed()
+    assert segments.folder_of(videos.local_result(second), made) != folder
+    assert folder.is_dir(), "a killed run goes on from there"
+    segments.remove_others(videos.local_result(second))
+    assert folder.is_dir()
+    segments.remove_others(videos.local_result(first))
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_damaged_frames_that_the_decoder_repairs_are_told_with_the_first_time(sanrt, tmp_path, monkeypatch, killed):
+    monkeypatch.setattr("sanrt.runtime.video.segments.SEGMENT_SECONDS", Fraction(1, 2))
+    source = clip(tmp_path / "in.mkv", range(36), options={"g": "12"}, size=(128, 96))
+    whole = bytearray(source.read_bytes())
+    middle = len(whole) // 2
+    whole[middle : middle + 60] = np.random.default_rng(3).integers(0, 256, 60, np.uint8).tobytes()
+    source.write_bytes(whole)
+    with av.open(str(source)) as file:
+        damaged = [frame.time for frame in file.decode(video=0) if frame.is_corrupt]
+    assert damaged, "nothing was damaged"
+    if killed:  # the second run has not decoded the damaged part for itself
+        with monkeypatch.context() as patch:
+            patch.setattr(videos, "join", lambda *_: 1 / 0)
+            assert sanrt(source, "out.mkv")[0] == 1
+    status, out, err = sanrt(source, "out.mkv")
+    assert (status, err) == (0, "")
+    told = f"out.mkv: {len(damaged)} of 36 frames are damaged in the source and enlarged as the decoder repaired them; "
+    assert told + f"the first is shown at {damaged[0]:.3f} s" in out.splitlines()

@@ -88,7 +88,11 @@ def test_where_the_line_is_full_clients_are_told_when_to_come_back(serving, gate
         answer = running.upscale(PICTURE)
         assert (answer.status, answer.json["kind"]) == (503, "busy")
         assert int(answer.headers["retry-after"]) >= 1
-        assert running.ask("GET", "/readyz").status == 503
+        counted = running.metric("sanrt_failures_total", kind="busy")
+        answer = running.ask("GET", "/readyz")
+        assert (answer.status, answer.json["kind"]) == (503, "busy")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert running.metric("sanrt_failures_total", kind="busy") == counted, "a question whether it is busy is no failure"
         assert running.ask("GET", "/healthz").status == 200
         gate.set()
         assert [each.result().status for each in held] == [200, 200]
@@ -210,7 +214,14 @@ def test_other_sites_pages_and_other_names_of_the_machine_are_refused(running):
     for origin in ("http://evil.com", "https://evil.com:8000", "null", "http://127.0.0.1:1", ""):
         assert running.upscale(PICTURE, Origin=origin).status == 403, origin
     assert running.upscale(PICTURE, Origin=f"http://{running.host}:{running.port}").status == 200
-    assert running.upscale(PICTURE, Host="rebound.example").status == 400
+    answer = running.upscale(PICTURE, Host="rebound.example")
+    assert (answer.status, answer.headers["content-type"], answer.json["kind"]) == (
+        400,
+        "application/problem+json",
+        "refused",
+    )
+    assert answer.json["detail"].startswith("Host is none of this server's names; expected one of ")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
     assert running.upscale(PICTURE, Host="localhost:8000").status == 200
 
 

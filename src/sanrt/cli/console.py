@@ -16,6 +16,7 @@ from sanrt.cli.streams import tell
 from sanrt.errors import InterruptedRunError
 from sanrt.runtime.runs.pipeline import Advanced, Event, Failed, Finished, Opened, Outcome, Planned, Skipped, Written
 from sanrt.runtime.runs.results import reasons
+from sanrt.wording import NOTICE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +45,7 @@ class Reporter(logging.Handler):
         again: why some results are made again. hidden: what paths of temporary files begin with, which is not told.
         place: where the results are.
         """
-        super().__init__(logging.DEBUG if verbose else logging.WARNING)
+        super().__init__(logging.DEBUG if verbose else logging.WARNING if quiet else NOTICE)
         self.quiet, self.verbose, self.passed_over, self.hidden = quiet, verbose, passed_over, hidden
         self.again, self.place = again or {}, place.replace(hidden, "")
         self.progress = RunProgress(total)
@@ -75,9 +76,12 @@ class Reporter(logging.Handler):
         tell(f"sanrt: {text}", error=True)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A log record of sanrt's as a line on stderr."""
+        """A log record of sanrt's as a line: a notice on stdout, others on stderr."""
         for line in self.format(record).splitlines():
-            tell(f"sanrt: {line}", error=True)
+            if record.levelno == NOTICE:
+                self.say(line)
+            else:
+                self.warn(line)
 
     def hear(self, event: Event) -> None:
         """A `pipeline.Listener`, for any thread."""

@@ -84,6 +84,7 @@ def plan(
     regions: RegionsOption = "auto",
 ) -> None:
     """Say how `sanrt run` with the same words would upscale pictures and videos, and what memory and time that takes."""
+    from sanrt.cli.console import Reporter
     from sanrt.runtime.backends.protocol import RunOptions
     from sanrt.runtime.backends.registry import load_unguarded
     from sanrt.runtime.pictures.codec import Encoding
@@ -123,7 +124,7 @@ def plan(
         chosen = part.choice
         if len(work.parts) > 1:
             tell(f"{model_title(chosen.path)}: {len(part.jobs)} of {len(found.to_do)} {called(found.to_do)}")
-        with load_unguarded(chosen.backend, chosen.path, chosen.options) as network:
+        with Reporter(0, quiet), load_unguarded(chosen.backend, chosen.path, chosen.options) as network:
             for each in estimates(part.jobs, network, chosen.path, chosen.options, upscaling, encoding):
                 if each.needless:
                     tell(f"{each.refusal}; it would be left as it is")

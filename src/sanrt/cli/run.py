@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -223,8 +224,8 @@ def execute(request: Request, manner: Manner, device: int | None) -> int:
 def upscale_all(work: Work, request: Request, manner: Manner, device: int | None, reporter: Reporter) -> None:
     """Every picture that is not done yet, here or by workers; or only what would be done."""
 
-    def loaded(choice: ModelChoice, network: Backend | Ready, where: str) -> None:
-        tell_model(choice, network, reporter)
+    def loaded(choice: ModelChoice, network: Backend | Ready, where: str, seconds: float) -> None:
+        tell_model(choice, network, reporter, seconds)
         if where:
             reporter.say(where)
         elif device is not None and network.device == "CPU":
@@ -241,8 +242,9 @@ def explain(part: Part, options: UpscaleOptions, reporter: Reporter) -> None:
     from sanrt.runtime.runs import compare_tilings as samples
 
     choice, picture = part.choice, part.jobs[0].source
+    started = time.monotonic()
     with load_backend(choice.backend, choice.path, choice.options) as network:
-        tell_model(choice, network, reporter)
+        tell_model(choice, network, reporter, time.monotonic() - started)
         if network.device == "CPU" and network.spec.precision != Precision.FP32:
             reporter.say("all in fp32, so that the tilings alone differ")
             loading = replace(choice.options, precision=Precision.FP32)
@@ -255,13 +257,13 @@ def explain(part: Part, options: UpscaleOptions, reporter: Reporter) -> None:
     return None
 
 
-def tell_model(choice: ModelChoice, network: Backend | Ready, reporter: Reporter) -> None:
-    """What runs, on what, and whether PyTorch has been held against it."""
+def tell_model(choice: ModelChoice, network: Backend | Ready, reporter: Reporter, seconds: float) -> None:
+    """What runs, on what, after how many seconds, and whether PyTorch has been held against it."""
     spec, path = network.spec, choice.path
     others = other_models(choice.models) if path.suffix == WEIGHTS_SUFFIX and not choice.named else ""
     what = f"{spec.architecture.name}, {spec.computes}, {network.name} on {network.device}"
     if spec.architecture.sqrt_iterations not in (None, spec.iterations):
         what += f", {spec.iterations} Newton-Schulz steps where it was trained with {spec.architecture.sqrt_iterations}"
-    reporter.say(f"{model_title(path)}{others}: {what}")
+    reporter.say(f"{model_title(path)}{others}: {what}, ready in {seconds:.1f} s")
     if path.suffix == WEIGHTS_SUFFIX and network.name in GRAPH_BACKENDS:
         reporter.say("its graph was written here and not compared with PyTorch; `sanrt export` compares")

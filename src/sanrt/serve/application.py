@@ -15,7 +15,6 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.authentication import AuthenticationMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
@@ -32,7 +31,7 @@ from sanrt.serve.networks import Networks
 from sanrt.serve.openapi import description
 from sanrt.serve.options import ServeOptions
 from sanrt.serve.parameters import in_request
-from sanrt.serve.problems import http_problem, problem, refused, status_and_kind
+from sanrt.serve.problems import KnownHosts, RefusedError, http_problem, problem, refused, status_and_kind
 from sanrt.serve.queue import Queue
 from sanrt.serve.service import Order, Result, Service, available_weights
 from sanrt.serve.uploads import Uploads, receive_picture, while_connected
@@ -77,7 +76,7 @@ def application(options: ServeOptions, networks: Networks) -> Starlette:
         ],
         middleware=[
             Middleware(BrowserHeaders),
-            Middleware(TrustedHostMiddleware, allowed_hosts=options.hosts, www_redirect=False),
+            Middleware(KnownHosts, hosts=options.hosts),
             Middleware(AuthenticationMiddleware, backend=Door(options.token), on_error=refused),
         ],
         exception_handlers={SanrtError: counted_problem, HTTPException: http_problem, ClientDisconnect: gone},
@@ -198,7 +197,10 @@ async def healthz(_: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     """GET /readyz: a picture that is sent now would be taken."""
-    state(request).service.queue.require_place()
+    try:
+        state(request).service.queue.require_place()
+    except RefusedError as error:  # an answer to the question, no request that came to nothing
+        return problem(error)
     return JSONResponse({"status": "ready"})
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sanrt.errors import (
     BackendError,
@@ -137,6 +139,30 @@ async def http_problem(request: Request, error: Exception) -> Response:
     detail = error.detail if error.detail != status.phrase else f"{request.method} {request.url.path}: {status.phrase}"
     kind = NotFoundError.kind if status is HTTPStatus.NOT_FOUND else RefusedError.kind
     return answer(content(status, detail, kind), error.headers)
+
+
+class KnownHosts:
+    """Answers requests for other names than the server's with a problem document: a page's, whose name was bent to it."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        known = False
+
+        async def answered(scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal known
+            known = True
+            await self.app(scope, receive, send)
+
+        async def if_known(message: Message) -> None:
+            if known:
+                await send(message)
+
+        await TrustedHostMiddleware(answered, self.hosts, www_redirect=False)(scope, receive, if_known)
+        if not known:
+            detail = f"Host is none of this server's names; expected one of {', '.join(self.hosts)}"
+            await answer(content(HTTPStatus.BAD_REQUEST, detail, "refused"), None)(scope, receive, send)
 
 
 def refused(_: HTTPConnection, error: Exception) -> Response:

@@ -34,6 +34,7 @@ from sanrt.runtime.backends import speed_trial
 from sanrt.runtime.backends.protocol import BackendStatus, RunOptions
 from sanrt.runtime.backends.registry import AUTO_ORDER, BACKENDS, load_unguarded, status
 from sanrt.runtime.host import Gpu, Gpus
+from sanrt.wording import NOTICE
 
 ONE_THREAD = RunOptions(threads=1, precision=Precision.FP32)
 RANGES = {"groups.0.blocks.0.conv1": 9.0}
@@ -477,6 +478,24 @@ def test_a_backend_whose_first_run_fails_is_left_out_and_measured_again_the_next
     assert chosen() == "a"
     broken = True
     assert chosen() == "a"
+
+
+def test_a_trial_is_told_when_it_is_made_and_not_where_it_was_kept(tmp_path, caplog):
+    (tmp_path / "m.onnx").write_bytes(b"a model")
+
+    class Quick(nullcontext):
+        def __init__(self):
+            super().__init__(self)
+
+        def infer(self, picture):
+            pass
+
+    caplog.set_level(NOTICE, "sanrt")
+    for _ in range(2):
+        speed_trial.fastest({"a": Quick, "b": Quick}, tmp_path / "m.onnx", ())
+    (told,) = caplog.messages
+    assert told.startswith("measuring which is the fastest here for ")
+    assert told.endswith("m.onnx: a or b; once")
 
 
 def test_auto_knows_every_backend():
