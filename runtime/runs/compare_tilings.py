@@ -19,6 +19,8 @@ from sanrt.runtime.pictures.codec import Pixels, open_picture
 from sanrt.runtime.pictures.storage import fetched
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.upscaling import upscale
+from sanrt.runtime.video.container import frames, look, picture_of
+from sanrt.runtime.video.formats import is_video
 
 SAMPLE = 192
 """Longest side of the sample, which is the picture's middle."""
@@ -67,7 +69,13 @@ def sampled(options: UpscaleOptions, tiling: Tiling, tile: int) -> UpscaleOption
 
 
 def sample(path: Path) -> Pixels:
-    """The middle of a picture, at most SAMPLE pixels a side."""
+    """The middle of a picture, or of a video's first frame, at most SAMPLE pixels a side."""
+    if is_video(path):
+        with fetched(path) as local:
+            info = look(local)
+            frame = picture_of(next(frames(info)).frame, info)[..., :3]
+        box = Box(0, 0, *frame.shape[:2]).middle(SAMPLE)
+        return frame[box.top : box.bottom, box.left : box.right]
     with fetched(path) as local, open_picture(local) as source:
         box = Box(0, 0, source.info.height, source.info.width).middle(SAMPLE)
         return source.rgb(box.top, box.height)[:, box.left : box.right]

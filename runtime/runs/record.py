@@ -11,6 +11,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import cache, cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -25,10 +26,13 @@ from sanrt.runtime.backends.registry import ALIASES, load_backend, status
 from sanrt.runtime.pictures.codec import Encoding, Pixels, open_picture
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.storage import fetched, located
-from sanrt.runtime.runs.pipeline import Failed, Outcome, PipelineOptions, Written, run
+from sanrt.runtime.runs.pipeline import Failed, Outcome, PipelineOptions, Written
 from sanrt.runtime.runs.results import Recipe
+from sanrt.runtime.runs.videos import run
 from sanrt.runtime.tiling.options import PROCESS_MEMORY, Tiling, UpscaleOptions
 from sanrt.runtime.tiling.upscaling import NetworkRunner
+from sanrt.runtime.video.container import ffmpeg, frames, look, picture_of
+from sanrt.runtime.video.formats import videos_are_readable
 from sanrt.version import __version__
 from sanrt.wording import option
 
@@ -163,12 +167,18 @@ class Recorder:
             threads=self.loading.threads,
             gpu=self.loading.device,
             encoding=asdict(self.encoding),
-            versions={"sanrt": __version__, "python": platform.python_version(), "numpy": np.__version__},
+            versions=versions(job.is_video),
             seconds=outcome.seconds,
             engine_digest=backend.engine_digest,
             recipe=asdict(self.recipe),
             keep_hidden=self.upscaling.keep_hidden,
         )
+
+
+def versions(is_video: bool) -> dict[str, str]:
+    """Of what made a result."""
+    found = {"sanrt": __version__, "python": platform.python_version(), "numpy": np.__version__}
+    return found | ({"ffmpeg": ffmpeg().ffmpeg_version_info} if is_video and videos_are_readable() else {})
 
 
 def open_record(path: Path) -> IO[str]:
@@ -324,9 +334,13 @@ def compared(entry: Entry, output: Path) -> Replay:
     recorded = located(entry.output)
     if file_digest(output) == entry.output_digest == file_digest(recorded):
         return Replay(entry, Verdict.IDENTICAL)
+    is_video = Job(located(entry.source), output).is_video
     with fetched(recorded) as local:
-        difference = largest_difference(local, output)
+        difference = (largest_difference_of_frames if is_video else largest_difference)(local, output)
     detail = f"largest difference {difference * 255:.2f} of 255"
+    then, now = entry.versions.get("ffmpeg"), versions(is_video).get("ffmpeg")
+    if difference > TOLERANCE and then != now:
+        detail += f", by FFmpeg {now}, then {then}, whose encoders need not agree"
     if file_digest(recorded) != entry.output_digest:
         detail += ", and the file changed since the run"
     return Replay(entry, Verdict.CLOSE if difference <= TOLERANCE else Verdict.DIFFERENT, detail)
@@ -342,6 +356,20 @@ def largest_difference(first: Path, second: Path) -> float:
         strips = [(top, min(STRIP, height - top)) for top in range(0, height, STRIP)]
         steps = (step(part(*strip), same(*strip)) for strip in strips for part, same in parts)
         return max(steps) / full
+
+
+def largest_difference_of_frames(first: Path, second: Path) -> float:
+    """The same over all frames of two videos or animations; 1 where they have not as many, or of another size."""
+    one, other = look(first), look(second)
+    largest = 0.0
+    for left, right in zip_longest(frames(one), frames(other)):
+        if left is None or right is None:
+            return 1.0
+        mine, same = picture_of(left.frame, one), picture_of(right.frame, other)
+        if (mine.shape, mine.dtype) != (same.shape, same.dtype):
+            return 1.0
+        largest = max(largest, step(mine, same) / np.iinfo(mine.dtype).max)
+    return largest
 
 
 def step(first: Pixels, second: Pixels) -> float:

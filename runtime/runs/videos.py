@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby, islice, repeat
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 
 from sanrt.errors import PictureError
-from sanrt.files import replacing
+from sanrt.files import file_digest, replacing
 from sanrt.runtime.pictures.codec import Encoding, upscale_alpha
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.provenance import digest_of, identify, require_unchanged, seal
@@ -204,13 +204,15 @@ def upscale(job: Job, maker: Maker, options: PipelineOptions, listener: Listener
                 work.empty()  # the folder is named by what the source was
                 raise
             segments = work.all()
-            with delivered(job.destination) as local, replacing(local) as file:
-                notes = joined(video, segments, file)
-                seal(file, video.output.container, made)
-                if appeared(job, options.recipe):
-                    raise AlreadyWrittenError
+            with delivered(job.destination) as local:
+                with replacing(local) as file:
+                    notes = joined(video, segments, file)
+                    seal(file, video.output.container, made)
+                    if appeared(job, options.recipe):
+                        raise AlreadyWrittenError
+                digest = file_digest(local, "run again") if options.digests else None
         remove_others(result)
-    return written(video, plan, segments, len(there), notes)
+    return replace(written(video, plan, segments, len(there), notes), source=source, digest=digest)
 
 
 def joined(video: Video, segments: list[Segment], file: IO[bytes]) -> tuple[str, ...]:

@@ -232,8 +232,8 @@ def outcomes(
     from sanrt.runtime.video.segments import remove_others
 
     listener = listener or pipeline.nobody
-    if conduct.record:
-        require_pictures(work, "record")
+    if conduct.record and conduct.ray:
+        require_no_videos(work)
     if conduct.ray:
         require_shared_videos(work)
     require_place(work, here=not conduct.ray)
@@ -425,10 +425,12 @@ def scale_for(job: Job, size: ResultSize) -> int:
     return size.least_scale(info.width, info.height) or DEFAULT_SCALE
 
 
-def require_pictures(work: Work, name: str) -> None:
-    """Raise UsageError where an option of this name is given, which videos do not have."""
+def require_no_videos(work: Work) -> None:
+    """Raise UsageError where a cluster's run of videos is to be recorded: what made each segment is not told."""
     if video := next((job.source for job in work.found.to_do if job.is_video), None):
-        raise UsageError(f"{option(name)}: is for pictures, {video} is a video; leave one of them out")
+        raise UsageError(
+            f"{option('record')}: with {option('ray')} is for pictures, {video} is a video; leave one of the two out"
+        )
 
 
 def require_shared_videos(work: Work) -> None:

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import pyvips
 
+from sanrt.files import file_digest
 from sanrt.runtime.pictures.jobs import Job
 from sanrt.runtime.pictures.provenance import Provenance, SourceIdentity
 from sanrt.runtime.pictures.storage import RemotePath
-from sanrt.runtime.runs import videos
+from sanrt.runtime.runs import record, videos
 from sanrt.runtime.runs.suitable_weights import suits_photo
 from sanrt.runtime.video import joining, segments
 from sanrt.runtime.video.container import ffmpeg, look, picture_of
@@ -350,7 +351,7 @@ def test_what_cannot_be_enlarged_is_one_line_and_leaves_nothing(sanrt, tmp_path,
         (["out.mkv", "--codec", "ffv1", "--crf", "6"], "has no such thing"),
         (["out.mkv", "--codec", "hevc", "--preset", "8"], "expected one of ultrafast"),
         (["out.png"], "the result of a video is one"),
-        (["out.mkv", "--record", "r.jsonl"], "--record: is for pictures"),
+        (["out.mkv", "--record", "r.jsonl", "--ray"], "--record: with --ray is for pictures"),
     ],
 )
 def test_what_cannot_be_written_is_one_line(sanrt, tmp_path, arguments, expected):
@@ -676,3 +677,48 @@ def test_damaged_frames_that_the_decoder_repairs_are_told_with_the_first_time(sa
     assert (status, err) == (0, "")
     told = f"out.mkv: {len(damaged)} of 36 frames are damaged in the source and enlarged as the decoder repaired them; "
     assert told + f"the first is shown at {damaged[0]:.3f} s" in out.splitlines()
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.mkv", "out.webp"])
+def test_a_recorded_video_is_made_again_and_compared(sanrt, tmp_path, name):
+    codec = ["--codec", "ffv1"] if name == "out.mkv" else ["--lossless"] if name == "out.webp" else []
+    source = clip(tmp_path / "in.mp4", range(4), sound=None if name == "out.webp" else "aac")
+    status, _, err = sanrt(source, name, *codec, "--record", "run.jsonl")
+    assert (status, err) == (0, "")
+    (entry,) = record.read_record(tmp_path / "run.jsonl")
+    assert entry.source_digest == file_digest(source)
+    assert entry.output_digest == file_digest(tmp_path / name)
+    assert entry.encoding["codec"] == (codec[1] if name == "out.mkv" else None)
+    assert entry.versions["ffmpeg"] == ffmpeg().ffmpeg_version_info
+    (replay,) = record.verify([entry])
+    assert (replay.verdict, replay.detail) == (record.Verdict.IDENTICAL, "")
+
+
+def test_a_recorded_video_that_is_another_now_differs_by_its_frames(sanrt, tmp_path):
+    lossless = ["--codec", "ffv1"]
+    source = clip(tmp_path / "in.mkv", range(4), codec="ffv1", stored="yuv444p")
+    assert sanrt(source, "out.mkv", *lossless, "--record", "run.jsonl")[0] == 0
+    other = clip(tmp_path / "other.mkv", [0, 1, 2, 5], codec="ffv1", stored="yuv444p")
+    assert sanrt(other, "another.mkv", *lossless)[0] == 0
+    made, another = (tmp_path / "out.mkv").read_bytes(), (tmp_path / "another.mkv").read_bytes()
+    (entry,) = record.read_record(tmp_path / "run.jsonl")
+    (tmp_path / "out.mkv").write_bytes(another)
+    (replay,) = record.verify([entry])
+    assert replay.verdict is record.Verdict.DIFFERENT
+    assert replay.detail.endswith(" of 255, and the file changed since the run")
+    (tmp_path / "out.mkv").write_bytes(made + b"\xec\x81\x00")  # an empty element: other bytes, the same frames
+    (replay,) = record.verify([entry])
+    assert (replay.verdict, replay.detail.partition(",")[0]) == (record.Verdict.CLOSE, "largest difference 0.00 of 255")
+    short = clip(tmp_path / "short.mkv", range(3), codec="ffv1", stored="yuv444p")
+    assert sanrt(short, "cut.mkv", *lossless)[0] == 0
+    assert record.largest_difference_of_frames(tmp_path / "out.mkv", tmp_path / "cut.mkv") == 1
+
+
+def test_tilings_are_compared_on_a_videos_first_frame(sanrt, tmp_path):
+    source = clip(tmp_path / "in.mp4", range(3), size=(96, 96))
+    status, out, err = sanrt(source, "out.mp4", "--explain-tiles", "--tile", "32")
+    assert (status, err) == (0, "")
+    rows = {line.split()[0]: float(line.split()[1]) for line in out.splitlines() if " of 255 " in line}
+    assert rows["whole"] == 0
+    assert rows["exact"] < 2e-4 * 255 < rows["overlap"]
+    assert not (tmp_path / "out.mp4").exists()

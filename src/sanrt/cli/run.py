@@ -54,7 +54,7 @@ from sanrt.cli.y4m import stream_frames
 from sanrt.errors import UsageError
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
 from sanrt.model.spec import Precision
-from sanrt.request import Conduct, ModelChoice, Part, Request, Work, outcomes, require_pictures
+from sanrt.request import Conduct, ModelChoice, Part, Request, Work, outcomes
 from sanrt.runtime.artifacts.models import MODELS, model_title, other_models
 from sanrt.runtime.pictures.jobs import called
 from sanrt.runtime.tiling.options import Tiling
@@ -214,7 +214,6 @@ def execute(request: Request, manner: Manner, device: int | None) -> int:
                 if part.reason:
                     reporter.say(f"{len(part.jobs)} of {work.total} {called(work.jobs)}: {part.reason}")
             if manner.explain_tiles:
-                require_pictures(work, "explain-tiles")
                 explain(work.parts[0], request.upscaling, reporter)
             else:
                 upscale_all(work, request, manner, device, reporter)
