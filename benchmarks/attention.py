@@ -2,7 +2,8 @@
 
 `python benchmarks/attention.py`. The limits are loops over numbers in a core's first cache: powers of two as the kernel
 computes them, multiply-adds as its two products need them. Both use the same units of the processor, so that the kernel
-cannot take less than their sum.
+cannot take less than their sum. Of a picture of some megapixels a part is computed, of regions as large as the picture's:
+the rest costs the same a pixel.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sanrt.kernels.cpu import attention
 from sanrt.kernels.cpu.ir import Code, Module, aligned, this_processor
 from sanrt.kernels.cpu.network import Network
 from sanrt.kernels.cpu.workers import Workers
+from sanrt.model.bundled import WeightsKind
 from sanrt.runtime.backends.native import NativeBackend
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.runs.timing import Size
@@ -32,8 +34,10 @@ from sanrt.runtime.tiling.plan import MAX_REGION_PIXELS, choose_regions
 from sanrt.runtime.tiling.upscaling import network_input
 
 SIZES = ["1216x832"]
+WHOLE_PIXELS, PART_REGIONS = 2**21, 8
+"""Pixels of the largest picture that is computed as a whole; of others, a part of k x k regions."""
 VECTORS = 64
-"""Vectors of the loop of powers: 4 KiB of 16 lanes."""
+"""Vectors of the loop of powers: 4 KiB of 16 lanes, and as much for the results."""
 CHAINS = 12
 """Independent sums of the loop of multiply-adds: more than their latency times the units."""
 LOOPS, ROUNDS = 20_000, 5
@@ -61,7 +65,7 @@ def limits(channels: int) -> Limits:
             memory, count = function.args
             with code.loop(count) as (_, _unused):
                 body(code, memory)
-    kernels, memory = module.compile(), aligned((VECTORS * this_processor().lanes,))
+    kernels, memory = module.compile(), aligned((2 * VECTORS * this_processor().lanes,))
     memory[:] = -1.0
 
     def per_vector(name: str, vectors: int) -> float:
@@ -72,10 +76,10 @@ def limits(channels: int) -> Limits:
 
 
 def power_loop(code: Code, memory: object) -> None:
-    """2^x of all vectors, stored: a store of the same address each time costs nothing that the kernel does not pay."""
+    """2^x of all vectors, stored: loads and stores are on other units."""
     with code.loop(code.index(VECTORS * code.lanes), code.lanes) as (at, _):
-        place = code.at(memory, at)
-        code.write(code.fsub(code.constant(0), attention.power_of_two(code, code.read(place))), place)
+        power = attention.power_of_two(code, code.read(code.at(memory, at)))
+        code.write(power, code.at(memory, at, code.index(VECTORS * code.lanes)))
 
 
 def product_loop(code: Code, memory: object) -> None:
@@ -112,8 +116,19 @@ def kernel(channels: int) -> float:
         workers.close()
 
 
-def share(model: Path, size: Size, threads: int | None) -> tuple[float, float]:
-    """Seconds of a whole picture, and of the kernel in it."""
+@dataclass(frozen=True)
+class Share:
+    """Seconds that a picture takes, and the attention's kernel in it."""
+
+    seconds: float
+    inside: float
+    computed: Size
+    """The picture, or the part of it from which its time was computed."""
+
+
+def share(model: Path, size: Size, threads: int | None) -> Share:
+    """Measure a picture, or the part of it that stands for it."""
+    computed, regions = part(size)
     spent, inner = [0.0], Network.attended
 
     def timed(network: Network, *arrays: object) -> object:
@@ -123,20 +138,29 @@ def share(model: Path, size: Size, threads: int | None) -> tuple[float, float]:
         return made
 
     with NativeBackend(model, RunOptions(threads)) as backend:
-        x = network_input(picture(size), backend.spec.architecture.value_range)
-        regions = choose_regions(size.height, size.width)
+        x = network_input(picture(computed), backend.spec.architecture.value_range)
         backend.infer_with_regions(x[:, :, :64, :64], 1)
         Network.attended = timed  # type: ignore[assignment,method-assign]
         try:
             started = time.perf_counter()
             backend.infer_with_regions(x, regions)
-            return time.perf_counter() - started, spent[0]
+            seconds, factor = time.perf_counter() - started, size.pixels / computed.pixels
+            return Share(seconds * factor, spent[0] * factor, computed)
         finally:
             Network.attended = inner  # type: ignore[method-assign]
 
 
+def part(size: Size) -> tuple[Size, int]:
+    """Size and k of the regions of what is computed for a picture: itself, or some regions as large as its own."""
+    regions = choose_regions(size.height, size.width)
+    if size.pixels <= WHOLE_PIXELS:
+        return size, regions
+    width, height = (PART_REGIONS * -(-side // regions) for side in (size.width, size.height))
+    return Size(width, height), PART_REGIONS
+
+
 def main(
-    model: Annotated[Path | None, typer.Option(help="Exported ONNX; else models/'s, else the bundled weights.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Exported ONNX; else the bundled weights, C=32 and C=64.")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="The paper's network (G=20, m=10), random weights.")] = False,
     scale: Annotated[int, typer.Option(help="Of the network, where --model is left out.")] = 2,
     size: Annotated[list[str], typer.Option(help="WIDTHxHEIGHT of whole pictures; may be repeated.")] = SIZES,
@@ -149,14 +173,20 @@ def main(
         "inner channels", *(f"{name}, ps a pair" for name in ("powers", "products", "both", "kernel")), "x powers", "x both"
     )
     for channels in 4, 8:
-        found, took = limits(channels), kernel(channels)
-        values = *(each * 1e12 for each in (found.powers, found.products, found.both, took)), took / found.powers
-        shown.add_row(str(channels), *(f"{value:.1f}" for value in values), f"{took / found.both:.2f}")
+        limit, took = limits(channels), kernel(channels)
+        values = *(each * 1e12 for each in (limit.powers, limit.products, limit.both, took)), took / limit.powers
+        shown.add_row(str(channels), *(f"{value:.1f}" for value in values), f"{took / limit.both:.2f}")
     console().print(shown)
-    with found_model(model, scale, paper) as path:
-        for each in map(Size.parse, size):
-            seconds, inside = share(path, each, threads)
-            print(f"{path.name}, {each}: {seconds:.2f} s, of which attention {inside:.2f} s, {inside / seconds:.0%}")
+    kinds = [WeightsKind.CLEAN] if model or paper else [WeightsKind.CLEAN, WeightsKind.PHOTO]
+    for kind in kinds:
+        with found_model(model, scale, paper, kind) as path:
+            for each in map(Size.parse, size):
+                found = share(path, each, threads)
+                by = "" if found.computed == each else f" (computed from {found.computed} of it)"
+                print(
+                    f"{path.name}, {each}{by}: {found.seconds:.2f} s, of which attention {found.inside:.2f} s, "
+                    f"{found.inside / found.seconds:.1%}"
+                )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from rich.console import Console
 from sanrt.errors import ModelError, SanrtError, UsageError
 from sanrt.export.scene import repeated_scene
 from sanrt.extras import extra
+from sanrt.model.bundled import WeightsKind
 from sanrt.model.spec import Architecture, Precision
 from sanrt.runtime import host as machine
 from sanrt.runtime.artifacts.models import MODELS, exported_path
@@ -121,14 +122,19 @@ def picture(size: Size) -> npt.NDArray[np.uint8]:
 
 
 @contextmanager
-def found_model(model: Path | None, scale: int, paper: bool = False) -> Iterator[Path]:
-    """The model to measure: the named one, the paper's network with random weights, the exported one, or the bundled one."""
+def found_model(
+    model: Path | None, scale: int, paper: bool = False, kind: WeightsKind = WeightsKind.CLEAN
+) -> Iterator[Path]:
+    """The model to measure: the named one, the paper's network with random weights, the exported one, or the bundled one.
+
+    kind: of bundled weights; those for clean pictures are taken from models/ where they are exported.
+    """
     if paper and model:
         raise UsageError("--paper and --model: expected one of them")
     if paper:
         with TemporaryDirectory() as folder:
             yield random_model(Architecture(scale, **PAPER), Path(folder) / f"paper_x{scale}.onnx")
-    elif model or exported_path(MODELS, scale).exists():
+    elif model or (kind is WeightsKind.CLEAN and exported_path(MODELS, scale).exists()):
         path = model or exported_path(MODELS, scale)
         if not path.is_file():
             raise ModelError(f"{path}: no such model; make one with `sanrt export --scale {scale}`, or leave --model out")
@@ -138,8 +144,8 @@ def found_model(model: Path | None, scale: int, paper: bool = False) -> Iterator
             from sanrt.export.onnx import ExportOptions, export_onnx
             from sanrt.model.checkpoint import bundled_checkpoint, load_checkpoint
         with TemporaryDirectory() as folder:
-            path = Path(folder) / f"bundled_x{scale}.onnx"
-            yield export_onnx(load_checkpoint(bundled_checkpoint(scale)), path, ExportOptions(check=False)).path
+            path = Path(folder) / f"bundled_{kind}_x{scale}.onnx"
+            yield export_onnx(load_checkpoint(bundled_checkpoint(scale, kind)), path, ExportOptions(check=False)).path
 
 
 def random_model(arch: Architecture, path: Path) -> Path:

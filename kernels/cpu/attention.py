@@ -1,13 +1,14 @@
 """softmax(q k^T) v on the CPU without the matrix of scores: section 3.2 of the paper, formula 4, scores not scaled.
 
 A region of a large picture has tens of thousands of queries and a quarter as many keys, over a few inner channels: the
-matrix would be gigabytes. Keys go through in blocks, with a running softmax.
+matrix would be gigabytes. Here every lane of a vector has a query of its own, and the keys go by one after the other: the
+queries and their sums stay in registers, and a key's numbers are read once for all lanes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -15,19 +16,21 @@ from llvmlite import ir
 from numpy.polynomial import Chebyshev, Polynomial
 
 from sanrt.arrays import Array
-from sanrt.kernels.cpu.ir import Code, Module, this_processor
+from sanrt.kernels.cpu.ir import FLOAT, Code, Module, Processor, this_processor
 from sanrt.kernels.cpu.workers import Workers
 
-GROUP_QUERIES = 3
-"""Queries whose scores are computed together, so that each key and value is loaded once for all of them."""
-BLOCK_KEYS = 512
-"""Keys in a block: the scores of a group of queries with them stay in a core's L1 cache until their maximum is known."""
-BATCH_GROUPS = 16
-"""Groups of queries that go over a block of keys before the next block, which is thus loaded for all of them at once."""
+BLOCK_KEYS = 768
+"""Keys in a block, which has sums of its own: float32 sums over many more would lose digits."""
+BATCH_VECTORS = 4
+"""Vectors of queries that go over a block of keys before the next block, which is thus loaded for all of them at once."""
+LARGEST_BOUND = 80.0
+"""Scores that cannot be beyond plus and minus this are taken as exponents of 2 as they are: 2^80 and 2^-80 leave room for
+sums over a million keys, and for values, before float32 ends."""
 LOWEST_SCORE = -3e38
-"""The running maximum before the first key. Finite, since -inf minus -inf would be NaN."""
-MIN_EXPONENT = -125.0
-"""Clamp for exponents of 2: with less the result would be no normal float32, and -inf (no key) has no fraction."""
+"""The largest score before the first key."""
+MIN_EXPONENT = -100.0
+"""Clamp for exponents of 2: beside a weight of 1, 2^-100 is nothing, while its products would be below the least normal
+float32 if it were much smaller, and x86 takes a hundred times as long for those."""
 EXP2_DEGREE = 5
 """Degree of the polynomial for 2^x on 0 <= x < 1: the lowest whose error is about that of float32's rounding."""
 EXP2_COEFFICIENTS = Chebyshev.interpolate(np.exp2, EXP2_DEGREE, domain=[0, 1]).convert(kind=Polynomial).coef.tolist()
@@ -35,184 +38,179 @@ EXP2_COEFFICIENTS = Chebyshev.interpolate(np.exp2, EXP2_DEGREE, domain=[0, 1]).c
 
 def attention(workers: Workers, query: Array, key: Array, value: Array) -> Array:
     """softmax(query key^T) value: query (n, d), key and value (m, d), all float32 -> (n, d)."""
-    n, channels = query.shape
-    groups = -(-n // GROUP_QUERIES)
-    padded = np.zeros((groups * GROUP_QUERIES, channels), np.float32)
-    # exp(s) is 2^(s / log 2), and a power of 2 is the cheaper one: scaled here, it costs nothing per score.
-    padded[:n] = query * np.float32(1 / np.log(2))
-    lanes = this_processor().lanes
-    # Transposed: a vector holds one channel of many keys, so that no score is a sum across lanes.
-    keys = np.zeros((channels, -(-len(key) // lanes) * lanes), np.float32)
-    values, mask = np.zeros_like(keys), np.zeros(keys.shape[1], np.float32)
-    keys[:, : len(key)], values[:, : len(key)] = key.T, value.T
-    mask[len(key) :] = -np.inf  # padding to whole vectors: zeros would be keys like any other
-    out = np.empty_like(padded)
-    kernel, arrays = kernels(channels)["attend"], (padded, keys, values, mask, out, np.zeros(1, np.int64))
+    channels = query.shape[1]
+    query, pairs = np.ascontiguousarray(query), np.empty((len(key), 2 * channels), np.float32)
+    pairs[:, :channels], pairs[:, channels:] = key, value
+    longest = np.einsum("md,md->m", pairs[:, :channels], pairs[:, :channels]).max(keepdims=True)
+    out, counter = np.empty_like(query), np.zeros(1, np.int64)
+    size = BATCH_VECTORS * State.rows(channels) * vector_processor().lanes
+    kernel = kernels(channels)["attend"]
 
     def work(_: int) -> None:
-        memory = workers.buffer(
-            "scores", GROUP_QUERIES * (BLOCK_KEYS + BATCH_GROUPS * (2 + channels) * this_processor().lanes)
-        )
-        kernel(*(array.ctypes.data for array in (*arrays, memory)), keys.shape[1], groups)
+        arrays = query, pairs, longest, out, counter, workers.buffer("attention", size)
+        kernel(*(array.ctypes.data for array in arrays), len(query), len(key))
 
     workers.run(work)
-    return out[:n]
+    return out
 
 
 @cache
 def kernels(channels: int) -> dict[str, Callable[..., None]]:
     """The kernel for a number of inner channels, compiled once per process."""
-    module = Module(this_processor())
+    module = Module(vector_processor())
     write_attend(module, channels)
     return module.compile()
 
 
+def vector_processor() -> Processor:
+    """This processor, with as many lanes as there are queries in a vector: its own, or those of two registers."""
+    processor = this_processor()
+    # SSE has no multiplication by a number in memory for all lanes: it copies it first, here for two registers at once.
+    return replace(processor, lanes=8) if processor.lanes == 4 and processor.registers == 16 else processor
+
+
+def keys_together(processor: Processor) -> int:
+    """Keys that are computed beside each other: each is a long chain of operations that wait for one another."""
+    return 12 if processor.lanes > 4 else 6  # with four lanes 12 take a sixth more instructions, to keep what does not fit
+
+
 @dataclass(frozen=True)
-class Scratch:
-    """Layout of a thread's scratch memory: a group's scores with a block of keys, then the running state of each group."""
+class State:
+    """What a thread remembers of each vector of queries of a batch; rows have a number for each lane."""
 
     code: Code
     start: ir.Value
     channels: int
 
-    @property
-    def sums(self) -> int:
-        """Running sums of a query: weighted values by channel, then the weights."""
-        return self.channels + 1
+    @staticmethod
+    def rows(channels: int) -> int:
+        """Rows of a vector of queries: the queries, their offset, the sums of weighted values and of weights."""
+        return 2 * channels + 2
 
-    @property
-    def state(self) -> int:
-        """Vectors in the state of a group: each query's shift (its largest score so far), then each query's sums."""
-        return GROUP_QUERIES * (1 + self.sums)
+    def row(self, vector: ir.Value, number: int, lane: ir.Value | None = None) -> ir.Value:
+        """Address of a row, or of a lane in it."""
+        code = self.code
+        begin = code.mul(vector, code.index(self.rows(self.channels) * code.lanes))
+        return code.at(self.start, begin, code.index(number * code.lanes), lane or code.index(0))
 
-    def score(self, r: int, position: ir.Value) -> ir.Value:
-        """Address of query r's score with the key at a position in the block; its weight replaces it later."""
-        return self.code.at(self.start, position, self.code.mul(self.code.index(BLOCK_KEYS), self.code.index(r)))
+    def queries(self, vector: ir.Value) -> list[ir.Value]:
+        """The queries by channel, divided by log 2: exp(s) is 2^(s / log 2), and a power of 2 is the cheaper one."""
+        return [self.code.read(self.row(vector, c)) for c in range(self.channels)]
 
-    def state_vector(self, group: ir.Value, number: int) -> ir.Value:
-        """Address of a vector of a group's state."""
-        begin = self.code.mul(group, self.code.index(self.state * self.code.lanes))
-        return self.code.at(self.start, begin, self.code.index(number * self.code.lanes + GROUP_QUERIES * BLOCK_KEYS))
+    def offset(self, vector: ir.Value) -> ir.Value:
+        """Address of what is added to every score of a query."""
+        return self.row(vector, self.channels)
+
+    def sums(self, vector: ir.Value) -> list[ir.Value]:
+        """Addresses of the sums of weighted values by channel, then of the weights."""
+        return [self.row(vector, self.channels + 1 + c) for c in range(self.channels + 1)]
 
 
 def write_attend(module: Module, channels: int) -> None:
-    """The kernel of one thread, which takes batches of groups of queries; `mask` (0, -inf for padding) is added to scores.
+    """The kernel of one thread, which takes batches of vectors of queries.
 
-    Keys are taken in blocks, each lane with a running softmax of its own whose shift is the largest score so far (Milakov
-    and Gimelshein, "Online normalizer calculation for softmax", 2018). Lanes are merged once at the end: a maximum across
-    the lanes for each block would cost more than its arithmetic. Scores are in units of log 2.
+    `pairs` are keys, each followed by its value; `longest` is the largest square of a key's length. Lanes beyond the last
+    query repeat that one.
     """
-    with module.function("attend", 7, 2) as (function, code):
-        query, key, value, mask, out, counter, memory, keys, groups = function.args
-        scratch = Scratch(code, memory, channels)
-        with code.shared_loop(counter, groups, BATCH_GROUPS) as batch:
-            here = code.minimum(code.sub(groups, batch), code.index(BATCH_GROUPS))
-            with code.loop(here) as (group, _):
-                for number in range(scratch.state):
-                    code.write(
-                        code.constant(LOWEST_SCORE if number < GROUP_QUERIES else 0), scratch.state_vector(group, number)
-                    )
-            with code.loop(keys, BLOCK_KEYS) as (first, _), code.loop(here) as (group, _):
-                count = code.minimum(code.sub(keys, first), code.index(BLOCK_KEYS))
-                queries = code.at(query, code.mul(code.add(batch, group), code.index(GROUP_QUERIES * channels)))
-                before = [code.read(scratch.state_vector(group, r)) for r in range(GROUP_QUERIES)]
-                largest = keep_scores(scratch, queries, key, mask, before, first, count, keys)
-                keep_weights(scratch, largest, count)
-                add_values(scratch, group, value, before, largest, first, count, keys)
-            with code.loop(here) as (group, _):
-                start = code.mul(code.add(batch, group), code.index(GROUP_QUERIES * channels))
-                merge_lanes(scratch, group, code.at(out, start))
+    with module.function("attend", 6, 2) as (function, code):
+        query, pairs, longest, out, counter, memory, queries, keys = function.args
+        state, lanes = State(code, memory, channels), code.index(code.lanes)
+        vectors = code.sdiv(code.add(queries, code.index(code.lanes - 1)), lanes)
+        with code.shared_loop(counter, vectors, BATCH_VECTORS) as batch:
+            here = code.minimum(code.sub(vectors, batch), code.index(BATCH_VECTORS))
+
+            def place(array: ir.Value, vector: ir.Value, lane: ir.Value) -> ir.Value:
+                number = code.add(code.mul(code.add(batch, vector), lanes), lane)
+                number = code.minimum(number, code.sub(queries, code.index(1)))
+                return code.at(array, code.mul(number, code.index(channels)))
+
+            with code.loop(here) as (vector, _):
+                with code.loop(lanes) as (lane, _):
+                    for c in range(channels):
+                        number = code.load(code.at(place(query, vector, lane), code.index(c)))
+                        code.store(code.fmul(number, ir.Constant(FLOAT, 1 / np.log(2))), state.row(vector, c, lane))
+                keep_offset(state, vector, pairs, longest, keys)
+                for sum_ in state.sums(vector):
+                    code.write(code.constant(0), sum_)
+            with code.loop(keys, BLOCK_KEYS) as (first, _), code.loop(here) as (vector, _):
+                block = code.at(pairs, code.mul(first, code.index(2 * channels)))
+                add_keys(state, vector, block, code.minimum(code.sub(keys, first), code.index(BLOCK_KEYS)))
+            with code.loop(here) as (vector, _):
+                *parts, total = state.sums(vector)
+                for part in parts:
+                    code.write(code.fdiv(code.read(part), code.read(total)), part)
+                with code.loop(lanes) as (lane, _):
+                    for c in range(channels):
+                        number = code.load(state.row(vector, channels + 1 + c, lane))
+                        code.store(number, code.at(place(out, vector, lane), code.index(c)))
 
 
-def keep_scores(
-    scratch: Scratch,
-    query: ir.Value,
-    key: ir.Value,
-    mask: ir.Value,
-    before: list[ir.Value],
-    first: ir.Value,
-    count: ir.Value,
-    keys: ir.Value,
-) -> list[ir.Value]:
-    """Store a group's scores with a block of keys; returns each query's largest score so far, lane by lane."""
-    code, channels = scratch.code, scratch.channels
-    # Broadcast before the loop, to stay in registers where there are enough; a vector of keys is loaded once for all
-    # queries.
-    queries = [
-        [code.broadcast(code.load(code.at(query, code.index(r * channels + c)))) for c in range(channels)]
-        for r in range(GROUP_QUERIES)
-    ]
-    with code.loop(count, code.lanes, carried=before) as (position, largest):
-        where = code.add(first, position)
-        scores = [code.read(code.at(mask, where))] * GROUP_QUERIES
-        for c in range(channels):
-            factor = code.read(code.at(key, where, code.mul(keys, code.index(c))))
-            scores = [code.multiply_add(q[c], factor, s) for q, s in zip(queries, scores, strict=True)]
-        largest[:] = map(code.maximum, largest, scores)
-        for r, score in enumerate(scores):
-            code.write(score, scratch.score(r, position))
-    found: list[ir.Value] = largest
-    return found
+def keep_offset(state: State, vector: ir.Value, pairs: ir.Value, longest: ir.Value, keys: ir.Value) -> None:
+    """Store what is added to each query's scores: nothing where none can be large, else minus the largest of them.
+
+    A softmax is the same with any offset with which its weights fit in float32, and no score is larger than the product of
+    the lengths of query and key (Cauchy and Schwarz). With trained weights that is seldom too large; where it is for one
+    query, the scores of its vector are computed once more, before, to find the largest.
+    """
+    code, queries = state.code, state.queries(vector)
+    bound = scores(code, queries, [queries], code.constant(0))[0]
+    bound = code.fmul(bound, code.broadcast(code.load(longest)))
+    large = code.fcmp_ordered(">", bound, code.constant(LARGEST_BOUND**2))
+    code.write(code.constant(0), state.offset(vector))
+    mask = ir.IntType(code.lanes)
+    with code.if_then(code.icmp_unsigned("!=", code.bitcast(large, mask), ir.Constant(mask, 0)), likely=False):
+        with code.loop(keys, carried=[code.constant(LOWEST_SCORE)]) as (number, largest):
+            key = code.at(pairs, code.mul(number, code.index(2 * state.channels)))
+            (score,) = scores(code, queries, [broadcasts(code, key, state.channels)], code.constant(0))
+            largest[0] = code.maximum(largest[0], score)
+        code.write(code.select(large, code.fneg(largest[0]), code.constant(0)), state.offset(vector))
 
 
-def keep_weights(scratch: Scratch, shifts: list[ir.Value], count: ir.Value) -> None:
-    """Replace the scores of a block by weights 2^(score - shift)."""
-    code = scratch.code
-    with code.loop(count, code.lanes) as (position, _):
-        for r, shift in enumerate(shifts):
-            place = scratch.score(r, position)
-            code.write(power_of_two(code, code.fsub(code.read(place), shift)), place)
+def add_keys(state: State, vector: ir.Value, pairs: ir.Value, count: ir.Value) -> None:
+    """Add a block's weights, and values times weights, to the sums of a vector of queries."""
+    code, channels, together = state.code, state.channels, keys_together(state.code.processor)
+    queries, offset = state.queries(vector), code.read(state.offset(vector))
+    sums = [code.constant(0)] * (channels + 1)
+    whole = code.sub(count, code.srem(count, code.index(together)))
+    for begin, end, step in (code.index(0), whole, together), (whole, count, 1):
+        with code.loop(code.sub(end, begin), step, carried=sums) as (number, done):
+            first = code.mul(code.add(begin, number), code.index(2 * channels))
+            at = [code.at(pairs, first, code.index(2 * channels * i)) for i in range(step)]
+            weights = powers_of_two(code, scores(code, queries, [broadcasts(code, key, channels) for key in at], offset))
+            for key, weight in zip(at, weights, strict=True):
+                for c, value in enumerate(broadcasts(code, code.at(key, code.index(channels)), channels)):
+                    done[c] = code.multiply_add(weight, value, done[c])
+                done[channels] = code.fadd(done[channels], weight)
+        sums = done
+    for place, part in zip(state.sums(vector), sums, strict=True):
+        code.write(code.fadd(code.read(place), part), place)
 
 
-def add_values(
-    scratch: Scratch,
-    group: ir.Value,
-    value: ir.Value,
-    before: list[ir.Value],
-    shifts: list[ir.Value],
-    first: ir.Value,
-    count: ir.Value,
-    keys: ir.Value,
-) -> None:
-    """Rescale the running sums from the shifts before to the present ones, and add a block's weighted values."""
-    code, channels, each = scratch.code, scratch.channels, scratch.sums
-    # Before the first block the shift is LOWEST_SCORE, so the factor is tiny, and the sums that it scales are zero.
-    scaled = []
-    for r in range(GROUP_QUERIES):
-        factor = power_of_two(code, code.fsub(before[r], shifts[r]))
-        code.write(shifts[r], scratch.state_vector(group, r))
-        scaled += [
-            code.fmul(factor, code.read(scratch.state_vector(group, GROUP_QUERIES + r * each + c))) for c in range(each)
-        ]
-    with code.loop(count, code.lanes, carried=scaled) as (position, sums):
-        weights = [code.read(scratch.score(r, position)) for r in range(GROUP_QUERIES)]
-        for c in range(channels):
-            factor = code.read(code.at(value, code.add(first, position), code.mul(keys, code.index(c))))
-            for r, weight in enumerate(weights):
-                sums[r * each + c] = code.multiply_add(weight, factor, sums[r * each + c])
-        for r, weight in enumerate(weights):
-            sums[r * each + channels] = code.fadd(sums[r * each + channels], weight)
-    for number, done in enumerate(sums, GROUP_QUERIES):
-        code.write(done, scratch.state_vector(group, number))
+def broadcasts(code: Code, numbers: ir.Value, count: int) -> list[ir.Value]:
+    """So many numbers, each in every lane of a vector."""
+    return [code.broadcast(code.load(code.at(numbers, code.index(i)))) for i in range(count)]
 
 
-def merge_lanes(scratch: Scratch, group: ir.Value, out: ir.Value) -> None:
-    """Write a group's results: lanes brought to one shift, added up, and divided by the sum of the weights."""
-    code, each = scratch.code, scratch.sums
-    for r in range(GROUP_QUERIES):
-        shift = code.read(scratch.state_vector(group, r))
-        factor = power_of_two(code, code.fsub(shift, code.broadcast(code.reduced(code.maximum, shift))))
-        sums = [code.read(scratch.state_vector(group, GROUP_QUERIES + r * each + c)) for c in range(each)]
-        *parts, total = (code.reduced(code.fadd, code.fmul(factor, lanes)) for lanes in sums)
-        for c, part in enumerate(parts):
-            code.store(code.fdiv(part, total), code.at(out, code.index(r * scratch.channels + c)))
+def scores(code: Code, queries: Sequence[ir.Value], keys: Sequence[Sequence[ir.Value]], offset: ir.Value) -> list[ir.Value]:
+    """The queries' scores with each key, plus an offset."""
+    made = [offset] * len(keys)
+    for query, *channel in zip(queries, *keys, strict=True):
+        made = [code.multiply_add(query, key, score) for key, score in zip(channel, made, strict=True)]
+    return made
 
 
 def power_of_two(code: Code, x: ir.Value) -> ir.Value:
-    """2^x for x <= 0: a polynomial of x - floor(x), times 2^floor(x)."""
+    """2^x for x < 127, at least 2^MIN_EXPONENT."""
+    (power,) = powers_of_two(code, [x])
+    return power
+
+
+def powers_of_two(code: Code, exponents: Sequence[ir.Value]) -> list[ir.Value]:
+    """The same of several x: a polynomial of x - floor(x), times 2^floor(x)."""
     # x is the first operand, so NaN passes the clamp: a picture's NaN shows in its result.
-    x = code.maximum(x, code.constant(MIN_EXPONENT))
-    rest, (*others, last) = code.fraction(x), map(code.constant, EXP2_COEFFICIENTS)
+    exponents = [code.maximum(x, code.constant(MIN_EXPONENT)) for x in exponents]
+    rests, (*others, last) = [code.fraction(x) for x in exponents], map(code.constant, EXP2_COEFFICIENTS)
+    made = [last] * len(exponents)
     for factor in reversed(others):
-        last = code.multiply_add(last, rest, factor)
-    return code.scaled_by_power_of_two(last, x)
+        made = [code.multiply_add(power, rest, factor) for power, rest in zip(made, rests, strict=True)]
+    return [code.scaled_by_power_of_two(power, x) for power, x in zip(made, exponents, strict=True)]

@@ -8,7 +8,10 @@ import pytest
 
 pytest.importorskip("llvmlite")
 
+from llvmlite import binding
+
 from sanrt.kernels.cpu import ir
+from sanrt.kernels.cpu.winograd import Arithmetic, winograd_transform, write_gemm, write_prefetch
 
 
 def test_compiled_code_is_kept_and_used_again(tmp_path, monkeypatch):
@@ -33,3 +36,14 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert ir.Module(ir.this_processor()).machine_code()
+
+
+@pytest.mark.skipif(not binding.get_default_triple().startswith("x86_64"), reason="VNNI is x86's")
+@pytest.mark.parametrize("name", ["cascadelake", "sapphirerapids", "znver4"])
+def test_16_bit_products_are_added_by_the_instruction_that_multiplies_them(name):
+    found = dict.fromkeys(("avx512f", "avx512bw", "avx512vnni"), True)
+    module = ir.Module(ir.described("x86_64-unknown-linux-gnu", name, binding.FeatureMap(found)))
+    write_gemm(module, Arithmetic.INT16, 4, write_prefetch(module, 4, winograd_transform(Arithmetic.INT16).tile))
+    made = module.machine().emit_assembly(binding.parse_assembly(str(module.module)))
+    assert "vpdpwssd" in made
+    assert "vpmaddwd" not in made
