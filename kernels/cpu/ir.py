@@ -82,8 +82,8 @@ def described(triple: str, name: str, features: Any) -> Processor:
     lanes = 16 if features.get("avx512f") else 8 if features.get("avx2") and features.get("fma") else 4
     pairs = PMADD[lanes] if features.get(PMADD_FEATURE[lanes]) else ""
     exponents = lanes == 16 and bool(features.get("avx512dq"))
-    # Without that property, as for Intel's, LLVM takes VNNI's instruction apart again, to shorten the chain of additions. The
-    # kernels have chains enough beside each other, and products of 16 bits would take twice the instructions.
+    # Without that property, as for Intel's, LLVM takes VNNI's instruction apart again, to shorten the chain of additions.
+    # The kernels have chains enough beside each other, and products of 16 bits would take twice the instructions.
     return Processor(name, f"{features.flatten()},+{FAST_VNNI}", lanes, 32 if lanes == 16 else 16, pairs, exponents)
 
 
