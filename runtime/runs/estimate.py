@@ -15,6 +15,7 @@ from typing import Self
 import numpy as np
 import psutil
 
+from sanrt.arrays import Array
 from sanrt.errors import LargeEnoughError, SanrtError
 from sanrt.files import cache_folder, cached_file, source_digest
 from sanrt.model.contract import Needs
@@ -26,6 +27,7 @@ from sanrt.runtime.backends.protocol import Backend, RunOptions, StripOptions
 from sanrt.runtime.backends.registry import status
 from sanrt.runtime.pictures.codec import Encoding, Output, PictureInfo, open_picture, plan_output, write_picture
 from sanrt.runtime.pictures.jobs import Job
+from sanrt.runtime.pictures.libvips import vips
 from sanrt.runtime.pictures.storage import fetched
 from sanrt.runtime.runs.pipeline import picture_notes
 from sanrt.runtime.runs.timing import ResidentPeak, peak_memory
@@ -39,53 +41,87 @@ from sanrt.runtime.tiling.streaming import ArraySource, no_progress
 from sanrt.runtime.tiling.upscaling import NetworkRunner
 from sanrt.runtime.video.container import VideoInfo
 
-SIDES = (64, 192)
-"""Sides of the two pictures that a backend's speed is measured on: attention's share is small in one, large in the other."""
+SMALL = (64, 192)
+"""Sides of the two pictures that `infer` is measured on: attention's share is small in one, large in the other."""
+SIDE, FEW, MANY = 256, 2, 4
+"""Side of a picture that goes in few regions, as large as those of photographs, and in many: only attention differs."""
 LARGE = (896, 448)
-"""Side of a third one, whose maps exceed the caches as those of photographs do, and that goes as those go: in more regions
-than the paper's, on some backends by stages. The first that takes no more than LONGEST, or the last."""
+"""Side of a third one, which goes as photographs do, its maps larger than the caches. The first that takes no more than
+LONGEST, or the last."""
 LONGEST = 5.0
 """Seconds."""
 FILED_ROWS = 128
 """Height of the strips in which it goes once more where a backend has strips, with all maps in files."""
 MAPS = 3
 """Float32 feature maps that are kept between the stages of a picture."""
-ROUNDS = 3
-"""Runs of the small ones, after one that is not counted."""
-ENCODED = 1024
-"""Side of the picture that the encoders' speed is measured on."""
+LEAST_ROUNDS, MOST_ROUNDS, ENOUGH = 2, 5, 1.5
+"""Runs of each of which the fastest counts: more than the least until they took so many seconds."""
+ENCODED, STEEPNESS = 1024, 1.5
+"""Side of the picture that the encoders' speed is measured on, and how its spectrum falls with the frequency: encoders take
+about as long for it as for an enlarged photograph, and up to three times as long for noise."""
 
 CODE = ("sanrt.model", "sanrt.runtime", "sanrt.kernels")
-"""The packages whose speed is measured."""
+"""The packages whose speed is measured, this one among them."""
+ENCODING_CODE = ("sanrt.runtime.pictures", "sanrt.runtime.runs")
+"""The same of encoders."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a picture in the network."""
+
+    opening: float
+    """Of any picture."""
+    pixel: float
+    """Per input pixel, of all convolutions."""
+    pair: float
+    """Per pair of a query and a key."""
+
+    def seconds(self, pixels: float, pairs: float) -> float:
+        """Of one picture."""
+        return self.opening + pixels * self.pixel + pairs * self.pair
 
 
 @dataclass(frozen=True)
 class Costs:
     """What a backend takes, measured once on this machine, number formats and conversions included."""
 
-    pixel: float
-    """Seconds per input pixel of a small picture, of all convolutions."""
-    large: float
-    """The same of a large one."""
-    pair: float
-    """Seconds per pair of a query and a key."""
+    infer: Pace
+    """By `infer`, whole or in overlapped tiles; also in strips."""
+    stages: Pace
+    """By stages, whole or in exact tiles; their opening is of all of them."""
     memory: float
-    """Bytes per input pixel of a small picture."""
-    large_memory: float
-    """The same of a large one: per pixel that is in the network at once, its maps between the stages left out."""
-    opening: float
-    """Seconds to open the stages, where a picture goes by stages."""
+    """Bytes per input pixel by `infer`."""
+    stages_memory: float
+    """The same by stages: per pixel that is in the network at once, its maps between the stages left out."""
     filed: float
     """Seconds per byte of the files that hold maps of a picture in strips."""
-    side: int
-    """Of the large picture."""
 
-    def seconds(self, height: int, width: int, plan: TilingPlan, arch: Architecture, staged: bool) -> float:
+    def seconds(self, height: int, width: int, plan: TilingPlan, arch: Architecture, by_stages: bool) -> float:
         """What one picture takes in the network, the halos of its tiles and the stages' opening included."""
         halo = 0 if plan.tiling is Tiling.WHOLE or plan.strips else 2 * arch.body_halo
         grown = (1 + halo / plan.tile) ** 2
-        pixel = float(np.interp(height * width, [SIDES[1] ** 2, self.side**2], [self.pixel, self.large]))
-        return height * width * pixel * grown + pairs(height, width, plan.regions) * self.pair + staged * self.opening
+        pace = self.stages if by_stages else self.infer
+        return pace.seconds(height * width * grown, pairs(height, width, plan.regions))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A square picture that was upscaled."""
+
+    side: int
+    regions: int
+    seconds: float
+    memory: int
+    """Bytes that the process grew by meanwhile."""
+
+    @property
+    def pixels(self) -> int:
+        return self.side**2
+
+    @property
+    def pairs(self) -> float:
+        return pairs(self.side, self.side, self.regions)
 
 
 @dataclass(frozen=True)
@@ -204,9 +240,8 @@ def network_estimate(
     arch, height, width = backend.spec.architecture, info.height, info.width
     passes = len(ORIENTATIONS) if options.self_ensemble else 1
     found = PictureEstimate(info.path, "", False, width, height, backend.name, plan)
-    found = replace(
-        found, seconds=passes * costs.seconds(height, width, plan, arch, by_stages(plan, backend) and not plan.strips)
-    )
+    seconds = costs.seconds(height, width, plan, arch, by_stages(plan, backend) and not plan.strips)
+    found = replace(found, seconds=passes * seconds)
     if plan.tiling is Tiling.EXACT:
         needs = streamed_bytes(backend, costs, info, plan, options)
         seconds = found.seconds + passes * plan.strips * needs.files * costs.filed
@@ -233,7 +268,7 @@ def per_pixel(backend: Backend, costs: Costs, plan: TilingPlan) -> float:
     """Bytes for each pixel that is in the network at once: as measured, or by arithmetic where a GPU holds them."""
     if backend.memory is not None:
         return network_bytes(backend.spec.architecture)
-    return costs.large_memory if by_stages(plan, backend) else costs.memory
+    return costs.stages_memory if by_stages(plan, backend) else costs.memory
 
 
 def streamed_bytes(
@@ -258,78 +293,95 @@ def streamed_bytes(
 
 def costs_of(backend: Backend, model: Path, options: RunOptions) -> Costs:
     """The kept measurement of this backend, model and machine, or a new one."""
-    machinery = [str(status(backend.name).version), machine.cpu_name(), str(machine.cores())]
-    identity = [str(backend.spec.precision), *machinery, str(options)]
+    machinery = [machine.cpu_name(), *machine.cpu_features(), str(machine.cores()), backend.device]
+    identity = [str(backend.spec.precision), str(status(backend.name).version), *machinery, str(options)]
 
     def costs() -> bytes:
         return json.dumps(asdict(measured(backend))).encode()
 
-    return Costs(**json.loads(cached_for(model, f"costs-{backend.name}.json", identity, CODE, costs)))
+    kept = json.loads(cached_for(model, f"costs-{backend.name}.json", identity, CODE, costs))
+    return Costs(**kept | {way: Pace(**kept[way]) for way in ("infer", "stages")})
 
 
 def measured(backend: Backend) -> Costs:
-    """Solve the times of two square pictures for the cost of a pixel and of a pair; a third one tells that of large ones."""
-    arch, times, sizes = backend.spec.architecture, [], []
-    for side in SIDES:
-        runs = [run(backend, side, backend.spec.regions) for _ in range(ROUNDS + 1)]
-        times.append(min(seconds for seconds, _ in runs[1:]))
-        sizes.append(max(size for _, size in runs))
-    costs = np.array([[side**2, pairs(side, side, backend.spec.regions)] for side in SIDES], np.float64)
-    pixel, pair = np.linalg.solve(costs, times)
-    if pair < 0 or pixel < 0:  # noise: one of the two is too small to be seen here
-        pixel, pair = times[1] / costs[1, 0], 0.0
-    side = next((side for side in LARGE if side**2 * pixel <= LONGEST), LARGE[-1])
-    regions = choose_regions(side, side) if backend.streams else backend.spec.regions
-    staged = by_stages(TilingPlan(Tiling.WHOLE, side, regions), backend)
-    opening = min(run(backend, SIDES[0], regions)[0] for _ in range(2)) if staged else 0.0  # the first also makes them
-    seconds, size = run(backend, side, regions)
-    filed = filed_seconds(backend, side, regions, seconds)
-    large = (seconds - opening - pairs(side, side, regions) * pair) / side**2
+    """Run square pictures, and solve their times for what a pixel and a pair cost, by `infer` and by stages."""
+    arch, own = backend.spec.architecture, backend.spec.regions
     kept = 3 * 5 * (1 + arch.scale**2)
-    large_memory = size / side**2 - kept - (MAPS * 4 * arch.channels if staged else 0)
-    memory = sizes[1] / SIDES[1] ** 2 - kept
-    return Costs(
-        pixel=float(pixel),
-        large=float(max(large, pixel)),
-        pair=float(pair),
-        memory=max(memory, 0.0),
-        large_memory=max(large_memory, 0.0),
-        opening=opening,
-        filed=filed,
-        side=side,
-    )
+    by_infer = backend.infer_with_regions is not None
+    run(backend, SMALL[0], own)  # loads what is loaded late
+    if not by_infer:
+        small = [fastest(backend, side, own) for side in SMALL]
+        infer, memory = solved(small[0], small[1]), max(0.0, small[-1].memory / SMALL[-1] ** 2 - kept)
+        if not backend.streams:
+            return Costs(infer, infer, memory, memory, filed=0.0)
+        run(backend, SMALL[0], FEW, by_stages=True)  # makes the stages
+    opening = 0.0 if by_infer else fastest(backend, SMALL[0], FEW, by_stages=True).seconds
+    many, few = (fastest(backend, SIDE, regions, not by_infer) for regions in (MANY, FEW))
+    pace = solved(many, few, opening)
+    sizes = [(side, choose_regions(side, side)) for side in LARGE]
+    short = [size for size in sizes if pace.seconds(size[0] ** 2, pairs(size[0], *size)) <= LONGEST]
+    large = fastest(backend, *(short or sizes[-1:])[0], not by_infer)
+    pace = replace(pace, pixel=max(0.0, large.seconds - opening - large.pairs * pace.pair) / large.pixels)
+    maps = 0 if by_infer else MAPS * 4 * arch.channels
+    large_memory = max(0.0, large.memory / large.pixels - kept - maps)
+    if by_infer:
+        return Costs(pace, pace, large_memory, large_memory, filed_seconds(backend, large))
+    return Costs(infer, pace, memory, large_memory, filed=0.0)
 
 
-def filed_seconds(backend: Backend, side: int, regions: int, whole: float) -> float:
+def solved(one: Run, other: Run, opening: float = 0.0) -> Pace:
+    """The costs that explain both runs; without pairs' where that is too small to be seen beside noise."""
+    costs = np.array([[each.pixels, each.pairs] for each in (one, other)], np.float64)
+    pixel, pair = np.linalg.solve(costs, [each.seconds - opening for each in (one, other)])
+    if pixel < 0 or pair < 0:
+        pixel, pair = max(0.0, other.seconds - opening) / other.pixels, 0.0
+    return Pace(opening, float(pixel), float(pair))
+
+
+def filed_seconds(backend: Backend, whole: Run) -> float:
     """Seconds that a byte of maps in files adds to those of a whole picture; 0 for a backend without strips."""
     if not (strips := backend.strips):
         return 0.0
+    side = whole.side
     picture = ArraySource(np.zeros((1, 3, side, side), np.float32))
     started = time.perf_counter()
     with FeatureStore(0) as store:
-        strips.run(picture, lambda box, part: None, StripOptions(FILED_ROWS, regions, 0, store.new_rows), no_progress)
+        options = StripOptions(FILED_ROWS, whole.regions, 0, store.new_rows)
+        strips.run(picture, lambda box, part: None, options, no_progress)
     files = strips.needed(side, side, FILED_ROWS).files
-    return max(0.0, time.perf_counter() - started - whole) / files if files else 0.0
+    return max(0.0, time.perf_counter() - started - whole.seconds) / files if files else 0.0
 
 
-def run(backend: Backend, side: int, regions: int) -> tuple[float, int]:
-    """Seconds that a square picture takes, and bytes that the process grew by meanwhile."""
-    picture, plan = np.zeros((side, side, 3), np.uint8), TilingPlan(Tiling.WHOLE, side, regions)
+def fastest(backend: Backend, side: int, regions: int, by_stages: bool = False) -> Run:
+    """The fastest of some runs, with the most memory of any."""
+    runs: list[Run] = []
+    while len(runs) < LEAST_ROUNDS or (len(runs) < MOST_ROUNDS and sum(each.seconds for each in runs) < ENOUGH):
+        runs.append(run(backend, side, regions, by_stages))
+    return replace(min(runs, key=lambda each: each.seconds), memory=max(each.memory for each in runs))
+
+
+def run(backend: Backend, side: int, regions: int, by_stages: bool = False) -> Run:
+    """Upscale a square picture, as a whole or as a single tile."""
+    picture, tiling = np.zeros((side, side, 3), np.uint8), Tiling.EXACT if by_stages else Tiling.WHOLE
     with ResidentPeak() as peak:
         started = time.perf_counter()
-        NetworkRunner(backend).run_array(plan, picture)
-        return time.perf_counter() - started, peak.bytes - peak.before
+        NetworkRunner(backend).run_array(TilingPlan(tiling, side, regions), picture)
+        return Run(side, regions, time.perf_counter() - started, peak.bytes - peak.before)
 
 
 def encoding_seconds(output: Output) -> float:
     """Seconds per pixel of a result in its format, measured once on this machine."""
-    facts = [output.format, str(output.bits), str(output.lossless), str(output.quality), machine.cpu_name()]
-    name = hashlib.sha256("\n".join([*facts, source_digest("sanrt.runtime.pictures")]).encode()).hexdigest()[:16]
+    facts = [output.format, str(output.bits), str(output.lossless), str(output.quality)]
+    facts += [
+        machine.cpu_name(),
+        str(machine.cores()),
+        *(str(vips().version(part)) for part in range(3)),
+        source_digest(*ENCODING_CODE),
+    ]
+    name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
     def encode() -> bytes:
-        random = np.random.default_rng(0)
-        squares = np.kron(random.random((ENCODED // 8, ENCODED // 8, 3)), np.ones((8, 8, 1)))
-        shades = 0.95 * squares + 0.05 * random.random(squares.shape)
+        shades = smooth_picture(ENCODED)
         pixels = (255 * shades).astype(np.uint8) if output.bits == 8 else (65535 * shades).astype(np.uint16)
         with TemporaryDirectory() as folder:
             path = (Path(folder) / "a").with_suffix(output.path.suffix)
@@ -339,3 +391,14 @@ def encoding_seconds(output: Output) -> float:
             return json.dumps((time.perf_counter() - started) / ENCODED**2).encode()
 
     return float(json.loads(cached_file([cache_folder() / "encoders"], f"{output.format}-{name}.json", encode)))
+
+
+def smooth_picture(side: int) -> Array:
+    """Noise (H, W, 3) in 0..1 that has the spectrum of enlarged photographs."""
+    rows, columns = np.fft.fftfreq(side)[:, None, None], np.fft.rfftfreq(side)[:, None]
+    frequency = np.maximum(np.hypot(rows, columns), 1 / side)
+    spectrum = np.fft.rfft2(np.random.default_rng(0).random((side, side, 3)), axes=(0, 1)) / frequency**STEEPNESS
+    shades = np.fft.irfft2(spectrum, axes=(0, 1))
+    shades = 0.5 + 0.2 * (shades - shades.mean()) / shades.std()
+    clipped: Array = np.clip(shades, 0, 1).astype(np.float32)
+    return clipped

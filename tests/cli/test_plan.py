@@ -15,11 +15,22 @@ from sanrt.cli.run import run
 from sanrt.errors import BackendError, ModelError, UsageError
 from sanrt.files import keep
 from sanrt.runtime.pictures.codec import open_picture
-from sanrt.runtime.runs.estimate import Costs
+from sanrt.runtime.runs import estimate
+from sanrt.runtime.runs.estimate import Costs, Pace
 from sanrt.runtime.tiling.options import Tiling
 from sanrt.runtime.tiling.plan import TilingPlan
 
-COSTS = Costs(pixel=1.0, large=1.0, pair=0.0, memory=2.0**20, large_memory=1000.0, opening=0.0, filed=0.0, side=448)
+PACE = Pace(opening=0.0, pixel=1.0, pair=0.0)
+COSTS = Costs(infer=PACE, stages=PACE, memory=2.0**20, stages_memory=1000.0, filed=0.0)
+
+
+@pytest.fixture(autouse=True)
+def small_trials(monkeypatch):
+    """What is measured is measured on small pictures."""
+    monkeypatch.setattr(estimate, "SMALL", (16, 64))
+    monkeypatch.setattr(estimate, "SIDE", 64)
+    monkeypatch.setattr(estimate, "LARGE", (96,))
+    monkeypatch.setattr(estimate, "MOST_ROUNDS", estimate.LEAST_ROUNDS)
 
 
 @pytest.fixture
@@ -119,14 +130,13 @@ def test_an_estimate_grows_with_pixels_halos_and_pairs(tiny_model):
     arch = read_spec(tiny_model(2)).architecture
     whole, tiled = TilingPlan(Tiling.WHOLE, 400, 2), TilingPlan(Tiling.EXACT, 100, 2)
     strips = TilingPlan(Tiling.EXACT, 100, 2, strips=True)
-    costs = replace(COSTS, pixel=1e-6, large=2e-6, opening=3.0)
-    assert costs.seconds(100, 100, whole, arch, staged=False) == pytest.approx(0.01)
-    assert costs.seconds(500, 500, whole, arch, staged=False) == pytest.approx(0.5)
-    assert costs.seconds(500, 500, strips, arch, staged=False) == pytest.approx(0.5)
-    assert costs.seconds(500, 500, tiled, arch, staged=True) == pytest.approx(0.5 * 1.04**2 + 3)
-    assert 0.16 < costs.seconds(400, 400, whole, arch, staged=False) < 0.32
-    only_pairs = replace(COSTS, pixel=0.0, large=0.0, pair=1e-9)
-    assert only_pairs.seconds(400, 400, whole, arch, staged=False) == pytest.approx(2 * 400**4 / 16 * 1e-9)
+    costs = replace(COSTS, infer=Pace(0.0, 1e-6, 0.0), stages=Pace(3.0, 2e-6, 0.0))
+    assert costs.seconds(500, 500, whole, arch, by_stages=False) == pytest.approx(0.25)
+    assert costs.seconds(500, 500, strips, arch, by_stages=False) == pytest.approx(0.25)
+    assert costs.seconds(500, 500, whole, arch, by_stages=True) == pytest.approx(0.5 + 3)
+    assert costs.seconds(500, 500, tiled, arch, by_stages=True) == pytest.approx(0.5 * 1.04**2 + 3)
+    only_pairs = replace(COSTS, infer=Pace(0.0, 0.0, 1e-9))
+    assert only_pairs.seconds(400, 400, whole, arch, by_stages=False) == pytest.approx(2 * 400**4 / 16 * 1e-9)
 
 
 @pytest.mark.parametrize("name", ["native", "onnxruntime"])
@@ -134,18 +144,35 @@ def test_the_measured_costs_are_those_of_a_run(name, tiny_model, monkeypatch):
     """Bytes of a picture that is larger than those measured; times are left to the benchmarks."""
     from sanrt.runtime.backends.protocol import RunOptions
     from sanrt.runtime.backends.registry import load_backend
-    from sanrt.runtime.runs import estimate
 
-    monkeypatch.setattr(estimate, "SIDES", (16, 64))
-    monkeypatch.setattr(estimate, "LARGE", (160,))
-    monkeypatch.setattr(estimate, "choose_regions", lambda height, width: 3)
     with load_backend(name, tiny_model(2), RunOptions(threads=1)) as backend:
         costs = estimate.measured(backend)
-        assert min(costs.pixel, costs.large) > 0
-        assert costs.large >= costs.pixel
-        assert min(costs.pair, costs.memory, costs.large_memory, costs.opening) >= 0
-        assert costs.side == 160
-        assert (costs.opening > 0) == (name == "onnxruntime")
+        assert min(costs.infer.pixel, costs.stages.pixel) > 0
+        assert min(costs.infer.pair, costs.stages.pair, costs.memory, costs.stages_memory, costs.filed) >= 0
+        assert (costs.stages.opening > 0) == (name == "onnxruntime")
+
+
+@pytest.mark.parametrize("name", ["native", "onnxruntime"])
+def test_pictures_take_by_the_estimate_what_their_own_way_through_the_network_takes(name, tiny_model, monkeypatch):
+    """A machine of known costs, where stages take six times as long as `infer`, as OpenVINO's do."""
+    from sanrt.runtime.backends.protocol import RunOptions
+    from sanrt.runtime.backends.registry import load_backend
+
+    infer, stages = Pace(0.0, 3e-6, 8e-10), Pace(0.9, 18e-6, 9e-10)
+
+    def run(backend, side, regions, by_stages=False):
+        pace = stages if by_stages else infer
+        return estimate.Run(side, regions, pace.seconds(side**2, estimate.pairs(side, side, regions)), 0)
+
+    monkeypatch.setattr(estimate, "run", run)
+    monkeypatch.setattr(estimate, "filed_seconds", lambda *_: 0.0)
+    with load_backend(name, tiny_model(2), RunOptions(threads=1)) as backend:
+        costs, arch = estimate.measured(backend), backend.spec.architecture
+    for size in (384, 256), (1152, 768):
+        for by_stages in (False,) if name == "native" else (False, True):
+            plan = TilingPlan(Tiling.WHOLE, size[0], estimate.choose_regions(*size))
+            taken = (stages if by_stages else infer).seconds(size[0] * size[1], estimate.pairs(*size, plan.regions))
+            assert costs.seconds(*size, plan, arch, by_stages) == pytest.approx(taken, rel=0.03)
 
 
 def test_a_picture_that_the_backend_cannot_do_is_refused_in_its_words(folder, tiny_model):
@@ -167,7 +194,6 @@ def test_a_picture_that_the_backend_cannot_do_is_refused_in_its_words(folder, ti
 def test_the_scratch_files_of_native_s_plan_are_those_that_the_run_makes(tmp_path, tiny_model, monkeypatch):
     from sanrt.runtime.backends.protocol import RunOptions
     from sanrt.runtime.backends.registry import load_backend
-    from sanrt.runtime.runs.estimate import estimate
     from sanrt.runtime.tiling.featuremaps import ScratchRows
     from sanrt.runtime.tiling.options import PROCESS_MEMORY, UpscaleOptions, memory_for
     from sanrt.runtime.tiling.plan import SOURCE_BYTES
@@ -187,8 +213,8 @@ def test_the_scratch_files_of_native_s_plan_are_those_that_the_run_makes(tmp_pat
         for memory in least, PROCESS_MEMORY + 100 * 2**20, PROCESS_MEMORY + 2**28:
             files.clear()
             options = UpscaleOptions(tiling=Tiling.EXACT, memory=memory)
-            found = estimate(backend, COSTS, source.info, options)
-            filed = estimate(backend, replace(COSTS, filed=1e-3), source.info, options)
+            found = estimate.estimate(backend, COSTS, source.info, options)
+            filed = estimate.estimate(backend, replace(COSTS, filed=1e-3), source.info, options)
             assert filed.seconds - found.seconds == pytest.approx(1e-3 * (found.scratch - 300 * 1500 * 4 * 3))
             result, _ = NetworkRunner(backend, options).run_file(found.plan, source, tmp_path)
             result.close()
