@@ -38,8 +38,13 @@ from sanrt.runtime.tiling.options import UpscaleOptions
 BACKENDS = ["native", "onnxruntime", "openvino"]
 SIZES = "384x256,576x384,768x512,1152x768,1536x1024,2112x1408,3000x2000,4256x2832,6000x4000,8448x5632"
 """0.1 to 48 megapixels, each with about twice the pixels of the one before."""
+MOST_PIXELS = 12_500_000
+"""Of pictures for other backends than native, which take minutes for larger ones."""
 LEAVE = 1.25
 """A run begins only where the time left is so many times what it asks for."""
+
+NEAR = 0.25
+"""How far asked over taken may lie from 1."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,8 @@ def measured(
             with Worker(Pictures) as maker:
                 maker.call("save", size, source)
             for each, planner in planners.items():
+                if size.pixels > MOST_PIXELS and each.partition(":")[0] != "native":
+                    continue
                 named = ["--model", str(model), *(["--threads", str(threads)] if threads else [])]
                 named += ["--memory", memory] if memory else []
                 yield row(each, size, planner, source, folder / f"{size}.out.png", named, end)
@@ -214,7 +221,11 @@ def summary(rows: list[Row]) -> str:
     if not ratios:
         return "nothing was measured"
     (least, most), (small, large) = ((min(each), max(each)) for each in zip(*ratios, strict=True))
-    return f"asked / took: time {least:.2f} to {most:.2f}, memory {small:.2f} to {large:.2f}, of {len(ratios)} runs"
+    near = [sum(abs(ratio - 1) <= NEAR for ratio in each) / len(ratios) for each in zip(*ratios, strict=True)]
+    return (
+        f"asked / took: time {least:.2f} to {most:.2f} ({near[0]:.0%} within {NEAR:.0%}), "
+        f"memory {small:.2f} to {large:.2f} ({near[1]:.0%}), of {len(ratios)} runs"
+    )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def test_bad_arguments_are_told_in_one_line(command):
     assert "--minutes 0" in shown.err
 
 
-def test_the_summary_has_the_smallest_and_the_largest_ratio():
+def test_the_summary_has_the_smallest_and_the_largest_ratio_and_how_many_are_near():
     row = Row("native", "64x64", asked_seconds=1.0, asked_memory=100, measured=True, seconds=2.0, memory=80)
     told = summary([row, replace(row, seconds=0.5, memory=200), replace(row, measured=False)])
-    assert told == "asked / took: time 0.50 to 2.00, memory 0.50 to 1.25, of 2 runs"
+    assert told == "asked / took: time 0.50 to 2.00 (0% within 25%), memory 0.50 to 1.25 (50%), of 2 runs"
