@@ -21,7 +21,7 @@ from sanrt.errors import PictureError, TooManyPixelsError, system_reason
 from sanrt.files import replacing
 from sanrt.runtime.pictures import gif, jpeg, libvips, metadata, pillow, tiff
 from sanrt.runtime.pictures.formats import Format
-from sanrt.runtime.pictures.kinds import kind_of_content
+from sanrt.runtime.pictures.kinds import is_video_content, kind_of_content
 from sanrt.runtime.pictures.libvips import vips
 from sanrt.runtime.pictures.provenance import Provenance, seal
 from sanrt.runtime.pictures.resize import ResultSize, reduced
@@ -217,6 +217,8 @@ def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> SourcePicture:
     """
     head = _head(path)
     form = Format.of_file(head, path)
+    if form is None and is_video_content(path):
+        raise PictureError(f"{path}: a video with a picture's name; rename it, such as {path.with_suffix('.mp4').name}")
     if form is None:
         expected = ", ".join(form.upper() for form in Format if form.is_readable)
         raise PictureError(f"{path}: {_unknown(head)}; expected {expected}")
@@ -341,8 +343,6 @@ def _notes(path: Path, form: Format, image: pyvips.Image) -> Iterator[str]:
         yield "CMYK converted to sRGB"
     if form is Format.TIFF and (more := tiff.other_channels(path)):
         yield f"left out: channels that are neither colours nor transparency ({more})"
-    if form.written_as is not form:
-        yield f"{form.upper()} is written as {form.written_as.upper()}"
 
 
 def is_lossless_webp(path: Path) -> bool:
@@ -411,6 +411,8 @@ def plan_output(
 def _losses(source: PictureInfo, form: Format, bits: int, lossless: bool) -> Iterator[str]:
     if bits > form.facts.max_bits:
         yield f"{bits}-bit samples become {form.facts.max_bits}-bit: {form.upper()} holds no more"
+    if form is not source.format and form is source.format.written_as:
+        yield f"{source.format.upper()} is written as {form.upper()}"
     misnamed = Format.of_suffix(source.path) not in (None, source.format)
     if misnamed and source.format in _LOSSLESS and form not in _LOSSLESS and not lossless:
         yield f"a lossless {source.format.upper()} is written as a lossy {form.upper()}, as its name says"

@@ -586,3 +586,17 @@ def test_an_opaque_png_keeps_its_channel_for_transparency(tmp_path):
     rgba = np.full((6, 8, 4), 255, np.uint8)
     pyvips.Image.new_from_array(rgba).write_to_file(str(tmp_path / "a.png"))
     assert open_picture(tmp_path / "a.png").info.alpha
+
+
+def test_a_video_with_a_pictures_name_is_called_one(tmp_path):
+    (tmp_path / "clip.gif").write_bytes(b"\0\0\0\x20ftypisom" + bytes(100))
+    with pytest.raises(PictureError, match=r"clip\.gif: a video with a picture's name; rename it, such as clip\.mp4$"):
+        open_picture(tmp_path / "clip.gif")
+
+
+@pytest.mark.parametrize(("ending", "told"), [("png", True), ("jpg", False)])
+def test_a_change_of_format_is_told_only_where_it_comes_about(tmp_path, ending, told):
+    pyvips.Image.black(30, 20, bands=3).copy(interpretation="srgb").write_to_file(str(tmp_path / "a.gif"))
+    with open_picture(tmp_path / "a.gif") as picture:
+        notes = plan_output(picture.info, tmp_path / f"a.{ending}", 2).notes
+    assert ("GIF is written as PNG" in notes) == told
