@@ -96,7 +96,7 @@ def told(out: str, *folders: Path) -> list[str]:
     for folder in folders:
         out = out.replace(str(folder), "FOLDER")
     lines = [line for line in out.splitlines() if not line.startswith("Ray ")]
-    return sorted(re.sub(r" in [0-9.]+ s \(.*", "", line) for line in lines)
+    return sorted(re.sub(r"(, ready)? in [0-9.]+ s( \(.*)?", "", line) for line in lines)
 
 
 @pytest.fixture
@@ -310,7 +310,7 @@ def test_segments_of_a_video_are_made_by_all_workers_and_again_where_one_is_lost
     assert status == again == 1
     assert "2 written, 1 failed" in out
     assert f"{ray / 'a.mp4'}: 1 of 10 frames (10 %) equal the one before" in out
-    assert told_there.splitlines()[-1] == told_here.splitlines()[-1]
+    assert told_here.splitlines()[-1] in told_there.splitlines()
     assert tree(ray) == tree(local)
     assert (tmp_path / "tries").read_text() == "xx"
 
