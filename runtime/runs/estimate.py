@@ -321,7 +321,7 @@ def measured(backend: Backend) -> Costs:
     sizes = [(side, choose_regions(side, side)) for side in LARGE]
     short = [size for size in sizes if pace.seconds(size[0] ** 2, pairs(size[0], *size)) <= LONGEST]
     large = fastest(backend, *(short or sizes[-1:])[0], not by_infer)
-    pace = replace(pace, pixel=max(0.0, large.seconds - opening - large.pairs * pace.pair) / large.pixels)
+    pace = fitted(pace, large)
     maps = 0 if by_infer else MAPS * 4 * arch.channels
     large_memory = max(0.0, large.memory / large.pixels - kept - maps)
     if by_infer:
@@ -336,6 +336,12 @@ def solved(one: Run, other: Run, opening: float = 0.0) -> Pace:
     if pixel < 0 or pair < 0:
         pixel, pair = max(0.0, other.seconds - opening) / other.pixels, 0.0
     return Pace(opening, float(pixel), float(pair))
+
+
+def fitted(pace: Pace, large: Run) -> Pace:
+    """The pace whose pixels take what a large run took beside opening and pairs; all of it where noise leaves nothing."""
+    pixels = large.seconds - pace.opening - large.pairs * pace.pair
+    return replace(pace, pixel=pixels / large.pixels) if pixels > 0 else Pace(0.0, large.seconds / large.pixels, 0.0)
 
 
 def filed_seconds(backend: Backend, whole: Run) -> float:

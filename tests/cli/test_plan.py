@@ -149,7 +149,14 @@ def test_the_measured_costs_are_those_of_a_run(name, tiny_model, monkeypatch):
         costs = estimate.measured(backend)
         assert min(costs.infer.pixel, costs.stages.pixel) > 0
         assert min(costs.infer.pair, costs.stages.pair, costs.memory, costs.stages_memory, costs.filed) >= 0
-        assert (costs.stages.opening > 0) == (name == "onnxruntime")
+        if name == "native":
+            assert costs.stages == costs.infer, "native has one way alone"
+
+
+def test_noise_leaves_every_pixel_a_cost():
+    pace, large = Pace(2.0, 1.0, 1e-3), estimate.Run(side=10, regions=1, seconds=5.0, memory=0)
+    assert estimate.fitted(replace(pace, pair=0.0), large) == Pace(2.0, 0.03, 0.0)
+    assert estimate.fitted(replace(pace, opening=6.0), large) == Pace(0.0, 0.05, 0.0)
 
 
 @pytest.mark.parametrize("name", ["native", "onnxruntime"])
