@@ -209,7 +209,7 @@ def command(packed, out, *more):
 def test_two_workers_learn_what_one_learns(packed, tmp_path):
     done = command(packed, tmp_path / "two", "--workers", "2", "--photo")
     assert done.returncode == 0, done.stderr
-    assert "SAN x2 (G=1 m=1 C=16 r=4): 8 tiles, 3 versions, on cpu" in done.stdout
+    assert "SAN x2 (G=1 m=1 C=16 r=4): 11 tiles, 3 versions, on cpu" in done.stdout
     line = json.loads((tmp_path / "two" / "log.jsonl").read_text().splitlines()[-1])
     assert len(line["y_psnr"]) == 5
 
