@@ -178,16 +178,17 @@ def write_animation(output: Output, frames: Iterator[bytes], delays: Sequence[in
         image.set_type(vips().GValue.gint_type, "loop", plays)
         encode(image, output, file)
         if output.format is Format.WEBP:
-            put_durations(file, delays)
+            put_durations(file, delays, output.path)
         file.seek(0)
         load = getattr(vips().Image, f"{output.format.facts.libvips}load_source")
         return count(load(vips().Source.new_from_descriptor(file.fileno()), n=-1))
 
 
-def put_durations(file: IO[bytes], delays: Sequence[int]) -> None:
+def put_durations(file: IO[bytes], delays: Sequence[int], path: Path) -> None:
     """Say in a WebP file for how many milliseconds frames are shown, where each was written with MARKED.
 
     libvips takes 100 for what is 10 or less. A frame that stands for several, equal ones has a multiple of MARKED.
+    PictureError, for the result `path`, where these are shown longer together than a frame can be.
     """
     left = iter(delays)
     file.seek(at := 12)
@@ -197,7 +198,12 @@ def put_durations(file: IO[bytes], delays: Sequence[int]) -> None:
             file.seek(at + 8 + 12)
             frames = int.from_bytes(file.read(3), "little") // MARKED
             file.seek(at + 8 + 12)
-            file.write(sum(islice(left, frames)).to_bytes(3, "little"))
+            if (shown := sum(islice(left, frames))) > MOST_TICKS[Format.WEBP]:
+                raise PictureError(
+                    f"{path}: equal frames are shown for {shown // 1000} s, WEBP holds at most "
+                    f"{MOST_TICKS[Format.WEBP] // 1000}; name a video, such as {path.stem}.mp4"
+                )
+            file.write(shown.to_bytes(3, "little"))
         file.seek(at := at + 8 + size + size % 2)
 
 

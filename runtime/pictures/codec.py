@@ -529,7 +529,10 @@ def _saver_options(output: Output) -> dict[str, Any]:
             optimised = output.width * output.height <= _OPTIMISED_PIXELS
             return {"Q": output.quality, "subsample_mode": "off", "optimize_coding": optimised}
         case Format.WEBP:
-            return {"Q": output.quality, "lossless": output.lossless, "exact": output.lossless, "effort": 2}
+            # kmax=1: every frame of an animation is whole. Else libwebp leaves out what differs little from the frame
+            # before, again and again, and a slow change stands still.
+            exact = output.lossless
+            return {"Q": output.quality, "lossless": exact, "exact": exact, "effort": 2, "kmin": 0, "kmax": 1}
         case Format.GIF:
             return {"effort": 3, "keep_duplicate_frames": True}
         case Format.TIFF:

@@ -11,10 +11,12 @@ from sanrt.errors import PictureError
 HEADER = 13
 """Bytes up to the colours."""
 EXTENSION, IMAGE, TRAILER = b"\x21", b"\x2c", b"\x3b"
+FRAME = b"\x21\xf9\x04"
+"""What the control block in front of an animation's frame begins with."""
 
 
 def check(path: Path, animated: bool = False) -> None:
-    """Raise PictureError for a file that ends within a block, and for an animation with anything but blocks in it.
+    """Raise PictureError for a file that ends within a block, and where anything but blocks hides frames of an animation.
 
     One without the trailer behind the last block may pass.
     """
@@ -38,7 +40,10 @@ def fault(file: IO[bytes], animated: bool) -> str:
             return "truncated: ends within a block"
     if not kind and file.tell() > size:
         return "truncated: ends within its colours"
-    return f"no block at byte {file.tell() - 1}" if animated and kind not in (b"", TRAILER) else ""
+    if kind in (b"", TRAILER):
+        return ""
+    at = file.tell() - 1
+    return f"no block at byte {at}" if animated or FRAME in file.read() else ""
 
 
 def skip_colours(file: IO[bytes], flags: bytes) -> None:

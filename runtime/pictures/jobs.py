@@ -84,6 +84,12 @@ class Job:
         return self.unnamed_video or is_video(self.source)
 
 
+def job_of(source: Path, destination: Path) -> Job:
+    """The job of a source that was named itself, by what the file holds."""
+    unnamed_video = Format.of_suffix(source) is None and is_video_content(source)
+    return Job(source, destination, named=True, animated=pages(source) > 1, unnamed_video=unnamed_video)
+
+
 def called(jobs: Sequence[Job]) -> str:
     """What several jobs are, for people."""
     kinds = {"pictures" if not job.is_video else "videos" if job.needs_ffmpeg else "animations" for job in jobs}
@@ -137,8 +143,7 @@ def find_pictures(
     one = len(inputs) == 1 and not inputs[0].is_dir()
     if not into_folder and not output.is_dir() and _names_a_file(output, one):
         _check_file(inputs[0], output, one, naming)
-        unnamed_video = Format.of_suffix(inputs[0]) is None and is_video_content(inputs[0])
-        jobs = [Job(inputs[0], output, named=True, animated=pages(inputs[0]) > 1, unnamed_video=unnamed_video)]
+        jobs = [job_of(inputs[0], output)]
     else:
         if not into_folder:
             _check_expansion(inputs, output)

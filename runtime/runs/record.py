@@ -24,7 +24,7 @@ from sanrt.runtime.artifacts.variants import model_digest
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import ALIASES, load_backend, status
 from sanrt.runtime.pictures.codec import Encoding, Pixels, open_picture
-from sanrt.runtime.pictures.jobs import Job
+from sanrt.runtime.pictures.jobs import job_of
 from sanrt.runtime.pictures.storage import fetched, located
 from sanrt.runtime.runs.pipeline import Failed, Outcome, PipelineOptions, Written
 from sanrt.runtime.runs.results import Recipe
@@ -167,7 +167,7 @@ class Recorder:
             threads=self.loading.threads,
             gpu=self.loading.device,
             encoding=asdict(self.encoding),
-            versions=versions(job.is_video),
+            versions=versions(job.needs_ffmpeg),
             seconds=outcome.seconds,
             engine_digest=backend.engine_digest,
             recipe=asdict(self.recipe),
@@ -175,10 +175,10 @@ class Recorder:
         )
 
 
-def versions(is_video: bool) -> dict[str, str]:
+def versions(by_ffmpeg: bool) -> dict[str, str]:
     """Of what made a result."""
     found = {"sanrt": __version__, "python": platform.python_version(), "numpy": np.__version__}
-    return found | ({"ffmpeg": ffmpeg().ffmpeg_version_info} if is_video and videos_are_readable() else {})
+    return found | ({"ffmpeg": ffmpeg().ffmpeg_version_info} if by_ffmpeg and videos_are_readable() else {})
 
 
 def open_record(path: Path) -> IO[str]:
@@ -322,7 +322,7 @@ def again(entry: Entry, backend: Backend, folder: Path) -> Path:
     output = folder / Path(entry.output).name
     encoding, upscaling = entry.output_encoding(), entry.upscaling()
     recipe = Recipe(**entry.recipe) if entry.recipe else Recipe.of(backend.spec, None, upscaling, encoding)
-    job = Job(located(entry.source), output)
+    job = job_of(located(entry.source), output)
     (outcome,) = run([job], NetworkRunner(backend, upscaling), PipelineOptions(recipe, encoding))
     if isinstance(outcome, Failed):
         raise SanrtError(outcome.reason)
@@ -334,12 +334,12 @@ def compared(entry: Entry, output: Path) -> Replay:
     recorded = located(entry.output)
     if file_digest(output) == entry.output_digest == file_digest(recorded):
         return Replay(entry, Verdict.IDENTICAL)
-    is_video = Job(located(entry.source), output).is_video
+    job = job_of(located(entry.source), output)
     with fetched(recorded) as local:
-        difference = (largest_difference_of_frames if is_video else largest_difference)(local, output)
+        difference = (largest_difference_of_frames if job.is_video else largest_difference)(local, output)
     detail = f"largest difference {difference * 255:.2f} of 255"
-    then, now = entry.versions.get("ffmpeg"), versions(is_video).get("ffmpeg")
-    if difference > TOLERANCE and then != now:
+    then, now = entry.versions.get("ffmpeg"), versions(job.needs_ffmpeg).get("ffmpeg")
+    if difference > TOLERANCE and now and then != now:
         detail += f", by FFmpeg {now}, then {then}, whose encoders need not agree"
     if file_digest(recorded) != entry.output_digest:
         detail += ", and the file changed since the run"

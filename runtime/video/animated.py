@@ -177,8 +177,11 @@ def assemble(info: VideoInfo, output: AnimationOutput, segments: Sequence[Segmen
     durations, notes = durations_of(info, output, segments)
     milliseconds = [duration * 1000 // ticks(output.container) for duration in durations]
     count = write_animation(output.picture, frames_of(segments), milliseconds, output.plays, file)
-    if merged := len(durations) - count:
-        notes += (f"{merged} of {len(durations)} frames equal the one before, which is shown longer in their place",)
+    if count == 1 < len(durations):
+        notes += ("all frames are equal: a still picture, without durations",)
+    elif merged := len(durations) - count:
+        nearly = "" if output.picture.lossless else ", or nearly"
+        notes += (f"{merged} of {len(durations)} frames equal the one before{nearly}; it is shown longer in their place",)
     return notes
 
 

@@ -211,7 +211,7 @@ def is_animation(path: Path) -> bool:
 def described_animation(animation: Animation) -> VideoInfo:
     """The facts of an animation as those of a video: RGB of 8 bits, in the unit of time of its format."""
     info, count = animation.info, len(animation.delays)
-    milliseconds = sum(delay or UNTIMED for delay in animation.delays)
+    milliseconds = sum(map(shown, animation.delays))
     return VideoInfo(
         info.path,
         container=info.format,
@@ -349,7 +349,12 @@ def animation_frames(animation: Animation) -> Iterator[SourceFrame]:
     unit, pts = 1000 // ticks(animation.info.format), 0
     for number, (delay, frame) in enumerate(zip(animation.delays, animations.frames(animation), strict=True)):
         yield SourceFrame(number, pts, delay // unit, frame)
-        pts += (delay or UNTIMED) // unit
+        pts += shown(delay) // unit
+
+
+def shown(delay: int) -> int:
+    """For how many milliseconds players show a frame that says `delay`; they take 10 or less for a mistake."""
+    return delay if delay > 10 else UNTIMED
 
 
 def decoded(

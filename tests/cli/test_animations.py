@@ -11,11 +11,11 @@ import pytest
 import pyvips
 
 from sanrt.errors import PictureError
-from sanrt.runtime.pictures.animations import plan_animation
+from sanrt.runtime.pictures.animations import plan_animation, write_animation
 from sanrt.runtime.pictures.codec import Encoding, PictureInfo
 from sanrt.runtime.pictures.formats import Format
 from sanrt.runtime.pictures.jobs import find_pictures
-from sanrt.runtime.runs import videos
+from sanrt.runtime.runs import record, videos
 from sanrt.runtime.video import animated
 from sanrt.runtime.video.container import ffmpeg
 from sanrt.runtime.video.segments import makers
@@ -168,8 +168,40 @@ def test_equal_frames_are_computed_once(sanrt, tmp_path):
     assert (status, "3 of 6 frames (50 %) equal the one before and were not computed again" in out) == (0, True)
     assert found(tmp_path / "out.gif")[1] == [40] * 6
     status, out, _ = sanrt(source, "out.webp")
-    assert (status, "3 of 6 frames equal the one before, which is shown longer in their place" in out) == (0, True)
+    assert (status, "3 of 6 frames equal the one before, or nearly; it is shown longer in their place" in out) == (0, True)
     assert found(tmp_path / "out.webp")[1] == [80, 120, 40]
+
+
+def test_frames_that_are_all_equal_are_told_to_be_a_still_picture(sanrt, tmp_path):
+    source = animation(tmp_path / "in.gif", [drawn(0)] * 3, [40] * 3)
+    status, out, _ = sanrt(source, "out.webp")
+    assert (status, "all frames are equal: a still picture, without durations" in out) == (0, True)
+    assert pyvips.Image.new_from_file(str(tmp_path / "out.webp"), n=-1).height == 2 * HEIGHT
+
+
+def test_a_slow_change_does_not_stand_still_in_lossy_webp(tmp_path):
+    output = plan_animation(PictureInfo(tmp_path / "a.gif", Format.GIF, 64, 48), 40, tmp_path / "b.webp", 1, Encoding())
+    frames = [np.full((48, 64, 3), 60 + number, np.uint8) for number in range(40)]
+    for number, frame in enumerate(frames):
+        frame[:16, :16] = number % 2 * 200
+    with (tmp_path / "b.webp").open("w+b") as file:
+        write_animation(output, iter(frame.tobytes() for frame in frames), [40] * 40, 0, file)
+    last = found(tmp_path / "b.webp")[0][-1]
+    assert abs(last[30:, 30:, :3].mean() - 99) < 4
+
+
+def test_equal_frames_shown_longer_than_webp_can_say_are_refused(sanrt, tmp_path):
+    source = animation(tmp_path / "in.gif", [drawn(0)] * 30 + [drawn(1)], [655_000] * 31)
+    status, _, err = sanrt(source, "out.webp")
+    assert (status, "out.webp: equal frames are shown for 19650 s, WEBP holds at most 16777" in err) == (1, True)
+    assert not (tmp_path / "out.webp").exists()
+
+
+def test_what_players_take_for_a_mistake_is_shown_as_long_in_a_video(sanrt, tmp_path):
+    av = pytest.importorskip("av")
+    assert sanrt(animation(tmp_path / "in.gif", pictures(), [10, 0, 10, 20, 10]), "out.mkv")[0] == 0
+    with av.open(str(tmp_path / "out.mkv")) as video:
+        assert [round(frame.time * 1000) for frame in video.decode(video=0)] == [0, 100, 200, 300, 320]
 
 
 def test_work_goes_on_where_it_was(sanrt, tmp_path, monkeypatch):
@@ -247,3 +279,26 @@ def test_a_gif_with_anything_but_blocks_in_it_is_refused(sanrt, tmp_path):
     status, _, err = sanrt("in.gif", "out.gif")
     assert (status, f"in.gif: damaged GIF file (no block at byte {third})" in err) == (1, True)
     assert [path.name for path in tmp_path.iterdir()] == ["in.gif"]
+
+
+def test_a_gif_whose_further_frames_are_hidden_is_no_still_picture(sanrt, tmp_path):
+    content = animation(tmp_path / "in.gif", pictures()).read_bytes()
+    second = [at for at in range(len(content)) if content[at:].startswith(b"\x21\xf9\x04")][1]
+    (tmp_path / "in.gif").write_bytes(content[:second] + b"\0" + content[second:])
+    status, _, err = sanrt("in.gif", "out.png")
+    assert (status, f"in.gif: damaged GIF file (no block at byte {second})" in err) == (1, True)
+
+
+def test_verify_makes_every_frame_of_an_animation_again(sanrt, tmp_path):
+    source = animation(tmp_path / "in.webp", pictures())
+    assert sanrt(source, "out.webp", "--record", "run.jsonl")[0] == 0
+    (entry,) = record.read_record(tmp_path / "run.jsonl")
+    assert "ffmpeg" not in entry.versions
+    (replay,) = record.verify([entry])
+    assert replay.verdict is record.Verdict.IDENTICAL
+    other = animation(tmp_path / "other.webp", [*pictures(4), drawn(9)])
+    assert sanrt(other, "another.webp")[0] == 0
+    (tmp_path / "out.webp").write_bytes((tmp_path / "another.webp").read_bytes())
+    (replay,) = record.verify([entry])
+    assert replay.verdict is record.Verdict.DIFFERENT
+    assert "FFmpeg" not in replay.detail

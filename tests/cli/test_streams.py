@@ -149,3 +149,14 @@ def test_a_video_to_standard_output_is_told_what_to_do(sanrt, tmp_path):
     assert done.stderr == b"sanrt: -: a video on standard input; name OUTPUT, such as out.mp4, or send raw frames (--y4m)\n"
     done = sanrt("run", "-", input=b"YUV4MPEG2 W4 H4 F25:1 Ip C420\nFRAME\n" + bytes(24))
     assert (done.returncode, done.stderr) == (2, b"sanrt: -: raw frames (YUV4MPEG2) on standard input; add --y4m\n")
+
+
+def test_an_animation_goes_to_standard_output_as_one(sanrt, tmp_path):
+    frames = [pyvips.Image.black(12, 10, bands=3) + colour for colour in (40, 90, 200)]
+    image = pyvips.Image.arrayjoin([frame.cast("uchar").copy(interpretation="srgb") for frame in frames], across=1).copy()
+    image.set_type(pyvips.GValue.gint_type, "page-height", 10)
+    image.write_to_file(str(tmp_path / "in.gif"))
+    for arguments in ("run", "-", "-"), ("run", str(tmp_path / "in.gif"), "-"):
+        done = sanrt(*arguments, input=(tmp_path / "in.gif").read_bytes())
+        assert (done.returncode, done.stderr, done.stdout[:6]) == (0, b"", b"GIF89a")
+        assert pyvips.Image.new_from_buffer(done.stdout, "", n=-1).get("n-pages") == 3

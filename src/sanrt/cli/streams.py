@@ -87,7 +87,10 @@ def standard_streams(paths: Sequence[str], naming: Naming) -> Iterator[tuple[Seq
                 shutil.copyfileobj(sys.stdin.buffer, file)
             if output == STREAM:
                 require_picture(Path(source))
-        result = Path(folder, "standard output", naming.of(located(source)))
+        from sanrt.runtime.pictures.pages import pages
+
+        animated = output == STREAM and pages(located(source)) > 1
+        result = Path(folder, "standard output", naming.of(located(source), animated))
         result.parent.mkdir()
         try:
             yield [source, str(result) if output == STREAM else output], f"{folder}{os.sep}"
