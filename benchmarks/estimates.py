@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -87,7 +87,7 @@ class Planner:
 
     def __init__(self, backend: str, model: Path, loading: RunOptions, options: UpscaleOptions) -> None:
         self.network, self.options = load_unguarded(backend, model, loading), options
-        self.loaded, self.costs = LoadedProcess.this(), costs_of(self.network, model, loading)
+        self.loaded, self.costs = LoadedProcess.this(), cache(partial(costs_of, self.network, model, loading))
 
     def estimate(self, source: Path, destination: Path) -> PictureEstimate:
         """As `sanrt plan` has it."""

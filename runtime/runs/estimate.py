@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from fractions import Fraction
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
@@ -18,6 +19,7 @@ import psutil
 from sanrt.arrays import Array
 from sanrt.errors import LargeEnoughError, SanrtError
 from sanrt.files import cache_folder, cached_file, source_digest
+from sanrt.geometry import TileAxis
 from sanrt.model.contract import Needs
 from sanrt.model.spec import Architecture
 from sanrt.runtime import host as machine
@@ -36,13 +38,14 @@ from sanrt.runtime.runs.videos import settle
 from sanrt.runtime.tiling.featuremaps import FeatureStore
 from sanrt.runtime.tiling.options import Tiling, UpscaleOptions
 from sanrt.runtime.tiling.orientations import ORIENTATIONS
-from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, by_stages, choose_regions, network_bytes
+from sanrt.runtime.tiling.plan import MemoryBudget, TilingPlan, by_stages, choose_exact_tile, choose_regions, network_bytes
 from sanrt.runtime.tiling.streaming import ArraySource, no_progress
 from sanrt.runtime.tiling.upscaling import NetworkRunner
 from sanrt.runtime.video.container import VideoInfo
 
-SMALL = (64, 192)
-"""Sides of the two pictures that `infer` is measured on: attention's share is small in one, large in the other."""
+SMALL = (128, 288)
+"""Sides of the two pictures that a fixed number of regions is measured on: attention's share is small in one, large in the
+other."""
 SIDE, FEW, MANY = 256, 2, 4
 """Side of a picture that goes in few regions, as large as those of photographs, and in many: only attention differs."""
 LARGE = (896, 448)
@@ -50,6 +53,8 @@ LARGE = (896, 448)
 LONGEST, or the last."""
 LONGEST = 5.0
 """Seconds."""
+OPENED = 64
+"""Side of the picture that what is loaded late, or with each picture, is measured on."""
 FILED_ROWS = 128
 """Height of the strips in which it goes once more where a backend has strips, with all maps in files."""
 MAPS = 3
@@ -67,61 +72,58 @@ ENCODING_CODE = ("sanrt.runtime.pictures", "sanrt.runtime.runs")
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Seconds of a picture in the network."""
+class Work:
+    """What of a picture goes through the network."""
 
-    opening: float
-    """Of any picture."""
-    pixel: float
-    """Per input pixel, of all convolutions."""
-    pair: float
-    """Per pair of a query and a key."""
+    pixels: float
+    """Input pixels, those that tiles share counted as often as they are computed."""
+    pairs: float
+    """Of queries and pooled keys in both region attentions."""
 
-    def seconds(self, pixels: float, pairs: float) -> float:
-        """Of one picture."""
-        return self.opening + pixels * self.pixel + pairs * self.pair
+    @classmethod
+    def of(cls, height: int, width: int, plan: TilingPlan, arch: Architecture) -> Self:
+        """Of a picture that goes so."""
+        if plan.tiling is Tiling.OVERLAP:
+            rows, columns = (TileAxis(side, plan.tile, plan.overlap) for side in (height, width))
+            tiles = len(rows.starts) * len(columns.starts)
+            return cls(tiles * rows.tile * columns.tile, tiles * pairs(rows.tile, columns.tile, plan.regions))
+        halo = 0 if plan.strips else 2 * arch.body_halo
+        grown = [side + halo * (-(-side // plan.tile) - 1) for side in (height, width)]
+        return cls(grown[0] * grown[1], pairs(height, width, plan.regions))
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a backend takes, measured once on this machine, number formats and conversions included."""
+    """What a way through a backend takes, by `infer` or by stages: measured once here, conversions included."""
 
-    infer: Pace
-    """By `infer`, whole or in overlapped tiles; also in strips."""
-    stages: Pace
-    """By stages, whole or in exact tiles; their opening is of all of them."""
+    opening: float
+    """Seconds of any picture, as the next two."""
+    pixel: float
+    """Per input pixel, of all convolutions."""
+    pair: float
+    """Per pair of a query and a key."""
     memory: float
-    """Bytes per input pixel by `infer`."""
-    stages_memory: float
-    """The same by stages: per pixel that is in the network at once, its maps between the stages left out."""
-    filed: float
+    """Bytes per input pixel that is in the network at once; by stages the maps between them left out."""
+    filed: float = 0.0
     """Seconds per byte of the files that hold maps of a picture in strips."""
 
-    def seconds(self, height: int, width: int, plan: TilingPlan, arch: Architecture, by_stages: bool) -> float:
-        """What one picture takes in the network, the halos of its tiles and the stages' opening included."""
-        halo = 0 if plan.tiling is Tiling.WHOLE or plan.strips else 2 * arch.body_halo
-        grown = (1 + halo / plan.tile) ** 2
-        pace = self.stages if by_stages else self.infer
-        return pace.seconds(height * width * grown, pairs(height, width, plan.regions))
+    def seconds(self, work: Work) -> float:
+        """Of one picture in the network."""
+        return self.opening + work.pixels * self.pixel + work.pairs * self.pair
+
+
+CostsOf = Callable[[bool], Costs]
+"""A backend's costs by stages, if true, or else by `infer`."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A square picture that was upscaled."""
+    """A picture that was upscaled."""
 
-    side: int
-    regions: int
+    work: Work
     seconds: float
     memory: int
     """Bytes that the process grew by meanwhile."""
-
-    @property
-    def pixels(self) -> int:
-        return self.side**2
-
-    @property
-    def pairs(self) -> float:
-        return pairs(self.side, self.side, self.regions)
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def estimates(
     A picture's header alone is read; the first frames of a video are, and encoded, see `sample_of`.
     """
     loaded = LoadedProcess.this()
-    costs = costs_of(backend, model, loading)
+    costs = cache(partial(costs_of, backend, model, loading))
     for job in jobs:
         of_its_kind = video_estimate if job.is_video else picture_estimate
         try:
@@ -189,7 +191,7 @@ def estimates(
 
 
 def picture_estimate(
-    job: Job, backend: Backend, costs: Costs, options: UpscaleOptions, encoding: Encoding, loaded: LoadedProcess
+    job: Job, backend: Backend, costs: CostsOf, options: UpscaleOptions, encoding: Encoding, loaded: LoadedProcess
 ) -> PictureEstimate:
     """What becomes of one picture in a process that has loaded the model; raises as a run of it would."""
     with fetched(job.source) as path, open_picture(path) as source:
@@ -202,7 +204,7 @@ def picture_estimate(
 
 
 def video_estimate(
-    job: Job, backend: Backend, costs: Costs, options: UpscaleOptions, encoding: Encoding, loaded: LoadedProcess
+    job: Job, backend: Backend, costs: CostsOf, options: UpscaleOptions, encoding: Encoding, loaded: LoadedProcess
 ) -> PictureEstimate:
     """The same for a video, as if no frame were equal to the one before.
 
@@ -228,28 +230,28 @@ def video_estimate(
     )
 
 
-def estimate(backend: Backend, costs: Costs, info: PictureInfo, options: UpscaleOptions) -> PictureEstimate:
+def estimate(backend: Backend, costs: CostsOf, info: PictureInfo, options: UpscaleOptions) -> PictureEstimate:
     """What the network and its process beside itself take for a picture, by its header; raises as `NetworkRunner.decide`."""
     return network_estimate(backend, costs, info, NetworkRunner(backend, options).decide(info), options)
 
 
 def network_estimate(
-    backend: Backend, costs: Costs, info: PictureInfo | VideoInfo, plan: TilingPlan, options: UpscaleOptions
+    backend: Backend, costs: CostsOf, info: PictureInfo | VideoInfo, plan: TilingPlan, options: UpscaleOptions
 ) -> PictureEstimate:
     """The same for a picture, or one frame of a video, that goes through the network so."""
     arch, height, width = backend.spec.architecture, info.height, info.width
     passes = len(ORIENTATIONS) if options.self_ensemble else 1
-    found = PictureEstimate(info.path, "", False, width, height, backend.name, plan)
-    seconds = costs.seconds(height, width, plan, arch, by_stages(plan, backend) and not plan.strips)
-    found = replace(found, seconds=passes * seconds)
+    way = costs(by_stages(plan, backend) and not plan.strips)
+    seconds = passes * way.seconds(Work.of(height, width, plan, arch))
+    found = PictureEstimate(info.path, "", False, width, height, backend.name, plan, seconds=seconds)
     if plan.tiling is Tiling.EXACT:
-        needs = streamed_bytes(backend, costs, info, plan, options)
-        seconds = found.seconds + passes * plan.strips * needs.files * costs.filed
+        needs = streamed_bytes(backend, way, info, plan, options)
+        seconds += passes * plan.strips * needs.files * way.filed
         result = height * width * arch.scale**2 * 3 * info.dtype.itemsize
         return replace(found, memory=needs.memory, scratch=needs.files + result, seconds=seconds)
     kept = 3 * (4 + info.dtype.itemsize) * (1 + arch.scale**2)  # picture and result, as float32 and in the picture's type
     kept += 3 * arch.scale**2 * 4 * (2 if options.self_ensemble else 0)
-    return replace(found, memory=network_memory(backend, costs, height, width, plan) + height * width * kept)
+    return replace(found, memory=network_memory(backend, way, height, width, plan) + height * width * kept)
 
 
 def network_memory(backend: Backend, costs: Costs, height: int, width: int, plan: TilingPlan) -> int:
@@ -261,14 +263,12 @@ def network_memory(backend: Backend, costs: Costs, height: int, width: int, plan
     if plan.tiling is Tiling.WHOLE and backend.strips:
         return backend.strips.needed(height, width, None).memory
     maps = MAPS * 4 * arch.channels if by_stages(plan, backend) else 0
-    return int(height * width * (per_pixel(backend, costs, plan) + maps))
+    return int(height * width * (per_pixel(backend, costs) + maps))
 
 
-def per_pixel(backend: Backend, costs: Costs, plan: TilingPlan) -> float:
+def per_pixel(backend: Backend, costs: Costs) -> float:
     """Bytes for each pixel that is in the network at once: as measured, or by arithmetic where a GPU holds them."""
-    if backend.memory is not None:
-        return network_bytes(backend.spec.architecture)
-    return costs.stages_memory if by_stages(plan, backend) else costs.memory
+    return costs.memory if backend.memory is None else network_bytes(backend.spec.architecture)
 
 
 def streamed_bytes(
@@ -285,94 +285,119 @@ def streamed_bytes(
         needs = strips.needed(info.height, info.width, plan.tile, left - held)
         return Needs(needs.memory + source + held, needs.files + total - held)
     grown = [min(side, plan.tile + 2 * arch.body_halo) for side in (info.height, info.width)]
-    tile = int(grown[0] * grown[1] * per_pixel(backend, costs, plan))
+    tile = int(grown[0] * grown[1] * per_pixel(backend, costs))
     maps = pixels * MAPS * 4 * arch.channels + source + total
     beyond = max(0, maps - sum(budget.maps(arch, plan.tile)))
     return Needs(tile + maps - beyond, beyond)
 
 
-def costs_of(backend: Backend, model: Path, options: RunOptions) -> Costs:
-    """The kept measurement of this backend, model and machine, or a new one."""
+def costs_of(backend: Backend, model: Path, options: RunOptions, through_stages: bool) -> Costs:
+    """The kept measurement of this backend, model and machine, or a new one; by `infer` or by stages."""
     machinery = [machine.cpu_name(), *machine.cpu_features(), str(machine.cores()), backend.device]
     identity = [str(backend.spec.precision), str(status(backend.name).version), *machinery, str(options)]
 
     def costs() -> bytes:
-        return json.dumps(asdict(measured(backend))).encode()
+        return json.dumps(asdict((stages_costs if through_stages else infer_costs)(backend))).encode()
 
-    kept = json.loads(cached_for(model, f"costs-{backend.name}.json", identity, CODE, costs))
-    return Costs(**kept | {way: Pace(**kept[way]) for way in ("infer", "stages")})
-
-
-def measured(backend: Backend) -> Costs:
-    """Run square pictures, and solve their times for what a pixel and a pair cost, by `infer` and by stages."""
-    arch, own = backend.spec.architecture, backend.spec.regions
-    kept = 3 * 5 * (1 + arch.scale**2)
-    by_infer = backend.infer_with_regions is not None
-    run(backend, SMALL[0], own)  # loads what is loaded late
-    if not by_infer:
-        small = [fastest(backend, side, own) for side in SMALL]
-        infer, memory = solved(small[0], small[1]), max(0.0, small[-1].memory / SMALL[-1] ** 2 - kept)
-        if not backend.streams:
-            return Costs(infer, infer, memory, memory, filed=0.0)
-        run(backend, SMALL[0], FEW, by_stages=True)  # makes the stages
-    opening = 0.0 if by_infer else fastest(backend, SMALL[0], FEW, by_stages=True).seconds
-    many, few = (fastest(backend, SIDE, regions, not by_infer) for regions in (MANY, FEW))
-    pace = solved(many, few, opening)
-    sizes = [(side, choose_regions(side, side)) for side in LARGE]
-    short = [size for size in sizes if pace.seconds(size[0] ** 2, pairs(size[0], *size)) <= LONGEST]
-    large = fastest(backend, *(short or sizes[-1:])[0], not by_infer)
-    pace = fitted(pace, large)
-    maps = 0 if by_infer else MAPS * 4 * arch.channels
-    large_memory = max(0.0, large.memory / large.pixels - kept - maps)
-    if by_infer:
-        return Costs(pace, pace, large_memory, large_memory, filed_seconds(backend, large))
-    return Costs(infer, pace, memory, large_memory, filed=0.0)
+    name = f"costs-{backend.name}{'-stages' * through_stages}.json"
+    return Costs(**json.loads(cached_for(model, name, identity, CODE, costs)))
 
 
-def solved(one: Run, other: Run, opening: float = 0.0) -> Pace:
-    """The costs that explain both runs; without pairs' where that is too small to be seen beside noise."""
-    costs = np.array([[each.pixels, each.pairs] for each in (one, other)], np.float64)
+def infer_costs(backend: Backend) -> Costs:
+    """By square pictures that go whole, solved for what a pixel and a pair cost."""
+    own, whole = backend.spec.regions, partial(TilingPlan, Tiling.WHOLE)
+    run(backend, OPENED, whole(OPENED, own))  # loads what is loaded late
+    if backend.infer_with_regions is None:
+        small, large = (fastest(backend, side, whole(side, own)) for side in SMALL)
+        return replace(solved(small, large), memory=network_share(backend, SMALL[-1], large))
+    many, few = (fastest(backend, SIDE, whole(SIDE, regions)) for regions in (MANY, FEW))
+    costs = solved(many, few)
+    side, plan = large_plan(backend, costs, whole)
+    large = fastest(backend, side, plan)
+    costs = replace(fitted(costs, large), memory=network_share(backend, side, large))
+    return replace(costs, filed=filed_seconds(backend, side, plan.regions, large.seconds))
+
+
+def stages_costs(backend: Backend) -> Costs:
+    """By square pictures in tiles as photographs' are."""
+    arch, tile = (
+        backend.spec.architecture,
+        choose_exact_tile(backend, SIDE, SIDE, MemoryBudget.of(backend, UpscaleOptions())),
+    )
+
+    def tiled(_: int, regions: int) -> TilingPlan:
+        return TilingPlan(Tiling.EXACT, tile, regions)
+
+    run(backend, OPENED, tiled(OPENED, FEW))
+    opening = fastest(backend, OPENED, tiled(OPENED, FEW)).seconds
+    many, few = (fastest(backend, SIDE, tiled(SIDE, regions)) for regions in (MANY, FEW))
+    costs = solved(many, few, opening)
+    side, plan = large_plan(backend, costs, tiled)
+    large = fastest(backend, side, plan)
+    at_once = min(side, tile + 2 * arch.body_halo) ** 2
+    memory = network_share(backend, side, large, MAPS * 4 * arch.channels) * side**2 / at_once
+    return replace(fitted(costs, large), memory=memory)
+
+
+def large_plan(backend: Backend, costs: Costs, plan_of: Callable[[int, int], TilingPlan]) -> tuple[int, TilingPlan]:
+    """The side of the largest picture to be measured, and how it goes."""
+    plans = {side: plan_of(side, choose_regions(side, side)) for side in LARGE}
+    work = {side: Work.of(side, side, plan, backend.spec.architecture) for side, plan in plans.items()}
+    side = next((side for side in LARGE if costs.seconds(work[side]) <= LONGEST), LARGE[-1])
+    return side, plans[side]
+
+
+def network_share(backend: Backend, side: int, run: Run, maps: int = 0) -> float:
+    """Bytes of a run per pixel of the square picture, beside its input, its output and such maps."""
+    kept = 3 * 5 * (1 + backend.spec.architecture.scale**2)
+    return max(0.0, run.memory / side**2 - kept - maps)
+
+
+def solved(one: Run, other: Run, opening: float = 0.0) -> Costs:
+    """The costs that explain the seconds of both; without pairs' where that is too small to be seen beside noise."""
+    costs = np.array([astuple(each.work) for each in (one, other)], np.float64)
     pixel, pair = np.linalg.solve(costs, [each.seconds - opening for each in (one, other)])
     if pixel < 0 or pair < 0:
-        pixel, pair = max(0.0, other.seconds - opening) / other.pixels, 0.0
-    return Pace(opening, float(pixel), float(pair))
+        pixel, pair = max(0.0, other.seconds - opening) / other.work.pixels, 0.0
+    return Costs(opening, float(pixel), float(pair), memory=0.0)
 
 
-def fitted(pace: Pace, large: Run) -> Pace:
-    """The pace whose pixels take what a large run took beside opening and pairs; all of it where noise leaves nothing."""
-    pixels = large.seconds - pace.opening - large.pairs * pace.pair
-    return replace(pace, pixel=pixels / large.pixels) if pixels > 0 else Pace(0.0, large.seconds / large.pixels, 0.0)
+def fitted(costs: Costs, large: Run) -> Costs:
+    """With pixels that take what a large run took beside opening and pairs; all of it where noise leaves nothing."""
+    left = large.seconds - costs.opening - large.work.pairs * costs.pair
+    if left > 0:
+        return replace(costs, pixel=left / large.work.pixels)
+    return replace(costs, opening=0.0, pixel=large.seconds / large.work.pixels, pair=0.0)
 
 
-def filed_seconds(backend: Backend, whole: Run) -> float:
+def filed_seconds(backend: Backend, side: int, regions: int, whole: float) -> float:
     """Seconds that a byte of maps in files adds to those of a whole picture; 0 for a backend without strips."""
     if not (strips := backend.strips):
         return 0.0
-    side = whole.side
     picture = ArraySource(np.zeros((1, 3, side, side), np.float32))
     started = time.perf_counter()
     with FeatureStore(0) as store:
-        options = StripOptions(FILED_ROWS, whole.regions, 0, store.new_rows)
+        options = StripOptions(FILED_ROWS, regions, 0, store.new_rows)
         strips.run(picture, lambda box, part: None, options, no_progress)
     files = strips.needed(side, side, FILED_ROWS).files
-    return max(0.0, time.perf_counter() - started - whole.seconds) / files if files else 0.0
+    return max(0.0, time.perf_counter() - started - whole) / files if files else 0.0
 
 
-def fastest(backend: Backend, side: int, regions: int, by_stages: bool = False) -> Run:
+def fastest(backend: Backend, side: int, plan: TilingPlan) -> Run:
     """The fastest of some runs, with the most memory of any."""
     runs: list[Run] = []
     while len(runs) < LEAST_ROUNDS or (len(runs) < MOST_ROUNDS and sum(each.seconds for each in runs) < ENOUGH):
-        runs.append(run(backend, side, regions, by_stages))
+        runs.append(run(backend, side, plan))
     return replace(min(runs, key=lambda each: each.seconds), memory=max(each.memory for each in runs))
 
 
-def run(backend: Backend, side: int, regions: int, by_stages: bool = False) -> Run:
-    """Upscale a square picture, as a whole or as a single tile."""
-    picture, tiling = np.zeros((side, side, 3), np.uint8), Tiling.EXACT if by_stages else Tiling.WHOLE
+def run(backend: Backend, side: int, plan: TilingPlan) -> Run:
+    """Upscale a square picture."""
+    picture, work = np.zeros((side, side, 3), np.uint8), Work.of(side, side, plan, backend.spec.architecture)
     with ResidentPeak() as peak:
         started = time.perf_counter()
-        NetworkRunner(backend).run_array(TilingPlan(tiling, side, regions), picture)
-        return Run(side, regions, time.perf_counter() - started, peak.bytes - peak.before)
+        NetworkRunner(backend).run_array(plan, picture)
+        return Run(work, time.perf_counter() - started, peak.bytes - peak.before)
 
 
 def encoding_seconds(output: Output) -> float:

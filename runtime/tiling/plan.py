@@ -25,8 +25,8 @@ MAX_PIXELS_WITH_PAPER_REGIONS = 2**17
 MAX_REGION_PIXELS = 2**14
 """In a region above that: attention then costs about as much as a small network's convolutions, at any size."""
 
-MAX_TILE = 512
-"""Side of the tiles that are chosen: with larger ones the halos, a few per cent already, would save nothing."""
+MAX_TILE, MAX_GPU_TILE = 256, 512
+"""Sides of the tiles that are chosen: larger ones have less halo, but leave a processor's caches."""
 
 MIN_TILE = 64
 """Smaller tiles would be mostly halo."""
@@ -105,8 +105,11 @@ def plan_tiling(backend: Backend, height: int, width: int, options: UpscaleOptio
     tiling = options.tiling
     if tiling is Tiling.AUTO:
         cut = max(height, width) > options.tile if options.tile else not fits_whole(backend, height, width, budget)
-        whole = not cut and (takes_whole(backend, height, width, options) or (backend.streams and regions != spec.regions))
-        tiling = Tiling.WHOLE if whole else cut_tiling(backend, options)
+        if regions != spec.regions and not backend.infer_with_regions and not cut:
+            tiling = Tiling.EXACT  # through the stages in any case, where tiles are the faster way
+        else:
+            cut = cut or not takes_whole(backend, height, width, options)
+            tiling = cut_tiling(backend, options) if cut else Tiling.WHOLE
     if options.regions not in (None, spec.regions) and (tiling is Tiling.OVERLAP or not backend.streams):
         raise UsageError(
             f"{options.regions} x {options.regions} regions: this model has {spec.regions} x {spec.regions} in overlapped "
@@ -245,18 +248,14 @@ def choose_regions(height: int, width: int) -> int:
 
 
 def choose_exact_tile(backend: Backend, height: int, width: int, budget: MemoryBudget) -> int:
-    """The side of exact tiles, or the height of strips: the largest that the memory takes; of high ones, half of it."""
+    """The side of exact tiles, for a quarter of the memory, or the height of strips, for all of it or half for high ones."""
     if strips := backend.strips:
         host = budget.host - height * width * SOURCE_BYTES
         room = {rows: host // (2 if rows > HIGH_STRIP else 1) for rows in STRIP_HEIGHTS}
         heights = (rows for rows, most in room.items() if strips.needed(height, width, rows).memory <= most)
         return next(heights, STRIP_HEIGHTS[-1])
-    return choose_tile(backend.spec.architecture, budget.network)
-
-
-def choose_tile(arch: Architecture, memory: int) -> int:
-    """The largest side up to MAX_TILE with which a tile in the network takes at most a quarter of the memory."""
-    return min(MAX_TILE, max(MIN_TILE, isqrt(memory // 4 // network_bytes(arch)) // 16 * 16))
+    most = MAX_TILE if budget.device is None else MAX_GPU_TILE
+    return min(most, max(MIN_TILE, isqrt(budget.network // 4 // network_bytes(backend.spec.architecture)) // 16 * 16))
 
 
 def choose_overlapped_tile(arch: Architecture, height: int, width: int, budget: MemoryBudget) -> int:

@@ -16,17 +16,22 @@ from sanrt.errors import BackendError, ModelError, UsageError
 from sanrt.files import keep
 from sanrt.runtime.pictures.codec import open_picture
 from sanrt.runtime.runs import estimate
-from sanrt.runtime.runs.estimate import Costs, Pace
+from sanrt.runtime.runs.estimate import Costs, Work
 from sanrt.runtime.tiling.options import Tiling
 from sanrt.runtime.tiling.plan import TilingPlan
 
-PACE = Pace(opening=0.0, pixel=1.0, pair=0.0)
-COSTS = Costs(infer=PACE, stages=PACE, memory=2.0**20, stages_memory=1000.0, filed=0.0)
+COSTS = Costs(opening=0.0, pixel=1.0, pair=0.0, memory=1000.0)
+
+
+def costs_of(costs):
+    """The same by `infer` and by stages."""
+    return lambda through_stages: costs
 
 
 @pytest.fixture(autouse=True)
 def small_trials(monkeypatch):
     """What is measured is measured on small pictures."""
+    monkeypatch.setattr(estimate, "OPENED", 16)
     monkeypatch.setattr(estimate, "SMALL", (16, 64))
     monkeypatch.setattr(estimate, "SIDE", 64)
     monkeypatch.setattr(estimate, "LARGE", (96,))
@@ -124,39 +129,37 @@ def test_a_model_that_is_not_there_is_an_error_not_an_empty_plan(folder, named):
         CliRunner().invoke(app, ["plan", str(folder / "small.png"), *named], catch_exceptions=False)
 
 
-def test_an_estimate_grows_with_pixels_halos_and_pairs(tiny_model):
+def test_the_work_of_a_picture_counts_what_tiles_share_and_the_pairs_of_its_regions(tiny_model):
     from sanrt.runtime.artifacts.models import read_spec
 
     arch = read_spec(tiny_model(2)).architecture
-    whole, tiled = TilingPlan(Tiling.WHOLE, 400, 2), TilingPlan(Tiling.EXACT, 100, 2)
-    strips = TilingPlan(Tiling.EXACT, 100, 2, strips=True)
-    costs = replace(COSTS, infer=Pace(0.0, 1e-6, 0.0), stages=Pace(3.0, 2e-6, 0.0))
-    assert costs.seconds(500, 500, whole, arch, by_stages=False) == pytest.approx(0.25)
-    assert costs.seconds(500, 500, strips, arch, by_stages=False) == pytest.approx(0.25)
-    assert costs.seconds(500, 500, whole, arch, by_stages=True) == pytest.approx(0.5 + 3)
-    assert costs.seconds(500, 500, tiled, arch, by_stages=True) == pytest.approx(0.5 * 1.04**2 + 3)
-    only_pairs = replace(COSTS, infer=Pace(0.0, 0.0, 1e-9))
-    assert only_pairs.seconds(400, 400, whole, arch, by_stages=False) == pytest.approx(2 * 400**4 / 16 * 1e-9)
+    halo, own_pairs = 2 * arch.body_halo, 2 * 400 * 300 * (400 * 300 / 4 / 4)
+    assert Work.of(400, 300, TilingPlan(Tiling.WHOLE, 400, 2), arch) == Work(400 * 300, own_pairs)
+    assert Work.of(400, 300, TilingPlan(Tiling.EXACT, 100, 2, strips=True), arch) == Work(400 * 300, own_pairs)
+    assert Work.of(400, 300, TilingPlan(Tiling.EXACT, 150, 4), arch) == Work((400 + 2 * halo) * (300 + halo), own_pairs / 4)
+    tiles = 3 * 3
+    overlapped = Work(tiles * 150**2, tiles * 2 * 150**2 * (150**2 / 4 / 4))
+    assert Work.of(400, 300, TilingPlan(Tiling.OVERLAP, 150, 2, overlap=16), arch) == overlapped
 
 
 @pytest.mark.parametrize("name", ["native", "onnxruntime"])
-def test_the_measured_costs_are_those_of_a_run(name, tiny_model, monkeypatch):
-    """Bytes of a picture that is larger than those measured; times are left to the benchmarks."""
+def test_the_measured_costs_are_those_of_a_run(name, tiny_model):
+    """Their sizes are left to the benchmarks."""
     from sanrt.runtime.backends.protocol import RunOptions
     from sanrt.runtime.backends.registry import load_backend
 
     with load_backend(name, tiny_model(2), RunOptions(threads=1)) as backend:
-        costs = estimate.measured(backend)
-        assert min(costs.infer.pixel, costs.stages.pixel) > 0
-        assert min(costs.infer.pair, costs.stages.pair, costs.memory, costs.stages_memory, costs.filed) >= 0
-        if name == "native":
-            assert costs.stages == costs.infer, "native has one way alone"
+        costs = estimate.infer_costs(backend)
+        found = [costs] if name == "native" else [costs, estimate.stages_costs(backend)]
+    for each in found:
+        assert each.pixel > 0
+        assert min(each.opening, each.pair, each.memory, each.filed) >= 0
 
 
 def test_noise_leaves_every_pixel_a_cost():
-    pace, large = Pace(2.0, 1.0, 1e-3), estimate.Run(side=10, regions=1, seconds=5.0, memory=0)
-    assert estimate.fitted(replace(pace, pair=0.0), large) == Pace(2.0, 0.03, 0.0)
-    assert estimate.fitted(replace(pace, opening=6.0), large) == Pace(0.0, 0.05, 0.0)
+    costs, large = Costs(2.0, 1.0, 1e-3, 0.0), estimate.Run(Work(100, 1000.0), seconds=5.0, memory=0)
+    assert estimate.fitted(costs, large) == replace(costs, pixel=0.02)
+    assert estimate.fitted(replace(costs, opening=6.0), large) == Costs(0.0, 0.05, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("name", ["native", "onnxruntime"])
@@ -165,21 +168,34 @@ def test_pictures_take_by_the_estimate_what_their_own_way_through_the_network_ta
     from sanrt.runtime.backends.protocol import RunOptions
     from sanrt.runtime.backends.registry import load_backend
 
-    infer, stages = Pace(0.0, 3e-6, 8e-10), Pace(0.9, 18e-6, 9e-10)
+    infer, stages = Costs(0.0, 3e-6, 8e-10, 0.0), Costs(0.9, 18e-6, 9e-10, 0.0)
 
-    def run(backend, side, regions, by_stages=False):
-        pace = stages if by_stages else infer
-        return estimate.Run(side, regions, pace.seconds(side**2, estimate.pairs(side, side, regions)), 0)
+    def run(backend, side, plan):
+        work = Work.of(side, side, plan, backend.spec.architecture)
+        return estimate.Run(work, (stages if plan.tiling is Tiling.EXACT else infer).seconds(work), 0)
 
     monkeypatch.setattr(estimate, "run", run)
     monkeypatch.setattr(estimate, "filed_seconds", lambda *_: 0.0)
     with load_backend(name, tiny_model(2), RunOptions(threads=1)) as backend:
-        costs, arch = estimate.measured(backend), backend.spec.architecture
-    for size in (384, 256), (1152, 768):
-        for by_stages in (False,) if name == "native" else (False, True):
-            plan = TilingPlan(Tiling.WHOLE, size[0], estimate.choose_regions(*size))
-            taken = (stages if by_stages else infer).seconds(size[0] * size[1], estimate.pairs(*size, plan.regions))
-            assert costs.seconds(*size, plan, arch, by_stages) == pytest.approx(taken, rel=0.03)
+        found = [(estimate.infer_costs(backend), infer)]
+        found += [(estimate.stages_costs(backend), stages)] if name == "onnxruntime" else []
+    for costs, true in found:
+        for work in Work(384 * 256, 1e9), Work(1152 * 768, 2e10):
+            assert costs.seconds(work) == pytest.approx(true.seconds(work), rel=0.03)
+
+
+@pytest.mark.parametrize(("name", "tiling"), [("native", Tiling.WHOLE), ("onnxruntime", Tiling.EXACT)])
+def test_regions_that_a_backend_s_infer_has_not_go_through_its_stages_in_tiles(name, tiling, tiny_model):
+    from sanrt.runtime.backends.protocol import RunOptions
+    from sanrt.runtime.backends.registry import load_backend
+    from sanrt.runtime.tiling.options import UpscaleOptions
+    from sanrt.runtime.tiling.plan import plan_tiling
+
+    with load_backend(name, tiny_model(2), RunOptions(threads=1)) as backend:
+        assert plan_tiling(backend, 300, 400, UpscaleOptions()).tiling is Tiling.WHOLE
+        photograph = plan_tiling(backend, 500, 400, UpscaleOptions())
+        assert (photograph.tiling, photograph.regions) == (tiling, 4)
+        assert plan_tiling(backend, 500, 400, UpscaleOptions(tiling=Tiling.WHOLE)).tiling is Tiling.WHOLE
 
 
 def test_a_picture_that_the_backend_cannot_do_is_refused_in_its_words(folder, tiny_model):
@@ -195,7 +211,9 @@ def test_a_picture_that_the_backend_cannot_do_is_refused_in_its_words(folder, ti
     with load_backend("torch", tiny_model(2), RunOptions(threads=1)) as backend:
         backend.limits = Limits((Profile(Size(1, 4, 4), Size(1, 8, 8), Size(1, 16, 16)),))
         with pytest.raises(BackendError, match="torch: 80 x 60 pixels as a whole, its engine takes 4 x 4 to 16 x 16"):
-            picture_estimate(job, backend, COSTS, UpscaleOptions(tiling=Tiling.WHOLE), Encoding(), LoadedProcess(0, 0))
+            picture_estimate(
+                job, backend, costs_of(COSTS), UpscaleOptions(tiling=Tiling.WHOLE), Encoding(), LoadedProcess(0, 0)
+            )
 
 
 def test_the_scratch_files_of_native_s_plan_are_those_that_the_run_makes(tmp_path, tiny_model, monkeypatch):
@@ -220,8 +238,8 @@ def test_the_scratch_files_of_native_s_plan_are_those_that_the_run_makes(tmp_pat
         for memory in least, PROCESS_MEMORY + 100 * 2**20, PROCESS_MEMORY + 2**28:
             files.clear()
             options = UpscaleOptions(tiling=Tiling.EXACT, memory=memory)
-            found = estimate.estimate(backend, COSTS, source.info, options)
-            filed = estimate.estimate(backend, replace(COSTS, filed=1e-3), source.info, options)
+            found = estimate.estimate(backend, costs_of(COSTS), source.info, options)
+            filed = estimate.estimate(backend, costs_of(replace(COSTS, filed=1e-3)), source.info, options)
             assert filed.seconds - found.seconds == pytest.approx(1e-3 * (found.scratch - 300 * 1500 * 4 * 3))
             result, _ = NetworkRunner(backend, options).run_file(found.plan, source, tmp_path)
             result.close()
