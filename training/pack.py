@@ -21,7 +21,7 @@ from training.wear import DEV_QUALITIES, avif, jpeg, png, worn
 SIDE = 480
 """Of a tile, in high-resolution pixels: a multiple of 8 at every scale's low resolution but x8's, and of 24."""
 
-DEV_SIDE = 288
+DEV_SIDE = 384
 """Of a held-out tile: the middle of each picture."""
 
 VERSIONS = 7
