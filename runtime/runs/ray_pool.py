@@ -493,16 +493,18 @@ def connected(address: str, workers: int | None = None, threads: int | None = No
     with extra("ray", option("ray")):
         import ray
     local = {"num_cpus": max(machine.cores(), (workers or 0) * (threads or 1)), "include_dashboard": False}
+    quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
+    before = signal.getsignal(signal.SIGTERM)
     try:
         if address != LOCAL:
             check_reachable(address)
-        quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
-        before = signal.getsignal(signal.SIGTERM)
         ray.init(address, **quiet, **(local | {"_node_ip_address": "127.0.0.1"} if address == LOCAL else {}))
     except Exception as error:  # no narrower one: Ray 2.60 raises just that where a node takes too long to start
         raise BackendError(no_cluster(address, str(error).strip().partition("\n")[0])) from None
-    with contextlib.suppress(ValueError):  # another thread than the main one, where Ray set no handler either
-        signal.signal(signal.SIGTERM, before)
+    finally:
+        # ValueError: another thread than the main one, where Ray set no handler either; TypeError: one that C code had set.
+        with contextlib.suppress(ValueError, TypeError):
+            signal.signal(signal.SIGTERM, before)
     try:
         yield shared_out([node["Resources"] for node in ray.nodes() if node["Alive"]], workers, threads)
     finally:

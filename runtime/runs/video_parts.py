@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class VideoPart(Job):
     @property
     def video(self) -> Job:
         """The job that it is a part of."""
-        return Job(self.source, self.destination, self.replaces, self.named, self.animated, self.unnamed_video)
+        return Job(**{field.name: getattr(self, field.name) for field in fields(Job)})
 
 
 @dataclass(frozen=True)
