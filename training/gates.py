@@ -24,6 +24,9 @@ from training.data import Picture, picture_files, read_rgb
 from training.ship import upscaled
 from training.weights import trained_network
 
+PART, MARGIN = 48, 8
+"""Side of the parts that pictures are compared on, and what of it is left out; low-resolution pixels."""
+
 
 @dataclass(frozen=True)
 class GroupGates:
@@ -46,6 +49,10 @@ class Report:
     """The same with every gate fixed at its mean over the pictures."""
     exact_root_psnr: float
     """dB between the outputs with the exact square root and with the trained one; infinite when equal."""
+    whole_psnr: float
+    """dB within parts of a side of PART, less their margins, when the picture goes through the network whole."""
+    parts_psnr: float
+    """The same when every part goes on its own, so with gates by its own statistics, as in training."""
 
 
 class FrozenSOCA(nn.Module):
@@ -72,6 +79,7 @@ def gates(
         f"  gates frozen at their means     {report.frozen_y_psnr:.3f} dB, {report.y_psnr - report.frozen_y_psnr:.3f} lost"
     )
     print(f"Exact root against the trained one: outputs at {report.exact_root_psnr:.1f} dB PSNR")
+    print(f"Parts of {PART} px: {report.whole_psnr:.3f} dB in whole pictures, {report.parts_psnr:.3f} dB each on its own")
 
 
 def read_pairs(folder: Path, scale: int) -> list[tuple[Picture, Picture]]:
@@ -104,6 +112,8 @@ def report_on(net: SAN, pairs: list[tuple[Picture, Picture]]) -> Report:
         y_psnr=mean_y_psnr(net, pairs),
         frozen_y_psnr=mean_y_psnr(frozen, pairs),
         exact_root_psnr=float(np.mean([psnr(upscaled(net, low), upscaled(exact, low)) for low, _ in pairs])),
+        whole_psnr=mean_part_psnr(net, pairs, whole=True),
+        parts_psnr=mean_part_psnr(net, pairs, whole=False),
     )
 
 
@@ -130,6 +140,25 @@ def mean_y_psnr(net: SAN, pairs: list[tuple[Picture, Picture]]) -> float:
     """Y-PSNR of the rounded outputs, `scale` pixels shaved, averaged over the pictures; dB."""
     outputs = (upscaled(net, low).clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0) for low, _ in pairs)
     return float(np.mean([y_psnr(output, high, net.arch.scale) for output, (_, high) in zip(outputs, pairs, strict=True)]))
+
+
+def mean_part_psnr(net: SAN, pairs: list[tuple[Picture, Picture]], whole: bool) -> float:
+    """`part_psnr` averaged over the pictures that have a part; NaN where none has."""
+    found = [part_psnr(net, low, high, whole) for low, high in pairs if min(low.shape[:2]) >= PART]
+    return float(np.mean(found)) if found else np.nan
+
+
+def part_psnr(net: SAN, low: Picture, high: Picture, whole: bool) -> float:
+    """PSNR of all channels within the parts of a picture: cut from its result, or from results of their own; dB."""
+    scale, inner = net.arch.scale, slice(net.arch.scale * MARGIN, net.arch.scale * (PART - MARGIN))
+    result, errors = upscaled(net, low) if whole else None, []
+    for top in range(0, low.shape[0] - PART + 1, PART - 2 * MARGIN):
+        for left in range(0, low.shape[1] - PART + 1, PART - 2 * MARGIN):
+            rows, columns = (slice(scale * first, scale * (first + PART)) for first in (top, left))
+            part = upscaled(net, low[top : top + PART, left : left + PART]) if result is None else result[:, rows, columns]
+            truth = high[rows, columns].transpose(2, 0, 1).astype(np.float32)
+            errors.append(np.square(part.clip(0, 255) - truth)[:, inner, inner].mean())
+    return float(10 * np.log10(255**2 / np.mean(errors)))
 
 
 def table(report: Report) -> Table:

@@ -103,6 +103,25 @@ def test_gates_that_ignore_the_picture_show_no_spread_and_are_not_missed(pairs):
     assert report.exact_root_psnr == math.inf
 
 
+def test_parts_on_their_own_are_those_of_the_whole_unless_gates_see_the_picture(pairs, monkeypatch):
+    """A picture of which half is flat: its statistics are not those of its parts."""
+    monkeypatch.setattr("training.gates.PART", 16)
+    monkeypatch.setattr("training.gates.MARGIN", 6)
+    high = np.concatenate([pattern(64)[:, :32], np.zeros((64, 64, 3), np.uint8)], 1)
+    lost = []
+    for blind in True, False:
+        net = network()
+        torch.nn.init.zeros_(net.attention.out.weight)
+        for group in net.groups:
+            if blind:
+                torch.nn.init.zeros_(group.soca.up.weight)
+            else:
+                group.soca.down.weight.data.abs_().mul_(20)
+        found = report_on(net, [(degrade(high, 2), high)] * 2)
+        lost.append(abs(found.parts_psnr - found.whole_psnr))
+    assert lost[0] < lost[1] / 3
+
+
 def test_gates_need_pictures_to_differ_over(tmp_path):
     with pytest.raises(PictureError, match="0 pictures; expected at least 2"):
         read_pairs(tmp_path, 2)
