@@ -28,9 +28,6 @@ STATES = ROOT / "training" / "state"
 RUNS = ROOT / "runs"
 """Full states and logs of this machine; not in the repository."""
 
-CPU_BATCH = 8192
-"""Low-resolution pixels of a batch on CPUs, about."""
-
 
 @dataclass(frozen=True)
 class Item:
@@ -47,8 +44,8 @@ class Item:
     """The item that it learns from beside the pictures."""
     channels: int = 64
     gpu_patch: int = 64
-    """Side of a low-resolution patch, pixels, as the next. SOCA's and the attention's statistics are those of a patch: with
-    patches of 32 px the weights were half a decibel worse on a whole picture than on parts of it."""
+    """Side of a low-resolution patch, pixels, as the next. SOCA's gates learn from its statistics, and a whole picture has
+    others: the smaller the patch, the more so."""
     cpu_patch: int = 64
 
 
@@ -90,9 +87,9 @@ def go_on(
 
 
 def cpu_options(item: Item) -> list[str]:
-    """A batch over all cores, in bf16 where the processor multiplies in it."""
+    """A batch of 8 or so over all cores, in bf16 where the processor multiplies in it."""
     workers = cores()
-    batch = math.ceil(CPU_BATCH / item.cpu_patch**2 / workers) * workers
+    batch = math.ceil(8 / workers) * workers
     half = {"AMX-BF16", "AVX512-BF16"} & set(cpu_features())
     sizes = ["--batch", str(batch), "--patch", str(item.cpu_patch), "--workers", str(workers)]
     return [*sizes, "--bf16" if half else "--fp32"]

@@ -26,7 +26,7 @@ MAX_REGION_PIXELS = 2**14
 """In a region above that: attention then costs about as much as a small network's convolutions, at any size."""
 
 MAX_TILE, MAX_GPU_TILE = 256, 512
-"""Sides of the tiles that are chosen: larger ones have less halo, but leave a processor's caches."""
+"""Sides of the largest tiles that are chosen, on a processor, whose caches they should fit, and on a GPU."""
 
 MIN_TILE = 64
 """Smaller tiles would be mostly halo."""

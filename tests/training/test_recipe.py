@@ -101,7 +101,7 @@ def test_a_run_that_fails_is_told(tmp_path, capfd):
     assert "no high*.npz" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("count", "batch"), [(1, "2"), (2, "2"), (3, "3"), (16, "16")])
+@pytest.mark.parametrize(("count", "batch"), [(1, "8"), (2, "8"), (3, "9"), (16, "16")])
 def test_every_core_has_its_share_of_a_batch(monkeypatch, count, batch):
     monkeypatch.setattr("training.recipe.cores", lambda: count)
     options = cpu_options(QUEUE[0])
