@@ -35,7 +35,6 @@ from sanrt.runtime.runs.suitable_weights import suits_photo
 from sanrt.runtime.tiling.upscaling import network_input, network_output
 from training.data import Picture, picture_files, read_rgb
 from training.degrade import bicubic, degrade
-from training.wear import jpeg, png
 
 CROP = 160
 """Side of the sheet's crops, high-resolution pixels."""
@@ -172,7 +171,7 @@ def reduced(high: Path, scale: int, folder: Path) -> Path:
         width, height = size(path)
         if width % scale or height % scale:
             raise PictureError(f"{path}: {width} x {height} px; expected multiples of {scale}: cut it")
-        (folder / f"{stem}.png").write_bytes(png(degrade(read_rgb(path), scale)))
+        vips_image(degrade(read_rgb(path), scale)).write_to_file(str(folder / f"{stem}.png"))
     return folder
 
 
@@ -181,7 +180,7 @@ def as_jpeg(pictures: PictureSet, quality: int, folder: Path) -> PictureSet:
     place = Path(mkdtemp(dir=folder))
     pairs = [replace(pair, low=place / f"{pair.low.stem}.jpg") for pair in pictures.pairs]
     for pair, clean in zip(pairs, pictures.pairs, strict=True):
-        pair.low.write_bytes(jpeg(read_rgb(clean.low), quality))
+        vips_image(read_rgb(clean.low)).jpegsave(str(pair.low), Q=quality, subsample_mode="on", keep="none")
     return replace(pictures, name=f"{pictures.name} JPEG {quality}", pairs=tuple(pairs))
 
 
@@ -339,12 +338,16 @@ def worst_place(output: Picture, high: Picture) -> tuple[int, int]:
     )
 
 
+def vips_image(picture: Picture) -> pyvips.Image:
+    """A uint8 (H, W, 3) picture as libvips has it."""
+    return pyvips.Image.new_from_array(np.ascontiguousarray(picture)).copy(interpretation="srgb")
+
+
 def cell(label: str, crop: Picture) -> pyvips.Image:
     """A crop under its label, on white."""
-    image = pyvips.Image.new_from_array(np.ascontiguousarray(crop)).copy(interpretation="srgb")
     text = pyvips.Image.text(label.replace("&", "&amp;").replace("<", "&lt;"), font="sans 10", dpi=72, width=CROP)
     label_line = text.invert().gravity("centre", CROP, LABEL, extend="white")
-    framed = image.gravity("north-west", CROP + 4, CROP + 4, extend="white")
+    framed = vips_image(crop).gravity("north-west", CROP + 4, CROP + 4, extend="white")
     return label_line.colourspace("srgb").join(framed, "vertical", expand=True, background=255)
 
 

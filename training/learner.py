@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -20,6 +21,10 @@ OUTLIER = 3.0
 
 TEACHING = 0.5
 """Share of the loss that a teacher's output has, where there is one; the rest is the true picture's."""
+
+
+BLOCK_SIDE = 16
+"""Side of the blocks whose mean errors are part of the loss, high-resolution pixels."""
 
 
 class Learner:
@@ -55,13 +60,17 @@ class Learner:
         return loss.detach(), norm
 
     def loss(self, low: Tensor, high: Tensor) -> Tensor:
-        """Mean absolute error of a batch, towards the teacher's output too if there is one."""
-        output = upscale(self.net, low, self.half)
-        error = (output - high).abs().mean()
+        """How far a batch's outputs are from the pictures, and from the teacher's if there is one.
+
+        SOCA takes half of the batch for parts of one picture: gates that knew patches alone were wrong on whole photographs,
+        whose statistics are those of many patches.
+        """
+        output = upscale(self.net, low, self.half, together=len(low) // 2)
+        error = distance(output, high)
         if self.teacher:
             with torch.no_grad():
                 taught = upscale(self.teacher, low, self.half)
-            error = error.lerp((output - taught).abs().mean(), TEACHING)
+            error = error.lerp(distance(output, taught), TEACHING)
         return error / self.net.arch.value_range
 
     def guard(self, norm: Tensor) -> None:
@@ -95,6 +104,16 @@ class Learner:
         """Every tensor of the network, with the averaged weights or the raw ones, by name, on the CPU."""
         trained = self.named(self.average if averaged else self.flat.detach())
         return {name: t.detach().cpu().clone() for name, t in (self.net.state_dict() | trained).items()}
+
+
+def distance(output: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error of pixels, and of blocks' means beside it: (B, 3, H, W) twice -> ().
+
+    Pixel by pixel a grey level that a whole picture is off is hardly felt among the errors of edges; PSNR feels it.
+    """
+    error = output - target
+    blocks = F.avg_pool2d(error, min(BLOCK_SIDE, *error.shape[2:]))
+    return error.abs().mean() + blocks.abs().mean()
 
 
 def on_device(net: SAN, device: torch.device) -> SAN:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sanrt.model.san import RGB_MEAN, SAN, ResidualBlock, ResidualGroup
 from sanrt.model.soca import SOCA
+from training.device import exact
 
 INNER_RANGE = 8.0
 """The mean shifts map 0..255 to a range of this width, in which Adam's steps suit every layer alike."""
@@ -39,13 +40,13 @@ def initialise(net: SAN) -> None:
                 block.conv2.weight.mul_(0.1)
         nn.init.zeros_(net.attention.out.weight)
         nn.init.zeros_(biases(net.attention.out))
-        pass_colours(net.head, identity_kernel())
-        for conv in (layer for layer in net.upsampler if isinstance(layer, nn.Conv2d)):
-            pass_colours(conv, bilinear_kernels(round((conv.out_channels / conv.in_channels) ** 0.5)))
+        pass_channels(net.head, identity_kernel())
+        for conv in enlarging(net):
+            pass_channels(conv, bilinear_kernels(round((conv.out_channels / conv.in_channels) ** 0.5)))
         nn.init.zeros_(biases(net.tail))
         net.tail.weight.mul_(0.1)
         # The head's output reaches the tail twice: through the groups and past them.
-        pass_colours(net.tail, identity_kernel() / 2)
+        pass_channels(net.tail, identity_kernel() / 2)
 
 
 def biases(conv: nn.Conv2d) -> Tensor:
@@ -68,20 +69,25 @@ def bilinear_kernels(factor: int) -> Tensor:
     return torch.einsum("ay,bx->abyx", taps, taps).flatten(0, 1)
 
 
-def pass_colours(conv: nn.Conv2d, kernels: Tensor) -> None:
-    """Let each of the first three input channels come out as `kernels` (n, 3, 3) of itself and of nothing else."""
+def pass_channels(conv: nn.Conv2d, kernels: Tensor, channels: int = 3) -> None:
+    """Let each of the first input channels (three: colours) come out as `kernels` (n, 3, 3) of itself and nothing else."""
     n = len(kernels)
-    conv.weight[: 3 * n] = 0
-    biases(conv)[: 3 * n] = 0
-    for colour in range(3):
-        conv.weight[colour * n : (colour + 1) * n, colour] = kernels
+    conv.weight[: channels * n] = 0
+    biases(conv)[: channels * n] = 0
+    for channel in range(channels):
+        conv.weight[channel * n : (channel + 1) * n, channel] = kernels
 
 
-def upscale(net: SAN, low: Tensor, half: bool) -> Tensor:
+def enlarging(net: SAN) -> list[nn.Conv2d]:
+    """The convolutions that upscale, in order."""
+    return [layer for layer in net.upsampler if isinstance(layer, nn.Conv2d)]
+
+
+def upscale(net: SAN, low: Tensor, half: bool, together: int = 0) -> Tensor:
     """`net(low)` in float32, its convolutions and attention in bf16 if `half`: (B, 3, H, W) -> (B, 3, sH, sW).
 
     SOCA's statistics stay in float32, where the root needs them, and so do the last layers: at 128..255 bf16 knows
-    whole grey levels alone.
+    whole grey levels alone. together: how many of the last pictures SOCA takes for parts of a single one.
     """
     with autocast(low.device.type, half):
         first = channels_last(net.head(net.mean_in(low)))
@@ -90,12 +96,13 @@ def upscale(net: SAN, low: Tensor, half: bool) -> Tensor:
         features = shared
         for group in cast(Iterable[ResidualGroup], net.groups):
             body = group.blocks(features)
-            gated = body * soca_gate(group.soca, body).to(body.dtype)
+            gated = body * soca_gate(group.soca, body, together).to(body.dtype)
             features = group.conv(gated) + features + scaled
         features = net.attention(channels_last(features)) + first
-        for conv in (layer for layer in net.upsampler if isinstance(layer, nn.Conv2d)):
+        for conv in enlarging(net):
             features = enlarged(conv, features, round((conv.out_channels / conv.in_channels) ** 0.5))
-    output: Tensor = net.mean_out(net.tail(features.float()))
+    with exact():
+        output: Tensor = net.mean_out(net.tail(features.float()))
     return output
 
 
@@ -106,15 +113,20 @@ def channels_last(features: Tensor) -> Tensor:
     return features
 
 
-def soca_gate(soca: SOCA, features: Tensor) -> Tensor:
-    """Channel gates (B, C, 1, 1) of features (B, C, H, W), in float32 throughout.
-
-    The covariance is `sanrt.model.soca.covariance`, written so that gradients too are channels last: it saves a tenth.
-    """
+def soca_gate(soca: SOCA, features: Tensor, together: int) -> Tensor:
+    """Channel gates (B, C, 1, 1) of features (B, C, H, W), in float32 throughout; the last `together` share theirs."""
     with torch.autocast(features.device.type, enabled=False):
         x = features.permute(0, 2, 3, 1).flatten(1, 2).float()
-        x = x - x.mean(1, keepdim=True)
-        return soca.gate(x.transpose(1, 2) @ x / x.shape[1])
+        if not together:
+            return soca.gate(covariance(x))
+        common = covariance(x[-together:].flatten(0, 1)[None]).expand(together, -1, -1)
+        return soca.gate(torch.cat([covariance(x[:-together]), common]))
+
+
+def covariance(x: Tensor) -> Tensor:
+    """`sanrt.model.soca.covariance` of pixels (B, HW, C), so that gradients too are channels last: it saves a tenth."""
+    x = x - x.mean(1, keepdim=True)
+    return x.transpose(1, 2) @ x / x.shape[1]
 
 
 def enlarged(conv: nn.Conv2d, features: Tensor, factor: int) -> Tensor:

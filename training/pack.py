@@ -13,19 +13,17 @@ import typer
 from sanrt.errors import PictureError
 from training.command import run
 from training.data import Picture, picture_files, read_rgb
-from training.degrade import bicubic, degrade, resize_matrix
+from training.degrade import bicubic, resize_matrix
 from training.drawings import drawing
-from training.tiles import read_part, write_part
-from training.wear import DEV_QUALITIES, avif, jpeg, png, worn
+from training.pack_worn import VERSIONS, pack_worn
+from training.tiles import write_part
+from training.wear import avif, png
 
 SIDE = 480
 """Of a tile, in high-resolution pixels: a multiple of 8 at every scale's low resolution but x8's, and of 24."""
 
 DEV_SIDE = 384
 """Of a held-out tile: the middle of each picture."""
-
-VERSIONS = 7
-"""Worn versions of every tile: with the clean one, an eighth of the patches is clean."""
 
 DRAWINGS = 150
 """Tiles that are drawn: one in eight of all."""
@@ -67,7 +65,7 @@ def pack(
         write_part(out / f"high-{number}.npz", part)
     write_part(out / "dev-high.npz", [png(picture) for picture in held_out])
     for scale in photo_scale or []:
-        pack_worn(out, scale, versions, random)
+        pack_worn(out, scale, versions)
     for path in sorted(out.glob("*.npz")):
         with np.load(path) as part:
             print(f"{path}: {len(part['ends'])} pictures, {path.stat().st_size / 1e6:.1f} MB")
@@ -114,16 +112,6 @@ def parts(pictures: list[bytes], largest: float) -> Iterator[list[bytes]]:
         part.append(picture)
         size += len(picture)
     yield part
-
-
-def pack_worn(folder: Path, scale: int, versions: int, random: np.random.Generator) -> None:
-    """Write the worn low resolutions beside a pack's tiles; they are made from the tiles as packed."""
-    for path in sorted(folder.glob("high-*.npz")):
-        lows = [degrade(tile, scale) for tile in read_part(path)]
-        name = path.name.replace("high", f"photo-x{scale}")
-        write_part(folder / name, [worn(low, random) for low in lows for _ in range(versions)])
-    lows = [degrade(tile, scale) for tile in read_part(folder / "dev-high.npz")]
-    write_part(folder / f"dev-photo-x{scale}.npz", [jpeg(low, quality) for low in lows for quality in DEV_QUALITIES])
 
 
 if __name__ == "__main__":

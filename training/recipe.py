@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from sanrt.errors import SanrtError, UsageError
 from sanrt.runtime.host import cores, cpu_features
 from training.command import run
+from training.pack_worn import pack_worn_scales
 from training.state import Progress, newest, read_compact, read_progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,10 +43,11 @@ class Item:
     teacher: str = ""
     """The item that it learns from beside the pictures."""
     channels: int = 64
-    gpu_patch: int = 64
+    gpu_patch: int = 96
     """Side of a low-resolution patch, pixels, as the next. SOCA's gates learn from its statistics, and a whole picture has
     others: the smaller the patch, the more so."""
     cpu_patch: int = 64
+    gpu_batch: int = 16
 
 
 QUEUE = (
@@ -56,12 +57,12 @@ QUEUE = (
     Item("x3-clean", 3, 3e8, start="x4-clean"),
     Item("x2-photo", 2, 2e8, photo=True, start="x4-photo"),
     Item("x3-photo", 3, 2e8, photo=True, start="x4-photo"),
-    Item("x8-clean", 8, 1e8, start="x4-clean", gpu_patch=48, cpu_patch=48),
-    Item("x8-photo", 8, 1e8, photo=True, start="x8-clean", gpu_patch=48, cpu_patch=48),
+    Item("x8-clean", 8, 1e8, start="x4-clean", gpu_patch=48, cpu_patch=48, gpu_batch=32),
+    Item("x8-photo", 8, 1e8, photo=True, start="x8-clean", gpu_patch=48, cpu_patch=48, gpu_batch=32),
     Item("x4-fast", 4, 6e8, teacher="x4-clean", channels=32),
     Item("x2-fast", 2, 3e8, start="x4-fast", teacher="x2-clean", channels=32),
     Item("x3-fast", 3, 3e8, start="x4-fast", teacher="x3-clean", channels=32),
-    Item("x8-fast", 8, 1e8, start="x4-fast", teacher="x8-clean", channels=32, gpu_patch=48, cpu_patch=48),
+    Item("x8-fast", 8, 1e8, start="x4-fast", teacher="x8-clean", channels=32, gpu_patch=48, cpu_patch=48, gpu_batch=32),
 )
 
 
@@ -73,12 +74,10 @@ def go_on(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
 ) -> None:
     """Train networks of the queue on this machine's CPUs, one after the other, and keep their compact states."""
-    from training.pack import VERSIONS, pack_worn  # here: a GPU machine has no pyvips, and its pack is complete
-
     items = [named(name) for name in names] if names else [next_item(states, runs)]
     for item in items:
-        if item.photo and not list(data.glob(f"photo-x{item.scale}-*.npz")):
-            pack_worn(data, item.scale, VERSIONS, np.random.default_rng(item.scale))
+        if item.photo:
+            pack_worn_scales(data, [item.scale])
         command = training_command(item, data, runs, states, seconds / len(items), cpu_options(item))
         print(" ".join(command), flush=True)
         if code := subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:

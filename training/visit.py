@@ -1,15 +1,19 @@
 """A short visit to a GPU, in one command: `python -m training.visit OUT PACK NAME=SECONDS ...`.
 
 It looks at the machine, times a step, trains networks of the queue one after the other, each under a time limit, and ends
-with a table. OUT is to be taken home: NAME-stable.safetensors and NAME-decayed.safetensors of each network, and visit.log.
+with a table. OUT is to be taken home: NAME.tar of each network, of its compact states and its log, and visit.log.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -23,8 +27,8 @@ from sanrt.errors import UsageError
 from training.command import run
 from training.recipe import STATES, Item, keep, named, training_command
 
-GRACE = 45.0
-"""Seconds beyond its budget that a network gets to read its pictures and to write its state."""
+GRACE = 40.0
+"""Seconds beyond its budget that a network gets to read its pictures and to write its state; an H200 took 20 to 34."""
 
 PROBE_LIMIT = 120.0
 """Seconds that looking at the machine may take."""
@@ -46,7 +50,8 @@ def visit(
     out: Annotated[Path, typer.Argument(help="Folder for what is to be taken home.")],
     data: Annotated[Path, typer.Argument(help="Folder of pictures packed by training.pack.")],
     budgets: Annotated[list[str], typer.Argument(help="NAME=SECONDS for each network of the queue, in order.")],
-    batch: int = 32,
+    limit: Annotated[float, typer.Option(help="Seconds after which the visit ends; budgets that do not fit are cut.")] = 570,
+    batch: Annotated[int | None, typer.Option(help="Patches of a step. [default: the queue's]")] = None,
     patch: Annotated[int | None, typer.Option(help="Side of a patch. [default: the queue's]")] = None,
     states: Annotated[Path, typer.Option(help="Folder of the compact states to go on from.")] = STATES,
     work: Annotated[Path, typer.Option(help="Folder for full states, which stay here.")] = Path("runs"),
@@ -54,21 +59,20 @@ def visit(
     more: Annotated[str, typer.Option(help="Further options of training.train, as one text.")] = "",
 ) -> None:
     """Look, time, train, report; whatever fails leaves the rest going."""
+    end = time.monotonic() + limit
     plan = [parsed(budget) for budget in budgets]
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "visit.log").open("w") as log:
+    with (out / "visit.log").open("w") as log, packing_worn(data, [item for item, _ in plan], log) as worn:
         if probe_seconds:
             looking = probe_command(data, plan[0][0], batch, patch, probe_seconds)
             say(log, f"probe: {called('probe', looking, PROBE_LIMIT, log)}")
         outcomes = []
-        for item, seconds in plan:
-            options = ["--batch", str(batch), "--patch", str(patch or item.gpu_patch), "--warmup", "10", *more.split()]
+        for item, asked in plan:
+            if item.photo:
+                worn.wait()
             begun = time.monotonic()
-            try:
-                command = training_command(item, data, work, states, seconds, ["--score-every", "120", *options])
-                ending = called(item.name, command, seconds + GRACE, log)
-            except UsageError as error:  # weights that it begins with are missing: another's training failed
-                ending = str(error)
+            seconds = min(asked, end - begun - GRACE)
+            ending = trained(item, seconds, data, work, states, sizes(item, batch, patch) + more.split(), log)
             lines = read_lines(work / item.name / "log.jsonl")
             outcomes.append(Outcome(item.name, ending, time.monotonic() - begun, lines))
             keep(work / item.name, states / item.name)
@@ -77,9 +81,34 @@ def visit(
         say(log, report(outcomes))
 
 
-def probe_command(data: Path, item: Item, batch: int, patch: int | None, seconds: float) -> list[str]:
+@contextmanager
+def packing_worn(data: Path, items: list[Item], log: TextIO) -> Iterator[subprocess.Popen[bytes]]:
+    """The process that makes the worn pictures of photo networks on the CPUs, while others are trained."""
+    scales = sorted({item.scale for item in items if item.photo})
+    command = [sys.executable, "-m", "training.pack_worn", str(data), *map(str, scales)] if scales else ["true"]
+    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}) as worn:
+        yield worn
+
+
+def trained(item: Item, seconds: float, data: Path, work: Path, states: Path, options: list[str], log: TextIO) -> str:
+    """Train a network of the queue for so many seconds; returns `done`, or why not."""
+    if seconds <= 0:
+        return "no time left"
+    try:
+        command = training_command(item, data, work, states, seconds, ["--score-every", "1000", *options])
+    except UsageError as error:  # weights that it begins with are missing: another's training failed
+        return str(error)
+    return called(item.name, command, seconds + GRACE, log)
+
+
+def sizes(item: Item, batch: int | None, patch: int | None) -> list[str]:
+    """The options of training.train that suit a GPU."""
+    return ["--batch", str(batch or item.gpu_batch), "--patch", str(patch or item.gpu_patch), "--warmup", "10"]
+
+
+def probe_command(data: Path, item: Item, batch: int | None, patch: int | None, seconds: float) -> list[str]:
     """The command line that looks at the machine by an item's network."""
-    command = [sys.executable, "-m", "training.probe", str(data), str(batch), str(seconds)]
+    command = [sys.executable, "-m", "training.probe", str(data), str(batch or item.gpu_batch), str(seconds)]
     command += ["--scale", str(item.scale), "--channels", str(item.channels)]
     return [*command, "--patch", str(patch)] if patch else command
 
@@ -110,9 +139,10 @@ def read_lines(path: Path) -> tuple[dict[str, Any], ...]:
 
 
 def take_home(run_folder: Path, out: Path, name: str) -> None:
-    """Copy a run's compact states to OUT, under names of their own."""
-    for path in run_folder.glob("*.safetensors"):
-        (out / f"{name}-{path.name}").write_bytes(path.read_bytes())
+    """Pack a run's compact states and its log into OUT/NAME.tar: one file, since few may travel."""
+    with tarfile.open(out / f"{name}.tar", "w") as tar:
+        for path in (*sorted(run_folder.glob("*.safetensors")), *run_folder.glob("log.jsonl")):
+            tar.add(path, f"{name}/{path.name}")
 
 
 def report(outcomes: list[Outcome]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
+from typing import Any
 
 import numpy as np
-import pyvips
 
 from training.data import Picture
 
@@ -15,23 +16,25 @@ DEV_QUALITIES = (95, 85, 60, 30)
 
 def jpeg(picture: Picture, quality: int, full_chroma: bool = False) -> bytes:
     """A uint8 (H, W, 3) picture as JPEG, its chroma halved in both directions unless `full_chroma`."""
-    image = pyvips.Image.new_from_array(np.ascontiguousarray(picture)).copy(interpretation="srgb")
-    data: bytes = image.jpegsave_buffer(Q=quality, subsample_mode="off" if full_chroma else "on", keep="none")
-    return data
+    return saved(picture, "JPEG", quality=quality, subsampling="4:4:4" if full_chroma else "4:2:0")
 
 
 def png(picture: Picture) -> bytes:
     """A uint8 (H, W, 3) picture as PNG."""
-    data: bytes = pyvips.Image.new_from_array(np.ascontiguousarray(picture)).pngsave_buffer(compression=2, keep="none")
-    return data
+    return saved(picture, "PNG", compress_level=2)
 
 
 def avif(picture: Picture, quality: int) -> bytes:
     """A uint8 (H, W, 3) picture as AVIF of full chroma: a third smaller than JPEG at the same PSNR, and without its grid."""
-    from PIL import Image  # here and below: whoever takes another name from here does not need it
+    return saved(picture, "AVIF", quality=quality, subsampling="4:4:4", speed=8, max_threads=1)
+
+
+def saved(picture: Picture, file_format: str, **options: Any) -> bytes:
+    """The file of a picture. Pillow writes it, which GPU machines have; they have no pyvips."""
+    from PIL import Image  # here and below: whoever takes DEV_QUALITIES from here does not need it
 
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "AVIF", quality=quality, subsampling="4:4:4", speed=8, max_threads=1)
+    Image.fromarray(np.ascontiguousarray(picture)).save(file, file_format, **options)
     return file.getvalue()
 
 
@@ -57,9 +60,15 @@ def worn(picture: Picture, random: np.random.Generator) -> bytes:
 
 
 def blurred(picture: Picture, sigma: float) -> Picture:
-    """Under a Gaussian of so many pixels."""
-    soft = pyvips.Image.new_from_array(picture).gaussblur(sigma, min_ampl=0.01, precision="float")
-    result: Picture = soft.rint().cast("uchar").numpy()
+    """Under a Gaussian of so many pixels, the border repeated."""
+    reach = math.ceil(3 * sigma)
+    taps = np.exp(-np.square(np.arange(-reach, reach + 1) / sigma) / 2)
+    taps /= taps.sum()
+    height, width = picture.shape[:2]
+    soft = np.pad(picture.astype(float), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+    soft = sum(tap * soft[i : i + height] for i, tap in enumerate(taps))
+    soft = sum(tap * soft[:, i : i + width] for i, tap in enumerate(taps))
+    result: Picture = np.round(soft).clip(0, 255).astype(np.uint8)
     return result
 
 

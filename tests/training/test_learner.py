@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from sanrt.model.san import SAN
+from sanrt.model.soca import covariance
 from sanrt.model.spec import Architecture
-from training.learner import AVERAGE, OUTLIER, TEACHING, Learner
-from training.network import initialise, upscale
+from training.learner import AVERAGE, OUTLIER, TEACHING, Learner, distance
+from training.network import initialise, soca_gate, upscale
 from training.recording import tape
 
 TINY = Architecture(scale=2, groups=1, blocks=1, channels=16, reduction=4)
@@ -41,7 +42,7 @@ def test_steps_are_those_of_adam_on_the_parameters_one_by_one(learner):
     for seed in range(3):
         low, high = batch(seed)
         loss, norm = learner.step(low, high)
-        expected = (net(low) - high).abs().mean() / 255
+        expected = distance(net(low), high) / 255
         adam.zero_grad()
         expected.backward()
         torch.testing.assert_close(norm, torch.stack([p.grad.norm() for p in trained]).norm(), rtol=1e-4, atol=0)
@@ -95,8 +96,24 @@ def test_a_teacher_is_half_of_the_target():
     learner = Learner(network(), CPU, half=False, teacher=network(1))
     with torch.no_grad():
         output, taught = network()(low), network(1)(low)
-    expected = (1 - TEACHING) * (output - high).abs().mean() + TEACHING * (output - taught).abs().mean()
+    expected = (1 - TEACHING) * distance(output, high) + TEACHING * distance(output, taught)
     torch.testing.assert_close(learner.loss(low, high).detach(), expected / 255)
+
+
+def test_an_offset_counts_twice_and_noise_hardly_more_than_once():
+    target = torch.zeros(1, 3, 32, 32)
+    assert distance(target + 0.5, target) == 1
+    noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert 1 < distance(noise, target) / noise.abs().mean() < 1.15
+
+
+def test_pictures_together_have_the_gates_of_the_picture_they_are_parts_of():
+    features = torch.rand(3, 16, 8, 6, generator=torch.Generator().manual_seed(0))
+    soca = network().groups[0].soca
+    whole = torch.cat([features[1], features[2]], 2)[None]
+    expected = torch.cat([soca.gate(covariance(features[:1])), *2 * [soca.gate(covariance(whole))]])
+    torch.testing.assert_close(soca_gate(soca, features, together=2), expected)
+    torch.testing.assert_close(soca_gate(soca, features, together=0), soca.gate(covariance(features)))
 
 
 def test_bf16_leaves_statistics_and_last_layers_in_float32(monkeypatch):

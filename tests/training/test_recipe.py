@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,9 +139,11 @@ def test_a_visit_trains_one_network_from_the_other_and_brings_both_home(packed, 
     assert log.count("megapixels/s") == 2
     assert "no GPU: a rehearsal" in shown
     assert shown.count("done") == 3, shown + log
-    names = {path.name for path in out.iterdir()}
-    states = {f"x4-{kind}-{state}.safetensors" for kind in ("clean", "photo") for state in ("stable", "decayed")}
-    assert names == states | {"visit.log"}
+    assert {path.name for path in out.iterdir()} == {"x4-clean.tar", "x4-photo.tar", "visit.log"}
+    for kind in ("clean", "photo"):
+        with tarfile.open(out / f"x4-{kind}.tar") as tar:
+            files = ("decayed.safetensors", "stable.safetensors", "log.jsonl")
+            assert tar.getnames() == [f"x4-{kind}/{name}" for name in files]
     assert max(path.stat().st_size for path in out.iterdir()) < 16 * 2**20
     lines = [json.loads(line) for line in log.splitlines() if line.startswith('{"name"')]
     assert {line["name"] for line in lines} == {"x4-clean", "x4-photo"}

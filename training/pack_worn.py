@@ -1,0 +1,56 @@
+"""Add worn low resolutions to a pack: `python -m training.pack_worn PACK SCALE ...`, on whatever machine trains."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from training.command import run
+from training.data import Picture
+from training.degrade import degrade
+from training.tiles import read_part, write_part
+from training.wear import DEV_QUALITIES, jpeg, worn
+
+VERSIONS = 7
+"""Worn versions of every tile: with the clean one, an eighth of the patches is clean."""
+
+
+def pack_worn_scales(
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures packed by training.pack.")],
+    scales: Annotated[list[int], typer.Argument(help="Scales whose worn low resolutions are wanted.")],
+    versions: Annotated[int, typer.Option(help="Worn versions of every tile.")] = VERSIONS,
+) -> None:
+    """Write what `training.train --photo` needs beside the tiles; a scale that is there already is left alone."""
+    for scale in scales:
+        if not has_worn(folder, scale):
+            pack_worn(folder, scale, versions)
+
+
+def has_worn(folder: Path, scale: int) -> bool:
+    """Whether a pack has the worn low resolutions of a scale; the held-out ones are written last."""
+    return (folder / f"dev-photo-x{scale}.npz").exists()
+
+
+def pack_worn(folder: Path, scale: int, versions: int) -> None:
+    """Write the worn low resolutions beside a pack's tiles; they are made from the tiles as packed, always alike."""
+    random = np.random.default_rng(scale)
+
+    def worn_versions(tile: Picture, own: np.random.Generator) -> list[bytes]:
+        low = degrade(tile, scale)
+        return [worn(low, own) for _ in range(versions)]
+
+    with ThreadPoolExecutor() as threads:
+        for path in sorted(folder.glob("high-*.npz")):
+            tiles = read_part(path)
+            found = threads.map(worn_versions, tiles, random.spawn(len(tiles)))
+            write_part(folder / path.name.replace("high", f"photo-x{scale}"), [each for some in found for each in some])
+    lows = [degrade(tile, scale) for tile in read_part(folder / "dev-high.npz")]
+    write_part(folder / f"dev-photo-x{scale}.npz", [jpeg(low, quality) for low in lows for quality in DEV_QUALITIES])
+
+
+if __name__ == "__main__":
+    run(pack_worn_scales)
