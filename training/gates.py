@@ -100,7 +100,7 @@ def read_pairs(folder: Path, scale: int) -> list[tuple[Picture, Picture]]:
 
 def report_on(net: SAN, pairs: list[tuple[Picture, Picture]]) -> Report:
     """Measure a network on (low, high) pictures of its scale."""
-    seen = gates_on(net, [low for low, _ in pairs])
+    seen = logits_on(net, [low for low, _ in pairs]).sigmoid()
     means = seen.mean(1)
     frozen, exact = deepcopy(net), deepcopy(net)
     for group, gate in zip(frozen.groups, means, strict=True):
@@ -122,11 +122,11 @@ def socas(net: SAN) -> list[SOCA]:
     return [module for module in net.modules() if isinstance(module, SOCA)]
 
 
-def gates_on(net: SAN, pictures: list[Picture]) -> Tensor:
-    """Every gate for every picture: (G, pictures, C), in 0..1."""
+def logits_on(net: SAN, pictures: list[Picture]) -> Tensor:
+    """Every gate for every picture before its sigmoid: (G, pictures, C)."""
     seen: list[list[Tensor]] = [[] for _ in net.groups]
     hooks = [
-        soca.up.register_forward_hook(lambda _, __, logits, rows=rows: rows.append(logits.sigmoid().flatten()))
+        soca.up.register_forward_hook(lambda _, __, logits, rows=rows: rows.append(logits.flatten()))
         for soca, rows in zip(socas(net), seen, strict=True)
     ]
     for picture in pictures:

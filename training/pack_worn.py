@@ -31,8 +31,13 @@ def pack_worn_scales(
 
 
 def has_worn(folder: Path, scale: int) -> bool:
-    """Whether a pack has the worn low resolutions of a scale; the held-out ones are written last."""
-    return (folder / f"dev-photo-x{scale}.npz").exists()
+    """Whether a pack has the worn low resolutions of a scale, of every file of tiles."""
+    return all(worn_path(path, scale).exists() for path in folder.glob("*high*.npz"))
+
+
+def worn_path(path: Path, scale: int) -> Path:
+    """Where the worn low resolutions of a file of tiles are: photo-x4-0.npz for high-0.npz."""
+    return path.with_name(path.name.replace("high", f"photo-x{scale}"))
 
 
 def pack_worn(folder: Path, scale: int, versions: int) -> None:
@@ -47,9 +52,9 @@ def pack_worn(folder: Path, scale: int, versions: int) -> None:
         for path in sorted(folder.glob("high-*.npz")):
             tiles = read_part(path)
             found = threads.map(worn_versions, tiles, random.spawn(len(tiles)))
-            write_part(folder / path.name.replace("high", f"photo-x{scale}"), [each for some in found for each in some])
+            write_part(worn_path(path, scale), [each for some in found for each in some])
     lows = [degrade(tile, scale) for tile in read_part(folder / "dev-high.npz")]
-    write_part(folder / f"dev-photo-x{scale}.npz", [jpeg(low, quality) for low in lows for quality in DEV_QUALITIES])
+    write_part(worn_path(folder / "dev-high.npz", scale), [jpeg(low, quality) for low in lows for quality in DEV_QUALITIES])
 
 
 if __name__ == "__main__":

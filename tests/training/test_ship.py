@@ -13,7 +13,7 @@ from sanrt.model.san import SAN
 from sanrt.model.spec import Architecture
 from training.curve import curve, read_log
 from training.degrade import degrade
-from training.gates import gates_on, read_pairs, report_on
+from training.gates import logits_on, read_pairs, report_on
 from training.learner import Learner
 from training.network import initialise
 from training.ship import likeness_on, pattern, ship
@@ -74,11 +74,11 @@ def pairs():
 
 def test_gates_are_those_that_the_network_applies(pairs):
     net = network()
-    seen = gates_on(net, [low for low, _ in pairs])
+    seen = logits_on(net, [low for low, _ in pairs]).sigmoid()
     assert seen.shape == (2, 3, 16)
     inputs = []
     net.groups[1].soca.register_forward_hook(lambda _, given, result: inputs.append(result / given[0]))
-    gates_on(net, [pairs[2][0]])
+    logits_on(net, [pairs[2][0]])
     ratio = inputs[0].nanmedian(3).values.nanmedian(2).values[0]
     torch.testing.assert_close(seen[1, 2], ratio, atol=1e-4, rtol=0)
 

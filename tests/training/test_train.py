@@ -11,6 +11,7 @@ import torch
 from sanrt.errors import CheckpointError, UsageError
 from sanrt.model.checkpoint import load_checkpoint
 from sanrt.model.spec import Architecture
+from training.network import bilinear_kernels
 from training.recording import plain, tape
 from training.state import newest, read_compact, save
 from training.train import Schedule, Worker, locked, prepare, train, train_on
@@ -128,18 +129,25 @@ def test_the_decayed_average_is_a_weights_file_and_the_stable_one_can_be_read_to
     torch.testing.assert_close(net.tail.weight, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_other_scales_begin_with_the_body_and_the_same_scale_with_everything(plan, tiles):
+def test_other_scales_begin_with_the_body_and_one_that_doubles_once_more_with_everything(plan, tiles):
     made = plan(seconds=10)
     run(made, tiles)
     given = trained_network(made.out / "decayed.safetensors").state_dict()
-    for scale, same in ((2, True), (4, False)):
+    for scale, further in ((2, True), (4, True), (3, False)):
         arch = replace(made.arch, scale=scale)
         fresh = plan(out=made.out.with_name(f"x{scale}"), arch=arch)
         started = prepare(replace(fresh, start=made.out / "decayed.safetensors"), CPU)[0].weights(averaged=False)
         begun = prepare(fresh, CPU)[0].weights(averaged=False)
         for name, tensor in started.items():
-            body = same or not name.startswith(("upsampler.", "tail."))
-            torch.testing.assert_close(tensor, (given if body else begun)[name], msg=name)
+            taken = name in given and (further or not name.startswith(("upsampler.", "tail.")))
+            if taken:
+                torch.testing.assert_close(tensor, given[name], msg=name)
+            elif not further:
+                torch.testing.assert_close(tensor, begun[name], msg=name)
+        if scale == 4:
+            kernels = started["upsampler.2.weight"].unflatten(0, (-1, 4))
+            for channel in range(made.arch.channels):
+                torch.testing.assert_close(kernels[channel, :, channel], bilinear_kernels(2))
 
 
 def test_recorded_steps_give_the_run_that_plain_ones_give(plan, tiles):

@@ -30,7 +30,7 @@ FLOATS = ("float16", "float32", "float64")
 """The types that weights are stored in; all are computed with as float32, or what is made of it."""
 
 
-PHOTO_QUALITY: Mapping[int, int] = {2: 88, 4: 90}
+PHOTO_QUALITY: Mapping[int, int] = {2: 92, 4: 90}
 """By scale, the JPEG quality up to which `photo` is better than `clean`, measured on pictures that neither learned from."""
 
 
