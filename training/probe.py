@@ -21,7 +21,7 @@ from training.recording import cuda_graph, plain, tape
 from training.tiles import Tiles, load_tiles, reduce
 from training.train import Plan, Schedule, Stepper, Worker
 
-PATCHES = (32, 48, 64)
+PATCHES = (64, 96)
 
 
 def probe(
@@ -31,7 +31,7 @@ def probe(
     groups: int = 4,
     channels: int = 64,
     scale: int = 4,
-    patch: Annotated[list[int] | None, typer.Option(help="Sides of patches to be timed. [default: 32, 48 and 64]")] = None,
+    patch: Annotated[list[int] | None, typer.Option(help="Sides of patches to be timed. [default: 64 and 96]")] = None,
 ) -> None:
     """Compare the device's arithmetic with the CPU's, a recorded step with a plain one, and time both."""
     device = training_device()

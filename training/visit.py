@@ -55,7 +55,7 @@ def visit(
     patch: Annotated[int | None, typer.Option(help="Side of a patch. [default: the queue's]")] = None,
     states: Annotated[Path, typer.Option(help="Folder of the compact states to go on from.")] = STATES,
     work: Annotated[Path, typer.Option(help="Folder for full states, which stay here.")] = Path("runs"),
-    probe_seconds: Annotated[float, typer.Option(help="For each of six timings of a step; 0 leaves them out.")] = 4,
+    probe_seconds: Annotated[float, typer.Option(help="For each of four timings of a step; 0 leaves them out.")] = 4,
     more: Annotated[str, typer.Option(help="Further options of training.train, as one text.")] = "",
 ) -> None:
     """Look, time, train, report; whatever fails leaves the rest going."""
