@@ -21,11 +21,11 @@ VERSIONS = 7
 
 def pack_worn_scales(
     folder: Annotated[Path, typer.Argument(help="Folder of pictures packed by training.pack.")],
-    scales: Annotated[list[int], typer.Argument(help="Scales whose worn low resolutions are wanted.")],
+    scales: Annotated[list[int] | None, typer.Argument(help="Scales whose worn low resolutions are wanted.")] = None,
     versions: Annotated[int, typer.Option(help="Worn versions of every tile.")] = VERSIONS,
 ) -> None:
     """Write what `training.train --photo` needs beside the tiles; a scale that is there already is left alone."""
-    for scale in scales:
+    for scale in scales or []:
         if not has_worn(folder, scale):
             pack_worn(folder, scale, versions)
 

@@ -85,7 +85,7 @@ def visit(
 def packing_worn(data: Path, items: list[Item], log: TextIO) -> Iterator[subprocess.Popen[bytes]]:
     """The process that makes the worn pictures of photo networks on the CPUs, while others are trained."""
     scales = sorted({item.scale for item in items if item.photo})
-    command = [sys.executable, "-m", "training.pack_worn", str(data), *map(str, scales)] if scales else ["true"]
+    command = [sys.executable, "-m", "training.pack_worn", str(data), *map(str, scales)]
     with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}) as worn:
         yield worn
 
