@@ -16,11 +16,11 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
-from benchmarks.measure import random_model
+from benchmarks.measure import random_model, run_command
 from sanrt.model.spec import Architecture
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_unguarded
-from sanrt.runtime.runs.timing import peak_memory
+from sanrt.runtime.runs.timing import Size, peak_memory
 
 
 def main(
@@ -33,15 +33,15 @@ def main(
     reduction: int = 16,
 ) -> None:
     """Print the largest resident memory of a process that upscales one picture."""
-    width, height = size.split("x")
+    picture = Size.parse(size)
     arch = Architecture(scale, groups, blocks, channels, reduction)
     with TemporaryDirectory() as folder:
         model = random_model(arch, Path(folder) / "random.onnx")
         load_unguarded(backend, model, RunOptions()).close()  # writes the variant that the backend derives, if any
-        call = f"print(peak({backend!r}, {str(model)!r}, {height}, {width}))"
+        call = f"print(peak({backend!r}, {str(model)!r}, {picture.height}, {picture.width}))"
         child = [sys.executable, "-c", f"from benchmarks.memory import peak; {call}"]
         mebibytes = float(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
-    print(f"{arch.name}, {backend}, {width} x {height}: peak {mebibytes:.0f} MiB")
+    print(f"{arch.name}, {backend}, {picture}: peak {mebibytes:.0f} MiB")
 
 
 def peak(backend: str, model: str, height: int, width: int) -> float:
@@ -53,4 +53,4 @@ def peak(backend: str, model: str, height: int, width: int) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command("memory", main)

@@ -18,6 +18,7 @@ import numpy as np
 import pyvips
 import typer
 
+from benchmarks.measure import run_command
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import load_backend, model_spec
 from sanrt.runtime.pictures.codec import Encoding
@@ -83,4 +84,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command("ray_overhead", main)

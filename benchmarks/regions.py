@@ -12,6 +12,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
+from benchmarks.measure import run_command
 from benchmarks.quality import Method, Pair, picture_set, score_all, short_name, upscaled
 from sanrt.runtime.backends.protocol import Backend, RunOptions
 from sanrt.runtime.backends.registry import load_unguarded
@@ -44,4 +45,4 @@ def upscale_with(network: Backend, pair: Pair, _: int) -> Picture:
 
 
 if __name__ == "__main__":
-    typer.run(regions)
+    run_command("regions", regions)

@@ -1,6 +1,6 @@
 """Exact streaming of a large picture against a small one in whole mode: time per megapixel and peak resident memory.
 
-`python benchmarks/streaming.py MODEL.onnx PICTURE`: PICTURE is repeated to make a 1-megapixel and a large picture; both go
+`python benchmarks/streaming.py MODEL PICTURE`: PICTURE is repeated to make a 1-megapixel and a large picture; both go
 through `sanrt run` as processes of their own.
 """
 
@@ -17,7 +17,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is its own folder, not the repository
 
-from benchmarks.measure import ProcessRun, run_alone
+from benchmarks.measure import ProcessRun, run_alone, run_command
 
 SMALL = (1216, 832)
 """About one megapixel."""
@@ -45,7 +45,7 @@ class Measured:
 
 
 def streaming(
-    model: Annotated[Path, typer.Argument(help="Exported ONNX.")],
+    model: Annotated[Path, typer.Argument(help="Exported ONNX, or weights (.safetensors).")],
     picture: Annotated[Path, typer.Argument(help="What the pictures are made of.")],
     size: Annotated[tuple[int, int], typer.Option(help="Width and height of the large picture.")] = (6000, 4000),
     memory: Annotated[str, typer.Option(help="--memory of the large run.")] = "4G",
@@ -83,4 +83,4 @@ def measure(picture: Path, options: list[str]) -> Measured:
 
 
 if __name__ == "__main__":
-    typer.run(streaming)
+    run_command("streaming", streaming)
