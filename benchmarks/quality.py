@@ -244,7 +244,7 @@ def model_method(name: str, backend: str | None) -> Iterator[Method]:
         }
 
         def upscale(pair: Pair, scale: int) -> Picture:
-            photo = len(networks) > 1 and suits_photo(pair.low, scale)
+            photo = len(networks) > 1 and suits_photo(pair.low)
             return upscaled(networks[WeightsKind.PHOTO if photo else kinds[0]], pair.low)
 
         yield Method(f"sanrt x{name}", scale, upscale)

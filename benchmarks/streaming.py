@@ -46,7 +46,7 @@ class Measured:
 
 def streaming(
     model: Annotated[Path, typer.Argument(help="Exported ONNX, or weights (.safetensors).")],
-    picture: Annotated[Path, typer.Argument(help="What the pictures are made of.")],
+    picture: Annotated[Path, typer.Argument(help="What the pictures are made of.", exists=True, dir_okay=False)],
     size: Annotated[tuple[int, int], typer.Option(help="Width and height of the large picture.")] = (6000, 4000),
     memory: Annotated[str, typer.Option(help="--memory of the large run.")] = "4G",
     threads: Annotated[int | None, typer.Option(help="CPU threads; all if left out.")] = None,

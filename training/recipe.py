@@ -23,7 +23,8 @@ from training.state import Progress, newest, read_compact, read_progress
 ROOT = Path(__file__).resolve().parents[1]
 
 STATES = ROOT / "training" / "state"
-"""Compact states in the repository: NAME/stable.safetensors to go on from, NAME/decayed.safetensors ready to ship."""
+"""Compact states in the repository: NAME/stable.safetensors to go on from, NAME/decayed.safetensors ready to ship,
+from which a network goes on where there is no other."""
 
 RUNS = ROOT / "runs"
 """Full states and logs of this machine; not in the repository."""
@@ -127,8 +128,12 @@ def training_command(item: Item, data: Path, runs: Path, states: Path, seconds: 
         command.append("--photo")
     if (kept := states / item.name / "stable.safetensors").exists():
         command += ["--resume", str(kept)]
-    elif item.start and not newest(runs / item.name / "current"):
-        command += ["--start", str(best_weights(item.start, states, runs))]
+    elif not newest(runs / item.name / "current"):
+        own = states / item.name / "decayed.safetensors"
+        if own.exists():
+            command += ["--start", str(own)]
+        elif item.start:
+            command += ["--start", str(best_weights(item.start, states, runs))]
     if item.teacher:
         command += ["--teacher", str(best_weights(item.teacher, states, runs))]
     return command

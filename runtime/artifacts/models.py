@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 from sanrt.errors import ModelError, UsageError, system_reason
 from sanrt.model.bundled import FOLDER as BUNDLED_FOLDER
-from sanrt.model.bundled import PHOTO_QUALITY, WeightsKind, bundled_checkpoint, bundled_name, has_bundled, read_weights
 from sanrt.model.bundled import SUFFIX as WEIGHTS_SUFFIX
+from sanrt.model.bundled import WeightsKind, bundled_checkpoint, bundled_name, has_bundled, read_weights
 from sanrt.model.spec import SCALES, ModelSpec, QuantisedType
 from sanrt.wording import option
 
@@ -64,8 +64,6 @@ def photo_model(models: Path, scale: int | None = None) -> Path | None:
     """The model for JPEG photographs that goes with the default one: both exported, or both bundled; None without one."""
     scale = scale or DEFAULT_SCALE
     exported = exported_path(models, scale, WeightsKind.PHOTO)
-    if scale not in PHOTO_QUALITY:
-        return None
     if exported_path(models, scale).is_file():
         return exported if exported.is_file() else None
     return default_model(models, scale, WeightsKind.PHOTO) if has_bundled(scale, WeightsKind.PHOTO) else None

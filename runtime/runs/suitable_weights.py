@@ -14,7 +14,7 @@ from sanrt.runtime.video.container import look
 from sanrt.runtime.video.formats import is_video
 
 
-def suits_photo(source: Path, scale: int, named_otherwise: bool = False) -> bool:
+def suits_photo(source: Path, named_otherwise: bool = False) -> bool:
     """Whether a file is a JPEG of a quality at which `photo` is better than `clean`, or a video compressed with loss.
 
     named_otherwise: whether it is a video whatever its name, as standard input is that becomes one.
@@ -23,11 +23,11 @@ def suits_photo(source: Path, scale: int, named_otherwise: bool = False) -> bool
     """
     if named_otherwise or is_video(source):
         with suppress(SanrtError), fetched(source) as local:
-            return scale in PHOTO_QUALITY and not look(local).lossless
+            return not look(local).lossless
         return False
     if isinstance(source, RemotePath) and Format.of_suffix(source) is not Format.JPEG:
         return False
     with suppress(OSError):
         found = quality(source)
-        return found is not None and found <= PHOTO_QUALITY.get(scale, 0)
+        return found is not None and found <= PHOTO_QUALITY
     return False

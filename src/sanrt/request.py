@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING
 from sanrt.errors import FileError, PictureError, SanrtError, UsageError
 from sanrt.files import require_folder_of, why_no_new_files
 from sanrt.model.bundled import PHOTO_QUALITY, WeightsKind, has_bundled
-from sanrt.model.spec import SCALES
 from sanrt.runtime.artifacts.models import (
     DEFAULT_SCALE,
     default_model,
-    exported_path,
     photo_model,
     require_own_weights,
     require_scale,
@@ -69,10 +67,10 @@ class ModelChoice:
         The weights for JPEG photographs are for these alone; an exported model takes them too, even if sanrt has others.
         """
         scale = self.scale or DEFAULT_SCALE
-        if self.named or not has_bundled(scale, WeightsKind.PHOTO) or scale not in PHOTO_QUALITY:
+        if self.named or not has_bundled(scale, WeightsKind.PHOTO):
             return ""
         if self.weights is WeightsKind.PHOTO:
-            jpeg = f"JPEG of quality {PHOTO_QUALITY[scale]} or less"
+            jpeg = f"JPEG of quality {PHOTO_QUALITY} or less"
             kinds = {"compressed video" if job.is_video else jpeg for job in jobs}
             return f"{' or '.join(sorted(kinds))}, through the weights for photographs"
         if photo_model(self.models, scale) or not any(Format.of_suffix(job.source) is Format.JPEG for job in jobs):
@@ -318,35 +316,19 @@ def by_network(
     """
     found: dict[tuple[int | None, WeightsKind | None], list[Job]] = {}
     for scale, its_jobs in by_scale(jobs, choice, size).items():
-        photo_scale = scale_of_photo(choice, scale, size)
-        photos = photographs(its_jobs, photo_scale) if photo_scale else set()
+        free = not (choice.named or choice.weights) and photo_model(choice.models, scale)
+        photos = photographs(its_jobs) if free else set()
         for job in its_jobs:
-            of = (photo_scale, WeightsKind.PHOTO) if job in photos else (scale, choice.weights)
-            found.setdefault(of, []).append(job)
+            found.setdefault((scale, WeightsKind.PHOTO if job in photos else choice.weights), []).append(job)
     return found
 
 
-def scale_of_photo(choice: ModelChoice, scale: int | None, size: ResultSize) -> int | None:
-    """The scale of the weights for JPEG photographs where others are of `scale`; None where all go through the same.
-
-    Results that are reduced anyway may come from a larger network, if there are no such weights for their own.
-    """
-    if choice.named or choice.weights:
-        return None
-    asked = scale or DEFAULT_SCALE
-    reduced = str(size) and not choice.scale and not exported_path(choice.models, asked).is_file()
-    scales = [other for other in SCALES if other >= asked] if reduced else [asked]
-    return next((other for other in scales if photo_model(choice.models, other)), None)
-
-
-def photographs(jobs: Sequence[Job], scale: int) -> set[Job]:
+def photographs(jobs: Sequence[Job]) -> set[Job]:
     """The pictures for which the weights for JPEG photographs are better."""
     from sanrt.runtime.runs.results import together
     from sanrt.runtime.runs.suitable_weights import suits_photo
 
-    return {
-        job for job, suits in together(lambda job: suits_photo(job.source, scale, job.needs_ffmpeg), jobs).items() if suits
-    }
+    return {job for job, suits in together(lambda job: suits_photo(job.source, job.needs_ffmpeg), jobs).items() if suits}
 
 
 def occupied_lines(found: Findings) -> Iterator[tuple[Job, str]]:

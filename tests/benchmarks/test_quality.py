@@ -122,7 +122,6 @@ def test_jpeg_sources_are_a_set_of_their_own_and_auto_takes_photo_weights_for_th
         torch.manual_seed(seed)
         save_checkpoint(tmp_path / f"{name}.safetensors", SAN(Architecture(2, 1, 1, 16, 4)), f"seed {seed}")
     monkeypatch.setattr(bundled, "FOLDER", tmp_path)
-    monkeypatch.setitem(bundled.PHOTO_QUALITY, 2, 80)
     models = [word for name in ("2", "2:photo", "2:auto") for word in ("--model", name)]
     low, high = (score("--set", pictures, "--jpeg", quality, *models) for quality in (60, 95))
     assert low["bicubic"]["set"].endswith("JPEG 60")

@@ -18,8 +18,6 @@ from sanrt.model.san import SAN
 from sanrt.model.spec import Architecture, ModelSpec
 from sanrt.runtime.pictures.jpeg import quality
 
-QUALITY = 80
-
 
 @pytest.fixture(autouse=True)
 def two_kinds(tmp_path, monkeypatch):
@@ -31,7 +29,6 @@ def two_kinds(tmp_path, monkeypatch):
         save_checkpoint(folder / f"{name}.safetensors", SAN(Architecture(2, 1, 1, 16, 4)), f"seed {seed}")
     monkeypatch.setattr(bundled, "FOLDER", folder)
     monkeypatch.setattr("sanrt.runtime.artifacts.models.BUNDLED_FOLDER", folder)
-    monkeypatch.setitem(bundled.PHOTO_QUALITY, 2, QUALITY)
     working = tmp_path / "working"
     working.mkdir()
     monkeypatch.chdir(working)
@@ -79,7 +76,7 @@ def pixels(folder):
 def test_auto_takes_photo_weights_for_jpeg_up_to_the_measured_quality_and_clean_ones_for_the_rest(run, folder, tmp_path):
     status, out, err = run(folder, tmp_path / "auto", "--format", "png")
     assert (status, err) == (0, "")
-    assert f"2 of 4 pictures: JPEG of quality {QUALITY} or less" in out
+    assert f"2 of 4 pictures: JPEG of quality {bundled.PHOTO_QUALITY} or less" in out
     for kind in ("clean", "photo"):
         assert run(folder, tmp_path / kind, "--format", "png", "--weights", kind)[0] == 0
     auto, clean, photo = (pixels(tmp_path / name) for name in ("auto", "clean", "photo"))
@@ -179,19 +176,3 @@ def tiny_onnx(path):
     net = SAN(Architecture(2, 1, 1, 16, 4))
     weights = {name: tensor.detach().numpy() for name, tensor in net.state_dict().items()}
     path.write_bytes(san_model(ModelSpec(net.arch, f"{len(path.name):064x}", "seeded", 5), weights).SerializeToString())
-
-
-def test_a_reduced_result_comes_from_a_larger_network_where_its_scale_has_none_for_photographs(sanrt, folder, monkeypatch):
-    monkeypatch.setitem(bundled.PHOTO_QUALITY, 4, QUALITY)
-    for seed, name in enumerate(["san_x3", "san_x4", "san_x4_photo"]):
-        torch.manual_seed(seed)
-        network = SAN(Architecture(int(name[5]), 1, 1, 16, 4))
-        save_checkpoint(bundled.FOLDER / f"{name}.safetensors", network, f"seed {seed}")
-    status, out, err = sanrt("run", folder, "half", "--outscale", 2.5, "--backend", "native", "--dry-run")
-    assert (status, err) == (0, "")
-    assert "2 of 4 pictures: JPEG of quality 80 or less" in out
-    assert "bundled weights san_x4_photo" in out
-    assert "bundled weights san_x3: " in out
-    for words in (["--outscale", 2.5, "--scale", 3], ["--outscale", 2.5, "--weights", "clean"], ["--scale", 3]):
-        out = sanrt("run", folder, "other", *words, "--backend", "native", "--dry-run")[1]
-        assert "photo" not in out

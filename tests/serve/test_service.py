@@ -25,8 +25,6 @@ def choice(tmp_path, monkeypatch) -> ModelChoice:
     for name, source in {"san_x2": "san_x2", "san_x2_photo": "san_x2", "san_x4": "san_x4"}.items():
         (tmp_path / "weights" / f"{name}.safetensors").write_bytes((bundled.FOLDER / f"{source}.safetensors").read_bytes())
     monkeypatch.setattr(bundled, "FOLDER", tmp_path / "weights")
-    monkeypatch.setitem(bundled.PHOTO_QUALITY, 2, 80)
-    monkeypatch.delitem(bundled.PHOTO_QUALITY, 4, raising=False)
     return ModelChoice(None, tmp_path / "none", 2, "native", RunOptions())
 
 
@@ -42,7 +40,7 @@ def test_weights_are_chosen_by_the_content_as_run_chooses_them(choice, tmp_path)
     assert examined(choice, tmp_path, poor) == (
         WeightsKind.PHOTO,
         2,
-        "JPEG of quality 80 or less, through the weights for photographs",
+        f"JPEG of quality {bundled.PHOTO_QUALITY} or less, through the weights for photographs",
     )
     assert examined(choice, tmp_path, good) == (None, 2, "")
     assert examined(choice, tmp_path, poor, weights="clean") == (WeightsKind.CLEAN, 2, "")

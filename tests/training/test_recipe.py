@@ -70,6 +70,9 @@ def test_a_network_starts_from_the_best_there_is(plan, tiles, tmp_path):
     photo = training_command(named("x4-photo"), tmp_path, runs, states, 10, [])
     assert "--photo" in photo
     assert photo[photo.index("--start") + 1] == str(states / "x4-clean" / "decayed.safetensors")
+    (states / "x4-photo").mkdir()
+    own = shutil.copy(states / "x4-clean" / "decayed.safetensors", states / "x4-photo")
+    assert training_command(named("x4-photo"), tmp_path, runs, states, 10, [])[-1] == str(own)
     trained(plan, tiles, runs / "x4-photo")
     assert "--start" not in training_command(named("x4-photo"), tmp_path, runs, states, 10, [])
     fast = training_command(named("x4-fast"), tmp_path, runs, states, 10, [])

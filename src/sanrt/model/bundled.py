@@ -30,8 +30,8 @@ FLOATS = ("float16", "float32", "float64")
 """The types that weights are stored in; all are computed with as float32, or what is made of it."""
 
 
-PHOTO_QUALITY: Mapping[int, int] = {2: 92, 4: 90}
-"""By scale, the JPEG quality up to which `photo` is better than `clean`, measured on pictures that neither learned from."""
+PHOTO_QUALITY = 92
+"""The JPEG quality up to which `photo` is better than `clean` at every scale, on pictures that neither learned from."""
 
 
 class WeightsKind(StrEnum):

@@ -8,7 +8,7 @@ pytest.importorskip("llvmlite")
 
 from sanrt.errors import PictureError
 from sanrt.kernels.cpu.ir import this_processor
-from sanrt.model.bundled import bundled_checkpoint
+from sanrt.model.bundled import WeightsKind, bundled_checkpoint
 from sanrt.model.spec import Precision
 from sanrt.runtime.backends.protocol import RunOptions
 from sanrt.runtime.backends.registry import load_backend
@@ -45,9 +45,9 @@ def from_file(runner, path, folder):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("network", ["bundled", "64 channels"])
-def test_strips_of_every_height_give_the_whole_picture_s_pixels(network, precision, tiny_model, tmp_path):
-    model = bundled_checkpoint(2) if network == "bundled" else tiny_model(2, channels=64)
+@pytest.mark.parametrize("kind", [WeightsKind.FAST, WeightsKind.CLEAN])
+def test_strips_of_every_height_give_the_whole_picture_s_pixels(kind, precision, tmp_path):
+    model = bundled_checkpoint(2, kind)  # 32 and 64 channels
     picture = noise(267, 61)
     path = saved(picture, tmp_path / "a.png")
     with load_backend("native", model, RunOptions(threads=2, precision=precision)) as backend:
