@@ -177,7 +177,7 @@ def main(
         values = *(each * 1e12 for each in (limit.powers, limit.products, limit.both, took)), took / limit.powers
         shown.add_row(str(channels), *(f"{value:.1f}" for value in values), f"{took / limit.both:.2f}")
     console().print(shown)
-    kinds = [WeightsKind.CLEAN] if model or paper else [WeightsKind.CLEAN, WeightsKind.PHOTO]
+    kinds = [WeightsKind.CLEAN] if model or paper else [WeightsKind.FAST, WeightsKind.CLEAN]
     for kind in kinds:
         with found_model(model, scale, paper, kind) as path:
             for each in map(Size.parse, size):

@@ -114,7 +114,7 @@ def scaling(
 
 
 def draw(found: dict[str, list[Point]], path: Path) -> None:
-    """Time and memory per input pixel over the number of pixels, a line for each backend and tiling."""
+    """Time and memory per input pixel over the number of pixels; a colour for each backend, dashed where exact."""
     with extra("training", f"{path}: a plot"):
         from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -122,12 +122,16 @@ def draw(found: dict[str, list[Point]], path: Path) -> None:
         "microseconds per pixel": lambda point: point.seconds / point.size.pixels * 1e6,
         "bytes per pixel above idle": lambda point: (point.peak - point.idle) / point.size.pixels,
     }
+    backends = list(dict.fromkeys(name.rpartition(", ")[0] for name in found))
     for axes, (label, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name, points in found.items():
-            axes.plot([each.size.pixels for each in points], list(map(value, points)), marker=".", label=name)
+            backend, _, tiling = name.rpartition(", ")
+            shown = [point for point in points if value(point) > 0]  # the smallest pictures fit into what was held before
+            style = {"color": f"C{backends.index(backend)}", "linestyle": "--" if tiling == Tiling.EXACT else "-"}
+            axes.plot([each.size.pixels for each in shown], list(map(value, shown)), marker=".", label=name, **style)
         axes.set(xscale="log", yscale="log", xlabel="input pixels", ylabel=label)
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
 
 
