@@ -60,13 +60,11 @@ def default_model(models: Path, scale: int | None = None, kind: WeightsKind = We
     return path if path.is_file() else bundled_checkpoint(scale or DEFAULT_SCALE, kind)
 
 
-def photo_model(models: Path, scale: int | None = None) -> Path | None:
-    """The model for JPEG photographs that goes with the default one: both exported, or both bundled; None without one."""
+def has_photo_model(models: Path, scale: int | None = None) -> bool:
+    """Whether a model for JPEG photographs goes with the default one: both exported, or both bundled."""
     scale = scale or DEFAULT_SCALE
-    exported = exported_path(models, scale, WeightsKind.PHOTO)
-    if exported_path(models, scale).is_file():
-        return exported if exported.is_file() else None
-    return default_model(models, scale, WeightsKind.PHOTO) if has_bundled(scale, WeightsKind.PHOTO) else None
+    exported = exported_path(models, scale, WeightsKind.PHOTO).is_file()
+    return exported or (has_bundled(scale, WeightsKind.PHOTO) and not exported_path(models, scale).is_file())
 
 
 def model_title(path: Path) -> str:

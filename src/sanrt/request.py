@@ -17,7 +17,7 @@ from sanrt.model.bundled import PHOTO_QUALITY, WeightsKind, has_bundled
 from sanrt.runtime.artifacts.models import (
     DEFAULT_SCALE,
     default_model,
-    photo_model,
+    has_photo_model,
     require_own_weights,
     require_scale,
 )
@@ -73,7 +73,7 @@ class ModelChoice:
             jpeg = f"JPEG of quality {PHOTO_QUALITY} or less"
             kinds = {"compressed video" if job.is_video else jpeg for job in jobs}
             return f"{' or '.join(sorted(kinds))}, through the weights for photographs"
-        if photo_model(self.models, scale) or not any(Format.of_suffix(job.source) is Format.JPEG for job in jobs):
+        if has_photo_model(self.models, scale) or not any(Format.of_suffix(job.source) is Format.JPEG for job in jobs):
             return ""
         better = f"`sanrt export --scale {scale} --weights photo` makes a model for these"
         return f"{self.path} was exported, so JPEG photographs go through it too; {better}"
@@ -316,7 +316,7 @@ def by_network(
     """
     found: dict[tuple[int | None, WeightsKind | None], list[Job]] = {}
     for scale, its_jobs in by_scale(jobs, choice, size).items():
-        free = not (choice.named or choice.weights) and photo_model(choice.models, scale)
+        free = not (choice.named or choice.weights) and has_photo_model(choice.models, scale)
         photos = photographs(its_jobs) if free else set()
         for job in its_jobs:
             found.setdefault((scale, WeightsKind.PHOTO if job in photos else choice.weights), []).append(job)
