@@ -36,13 +36,13 @@ def two_kinds(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """JPEG files of quality 60, 80 and 95, and a PNG."""
+    """JPEG files of quality 60, the last that takes `photo` and the one above, and a PNG."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     y, x = np.mgrid[:24, :20]
     pixels = np.stack([127 + 90 * np.sin(x / 3 + c) * np.cos(y / (2 + c)) for c in range(3)], 2).astype(np.uint8)
     image = pyvips.Image.new_from_array(pixels).copy(interpretation="srgb")
-    for number in (60, 80, 95):
+    for number in (60, bundled.PHOTO_QUALITY, bundled.PHOTO_QUALITY + 1):
         image.jpegsave(str(pictures / f"q{number}.jpg"), Q=number)
     image.pngsave(str(pictures / "a.png"))
     return pictures
@@ -80,7 +80,7 @@ def test_auto_takes_photo_weights_for_jpeg_up_to_the_measured_quality_and_clean_
     for kind in ("clean", "photo"):
         assert run(folder, tmp_path / kind, "--format", "png", "--weights", kind)[0] == 0
     auto, clean, photo = (pixels(tmp_path / name) for name in ("auto", "clean", "photo"))
-    assert auto == {name: (photo if name in ("q60.png", "q80.png") else clean)[name] for name in auto}
+    assert auto == {name: (photo if name in ("q60.png", f"q{bundled.PHOTO_QUALITY}.png") else clean)[name] for name in auto}
     assert all(clean[name] != photo[name] for name in auto)
 
 
@@ -101,6 +101,13 @@ def test_an_exported_model_takes_photographs_too_which_is_told(run, folder, tmp_
     assert "models/san_x2.onnx was exported, so JPEG photographs go through it too; `sanrt export --scale 2" in out
     tiny_onnx(Path("models/san_x2_photo.onnx"))
     assert "2 of 4 pictures: JPEG of quality" in run(folder, tmp_path / "out")[1]
+
+
+def test_a_reduced_result_of_a_photograph_comes_from_its_scale_s_weights(sanrt, folder):
+    status, out, err = sanrt("run", folder, "half", "--outscale", 1.5, "--backend", "native", "--dry-run")
+    assert (status, err) == (0, "")
+    assert "2 of 4 pictures: JPEG of quality" in out
+    assert "bundled weights san_x2_photo: " in out
 
 
 def test_weights_beside_a_named_model_are_wrong_usage(run, folder, tmp_path):
